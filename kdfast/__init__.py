@@ -1,0 +1,28 @@
+"""kdfast: knowledge-distillation losses for PyTorch, on fused CPU and CUDA kernels.
+
+Papers are modules (``kdfast.KD()(student, teacher)``), kernels are functions (``kdfast.ops.softmax_kl``).
+Student first, teacher second, logits unless an argument's name says otherwise; every loss is a 0-d tensor.
+"""
+
+from kdfast import _kernels
+
+_kernels.load()
+
+from kdfast import ops  # noqa: E402  the ops are defined after the kernels' libraries are known
+from kdfast._kernels import FallbackWarning, fallback  # noqa: E402
+from kdfast.losses import DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "DIST",
+    "DKD",
+    "FallbackWarning",
+    "JSD",
+    "KD",
+    "LabelRefinery",
+    "ReverseKD",
+    "TfKDReg",
+    "TfKDSelf",
+    "fallback",
+    "ops",
+]

@@ -1,0 +1,172 @@
+"""The compiled kernels: loading them, defining ops, and saying which path an op takes.
+
+An op is defined once. Its pure-PyTorch form is a dispatcher kernel for every device; the libraries ``_C`` (CPU)
+and ``_cuda`` register faster kernels for theirs, which the dispatcher prefers. Nothing else chooses a path.
+"""
+
+import contextlib
+import glob
+import importlib.util
+import os
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from kdfast import _build_record
+
+__all__ = ["FallbackWarning", "define", "fallback", "load", "override", "paths", "status"]
+
+NAMESPACE = torch.library.Library("kdfast", "DEF")
+OPS = {}  # name -> Op
+_warned = set()  # families that have said that they run on the fallback
+
+
+class FallbackWarning(UserWarning):
+    """A loss runs on plain PyTorch operations because its compiled kernel is not there."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One dispatcher op: its family, its schema and the plain-PyTorch form."""
+
+    family: str
+    schema: str
+    fallback: callable
+
+
+@dataclass
+class Library:
+    """One compiled library: where it is, whether it is loaded, and if not, why."""
+
+    path: str | None = None
+    loaded: bool = False
+    error: str | None = None
+    reason: str = ""
+
+
+_libraries = {"_C": Library(), "_cuda": Library()}
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+def load():
+    """Load the libraries that were built; a library that is there and does not load is an ImportError with the reason."""
+    _load_cpu(_libraries["_C"])
+    _load_cuda(_libraries["_cuda"])
+    errors = [f"{library.path}: {library.error}" for library in _libraries.values() if library.error]
+    if errors and os.environ.get("KDFAST_DOCTOR") != "1":
+        raise ImportError(
+            "kdfast was built with compiled kernels, but they do not load: "
+            + "; ".join(errors)
+            + ". Run `kdfast doctor` for details, reinstall kdfast for this torch, "
+            "or install with KDFAST_NO_EXTENSION=1 to do without kernels."
+        )
+
+
+def _load_cpu(library):
+    spec = importlib.util.find_spec("kdfast._C")
+    if spec is None:
+        library.reason = _build_record.read().get("reason", "kdfast._C was not built here")
+        return
+    library.path = spec.origin
+    try:
+        importlib.import_module("kdfast._C")
+        library.loaded = True
+    except Exception as error:  # any failure to load is reported, never swallowed: see load()
+        library.error = f"{type(error).__name__}: {error}"
+
+
+def _load_cuda(library):
+    found = sorted(glob.glob(os.path.join(os.path.dirname(__file__), "_cuda*.so")))
+    if not found:
+        library.reason = _build_record.read().get("reason", "kdfast._cuda was not built here")
+        return
+    library.path = found[0]
+    if torch.version.cuda is None:
+        library.reason = "this torch has no CUDA, so the CUDA library is left alone"
+        return
+    try:
+        torch.ops.load_library(library.path)
+        library.loaded = True
+    except Exception as error:
+        library.error = f"{type(error).__name__}: {error}"
+
+
+def status():
+    """Library name -> Library (path, loaded, error, reason)."""
+    return dict(_libraries)
+
+
+def paths():
+    """Op name -> {"cpu": "kernel" or "fallback", "cuda": ...}, as the dispatcher has it now."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    path = {True: "kernel", False: "fallback"}
+    return {name: {key.lower(): path[has(f"kdfast::{name}", key)] for key in ("CPU", "CUDA")} for name in OPS}
+
+
+# ---- defining ops ----------------------------------------------------------------------------------------------------
+def define(family, schema, fallback, fake):
+    """Define ``kdfast::<schema>`` with its plain-PyTorch form for all devices and its shape function; returns the op."""
+    name = schema.split("(")[0]
+    OPS[name] = Op(family, schema, fallback)
+    NAMESPACE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    NAMESPACE.impl(name, _announced(family, fallback), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"kdfast::{name}", fake, lib=NAMESPACE)
+    return getattr(torch.ops.kdfast, name).default
+
+
+def _announced(family, fallback):
+    """`fallback`, which says once for its family that it is one."""
+
+    def run(student, *args):
+        _announce(family, student.device.type)
+        return fallback(student, *args)
+
+    return run
+
+
+def _announce(family, device):
+    if family in _warned and os.environ.get("KDFAST_REQUIRE_KERNELS") != "1":
+        return
+    library = _libraries["_cuda" if device == "cuda" else "_C"]
+    why = library.error or library.reason or f"no kernel exists for device {device!r}"
+    message = (
+        f"kdfast.{family} runs on its plain-PyTorch fallback on {device}, which is slower and takes more memory: {why}. "
+        "`kdfast doctor` says what was built; reinstall kdfast where a C++ compiler (for CUDA also nvcc) is found."
+    )
+    if os.environ.get("KDFAST_REQUIRE_KERNELS") == "1":
+        raise RuntimeError(message + " (KDFAST_REQUIRE_KERNELS=1 makes this an error.)")
+    _warned.add(family)
+    warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+# ---- choosing a path by hand -----------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def override(kernels, keys=("CPU", "CUDA")):
+    """Inside, ``kernels`` (op name -> function) run for the dispatch keys `keys`; process-wide, also in compiled code."""
+    library = torch.library.Library("kdfast", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            # The dispatcher warns that a kernel is overridden. Here that is the point.
+            warnings.filterwarnings("ignore", message="(?s).*[Oo]verrid")
+            for name, kernel in kernels.items():
+                for key in keys:
+                    library.impl(name, kernel, key)
+        yield
+    finally:
+        library._destroy()
+
+
+@contextlib.contextmanager
+def fallback():
+    """Force the plain-PyTorch form of every op, for comparison.
+
+    Process-wide (all threads, compiled graphs too) and without a warning, until the block ends.
+
+    Example::
+
+        with kdfast.fallback():
+            slow = loss(student, teacher)
+    """
+    with override({name: op.fallback for name, op in OPS.items()}):
+        yield

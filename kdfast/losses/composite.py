@@ -1,0 +1,85 @@
+"""Losses that need no kernel of their own: plain PyTorch, with the gradient written out."""
+
+import torch
+from torch import nn
+
+from kdfast.ops import check
+from kdfast.ops.softmax_kl import fixed_sum
+
+
+def _pearson(a, b):
+    """Rows correlated: -> r [rows], and d r / d a, d r / d b [rows, cols]; the denominator is |a| |b| + 1e-8."""
+    a = a - fixed_sum(a)[:, None] / a.shape[1]
+    b = b - fixed_sum(b)[:, None] / b.shape[1]
+    norm_a, norm_b = fixed_sum(a * a).sqrt()[:, None], fixed_sum(b * b).sqrt()[:, None]
+    dot, floor = fixed_sum(a * b)[:, None], norm_a * norm_b + 1e-8
+    # A constant row has norm 0; there the numerators are 0 as well, and so is the slope.
+    slope = dot / (floor * floor)
+    grad_a = b / floor - slope * norm_b * a / torch.where(norm_a > 0, norm_a, 1.0)
+    grad_b = a / floor - slope * norm_a * b / torch.where(norm_b > 0, norm_b, 1.0)
+    return (dot / floor)[:, 0], grad_a, grad_b
+
+
+class _Dist(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, beta, gamma, temperature):
+        ctx.save_for_backward(student, teacher)
+        ctx.constants = (beta, gamma, temperature)
+        return _Dist.evaluate(student, teacher, beta, gamma, temperature)[0]
+
+    @staticmethod
+    def evaluate(student, teacher, beta, gamma, temperature):
+        """-> loss, student and teacher softmax q and p, d loss / d q, d loss / d p."""
+        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+        q, p = ((x.to(dtype) / temperature).softmax(1) for x in (student, teacher))
+        inter, inter_q, inter_p = _pearson(q, p)
+        intra, intra_q, intra_p = _pearson(q.t(), p.t())
+        rows, cols = max(q.shape[0], 1), q.shape[1]
+        inter_weight, intra_weight = temperature**2 * beta, temperature**2 * gamma
+        loss = inter_weight * fixed_sum(1 - inter) / rows + intra_weight * fixed_sum(1 - intra) / cols
+        grad_q = -inter_weight / rows * inter_q - intra_weight / cols * intra_q.t()
+        grad_p = -inter_weight / rows * inter_p - intra_weight / cols * intra_p.t()
+        return loss if q.shape[0] else loss * 0, q, p, grad_q, grad_p
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("DIST")
+        student, teacher = ctx.saved_tensors
+        _, q, p, grad_q, grad_p = _Dist.evaluate(student, teacher, *ctx.constants)
+        scale = grad / ctx.constants[2]
+        grads = []
+        for x, prob, slope, need in ((student, q, grad_q, 0), (teacher, p, grad_p, 1)):
+            inner = scale * prob * (slope - fixed_sum(prob * slope)[:, None])
+            grads.append(inner.to(x.dtype) if ctx.needs_input_grad[need] else None)
+        return *grads, None, None, None
+
+
+class DIST(nn.Module):
+    """DIST - Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022).
+
+    ``T^2 [beta (1 - mean_b r_b) + gamma (1 - mean_c r_c)]``: r_b is the Pearson correlation of the student's and the
+    teacher's softmax over the classes of sample b, r_c that over the batch at class c, denominators + 1e-8 as in the
+    official code (so that equal networks leave a small positive value). Shapes: student, teacher (B, C) logits, or
+    (B, C, H, W), where every position is a sample; 0-d. Gradients flow to both. The official segmentation version has
+    no temperature: keep it at 1 there. With one sample the second term is the constant gamma T^2. Plain PyTorch.
+    """
+
+    def __init__(self, beta=1.0, gamma=1.0, temperature=1.0):
+        super().__init__()
+        check.number("beta", beta)
+        check.number("gamma", gamma)
+        check.positive("temperature", temperature)
+        self.beta = beta
+        self.gamma = gamma
+        self.temperature = temperature
+
+    def forward(self, student, teacher):
+        check.tensor("student", student)
+        check.tensor("teacher", teacher)
+        if student.dim() == 4 and teacher.dim() == 4:
+            student, teacher = (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
+        check.pair(student, teacher)
+        return _Dist.apply(student, teacher, float(self.beta), float(self.gamma), float(self.temperature))
+
+    def extra_repr(self):
+        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"

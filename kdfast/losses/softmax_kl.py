@@ -1,0 +1,216 @@
+"""Losses on logits that run on the softmax-KL kernels."""
+
+import math
+
+from torch import nn
+
+from kdfast.ops import check
+from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
+
+
+class KD(nn.Module):
+    """KD - Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, NIPS workshop 2014).
+
+    ``T^2 KL(p || q)`` with p = softmax(teacher / T), q = softmax(student / T), summed over classes, averaged over the
+    batch. With `alpha`: ``alpha T^2 KL + (1 - alpha) CE(student, labels)`` from one read of the student's logits.
+
+    Shapes: student, teacher (B, C) logits; labels (B,) integers or (B, C) probabilities (mixup). Loss in nats, 0-d
+    (``reduction="none"``: one value per sample, (B,)).
+
+    Rows whose label is `ignore_index` leave the cross-entropy only, which is divided by the rows kept (torch's own is
+    NaN when none is). Without `alpha` labels are ignored. Gradients flow to the teacher too.
+    Differs from ``nn.KLDivLoss()``, whose default divides by B * C. Op: :func:`kdfast.ops.softmax_kl`,
+    :func:`kdfast.ops.cross_entropy_kl`.
+    """
+
+    def __init__(self, temperature=4.0, alpha=None, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
+        super().__init__()
+        check.positive("temperature", temperature)
+        if alpha is not None:
+            check.number("alpha", alpha, 0, 1)
+        check.number("label_smoothing", label_smoothing, 0, 1)
+        check.reduction(reduction)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.label_smoothing = label_smoothing
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+
+    def forward(self, student, teacher, labels=None):
+        if self.alpha is None:
+            return softmax_kl(student, teacher, self.temperature, reduction=self.reduction)
+        if labels is None:
+            raise ValueError(f"labels are required because alpha={self.alpha} weighs a cross-entropy, got None")
+        return cross_entropy_kl(
+            student,
+            teacher,
+            labels,
+            self.temperature,
+            kl_weight=self.alpha,
+            ce_weight=1 - self.alpha,
+            label_smoothing=self.label_smoothing,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
+
+
+class ReverseKD(nn.Module):
+    """Reverse KD - the mode-seeking direction, as in codistillation (Anil et al., ICLR 2018) and later language models.
+
+    ``T^2 KL(q || p)`` with q = softmax(student / T), p = softmax(teacher / T), averaged over the batch.
+    Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both. Op: ``softmax_kl(beta=1)``.
+    """
+
+    def __init__(self, temperature=1.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        self.temperature = temperature
+
+    def forward(self, student, teacher):
+        return softmax_kl(student, teacher, self.temperature, beta=1.0)
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}"
+
+
+class JSD(nn.Module):
+    """JSD - generalised Jensen-Shannon divergence, as in on-policy distillation (Agarwal et al., ICLR 2024).
+
+    ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, ``m = beta p + (1 - beta) q``, p the teacher's softmax and q the
+    student's, averaged over the batch. By definition beta=0 is ``T^2 KL(p || q)`` and beta=1 is ``T^2 KL(q || p)``.
+    Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both.
+    The mixture is formed from log-probabilities, so that nothing is NaN where both underflow. Op: ``softmax_kl``.
+    """
+
+    def __init__(self, beta=0.5, temperature=1.0):
+        super().__init__()
+        check.number("beta", beta, 0, 1)
+        check.positive("temperature", temperature)
+        self.beta = beta
+        self.temperature = temperature
+
+    def forward(self, student, teacher):
+        return softmax_kl(student, teacher, self.temperature, beta=self.beta)
+
+    def extra_repr(self):
+        return f"beta={self.beta}, temperature={self.temperature}"
+
+
+class DKD(nn.Module):
+    """DKD - Decoupled Knowledge Distillation (Zhao et al., CVPR 2022).
+
+    ``T^2 [alpha TCKD + beta NCKD]`` averaged over the batch: TCKD is the KL of (p_y, 1 - p_y), NCKD the KL of the
+    softmax among the non-target classes. Shapes: student, teacher (B, C) logits, labels (B,) integers; 0-d, in nats.
+    Gradients flow to both. The official code takes logarithms of probabilities and masks with -1000: NaN at T=1 for
+    confident logits, and always NaN in the teacher's gradient; this closed form has neither. Op: ``dkd``.
+    """
+
+    def __init__(self, temperature=4.0, alpha=1.0, beta=8.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        check.number("alpha", alpha)
+        check.number("beta", beta)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.beta = beta
+
+    def forward(self, student, teacher, labels):
+        return dkd(student, teacher, labels, self.temperature, alpha=self.alpha, beta=self.beta)
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
+
+
+class TfKDSelf(nn.Module):
+    """Tf-KD_self - Revisiting Knowledge Distillation via Label Smoothing Regularization (Yuan et al., CVPR 2020).
+
+    ``(1 - alpha) CE + alpha multiplier T^2 KL(p || q) / C``: a network taught by an earlier copy of itself. The
+    official ``nn.KLDivLoss()`` averages over B * C, and so does this. Shapes: student, teacher (B, C) logits, labels
+    (B,) integers; 0-d. Gradients flow to both. Op: ``cross_entropy_kl``.
+    """
+
+    def __init__(self, temperature=20.0, alpha=0.9, multiplier=1.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        check.number("alpha", alpha, 0, 1)
+        check.number("multiplier", multiplier)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.multiplier = multiplier
+
+    def forward(self, student, teacher, labels):
+        check.logits("student", student)
+        return cross_entropy_kl(
+            student,
+            teacher,
+            labels,
+            self.temperature,
+            kl_weight=self.alpha * self.multiplier / student.shape[1],
+            ce_weight=1 - self.alpha,
+        )
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
+
+
+class TfKDReg(nn.Module):
+    """Tf-KD_reg - the virtual teacher of the same paper (Yuan et al., CVPR 2020).
+
+    ``(1 - alpha) CE + alpha multiplier KL(r || q) / C`` with q = softmax(student), not divided by T, and
+    r = softmax(u / T), u = 0.99 at the label and 0.01 / (C - 1) elsewhere: the official code takes the softmax of those
+    probabilities. r has two values, so the loss is one label-smoothed cross-entropy plus a constant, and no (B, C)
+    target exists. Shapes: student (B, C) logits, labels (B,) integers; 0-d. Op: ``cross_entropy``.
+    """
+
+    def __init__(self, temperature=20.0, alpha=0.1, multiplier=50.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        check.number("alpha", alpha, 0, 1)
+        check.number("multiplier", multiplier, 0)
+        self.temperature = temperature
+        self.alpha = alpha
+        self.multiplier = multiplier
+
+    def forward(self, student, labels):
+        check.logits("student", student)
+        rows, classes = student.shape
+        kl_weight = self.alpha * self.multiplier / classes
+        ce_weight = 1 - self.alpha
+        others = classes - 1
+        # r is `low` at each other class and 1 - others * low at the label.
+        gap = 0.99 - 0.01 / others if others else 0.0
+        low = 1 / (math.exp(gap / self.temperature) + others)
+        at_label = 1 - others * low
+        entropy = -(others * low * math.log(low) + at_label * math.log(at_label)) if others else 0.0
+        total = kl_weight + ce_weight
+        smoothing = kl_weight * classes * low / total if others and total else 0.0
+        loss = cross_entropy(student, labels, ce_weight=total, label_smoothing=smoothing)
+        return loss - kl_weight * entropy if rows else loss
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
+
+
+class LabelRefinery(nn.Module):
+    """Label Refinery - Improving ImageNet Classification through Label Progression (Bagherinezhad et al., 2018).
+
+    ``-sum_c P_c log softmax(student)_c``, the cross-entropy with a previous network's probabilities P at temperature 1.
+    Shapes: student (B, C) logits, teacher_probabilities (B, C); "mean" divides the sum by B; "none" gives (B,).
+    No gradient to the probabilities (the official code refuses them if they require one). Op: ``cross_entropy``.
+    """
+
+    def __init__(self, reduction="mean"):
+        super().__init__()
+        check.reduction(reduction)
+        self.reduction = reduction
+
+    def forward(self, student, teacher_probabilities):
+        check.logits("student", student)
+        check.class_probabilities("teacher_probabilities", teacher_probabilities, student)
+        return cross_entropy(student, teacher_probabilities, reduction=self.reduction)
+
+    def extra_repr(self):
+        return f"reduction={self.reduction!r}"

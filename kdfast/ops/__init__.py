@@ -1,0 +1,5 @@
+"""The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
+
+from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
+
+__all__ = ["cross_entropy", "cross_entropy_kl", "dkd", "softmax_kl"]

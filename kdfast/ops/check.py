@@ -1,0 +1,133 @@
+"""Argument checks shared by the ops: each error names the argument, what came and what was expected."""
+
+import math
+import os
+
+import torch
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def tensor(name, x):
+    """`x` is a plain torch.Tensor: no DTensor, no functorch wrapper."""
+    if type(x) not in _PLAIN:
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if type(x).__name__ == "DTensor":
+            raise TypeError(f"{name} is a DTensor, which kdfast does not support: pass {name}.to_local() or .full_tensor()")
+    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+        raise RuntimeError(
+            f"{name} is inside a torch.func transform (vmap, grad, jvp ...), which kdfast does not support: "
+            "call the loss on plain tensors, with reduction='none' for one value per sample"
+        )
+
+
+def logits(name, x):
+    """`x` is a floating-point (B, C) tensor with at least one class."""
+    tensor(name, x)
+    if x.dim() != 2:
+        raise ValueError(
+            f"{name} must be 2-D (batch, classes), got shape {tuple(x.shape)}; flatten other dimensions into the "
+            "batch, for example x.flatten(0, -2) for (B, L, C) or x.movedim(1, -1).flatten(0, -2) for (B, C, H, W)"
+        )
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    if x.shape[1] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {tuple(x.shape)}")
+
+
+def pair(student, teacher):
+    """Student and teacher logits of one shape on one device; dtypes may differ."""
+    logits("student", student)
+    logits("teacher", teacher)
+    if student.shape != teacher.shape:
+        raise ValueError(f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
+    if student.device != teacher.device:
+        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+
+
+def class_indices(labels, student, ignore_index=None):
+    """(B,) integer labels on the student's device, as int64; values are the kernel's to check, see `label_range`."""
+    tensor("labels", labels)
+    if labels.dtype not in INTEGERS:
+        raise TypeError(f"labels must be integers of shape ({student.shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}")
+    if labels.shape != student.shape[:1]:
+        raise ValueError(f"labels must have shape ({student.shape[0]},), got {tuple(labels.shape)}")
+    if labels.device != student.device:
+        raise ValueError(f"labels must be on the student's device {student.device}, got {labels.device}")
+    if labels.is_cuda and os.environ.get("KDFAST_CHECK") == "1":
+        label_range(labels, student.shape[1], ignore_index)
+    return labels if labels.dtype == torch.int64 else labels.long()
+
+
+def label_range(labels, classes, ignore_index=None):
+    """Every label is a class or `ignore_index`. On CUDA this waits for the device."""
+    wrong = (labels < 0) | (labels >= classes)
+    if ignore_index is not None:
+        wrong &= labels != ignore_index
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(label_message(row, int(labels[row]), classes, ignore_index))
+
+
+def label_message(row, label, classes, ignore_index=None):
+    """What the CPU kernel says of a bad label, too."""
+    but = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+    return f"labels[{row}] is {label}, expected a class from 0 to {classes - 1}{but}"
+
+
+def class_probabilities(name, probabilities, student):
+    """(B, C) floating-point target probabilities on the student's device, without gradient."""
+    tensor(name, probabilities)
+    if probabilities.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {probabilities.dtype}")
+    if probabilities.shape != student.shape:
+        raise ValueError(f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(probabilities.shape)}")
+    if probabilities.device != student.device:
+        raise ValueError(f"{name} must be on the student's device {student.device}, got {probabilities.device}")
+
+
+def row_weight(weight, student):
+    """(B,) floating-point weights on the student's device, without gradient."""
+    tensor("weight", weight)
+    if weight.dtype not in FLOATS or weight.shape != student.shape[:1]:
+        raise ValueError(f"weight must be a floating-point tensor of shape ({student.shape[0]},), got {weight.dtype} of shape {tuple(weight.shape)}")
+    if weight.device != student.device:
+        raise ValueError(f"weight must be on the student's device {student.device}, got {weight.device}")
+    if weight.requires_grad:
+        raise ValueError("weight must not require a gradient: use reduction='none' and multiply the values instead")
+
+
+def positive(name, value):
+    """`value` is a finite number above zero."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be finite and above 0, got {value}")
+
+
+def number(name, value, low=-math.inf, high=math.inf):
+    """`value` is a finite number from `low` to `high`."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (low <= value <= high and math.isfinite(value)):
+        between = "finite" if low == -math.inf and high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {between}, got {value}")
+
+
+def reduction(value):
+    """`value` is a known reduction."""
+    if value not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {value!r}")
+
+
+def first_derivative_only(op):
+    """Called in a backward: gradients are recorded there only for a second derivative, which the kernels do not have."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"kdfast.{op} has no second derivative: call backward or torch.autograd.grad without create_graph=True "
+            "(for a gradient penalty, use the loss written in plain PyTorch)"
+        )

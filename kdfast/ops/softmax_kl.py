@@ -1,0 +1,438 @@
+"""Rows of logits compared as distributions: softmax-KL and its relatives.
+
+With p = softmax(teacher / T) and q = softmax(student / T) of one row:
+
+    softmax_kl        T^2 D_beta(p, q), D_0 = KL(p || q), D_1 = KL(q || p), between them beta-Jensen-Shannon
+    cross_entropy_kl  kl_weight T^2 KL(p || q) + ce_weight CE(student, labels), one read of the student
+    dkd               T^2 [alpha KL of (target, rest) + beta KL among the non-target classes]
+
+Each op gives the reduced loss and per-row statistics [stats, rows] in the accumulation type (float64 if an input is
+float64, else float32); the backward reads the logits once more and needs nothing else of size rows x classes.
+A row's softmax is kept as its maximum and sum = sum_j exp((z_j - max) / T), so large offsets cost no digits.
+A row that is -inf everywhere is an empty distribution, sum = 0: all its probabilities are 0.
+"""
+
+import torch
+
+from kdfast._kernels import define
+from kdfast.ops import check
+
+INF = float("inf")
+
+
+# ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
+def _accumulator(*tensors):
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def fixed_sum(x):
+    """Sum over the last dimension in fixed blocks: the same bits for any number of threads."""
+    head = x.shape[-1] // 1024 * 1024
+    if not head:
+        return x.sum(-1)
+    return x[..., :head].unflatten(-1, (head // 1024, 1024)).sum(-1).sum(-1) + x[..., head:].sum(-1)
+
+
+def row_stats(logits, temperature, dtype):
+    """-> max, sum [rows], sum = sum_j exp((z_j - max) / T); 0 for an empty row."""
+    top = logits.amax(1).to(dtype)
+    top = torch.where(top == -INF, 0.0, top)
+    return top, fixed_sum(((logits.to(dtype) - top[:, None]) / temperature).exp())
+
+
+def log_softmax(logits, top, total, temperature):
+    log_sum = torch.where(total == 0, INF, total.log())
+    return (logits.to(top.dtype) - top[:, None]) / temperature - log_sum[:, None]
+
+
+def kl_term(p, log_ratio):
+    """p log(p / q), where 0 log(0 / q) = 0 for every q."""
+    return torch.where(p == 0, 0.0, p * log_ratio)
+
+
+def kl_grad_p(p, log_ratio, kl):
+    """T d KL(p || q) / d (logits of p): zero where the row's KL is infinite and has no slope."""
+    return torch.where((p == 0) | (kl == INF)[:, None], 0.0, p * (log_ratio - kl[:, None]))
+
+
+def kl_grad_q(p, q, sum_p):
+    """T d KL(p || q) / d (logits of q): q - p, or 0 where p is empty."""
+    return torch.where(sum_p[:, None] == 0, 0.0, q - p)
+
+
+def mixture_ratios(log_p, log_q, beta):
+    """log(p / m), log(q / m) with m = beta p + (1 - beta) q: exactly 0 where p = q, finite where p or q underflows."""
+    d = log_p - log_q
+    log_mix = torch.where(d > 0, (1 - beta) * torch.expm1(-d), beta * torch.expm1(d)).log1p()
+    return d.clamp(max=0) - log_mix, (-d).clamp(max=0) - log_mix
+
+
+def _gradients(row, *sides):
+    return tuple((row[:, None] * g).to(x.dtype) if need else row.new_empty(0) for g, x, need in sides)
+
+
+def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale, reduce):
+    dtype = _accumulator(student, teacher)
+    top_s, sum_s = row_stats(student, temperature, dtype)
+    top_t, sum_t = row_stats(teacher, temperature, dtype)
+    log_q = log_softmax(student, top_s, sum_s, temperature)
+    log_p = log_softmax(teacher, top_t, sum_t, temperature)
+    p_ratio, q_ratio = mixture_ratios(log_p, log_q, beta) if 0 < beta < 1 else (log_p - log_q, log_q - log_p)
+    kl_p = fixed_sum(kl_term(log_p.exp(), p_ratio)) if beta < 1 else torch.zeros_like(top_t)
+    kl_q = fixed_sum(kl_term(log_q.exp(), q_ratio)) if beta > 0 else torch.zeros_like(top_s)
+    rows = kl_p if beta == 0 else kl_q if beta == 1 else beta * kl_p + (1 - beta) * kl_q
+    if weight is not None:
+        rows = torch.where(weight == 0, 0.0, weight.to(dtype) * rows)
+    rows = scale * rows
+    return fixed_sum(rows) if reduce else rows, torch.stack([top_s, sum_s, kl_q, top_t, sum_t, kl_p])
+
+
+def softmax_kl_backward_torch(grad, student, teacher, weight, stats, temperature, beta, scale, need_student, need_teacher):
+    top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats
+    log_q = log_softmax(student, top_s, sum_s, temperature)
+    log_p = log_softmax(teacher, top_t, sum_t, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    if beta == 0:
+        student_grad, teacher_grad = kl_grad_q(p, q, sum_t), kl_grad_p(p, log_p - log_q, kl_p)
+    elif beta == 1:
+        student_grad, teacher_grad = kl_grad_p(q, log_q - log_p, kl_q), kl_grad_q(q, p, sum_s)
+    else:
+        p_ratio, q_ratio = mixture_ratios(log_p, log_q, beta)
+        student_grad, teacher_grad = (1 - beta) * kl_grad_p(q, q_ratio, kl_q), beta * kl_grad_p(p, p_ratio, kl_p)
+    row = (grad.to(stats.dtype) * (scale / temperature)).expand(student.shape[0])
+    if weight is not None:
+        row = row * weight.to(stats.dtype)
+    return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+
+
+def _label_column(labels, classes, ignore_index=None):
+    """-> labels clamped into range, rows kept, rows with a label that is no class (an error on CPU, NaN elsewhere)."""
+    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
+    wrong = kept & ((labels < 0) | (labels >= classes))
+    if labels.device.type == "cpu" and wrong.any():
+        check.label_range(labels, classes, ignore_index)
+    return labels.clamp(0, classes - 1), kept, wrong
+
+
+def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
+    """-> smoothed targets [rows, cols], rows kept, rows with a label that is no class."""
+    if labels.is_floating_point():
+        target = labels.to(dtype)
+        kept = torch.ones_like(target[:, 0], dtype=torch.bool)
+        wrong = ~kept
+    else:
+        column, kept, wrong = _label_column(labels, student.shape[1], ignore_index)
+        target = torch.zeros_like(student, dtype=dtype).scatter(1, column[:, None], 1.0)
+    return (1 - smoothing) * target + smoothing / student.shape[1], kept, wrong
+
+
+def cross_entropy_kl_forward_torch(
+    student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
+):
+    dtype = _accumulator(student, teacher)
+    top_s, sum_1 = row_stats(student, 1.0, dtype)
+    target, kept, wrong = _target_probabilities(student, labels, smoothing, dtype, ignore_index)
+    log_q1 = log_softmax(student, top_s, sum_1, 1.0)
+    ce = fixed_sum(torch.where(target == 0, 0.0, -target * log_q1))
+    ce_weight = ce_scale * kept.to(dtype)
+    if ce_mean:
+        ce_weight = ce_weight / kept.sum().clamp(min=1)
+    ce_weight = torch.where(wrong, float("nan"), ce_weight)
+    rows = torch.where(ce_weight == 0, 0.0, ce_weight * ce)
+    sum_s = top_t = sum_t = kl = torch.zeros_like(top_s)
+    if teacher is not None:
+        _, sum_s = row_stats(student, temperature, dtype)
+        top_t, sum_t = row_stats(teacher, temperature, dtype)
+        log_q = log_softmax(student, top_s, sum_s, temperature)
+        log_p = log_softmax(teacher, top_t, sum_t, temperature)
+        kl = fixed_sum(kl_term(log_p.exp(), log_p - log_q))
+        rows = rows + (kl_scale * kl if kl_scale else 0.0)
+    stats = torch.stack([top_s, sum_s, sum_1, ce_weight, fixed_sum(target), top_t, sum_t, kl])
+    return fixed_sum(rows) if reduce else rows, stats
+
+
+def cross_entropy_kl_backward_torch(
+    grad, student, teacher, labels, stats, temperature, kl_scale, smoothing, need_student, need_teacher
+):
+    top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats
+    row = grad.to(stats.dtype).expand(student.shape[0])
+    valid = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)
+    target, _, _ = _target_probabilities(student, valid, smoothing, stats.dtype, None)
+    q1 = log_softmax(student, top_s, sum_1, 1.0).exp()
+    student_grad = ce_weight[:, None] * (mass[:, None] * q1 - target)
+    teacher_grad = None
+    if teacher is not None:
+        log_q = log_softmax(student, top_s, sum_s, temperature)
+        log_p = log_softmax(teacher, top_t, sum_t, temperature)
+        p, q = log_p.exp(), log_q.exp()
+        student_grad = student_grad + (kl_scale / temperature) * kl_grad_q(p, q, sum_t)
+        teacher_grad = (kl_scale / temperature) * kl_grad_p(p, log_p - log_q, kl)
+    return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+
+
+def _split_target(logits, column, temperature, dtype):
+    """-> max, sum and log-probabilities of the non-target classes, and the log-odds of the target against them."""
+    z = logits.to(dtype)
+    rest = z.scatter(1, column, -INF)
+    top, total = row_stats(rest, temperature, dtype)
+    odds = (z.gather(1, column)[:, 0] - top) / temperature - total.log()
+    return top, total, torch.where(total == 0, INF, odds), log_softmax(rest, top, total, temperature)
+
+
+def dkd_forward_torch(student, teacher, labels, temperature, alpha, beta, scale):
+    dtype = _accumulator(student, teacher)
+    column, _, wrong = _label_column(labels, student.shape[1])
+    top_s, sum_s, odds_s, log_q = _split_target(student, column[:, None], temperature, dtype)
+    top_t, sum_t, odds_t, log_p = _split_target(teacher, column[:, None], temperature, dtype)
+    log_sigmoid = torch.nn.functional.logsigmoid
+    target_kl = kl_term(odds_t.sigmoid(), log_sigmoid(odds_t) - log_sigmoid(odds_s))
+    target_kl = target_kl + kl_term((-odds_t).sigmoid(), log_sigmoid(-odds_t) - log_sigmoid(-odds_s))
+    rest_kl = fixed_sum(kl_term(log_p.exp(), log_p - log_q))
+    rows = scale * ((alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl)))
+    odds_s = torch.where(wrong, float("nan"), odds_s)
+    rows = torch.where(wrong, float("nan"), rows)
+    return fixed_sum(rows), torch.stack([top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl])
+
+
+def dkd_backward_torch(grad, student, teacher, labels, stats, temperature, alpha, beta, scale, need_student, need_teacher):
+    top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl = stats
+    column = labels.clamp(0, student.shape[1] - 1)[:, None]
+    log_q = log_softmax(student, top_s, sum_s, temperature).scatter(1, column, -INF)
+    log_p = log_softmax(teacher, top_t, sum_t, temperature).scatter(1, column, -INF)
+    p, q = log_p.exp(), log_q.exp()
+    slope_s = alpha * (odds_s.sigmoid() - odds_t.sigmoid())
+    spread = odds_t.sigmoid() * (-odds_t).sigmoid()
+    slope_t = torch.where((spread != 0) & ~odds_s.isinf(), alpha * spread * (odds_t - odds_s), 0.0)
+    student_grad = beta * kl_grad_q(p, q, sum_t) - slope_s[:, None] * q
+    teacher_grad = beta * kl_grad_p(p, log_p - log_q, rest_kl) - slope_t[:, None] * p
+    student_grad = student_grad.scatter(1, column, slope_s[:, None])
+    teacher_grad = teacher_grad.scatter(1, column, slope_t[:, None])
+    row = (grad.to(stats.dtype) * (scale / temperature)).expand(student.shape[0])
+    return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+def _forward_fake(stats):
+    def fake(student, teacher, *args):
+        dtype = _accumulator(student, teacher)
+        reduce = args[-1] is True or not isinstance(args[-1], bool)
+        loss = student.new_empty(() if reduce else student.shape[:1], dtype=dtype)
+        return loss, student.new_empty((stats, student.shape[0]), dtype=dtype)
+
+    return fake
+
+
+def _backward_fake(grad, student, teacher, *args):
+    need_student, need_teacher = args[-2:]
+    sides = ((student, need_student), (teacher, need_teacher))
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0) for x, need in sides)
+
+
+_softmax_kl = define(
+    "softmax_kl",
+    "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, float temperature, float beta, float scale, "
+    "bool reduce) -> (Tensor, Tensor)",
+    softmax_kl_forward_torch,
+    _forward_fake(6),
+)
+_softmax_kl_backward = define(
+    "softmax_kl",
+    "softmax_kl_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor stats, float temperature, "
+    "float beta, float scale, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    softmax_kl_backward_torch,
+    _backward_fake,
+)
+_cross_entropy_kl = define(
+    "softmax_kl",
+    "cross_entropy_kl(Tensor student, Tensor? teacher, Tensor labels, float temperature, float kl_scale, "
+    "float ce_scale, float smoothing, int ignore_index, bool ce_mean, bool reduce) -> (Tensor, Tensor)",
+    cross_entropy_kl_forward_torch,
+    _forward_fake(8),
+)
+_cross_entropy_kl_backward = define(
+    "softmax_kl",
+    "cross_entropy_kl_backward(Tensor grad, Tensor student, Tensor? teacher, Tensor labels, Tensor stats, "
+    "float temperature, float kl_scale, float smoothing, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    cross_entropy_kl_backward_torch,
+    _backward_fake,
+)
+_dkd = define(
+    "softmax_kl",
+    "dkd(Tensor student, Tensor teacher, Tensor labels, float temperature, float alpha, float beta, float scale) "
+    "-> (Tensor, Tensor)",
+    dkd_forward_torch,
+    _forward_fake(7),
+)
+_dkd_backward = define(
+    "softmax_kl",
+    "dkd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor stats, float temperature, "
+    "float alpha, float beta, float scale, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    dkd_backward_torch,
+    _backward_fake,
+)
+
+
+class _SoftmaxKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, weight, temperature, beta, scale, reduce):
+        loss, stats = _softmax_kl(student, teacher, weight, temperature, beta, scale, reduce)
+        ctx.save_for_backward(student, teacher, weight, stats)
+        ctx.constants = (temperature, beta, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("softmax_kl")
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student, teacher = _softmax_kl_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
+        return student if need_student else None, teacher if need_teacher else None, None, None, None, None, None
+
+
+class _CrossEntropyKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce):
+        loss, stats = _cross_entropy_kl(
+            student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
+        )
+        ctx.save_for_backward(student, teacher, labels, stats)
+        ctx.constants = (temperature, kl_scale, smoothing)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("cross_entropy_kl")
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student, teacher = _cross_entropy_kl_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
+        none = (None,) * 8
+        return student if need_student else None, teacher if need_teacher else None, *none
+
+
+class _DKD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, labels, temperature, alpha, beta, scale):
+        loss, stats = _dkd(student, teacher, labels, temperature, alpha, beta, scale)
+        ctx.save_for_backward(student, teacher, labels, stats)
+        ctx.constants = (temperature, alpha, beta, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("dkd")
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student, teacher = _dkd_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
+        return student if need_student else None, teacher if need_teacher else None, None, None, None, None, None
+
+
+def _divisor(reduction, rows):
+    check.reduction(reduction)
+    return max(rows, 1) if reduction in ("mean", "batchmean") else 1
+
+
+def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
+    """``T^2 D_beta`` of teacher p = softmax(teacher / T) and student q = softmax(student / T), row by row.
+
+    ``beta=0``: KL(p || q), Hinton's distillation. ``beta=1``: KL(q || p). Between: the beta-Jensen-Shannon divergence
+    ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``. All in nats.
+
+    Args:
+        student, teacher: logits (B, C), float32, float64, float16 or bfloat16, any strides; dtypes may differ.
+        temperature: T > 0.
+        weight: (B,) factors of the rows, without gradient. A row of weight 0 counts as 0 even where it is infinite.
+        reduction: "batchmean" and "mean" divide the sum by B (not by the weights, not by B * C); "sum"; "none" (B,).
+
+    Returns: 0-d, or (B,) for "none", in the accumulation type: float64 if an input is float64, else float32.
+
+    Gradients flow to student and teacher; there is no second derivative (RuntimeError). A class that is -inf in both,
+    or where the weighting probability is 0, adds 0; elsewhere the row is +inf with a finite gradient.
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    check.pair(student, teacher)
+    check.positive("temperature", temperature)
+    check.number("beta", beta, 0, 1)
+    if weight is not None:
+        check.row_weight(weight, student)
+    scale = temperature * temperature / _divisor(reduction, student.shape[0])
+    return _SoftmaxKL.apply(student, teacher, weight, float(temperature), float(beta), scale, reduction != "none")
+
+
+def cross_entropy_kl(
+    student,
+    teacher,
+    labels,
+    temperature=1.0,
+    *,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    reduction="batchmean",
+):
+    """``kl_weight T^2 KL(p || q) + ce_weight CE(student, labels)``, reading the student's logits once.
+
+    The KL is that of :func:`softmax_kl`; the cross-entropy takes the student at temperature 1.
+
+    Args:
+        student, teacher: logits (B, C).
+        labels: (B,) integer classes, or (B, C) probabilities (need not sum to 1; no gradient).
+        label_smoothing: moves this share of the target to the uniform distribution.
+        ignore_index: rows with this label leave the cross-entropy, not the KL.
+        reduction: "batchmean" and "mean": KL divided by B, cross-entropy by the rows kept (0 if none). "sum", "none".
+
+    Raises: TypeError, ValueError naming the argument; a label that is neither a class nor `ignore_index` is an error
+    on CPU. On CUDA it makes the row (and a reduced loss) NaN, unless KDFAST_CHECK=1, which checks first.
+    """
+    check.pair(student, teacher)
+    check.positive("temperature", temperature)
+    check.number("kl_weight", kl_weight)
+    kl_scale = kl_weight * temperature * temperature / _divisor(reduction, student.shape[0])
+    return _cross_entropy(student, teacher, labels, float(temperature), kl_scale, ce_weight, label_smoothing, ignore_index, reduction)
+
+
+def cross_entropy(student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
+    """``ce_weight CE(student, labels)``: :func:`cross_entropy_kl` without a teacher; labels are classes or probabilities."""
+    check.logits("student", student)
+    return _cross_entropy(student, None, labels, 1.0, 0.0, ce_weight, label_smoothing, ignore_index, reduction)
+
+
+def _cross_entropy(student, teacher, labels, temperature, kl_scale, ce_weight, smoothing, ignore_index, reduction):
+    check.number("ce_weight", ce_weight)
+    check.number("label_smoothing", smoothing, 0, 1)
+    divisor = _divisor(reduction, student.shape[0])
+    if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+        check.class_probabilities("labels", labels, student)
+        labels, ce_scale, ce_mean = labels.detach(), ce_weight / divisor, False
+    else:
+        labels = check.class_indices(labels, student, ignore_index)
+        ce_scale, ce_mean = float(ce_weight), reduction in ("mean", "batchmean")
+    return _CrossEntropyKL.apply(
+        student,
+        teacher,
+        labels,
+        temperature,
+        float(kl_scale),
+        float(ce_scale),
+        float(smoothing),
+        ignore_index,
+        ce_mean,
+        reduction != "none",
+    )
+
+
+def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
+    """``T^2 / B sum_b [alpha KL(b_t || b_s) + beta KL(r_t || r_s)]``: decoupled distillation in a stable closed form.
+
+    b = (p_y, 1 - p_y) is the target class against the rest, r the softmax among the non-target classes, both at T.
+
+    Args:
+        student, teacher: logits (B, C). labels: (B,) integer classes (range: see :func:`cross_entropy_kl`).
+
+    Returns: 0-d. Gradients flow to student and teacher. With one class the loss is 0.
+    """
+    check.pair(student, teacher)
+    check.positive("temperature", temperature)
+    check.number("alpha", alpha)
+    check.number("beta", beta)
+    labels = check.class_indices(labels, student)
+    scale = temperature * temperature / max(student.shape[0], 1)
+    return _DKD.apply(student, teacher, labels, float(temperature), float(alpha), float(beta), scale)
