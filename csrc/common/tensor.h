@@ -1,0 +1,75 @@
+// The little that the kernels need of a tensor, through the stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "common/macros.h"
+
+namespace kdfast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// A 2-D tensor of any floating-point type and any strides, in elements. A null pointer stands for an absent tensor.
+struct Matrix {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t row_stride = 0, col_stride = 0;
+};
+
+inline Matrix matrix(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
+
+// A 1-D (or expanded 0-d) tensor, read with the stride 0 where it has one element for all rows.
+struct Column {
+  void* data = nullptr;
+  ScalarType dtype = ScalarType::Float;
+  int64_t stride = 0;
+};
+
+inline Column column(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x.dim() == 0 ? 0 : x.stride(0)}; }
+
+// f(T{}) with T the C++ type of a floating-point dtype.
+template <class F>
+KD_HD void dispatch_float(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float: return f(float{});
+    case ScalarType::Double: return f(double{});
+    case ScalarType::Half: return f(Half{});
+    default: return f(BFloat16{});
+  }
+}
+
+// Uninitialised, contiguous, on the device of `like`.
+inline Tensor empty(const Tensor& like, ScalarType dtype, std::vector<int64_t> sizes) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * sizes[i];
+  int32_t device_type, device_index;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  AtenTensorHandle handle;
+  const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                         code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
+
+// Sums are kept in float64 if an input is float64, else in float32.
+inline ScalarType accumulator(const Tensor& a, const std::optional<Tensor>& b) {
+  return is_double(a) || (b && is_double(*b)) ? ScalarType::Double : ScalarType::Float;
+}
+
+}  // namespace kdfast

@@ -1,0 +1,92 @@
+// exp2 and log2 that a compiler can vectorise on the host, and the device's own on CUDA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/macros.h"
+
+namespace kdfast {
+
+constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
+
+template <class A>
+KD_HD A infinity() {
+  return static_cast<A>(INFINITY);
+}
+
+template <class A>
+KD_HD A not_a_number() {
+  return static_cast<A>(NAN);
+}
+
+template <class To, class From>
+KD_HD To bits(From x) {
+  To y;
+  memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// 2^x for x <= 1: every use here is of a value below its maximum, up to rounding. 0 below the smallest normal number,
+// exactly 1 at 0, NaN of NaN. Error 1.5 ulp (minimax polynomial of degree 5 on |x - round(x)| <= 1/2).
+KD_HD float exp2(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::exp2f(x);
+#else
+  const float shifted = x + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+  const float f = x - (shifted - 12582912.0f);
+  float p = 1.32647204e-3f;
+  p = p * f + 9.67151302e-3f;
+  p = p * f + 5.55073378e-2f;
+  p = p * f + 2.40222421e-1f;
+  p = p * f + 6.93146978e-1f;
+  p = p * f + 1.0f;
+  const float y = bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));  // adds the integer to the exponent
+  return x < -125.5f ? 0.0f : y;
+#endif
+}
+
+// log2(x) for a normal, finite x > 0; exactly 0 at 1. Error 2 ulp.
+KD_HD float fast_log2(float x) {
+#if defined(__CUDA_ARCH__)
+  return ::log2f(x);
+#else
+  // x = 2^n * m with m in [sqrt(1/2), sqrt(2)).
+  const int32_t n = (bits<int32_t>(x) - 0x3f3504f3) >> 23;
+  const float m = bits<float>(bits<int32_t>(x) - (n << 23)) - 1.0f;
+  float p = 7.0376836292e-2f;
+  p = p * m - 1.1514610310e-1f;
+  p = p * m + 1.1676998740e-1f;
+  p = p * m - 1.2420140846e-1f;
+  p = p * m + 1.4249322787e-1f;
+  p = p * m - 1.6668057665e-1f;
+  p = p * m + 2.0000714765e-1f;
+  p = p * m - 2.4999993993e-1f;
+  p = p * m + 3.3333331174e-1f;
+  const float square = m * m;
+  return (m + (p * m * square - 0.5f * square)) * static_cast<float>(kLog2E) + static_cast<float>(n);
+#endif
+}
+
+KD_HD double exp2(double x) { return ::exp2(x); }
+KD_HD double fast_log2(double x) { return ::log2(x); }
+KD_HD float log2(float x) { return ::log2f(x); }
+KD_HD double log2(double x) { return ::log2(x); }
+
+// a / b for 0 < b < 2^126 (2 ulp on CUDA, without the call that would spill registers).
+KD_HD float divide(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(a, b);
+#else
+  return a / b;
+#endif
+}
+KD_HD double divide(double a, double b) { return a / b; }
+
+template <class A>
+KD_HD A max(A a, A b) {
+  return a > b ? a : b;
+}
+
+}  // namespace kdfast

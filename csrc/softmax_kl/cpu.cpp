@@ -1,0 +1,551 @@
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <string>
+
+#include "common/chunk.h"
+#include "common/huge_pages.h"
+#include "softmax_kl/layout.h"
+
+namespace kdfast {
+namespace softmax_kl {
+namespace {
+
+// ---- pieces of a row, vectorised -------------------------------------------------------------------------------------
+template <class A>
+KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
+  A top = start;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
+  return top;
+}
+
+template <class A>
+struct KlSums {
+  A p, q, dot;
+};
+
+template <class A>
+KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
+  A p = 0, q = 0, dot = 0;
+#pragma omp simd reduction(+ : p, q, dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
+    const A e_p = exp2(a_p);
+    p += e_p;
+    q += exp2(a_q);
+    dot += kl_term(e_p, a_p, a_q);
+  }
+  return {p, q, dot};
+}
+
+template <class A>
+KD_MULTIVERSION A exp_sum(const A* z, int64_t n, A max, A rate) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += exp2((z[i] - max) * rate);
+  return sum;
+}
+
+template <class A>
+KD_MULTIVERSION A centred_sum(const A* z, int64_t n, A max) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += z[i] - max;
+  return sum;
+}
+
+template <class A>
+struct TargetSums {
+  A dot, mass;
+};
+
+template <class A>
+KD_MULTIVERSION TargetSums<A> target_sums(const A* z, const A* target, int64_t n, A max) {
+  A dot = 0, mass = 0;
+#pragma omp simd reduction(+ : dot, mass)
+  for (int64_t i = 0; i < n; ++i) {
+    dot += target_term(target[i], z[i] - max);
+    mass += target[i];
+  }
+  return {dot, mass};
+}
+
+// What turns a logit into a log-probability in bits: (z - max) * rate - log2_sum.
+template <class A>
+struct LogSoftmax {
+  A max, log2_sum;
+};
+
+template <class A>
+KD_MULTIVERSION KlSums<A> mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q, A rate,
+                                       A beta) {
+  A kl_p = 0, kl_q = 0;
+#pragma omp simd reduction(+ : kl_p, kl_q)
+  for (int64_t i = 0; i < n; ++i) {
+    const Mixture<A> m = mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, beta);
+    kl_p += mixture_term(m.p, m.p_ratio);
+    kl_q += mixture_term(m.q, m.q_ratio);
+  }
+  return {kl_p, kl_q, 0};
+}
+
+template <class A>
+KD_MULTIVERSION void kl_grad_q_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), exp2((z_q[i] - max_q) * rate));
+}
+
+template <class A>
+KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
+    out[i] = kl_grad_p(g, exp2(a_p), a_p, a_q);
+  }
+}
+
+// Both gradients of one divergence; `out` of a side that needs none is scratch.
+template <class A>
+KD_MULTIVERSION void mixture_grad_piece(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q, A rate,
+                                        A beta, A kl_p, A kl_q, A scale, A* out_p, A* out_q) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const Mixture<A> m = mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, beta);
+    out_p[i] = mixture_grad(m.p, m.p_ratio, kl_p, scale * beta);
+    out_q[i] = mixture_grad(m.q, m.q_ratio, kl_q, scale * (1 - beta));
+  }
+}
+
+// out (+)= coef * exp(z - max) - uniform
+template <class A>
+KD_MULTIVERSION void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, bool add, A* out) {
+  if (add) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] += coef * exp2((z[i] - max) * A(kLog2E)) - uniform;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = coef * exp2((z[i] - max) * A(kLog2E)) - uniform;
+  }
+}
+
+template <class A>
+KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] -= coef * target[i];
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+// f(row) for every row, in parallel. A row belongs to one thread, so the result does not depend on their number.
+template <class F>
+void for_rows(int64_t rows, int64_t cols, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) f(row);
+  });
+}
+
+// f(begin, n) for the pieces of a row.
+template <class F>
+KD_HD void for_pieces(int64_t cols, const F& f) {
+  for (int64_t begin = 0; begin < cols; begin += kChunk) f(begin, std::min(kChunk, cols - begin));
+}
+
+// One row of logits, with the label's class read as -inf if `hidden` names one.
+template <class A>
+struct Row {
+  const Matrix& m;
+  int64_t row, hidden;
+  A* buffer;
+
+  const A* piece(int64_t begin, int64_t n) const {
+    const A* z = read<A>(m, row, begin, n, buffer);
+    if (hidden < begin || hidden >= begin + n) return z;
+    if (z != buffer) std::copy(z, z + n, buffer);
+    buffer[hidden - begin] = -infinity<A>();
+    return buffer;
+  }
+  A at(int64_t col) const {
+    A one;
+    return *read<A>(m, row, col, 1, &one);
+  }
+};
+
+template <class A>
+using State = KlState<A, double>;
+
+template <class A>
+void kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate) {
+  s.rebase(max_of(p, n, s.max_p), max_of(q, n, s.max_q), rate);
+  const KlSums<A> sums = kl_sums(p, q, n, s.finite_max(s.max_p), s.finite_max(s.max_q), rate);
+  s.sum_p += sums.p;
+  s.sum_q += sums.q;
+  s.dot += sums.dot;
+}
+
+template <class A>
+State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, A rate) {
+  State<A> s;
+  for_pieces(cols, [&](int64_t begin, int64_t n) { kl_update(s, p.piece(begin, n), q.piece(begin, n), n, rate); });
+  return s;
+}
+
+// value(row) of all rows: their sum, or one by one.
+template <class A, class F>
+void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
+  double sum = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const A v = value(row);
+    if (!reduce) out[row] = v;
+    sum += v;
+  }
+  if (reduce) *out = static_cast<A>(sum);
+}
+
+// ---- softmax_kl: p is the side whose probabilities weigh -----------------------------------------------------------------
+
+template <class A>
+void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols, A rate, A beta,
+                     Stats<A> stats) {
+  for_rows(rows, cols, [&](int64_t row) {
+    alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
+    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const bool reverse = beta == 1;
+    const State<A> state = reverse ? kl_sweep(s, t, cols, rate) : kl_sweep(t, s, cols, rate);
+    const Side<A> student_side = reverse ? state.p() : state.q(), teacher_side = reverse ? state.q() : state.p();
+    double kl_s = reverse ? state.kl() : 0, kl_t = beta == 0 ? state.kl() : 0;
+    if (beta > 0 && beta < 1) {
+      const LogSoftmax<A> log_s{student_side.max, student_side.log2_sum()};
+      const LogSoftmax<A> log_t{teacher_side.max, teacher_side.log2_sum()};
+      for_pieces(cols, [&](int64_t begin, int64_t n) {
+        const KlSums<A> sums = mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, rate, beta);
+        kl_t += kLn2 * sums.p;
+        kl_s += kLn2 * sums.q;
+      });
+    }
+    stats.set_side(kStudent, row, student_side);
+    stats.set_side(kTeacher, row, teacher_side);
+    stats[kStudent + kKl][row] = static_cast<A>(kl_s);
+    stats[kTeacher + kKl][row] = static_cast<A>(kl_t);
+  });
+}
+
+// A gradient output; absent (null) where none is needed.
+struct Output {
+  Tensor tensor;
+  Matrix m;
+};
+
+Output output(const Tensor& like, bool needed, const Tensor& any) {
+  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
+  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
+  advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
+  return {tensor, matrix(tensor)};
+}
+
+template <class A>
+void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate, A max_p, A max_q, const KlGrad<A>& g,
+                    const Matrix& out_p, const Matrix& out_q) {
+  alignas(64) A buffer[kChunk];
+  for_pieces(cols, [&](int64_t begin, int64_t n) {
+    const A *z_p = p.piece(begin, n), *z_q = q.piece(begin, n);
+    if (out_q.data) {
+      A* out = target(out_q, q.row, begin, buffer);
+      kl_grad_q_piece(z_p, z_q, n, max_p, max_q, rate, g, out);
+      write(out_q, q.row, begin, n, out);
+    }
+    if (out_p.data) {
+      A* out = target(out_p, p.row, begin, buffer);
+      kl_grad_p_piece(z_p, z_q, n, max_p, max_q, rate, g, out);
+      write(out_p, p.row, begin, n, out);
+    }
+  });
+}
+
+template <class A>
+void write_mixture_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate, A beta, Side<A> side_p, Side<A> side_q,
+                         A kl_p, A kl_q, A scale, const Matrix& out_p, const Matrix& out_q) {
+  alignas(64) A buffer_p[kChunk], buffer_q[kChunk];
+  const LogSoftmax<A> log_p{side_p.max, side_p.log2_sum()}, log_q{side_q.max, side_q.log2_sum()};
+  for_pieces(cols, [&](int64_t begin, int64_t n) {
+    A* to_p = out_p.data ? target(out_p, p.row, begin, buffer_p) : buffer_p;
+    A* to_q = out_q.data ? target(out_q, q.row, begin, buffer_q) : buffer_q;
+    mixture_grad_piece(p.piece(begin, n), q.piece(begin, n), n, log_p, log_q, rate, beta, kl_p, kl_q, scale, to_p, to_q);
+    if (out_p.data) write(out_p, p.row, begin, n, to_p);
+    if (out_q.data) write(out_q, q.row, begin, n, to_q);
+  });
+}
+
+template <class A>
+void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Column& grad, const Column& weight,
+                          Stats<A> stats, int64_t cols, A rate, A beta, A scale, const Matrix& to_student,
+                          const Matrix& to_teacher) {
+  for_rows(stats.rows, cols, [&](int64_t row) {
+    alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
+    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+    const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
+    const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+    if (beta == 0) {
+      write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor), to_teacher, to_student);
+    } else if (beta == 1) {
+      write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor), to_student, to_teacher);
+    } else {
+      write_mixture_grads(t, s, cols, rate, beta, side_t, side_s, A(kLog2E) * kl_t, A(kLog2E) * kl_s, A(kLn2) * factor,
+                          to_teacher, to_student);
+    }
+  });
+}
+
+// ---- cross_entropy_kl --------------------------------------------------------------------------------------------------
+
+void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_t* ignore_index) {
+  if (!labels.index) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t label = labels.at(row);
+    if ((label < 0 || label >= cols) && !(ignore_index && label == *ignore_index)) {
+      throw std::runtime_error("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
+                               ", expected a class from 0 to " + std::to_string(cols - 1) +
+                               (ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : ""));
+    }
+  }
+}
+
+// -> the cross-entropy of each row; 0 where its label is ignored.
+template <class A>
+void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t ignore_index,
+                           int64_t rows, int64_t cols, A rate, A smoothing, Stats<A> stats, A* ce_rows) {
+  for_rows(rows, cols, [&](int64_t row) {
+    alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
+    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    State<A> state;
+    CeState<double> ce;
+    for_pieces(cols, [&](int64_t begin, int64_t n) {
+      const A* z = s.piece(begin, n);
+      const A before = state.max_q;
+      if (teacher.data) {
+        kl_update(state, t.piece(begin, n), z, n, rate);
+      } else {
+        state.max_q = max_of(z, n, state.max_q);
+      }
+      ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
+      const A max = state.q().max;
+      // At T = 1 the KL has summed the same exponentials.
+      if (!teacher.data || rate != A(kLog2E)) ce.sum_1 += exp_sum(z, n, max, A(kLog2E));
+      if (smoothing != 0) ce.centred += centred_sum(z, n, max);
+      if (!labels.index) {
+        const TargetSums<A> sums = target_sums(z, read<A>(labels.probabilities, row, begin, n, teacher_buffer), n, max);
+        ce.target_dot += sums.dot;
+        ce.target_mass += sums.mass;
+      }
+      ce.seen += n;
+    });
+    if (teacher.data && rate == A(kLog2E)) ce.sum_1 = state.sum_q;
+    const bool kept = !labels.index || labels.at(row) != ignore_index;
+    if (labels.index && kept) {
+      ce.target_dot = s.at(labels.at(row)) - state.q().max;
+      ce.target_mass = 1;
+    }
+    ce_rows[row] = kept ? cross_entropy<double>(ce.sum_1, ce.centred, ce.target_dot, ce.target_mass, smoothing, cols) : 0;
+    stats.set_side(kStudent, row, state.q());
+    stats[kSum1][row] = static_cast<A>(ce.sum_1);
+    stats[kCeWeight][row] = kept;
+    stats[kMass][row] = (1 - smoothing) * static_cast<A>(ce.target_mass) + smoothing;
+    stats.set_side(kCeTeacher, row, state.p());
+    stats[kCeKl][row] = teacher.data ? static_cast<A>(state.kl()) : A(0);
+  });
+}
+
+template <class A>
+void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad,
+                                Stats<A> stats, int64_t cols, A rate, A kl_scale, A smoothing, const Matrix& to_student,
+                                const Matrix& to_teacher) {
+  for_rows(stats.rows, cols, [&](int64_t row) {
+    alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
+    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
+    const CeGrad<A> g = ce_grad(stats, row, cols, read<A>(grad, row), kl_scale, smoothing);
+    for_pieces(cols, [&](int64_t begin, int64_t n) {
+      const A* z = s.piece(begin, n);
+      const A* z_t = teacher.data ? t.piece(begin, n) : nullptr;
+      if (to_student.data) {
+        A* out = target(to_student, row, begin, buffer);
+        if (z_t) kl_grad_q_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
+        ce_grad_piece(z, n, side_s.max, g.coef, g.uniform, z_t != nullptr, out);
+        if (labels.index) {
+          const int64_t at = labels.at(row) - begin;
+          if (at >= 0 && at < n) out[at] -= g.target;
+        } else {
+          alignas(64) A target_buffer[kChunk];
+          subtract_targets(read<A>(labels.probabilities, row, begin, n, target_buffer), n, g.target, out);
+        }
+        write(to_student, row, begin, n, out);
+      }
+      if (to_teacher.data) {
+        A* out = target(to_teacher, row, begin, buffer);
+        kl_grad_p_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
+        write(to_teacher, row, begin, n, out);
+      }
+    });
+  });
+}
+
+// ---- dkd ---------------------------------------------------------------------------------------------------------------
+
+template <class A>
+void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t rows, int64_t cols, A rate,
+              Stats<A> stats) {
+  for_rows(rows, cols, [&](int64_t row) {
+    alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
+    const int64_t label = labels.at(row);
+    const Row<A> s{student, row, label, student_buffer}, t{teacher, row, label, teacher_buffer};
+    const State<A> state = kl_sweep(t, s, cols, rate);
+    stats.set_side(kStudent, row, state.q());
+    stats[kStudent + kOdds][row] = log_odds(s.at(label), state.q(), rate);
+    stats.set_side(kTeacher, row, state.p());
+    stats[kTeacher + kOdds][row] = log_odds(t.at(label), state.p(), rate);
+    stats[kRestKl][row] = static_cast<A>(state.kl());
+  });
+}
+
+template <class A>
+void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad, Stats<A> stats,
+                   int64_t cols, A rate, A alpha, A beta, A scale, const Matrix& to_student, const Matrix& to_teacher) {
+  for_rows(stats.rows, cols, [&](int64_t row) {
+    alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
+    const int64_t label = labels.at(row);
+    const Row<A> s{student, row, label, student_buffer}, t{teacher, row, label, teacher_buffer};
+    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+    const DkdGrad<A> g = dkd_grad(stats, row, alpha, beta, read<A>(grad, row) * scale);
+    write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, g.rest, to_teacher, to_student);
+    if (to_student.data) write_one(to_student, row, label, g.student);
+    if (to_teacher.data) write_one(to_teacher, row, label, g.teacher);
+  });
+}
+
+// ---- the ops -------------------------------------------------------------------------------------------------------------
+// f(A{}) with the accumulation type.
+template <class F>
+void dispatch_accumulator(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+using Pair = std::tuple<Tensor, Tensor>;
+
+Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature, double beta,
+                            double scale, bool reduce) {
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
+  Tensor stats = empty(student, dtype, {kKlStats, rows});
+  const Column weights = weight ? column(*weight) : Column{};
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    softmax_kl_rows<A>(matrix(student), matrix(teacher), rows, cols, A(kLog2E / temperature), A(beta), s);
+    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
+      const A w = weights.data ? read<A>(weights, row) : A(1);
+      return row_value(s[kTeacher + kKl][row], s[kStudent + kKl][row], A(beta), w, A(scale));
+    });
+  });
+  return {loss, stats};
+}
+
+Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight, Tensor stats,
+                             double temperature, double beta, double scale, bool need_student, bool need_teacher) {
+  Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    softmax_kl_grad_rows<A>(matrix(student), matrix(teacher), column(grad), weight ? column(*weight) : Column{},
+                            stats_of<A>(stats), student.size(1), A(kLog2E / temperature), A(beta), A(scale / temperature),
+                            to_student.m, to_teacher.m);
+  });
+  return {to_student.tensor, to_teacher.tensor};
+}
+
+Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
+                                  double kl_scale, double ce_scale, double smoothing, int64_t ignore_index, bool ce_mean,
+                                  bool reduce) {
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const Labels targets = labels_of(labels);
+  check_labels(targets, rows, cols, &ignore_index);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
+  Tensor stats = empty(student, dtype, {kCeStats, rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    std::vector<A> ce(rows);
+    cross_entropy_kl_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, targets, ignore_index, rows, cols,
+                             A(kLog2E / temperature), A(smoothing), s, ce.data());
+    int64_t kept = 0;
+    for (int64_t row = 0; row < rows; ++row) kept += s[kCeWeight][row] != 0;
+    const double each = ce_mean ? ce_scale / std::max<int64_t>(kept, 1) : ce_scale;
+    for (int64_t row = 0; row < rows; ++row) s[kCeWeight][row] *= static_cast<A>(each);
+    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()),
+                [&](int64_t row) { return row_value_ce(s[kCeKl][row], ce[row], A(kl_scale), s[kCeWeight][row]); });
+  });
+  return {loss, stats};
+}
+
+Pair cross_entropy_kl_backward_cpu(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels, Tensor stats,
+                                   double temperature, double kl_scale, double smoothing, bool need_student,
+                                   bool need_teacher) {
+  Output to_student = output(student, need_student, grad);
+  Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    cross_entropy_kl_grad_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), column(grad),
+                                  stats_of<A>(stats), student.size(1), A(kLog2E / temperature), A(kl_scale / temperature), A(smoothing),
+                                  to_student.m, to_teacher.m);
+  });
+  return {to_student.tensor, to_teacher.tensor};
+}
+
+Pair dkd_forward_cpu(Tensor student, Tensor teacher, Tensor labels, double temperature, double alpha, double beta,
+                     double scale) {
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const Labels targets = labels_of(labels);
+  check_labels(targets, rows, cols, nullptr);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {kDkdStats, rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    dkd_rows<A>(matrix(student), matrix(teacher), targets, rows, cols, A(kLog2E / temperature), s);
+    reduce_rows(rows, true, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
+      const A target = target_kl(s[kTeacher + kOdds][row], s[kStudent + kOdds][row]);
+      return row_value_dkd(target, s[kRestKl][row], A(alpha), A(beta), A(scale));
+    });
+  });
+  return {loss, stats};
+}
+
+Pair dkd_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor stats, double temperature,
+                      double alpha, double beta, double scale, bool need_student, bool need_teacher) {
+  Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    dkd_grad_rows<A>(matrix(student), matrix(teacher), labels_of(labels), column(grad), stats_of<A>(stats), student.size(1),
+                     A(kLog2E / temperature), A(alpha), A(beta), A(scale / temperature), to_student.m, to_teacher.m);
+  });
+  return {to_student.tensor, to_teacher.tensor};
+}
+
+}  // namespace
+}  // namespace softmax_kl
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  using namespace kdfast::softmax_kl;
+  m.impl("softmax_kl", TORCH_BOX(&softmax_kl_forward_cpu));
+  m.impl("softmax_kl_backward", TORCH_BOX(&softmax_kl_backward_cpu));
+  m.impl("cross_entropy_kl", TORCH_BOX(&cross_entropy_kl_forward_cpu));
+  m.impl("cross_entropy_kl_backward", TORCH_BOX(&cross_entropy_kl_backward_cpu));
+  m.impl("dkd", TORCH_BOX(&dkd_forward_cpu));
+  m.impl("dkd_backward", TORCH_BOX(&dkd_backward_cpu));
+}

@@ -1,0 +1,566 @@
+#include "common/group.cuh"
+#include "softmax_kl/layout.h"
+
+namespace kdfast {
+namespace softmax_kl {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int64_t kShortRow = 2048;            // up to here a warp reads a row, above it a block
+constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
+constexpr int64_t kRowsPerSum = 8192;          // rows that one block of a reduction adds up
+
+// ---- who works on what -----------------------------------------------------------------------------------------------
+template <int kThreads>
+__device__ int64_t group_index() {
+  return int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
+}
+
+// f(col) for the first column of each step of this thread, in columns [begin, end).
+template <int kThreads, class F>
+__device__ void for_steps(int64_t begin, int64_t end, const F& f) {
+  for (int64_t col = begin + (threadIdx.x % kThreads) * kStep; col < end; col += kThreads * kStep) f(col);
+}
+
+template <class A>
+__device__ A max_of(const A (&z)[kStep], A top) {
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) top = max(top, z[i]);
+  return top;
+}
+
+// Reads a step of a row, with the class `hidden` as -inf.
+template <class A>
+__device__ void read_hiding(const Matrix& m, int64_t row, int64_t col, int64_t cols, int64_t hidden, A (&z)[kStep]) {
+  read(m, row, col, cols, -infinity<A>(), z);
+  const int64_t at = hidden - col;
+  if (at < 0 || at >= kStep) return;
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) {
+    if (i == at) z[i] = -infinity<A>();
+  }
+}
+
+// ---- forward sweeps ----------------------------------------------------------------------------------------------------
+template <class A>
+using State = KlState<A, A>;
+
+// Logits beyond the end of a row are -inf and add nothing.
+template <class A>
+__device__ void kl_update(State<A>& s, const A (&z_p)[kStep], const A (&z_q)[kStep], A rate) {
+  const A top_p = max_of(z_p, s.max_p), top_q = max_of(z_q, s.max_q);
+  if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
+  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) {
+    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
+    const A e_p = exp2(a_p);
+    s.sum_p += e_p;
+    s.sum_q += exp2(a_q);
+    s.dot += kl_term(e_p, a_p, a_q);
+  }
+}
+
+template <int kThreads, class A>
+__device__ void merge(State<A>& s, A rate) {
+  s.rebase(group_reduce<kThreads>(s.max_p, Max{}), group_reduce<kThreads>(s.max_q, Max{}), rate);
+  s.sum_p = group_reduce<kThreads>(s.sum_p, Add{});
+  s.sum_q = group_reduce<kThreads>(s.sum_q, Add{});
+  s.dot = group_reduce<kThreads>(s.dot, Add{});
+}
+
+template <int kThreads, class A>
+__device__ State<A> kl_sweep(const Matrix& p, const Matrix& q, int64_t row, int64_t cols, int64_t hidden, A rate) {
+  State<A> s;
+  for_steps<kThreads>(0, cols, [&](int64_t col) {
+    A z_p[kStep], z_q[kStep];
+    read_hiding(p, row, col, cols, hidden, z_p);
+    read_hiding(q, row, col, cols, hidden, z_q);
+    kl_update(s, z_p, z_q, rate);
+  });
+  merge<kThreads>(s, rate);
+  return s;
+}
+
+// What turns logits into log-probabilities in bits.
+template <class A>
+struct LogSoftmax {
+  A max, rate, log2_sum;
+
+  __device__ LogSoftmax(Side<A> side, A rate) : max(side.max), rate(rate), log2_sum(side.log2_sum()) {}
+  __device__ A operator()(A z) const { return (z - max) * rate - log2_sum; }
+};
+
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock)
+    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, A rate, A beta, Stats<A> stats) {
+  const int64_t row = group_index<kThreads>();
+  if (row >= rows) return;
+  const bool reverse = beta == 1;
+  const State<A> s = kl_sweep<kThreads>(reverse ? student : teacher, reverse ? teacher : student, row, cols, -1, rate);
+  const Side<A> side_s = reverse ? s.p() : s.q(), side_t = reverse ? s.q() : s.p();
+  A kl_s = reverse ? s.kl() : 0, kl_t = beta == 0 ? s.kl() : 0;
+  if (beta > 0 && beta < 1) {
+    const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
+    for_steps<kThreads>(0, cols, [&](int64_t col) {
+      A z_s[kStep], z_t[kStep];
+      read(student, row, col, cols, -infinity<A>(), z_s);
+      read(teacher, row, col, cols, -infinity<A>(), z_t);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), beta);
+        kl_t += mixture_term(m.p, m.p_ratio);
+        kl_s += mixture_term(m.q, m.q_ratio);
+      }
+    });
+    kl_t = A(kLn2) * group_reduce<kThreads>(kl_t, Add{});
+    kl_s = A(kLn2) * group_reduce<kThreads>(kl_s, Add{});
+  }
+  if (threadIdx.x % kThreads == 0) {
+    stats.set_side(kStudent, row, side_s);
+    stats.set_side(kTeacher, row, side_t);
+    stats[kStudent + kKl][row] = kl_s;
+    stats[kTeacher + kKl][row] = kl_t;
+  }
+}
+
+// Cross-entropies go to `ce`; a label that is no class makes its row NaN.
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock)
+    cross_entropy_kl_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t ignore_index, int64_t rows,
+                                    int64_t cols, A rate, A smoothing, Stats<A> stats, A* ce) {
+  const int64_t row = group_index<kThreads>();
+  if (row >= rows) return;
+  State<A> s;
+  CeState<A> c;
+  for_steps<kThreads>(0, cols, [&](int64_t col) {
+    A z[kStep], other[kStep];
+    read(student, row, col, cols, -infinity<A>(), z);
+    const A before = s.max_q;
+    if (teacher.data) {
+      read(teacher, row, col, cols, -infinity<A>(), other);
+      kl_update(s, other, z, rate);
+    } else {
+      s.max_q = max_of(z, s.max_q);
+    }
+    c.rebase(before - s.max_q, before == -infinity<A>());
+    if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
+    const A top = s.finite_max(s.max_q);
+    c.seen += cols - col < kStep ? A(cols - col) : A(kStep);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      if (col + i >= cols) break;
+      const A centred = z[i] - top;
+      c.sum_1 += exp2(centred * A(kLog2E));
+      c.centred += centred;
+      if (!labels.index) {
+        c.target_dot += target_term(other[i], centred);
+        c.target_mass += other[i];
+      }
+    }
+  });
+  const A before = s.max_q;
+  if (teacher.data) {
+    merge<kThreads>(s, rate);
+  } else {
+    s.max_q = group_reduce<kThreads>(s.max_q, Max{});
+  }
+  c.rebase(before - s.max_q, before == -infinity<A>());
+  c.sum_1 = group_reduce<kThreads>(c.sum_1, Add{});
+  c.centred = group_reduce<kThreads>(c.centred, Add{});
+  c.target_dot = group_reduce<kThreads>(c.target_dot, Add{});
+  c.target_mass = group_reduce<kThreads>(c.target_mass, Add{});
+  if (threadIdx.x % kThreads != 0) return;
+  A weight = 1;
+  if (labels.index) {
+    const int64_t label = labels.at(row);
+    const bool valid = label >= 0 && label < cols;
+    weight = label == ignore_index ? A(0) : valid ? A(1) : not_a_number<A>();
+    c.target_dot = valid ? read_one<A>(student, row, label) - s.q().max : A(0);
+    c.target_mass = 1;
+  }
+  ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, cols);
+  stats.set_side(kStudent, row, s.q());
+  stats[kSum1][row] = c.sum_1;
+  stats[kCeWeight][row] = weight;
+  stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
+  stats.set_side(kCeTeacher, row, s.p());
+  stats[kCeKl][row] = teacher.data ? s.kl() : A(0);
+}
+
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock)
+    dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t rows, int64_t cols, A rate, Stats<A> stats) {
+  const int64_t row = group_index<kThreads>();
+  if (row >= rows) return;
+  const int64_t label = labels.at(row);
+  const State<A> s = kl_sweep<kThreads>(teacher, student, row, cols, label, rate);
+  if (threadIdx.x % kThreads != 0) return;
+  const bool valid = label >= 0 && label < cols;
+  const A nan = not_a_number<A>();
+  stats.set_side(kStudent, row, s.q());
+  stats[kStudent + kOdds][row] = valid ? log_odds(read_one<A>(student, row, label), s.q(), rate) : nan;
+  stats.set_side(kTeacher, row, s.p());
+  stats[kTeacher + kOdds][row] = valid ? log_odds(read_one<A>(teacher, row, label), s.p(), rate) : nan;
+  stats[kRestKl][row] = s.kl();
+}
+
+// ---- from rows to the loss -----------------------------------------------------------------------------------------------
+template <class A>
+struct SoftmaxKlValue {
+  Stats<A> stats;
+  Column weight;
+  A beta, scale;
+
+  __device__ A operator()(int64_t row) const {
+    const A w = weight.data ? read<A>(weight, row) : A(1);
+    return row_value(stats[kTeacher + kKl][row], stats[kStudent + kKl][row], beta, w, scale);
+  }
+};
+
+// Scales the row's weight for the backward, too.
+template <class A>
+struct CrossEntropyValue {
+  Stats<A> stats;
+  const A* ce;
+  const double* kept;  // null: the cross-entropy is not divided
+  A kl_scale;
+  double ce_scale;
+
+  __device__ A operator()(int64_t row) const {
+    const A share = static_cast<A>(kept ? ce_scale / max(*kept, 1.0) : ce_scale);
+    const A weight = stats[kCeWeight][row] *= share;
+    return row_value_ce(stats[kCeKl][row], ce[row], kl_scale, weight);
+  }
+};
+
+template <class A>
+struct DkdValue {
+  Stats<A> stats;
+  A alpha, beta, scale;
+
+  __device__ A operator()(int64_t row) const {
+    const A target = target_kl(stats[kTeacher + kOdds][row], stats[kStudent + kOdds][row]);
+    return row_value_dkd(target, stats[kRestKl][row], alpha, beta, scale);
+  }
+};
+
+template <class A>
+struct Kept {
+  Stats<A> stats;
+
+  __device__ double operator()(int64_t row) const { return stats[kCeWeight][row] != 0; }
+};
+
+struct Partial {
+  const double* sums;
+
+  __device__ double operator()(int64_t row) const { return sums[row]; }
+};
+
+// Block b sums value(row) over its rows into sums[b], and writes the values to `each` if that is not null.
+template <class A, class Value, class Sum>
+__global__ void __launch_bounds__(kBlock) sum_rows_kernel(Value value, int64_t rows, A* each, Sum* sums) {
+  const int64_t begin = blockIdx.x * kRowsPerSum, end = begin + kRowsPerSum < rows ? begin + kRowsPerSum : rows;
+  double sum = 0;
+  for (int64_t row = begin + threadIdx.x; row < end; row += kBlock) {
+    const auto v = value(row);
+    if (each) each[row] = v;
+    sum += v;
+  }
+  sum = group_reduce<kBlock>(sum, Add{});
+  if (threadIdx.x == 0 && sums) sums[blockIdx.x] = static_cast<Sum>(sum);
+}
+
+int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
+
+// sum over rows of value(row), in at most three levels of fixed shape.
+template <class A, class Value, class Sum>
+void sum_rows(const OnDevice& device, const Tensor& like, Value value, int64_t rows, Sum* out) {
+  const int64_t blocks = max<int64_t>(blocks_for(rows, kRowsPerSum), 1);
+  if (blocks == 1) return launch(device, sum_rows_kernel<A, Value, Sum>, 1, kBlock, value, rows, nullptr, out);
+  Tensor partial = empty(like, ScalarType::Double, {blocks});
+  double* sums = static_cast<double*>(partial.data_ptr());
+  launch(device, sum_rows_kernel<A, Value, double>, blocks, kBlock, value, rows, nullptr, sums);
+  sum_rows<double>(device, like, Partial{sums}, blocks, out);
+}
+
+// The loss: the sum of the values, or each of them.
+template <class A, class Value>
+void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_t rows, bool reduce) {
+  A* out = static_cast<A*>(loss.data_ptr());
+  if (reduce) return sum_rows<A>(device, loss, value, rows, out);
+  if (rows == 0) return;
+  launch(device, sum_rows_kernel<A, Value, A>, blocks_for(rows, kRowsPerSum), kBlock, value, rows, out, nullptr);
+}
+
+// ---- backward ------------------------------------------------------------------------------------------------------------
+// A long row is shared by several blocks, so that few rows still fill the device.
+struct Part {
+  int64_t row, begin, end;
+};
+
+template <int kThreads>
+__device__ Part part(int64_t cols) {
+  const int64_t index = group_index<kThreads>();
+  if (kThreads == kWarp) return {index, 0, cols};
+  const int64_t parts = (cols + kPiece - 1) / kPiece, begin = index % parts * kPiece;
+  return {index / parts, begin, begin + kPiece < cols ? begin + kPiece : cols};
+}
+
+template <class A>
+__device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max_p, A max_q, A rate, const KlGrad<A>& g,
+                             A (&to_p)[kStep], A (&to_q)[kStep]) {
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) {
+    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
+    const A e_p = exp2(a_p);
+    to_q[i] = kl_grad_q(g, e_p, exp2(a_q));
+    to_p[i] = kl_grad_p(g, e_p, a_p, a_q);
+  }
+}
+
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock)
+    softmax_kl_backward_kernel(Matrix student, Matrix teacher, Column grad, Column weight, int64_t cols, A rate, A beta,
+                               A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+  const Part at = part<kThreads>(cols);
+  const int64_t row = at.row;
+  if (row >= stats.rows) return;
+  const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+  const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
+  const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+  const bool reverse = beta == 1, mixed = beta > 0 && beta < 1;
+  const KlGrad<A> g = reverse ? kl_grad(side_s, side_t, kl_s, factor) : kl_grad(side_t, side_s, kl_t, factor);
+  const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
+  for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
+    A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
+    read(student, row, col, cols, A(0), z_s);
+    read(teacher, row, col, cols, A(0), z_t);
+    if (mixed) {
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), beta);
+        grad_t[i] = mixture_grad(m.p, m.p_ratio, A(kLog2E) * kl_t, A(kLn2) * factor * beta);
+        grad_s[i] = mixture_grad(m.q, m.q_ratio, A(kLog2E) * kl_s, A(kLn2) * factor * (1 - beta));
+      }
+    } else if (reverse) {
+      kl_grad_step(z_s, z_t, side_s.max, side_t.max, rate, g, grad_s, grad_t);
+    } else {
+      kl_grad_step(z_t, z_s, side_t.max, side_s.max, rate, g, grad_t, grad_s);
+    }
+    if (to_student.data) write(to_student, row, col, at.end, grad_s);
+    if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
+  });
+}
+
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock)
+    cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate,
+                                     A kl_scale, A smoothing, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+  const Part at = part<kThreads>(cols);
+  const int64_t row = at.row;
+  if (row >= stats.rows) return;
+  const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
+  const CeGrad<A> g = ce_grad(stats, row, cols, read<A>(grad, row), kl_scale, smoothing);
+  const int64_t label = labels.index ? labels.at(row) : -1;
+  for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
+    A z[kStep], other[kStep], grad_s[kStep] = {}, grad_t[kStep];
+    read(student, row, col, cols, A(0), z);
+    if (teacher.data) {
+      read(teacher, row, col, cols, A(0), other);
+      kl_grad_step(other, z, side_t.max, side_s.max, rate, g.kl, grad_t, grad_s);
+    }
+    if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
+    if (!to_student.data) return;
+    if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      const A target = labels.index ? A(col + i == label) : other[i];
+      grad_s[i] += g.coef * exp2((z[i] - side_s.max) * A(kLog2E)) - g.uniform - g.target * target;
+    }
+    write(to_student, row, col, at.end, grad_s);
+  });
+}
+
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock)
+    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate, A alpha, A beta,
+                        A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+  const Part at = part<kThreads>(cols);
+  const int64_t row = at.row;
+  if (row >= stats.rows) return;
+  const int64_t label = labels.at(row);
+  const A max_s = stats.side(kStudent, row).max, max_t = stats.side(kTeacher, row).max;
+  const DkdGrad<A> g = dkd_grad(stats, row, alpha, beta, read<A>(grad, row) * scale);
+  for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
+    A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
+    read_hiding(student, row, col, cols, label, z_s);
+    read_hiding(teacher, row, col, cols, label, z_t);
+    kl_grad_step(z_t, z_s, max_t, max_s, rate, g.rest, grad_t, grad_s);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      if (col + i != label) continue;
+      grad_s[i] = g.student;
+      grad_t[i] = g.teacher;
+    }
+    if (to_student.data) write(to_student, row, col, at.end, grad_s);
+    if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
+  });
+}
+
+// ---- the ops -------------------------------------------------------------------------------------------------------------
+// f(A{}) with the accumulation type.
+template <class F>
+void dispatch_accumulator(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+// Starts one of a kernel's two forms over all rows; `parts`: groups to a row in the form for long rows.
+template <class... P, class... Q>
+void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...), int64_t rows, int64_t cols, int64_t parts,
+                 Q... args) {
+  if (rows == 0) return;
+  if (cols <= kShortRow) {
+    launch(device, warp, blocks_for(rows, kBlock / kWarp), kBlock, args...);
+  } else {
+    launch(device, block, rows * parts, kBlock, args...);
+  }
+}
+
+Tensor loss_like(const Tensor& student, ScalarType dtype, bool reduce) {
+  return reduce ? empty(student, dtype, {}) : empty(student, dtype, {student.size(0)});
+}
+
+// A gradient output; its matrix is null where none is needed.
+struct Output {
+  Tensor tensor;
+  Matrix m;
+};
+
+Output output(const Tensor& like, bool needed, const Tensor& any) {
+  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
+  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
+  return {tensor, matrix(tensor)};
+}
+
+using Pair = std::tuple<Tensor, Tensor>;
+
+Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature, double beta,
+                             double scale, bool reduce) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = loss_like(student, dtype, reduce), stats = empty(student, dtype, {kKlStats, rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, rows, cols, 1,
+                matrix(student), matrix(teacher), rows, cols, A(kLog2E / temperature), A(beta), s);
+    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, A(beta), A(scale)};
+    reduce_rows<A>(device, loss, value, rows, reduce);
+  });
+  return {loss, stats};
+}
+
+Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight, Tensor stats,
+                              double temperature, double beta, double scale, bool need_student, bool need_teacher) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    launch_rows(device, softmax_kl_backward_kernel<A, kWarp>, softmax_kl_backward_kernel<A, kBlock>, rows, cols,
+                blocks_for(cols, kPiece), matrix(student), matrix(teacher), column(grad),
+                weight ? column(*weight) : Column{}, cols, A(kLog2E / temperature), A(beta), A(scale / temperature),
+                stats_of<A>(stats), to_student.m, to_teacher.m);
+  });
+  return {to_student.tensor, to_teacher.tensor};
+}
+
+Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
+                                   double kl_scale, double ce_scale, double smoothing, int64_t ignore_index, bool ce_mean,
+                                   bool reduce) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = loss_like(student, dtype, reduce), stats = empty(student, dtype, {kCeStats, rows});
+  Tensor ce = empty(student, dtype, {rows}), kept = empty(student, ScalarType::Double, {ce_mean ? 1 : 0});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    A* ce_rows = static_cast<A*>(ce.data_ptr());
+    double* count = ce_mean ? static_cast<double*>(kept.data_ptr()) : nullptr;
+    launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows, cols, 1,
+                matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows, cols,
+                A(kLog2E / temperature), A(smoothing), s, ce_rows);
+    if (count) sum_rows<double>(device, student, Kept<A>{s}, rows, count);
+    reduce_rows<A>(device, loss, CrossEntropyValue<A>{s, ce_rows, count, A(kl_scale), ce_scale}, rows, reduce);
+  });
+  return {loss, stats};
+}
+
+Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels, Tensor stats,
+                                    double temperature, double kl_scale, double smoothing, bool need_student,
+                                    bool need_teacher) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const Output to_student = output(student, need_student, grad);
+  const Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>, rows, cols,
+                blocks_for(cols, kPiece), matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels),
+                column(grad), cols, A(kLog2E / temperature), A(kl_scale / temperature), A(smoothing), stats_of<A>(stats),
+                to_student.m, to_teacher.m);
+  });
+  return {to_student.tensor, to_teacher.tensor};
+}
+
+Pair dkd_forward_cuda(Tensor student, Tensor teacher, Tensor labels, double temperature, double alpha, double beta,
+                      double scale) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = loss_like(student, dtype, true), stats = empty(student, dtype, {kDkdStats, rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    launch_rows(device, dkd_forward_kernel<A, kWarp>, dkd_forward_kernel<A, kBlock>, rows, cols, 1, matrix(student),
+                matrix(teacher), labels_of(labels), rows, cols, A(kLog2E / temperature), s);
+    reduce_rows<A>(device, loss, DkdValue<A>{s, A(alpha), A(beta), A(scale)}, rows, true);
+  });
+  return {loss, stats};
+}
+
+Pair dkd_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor stats, double temperature,
+                       double alpha, double beta, double scale, bool need_student, bool need_teacher) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, rows, cols, blocks_for(cols, kPiece),
+                matrix(student), matrix(teacher), labels_of(labels), column(grad), cols, A(kLog2E / temperature), A(alpha),
+                A(beta), A(scale / temperature), stats_of<A>(stats), to_student.m, to_teacher.m);
+  });
+  return {to_student.tensor, to_teacher.tensor};
+}
+
+}  // namespace
+}  // namespace softmax_kl
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
+  using namespace kdfast::softmax_kl;
+  m.impl("softmax_kl", TORCH_BOX(&softmax_kl_forward_cuda));
+  m.impl("softmax_kl_backward", TORCH_BOX(&softmax_kl_backward_cuda));
+  m.impl("cross_entropy_kl", TORCH_BOX(&cross_entropy_kl_forward_cuda));
+  m.impl("cross_entropy_kl_backward", TORCH_BOX(&cross_entropy_kl_backward_cuda));
+  m.impl("dkd", TORCH_BOX(&dkd_forward_cuda));
+  m.impl("dkd_backward", TORCH_BOX(&dkd_backward_cuda));
+}

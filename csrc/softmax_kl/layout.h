@@ -1,0 +1,87 @@
+// What CPU and CUDA agree on: the statistics that a forward leaves for its backward, and labels.
+#pragma once
+
+#include "common/tensor.h"
+#include "softmax_kl/math.h"
+
+namespace kdfast {
+namespace softmax_kl {
+
+// Statistics of all rows, one after another in memory: stats[k] is the k-th of them, for every row.
+template <class A>
+struct Stats {
+  A* data;
+  int64_t rows;
+
+  KD_HD A* operator[](int64_t k) const { return data + k * rows; }
+  KD_HD Side<A> side(int64_t k, int64_t row) const { return {(*this)[k][row], (*this)[k + 1][row]}; }
+  KD_HD void set_side(int64_t k, int64_t row, Side<A> side) const {
+    (*this)[k][row] = side.max;
+    (*this)[k + 1][row] = side.sum;
+  }
+};
+
+template <class A>
+Stats<A> stats_of(const Tensor& stats) {
+  return {static_cast<A*>(stats.data_ptr()), stats.size(1)};
+}
+
+// softmax_kl: student max, sum, KL of the student's side; teacher max, sum, KL of the teacher's side.
+constexpr int64_t kStudent = 0, kTeacher = 3, kKl = 2, kKlStats = 6;
+
+// cross_entropy_kl: student max, sum at T, sum at 1; weight of the row's cross-entropy; mass of its target; teacher; KL.
+constexpr int64_t kSum1 = 2, kCeWeight = 3, kMass = 4, kCeTeacher = 5, kCeKl = 7, kCeStats = 8;
+
+// dkd: student max, sum of the non-target classes, log-odds of the target; the same of the teacher; KL of the rest.
+constexpr int64_t kOdds = 2, kRestKl = 6, kDkdStats = 7;
+
+// Labels are classes (int64) or probabilities.
+struct Labels {
+  const int64_t* index = nullptr;
+  int64_t stride = 0;
+  Matrix probabilities;
+
+  KD_HD int64_t at(int64_t row) const { return index[row * stride]; }
+};
+
+inline Labels labels_of(const Tensor& labels) {
+  if (labels.dim() == 2) return {nullptr, 0, matrix(labels)};
+  return {static_cast<const int64_t*>(labels.data_ptr()), labels.stride(0), Matrix{}};
+}
+
+// Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target * P.
+template <class A>
+struct CeGrad {
+  KlGrad<A> kl;
+  A coef, uniform, target;
+};
+
+template <class A>
+KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A grad, A kl_scale, A smoothing) {
+  const Side<A> student = stats.side(kStudent, row), student_1{student.max, stats[kSum1][row]};
+  const A ce = grad * stats[kCeWeight][row];
+  return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], grad * kl_scale),
+          ce * stats[kMass][row] * student_1.inverse(), ce * smoothing / static_cast<A>(cols), ce * (1 - smoothing)};
+}
+
+// Coefficients of one row's gradient in dkd, and the gradients at the target class.
+template <class A>
+struct DkdGrad {
+  KlGrad<A> rest;
+  A student, teacher;
+};
+
+template <class A>
+KD_HD DkdGrad<A> dkd_grad(const Stats<A>& stats, int64_t row, A alpha, A beta, A scale) {
+  const Side<A> student = stats.side(kStudent, row), teacher = stats.side(kTeacher, row);
+  const A odds_s = stats[kStudent + kOdds][row], odds_t = stats[kTeacher + kOdds][row];
+  const A slope_s = scale * alpha * target_grad_q(odds_t, odds_s), slope_t = scale * alpha * target_grad_p(odds_t, odds_s);
+  KlGrad<A> g = kl_grad(teacher, student, stats[kRestKl][row], beta * scale);
+  // The target's log-odds fall with the log-sum of the other classes.
+  g.coef_q -= slope_s * student.inverse();
+  g.offset -= slope_t * teacher.inverse();
+  return {g, slope_s, slope_t};
+}
+
+}  // namespace softmax_kl
+}  // namespace kdfast

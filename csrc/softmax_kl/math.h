@@ -1,0 +1,216 @@
+// KL(p || q) of one row, with p and q the softmax of logits at temperature T, and what is built on it.
+//
+// A softmax is kept as max = max_j z_j and sum = sum_j exp((z_j - max) / T); sum = 0 marks a row that is -inf everywhere.
+// With a = (z - max) / T, e = exp(a): probability e / sum, log-probability a - log sum, and
+//   KL(p || q) = sum_j e_p (a_p - a_q) / sum_p - (log sum_p - log sum_q),
+//   T dKL/dz_q = q - p,    T dKL/dz_p = p (log p - log q - KL).
+// So the backward needs max, sum and KL of a row, which is all that the forward saves.
+// Loops work in bits, because 2^x is cheaper than e^x: a = (z - max) * rate with rate = log2(e) / T. What leaves is in nats.
+// Includes no torch header; shared by CPU and CUDA.
+#pragma once
+
+#include "common/vector_math.h"
+
+namespace kdfast {
+namespace softmax_kl {
+
+template <class A>
+struct Side {
+  A max, sum;
+
+  KD_HD A scaled(A z, A rate) const { return (z - max) * rate; }
+  KD_HD A inverse() const { return sum == 0 ? A(0) : divide(A(1), sum); }
+  KD_HD A log2_sum() const { return sum == 0 ? infinity<A>() : log2(sum); }
+};
+
+// ---- KL(p || q) ----------------------------------------------------------------------------------------------------
+// e_p (a_p - a_q), where 0 (log 0 - anything) = 0. Infinite where q alone is 0; compared with == so that NaN stays NaN.
+template <class A>
+KD_HD A kl_term(A e_p, A a_p, A a_q) {
+  return e_p == 0 ? A(0) : e_p * (a_p - a_q);
+}
+
+// Running maxima and sums of one row; A is the logits' type, S that of the sums.
+template <class A, class S>
+struct KlState {
+  A max_p = -infinity<A>(), max_q = -infinity<A>();
+  S sum_p = 0, sum_q = 0, dot = 0;
+
+  // Express the sums relative to new maxima, which are not below the present ones.
+  KD_HD void rebase(A new_p, A new_q, A rate) {
+    // A side that was -inf so far has an empty sum, or an infinite dot: there is nothing to shift.
+    const S shift_p = max_p == -infinity<A>() ? S(0) : S(max_p - new_p) * rate;
+    const S shift_q = max_q == -infinity<A>() ? S(0) : S(max_q - new_q) * rate;
+    const S scale_p = exp2(shift_p);
+    dot = scale_p > 0 ? scale_p * (dot + (sum_p > 0 ? sum_p * (shift_p - shift_q) : S(0))) : S(0);
+    sum_p *= scale_p;
+    sum_q *= exp2(shift_q);
+    max_p = new_p;
+    max_q = new_q;
+  }
+
+  KD_HD Side<A> p() const { return {finite_max(max_p), A(sum_p)}; }
+  KD_HD Side<A> q() const { return {finite_max(max_q), A(sum_q)}; }
+
+  KD_HD S kl() const {
+    if (sum_p == 0) return 0;
+    if (sum_q == 0) return infinity<S>();
+    return S(kLn2) * (divide(dot, sum_p) - (log2(sum_p) - log2(sum_q)));
+  }
+
+  // (-inf) - (-inf) would be NaN, so an empty row is measured from 0.
+  static KD_HD A finite_max(A max) { return max == -infinity<A>() ? A(0) : max; }
+};
+
+// Gradients of scale * KL. For q: coef_q e_q - coef_p e_p. For p: e_p (slope (a_p - a_q) + offset) where e_p is not 0.
+template <class A>
+struct KlGrad {
+  A coef_q, coef_p, slope, offset;
+};
+
+template <class A>
+KD_HD KlGrad<A> kl_grad(Side<A> p, Side<A> q, A kl, A scale) {
+  const A inverse_p = p.inverse();
+  // An empty p weighs nothing; an infinite KL has no slope in p.
+  const A inverse_q = p.sum == 0 ? A(0) : q.inverse();
+  const bool infinite = kl == infinity<A>();
+  const A slope = infinite ? A(0) : A(kLn2) * scale * inverse_p;
+  const A offset = infinite || p.sum == 0 ? A(0) : -slope * (p.log2_sum() - q.log2_sum() + A(kLog2E) * kl);
+  return {scale * inverse_q, scale * inverse_p, slope, offset};
+}
+
+template <class A>
+KD_HD A kl_grad_q(const KlGrad<A>& g, A e_p, A e_q) {
+  return g.coef_q * e_q - g.coef_p * e_p;
+}
+
+template <class A>
+KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A a_p, A a_q) {
+  const A ratio = g.slope == 0 ? A(0) : a_p - a_q;
+  return e_p == 0 ? A(0) : e_p * (g.slope * ratio + g.offset);
+}
+
+// ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence -------------------------------------------
+// From log2 p - log2 q alone: nothing is lost where p and q underflow, and all is exactly 0 where p = q.
+template <class A>
+struct Mixture {
+  A p, q;              // probabilities
+  A p_ratio, q_ratio;  // log2(p / m), log2(q / m); -inf where that probability is 0
+};
+
+template <class A>
+KD_HD Mixture<A> mixture(A log_p, A log_q, A beta) {
+  const bool p_larger = log_p > log_q;
+  const A high = p_larger ? log_p : log_q;
+  const A low = p_larger ? log_q : log_p;
+  const A larger = exp2(high);
+  const A gap = low - high;  // <= 0
+  const A ratio = larger == 0 ? A(0) : exp2(gap);
+  const A log_mix = fast_log2(A(1) + (p_larger ? A(1) - beta : beta) * (ratio - A(1)));
+  const A high_ratio = -log_mix, low_ratio = gap - log_mix;
+  const A smaller = larger * ratio;
+  return {p_larger ? larger : smaller, p_larger ? smaller : larger, p_larger ? high_ratio : low_ratio,
+          p_larger ? low_ratio : high_ratio};
+}
+
+// p log2(p / m); with `kl` the sum of those over the row, the gradient of scale * KL in z_p.
+template <class A>
+KD_HD A mixture_term(A p, A ratio) {
+  return p == 0 ? A(0) : p * ratio;
+}
+
+template <class A>
+KD_HD A mixture_grad(A p, A ratio, A kl, A scale) {
+  return p == 0 ? A(0) : scale * p * (ratio - kl);
+}
+
+// beta KL(p || m) + (1 - beta) KL(q || m), of which the plain divergences are the ends; times the row's weight.
+template <class A>
+KD_HD A row_value(A kl_p, A kl_q, A beta, A weight, A scale) {
+  const A value = beta == 0 ? kl_p : beta == 1 ? kl_q : beta * kl_p + (1 - beta) * kl_q;
+  return weight == 0 ? A(0) : scale * (weight * value);
+}
+
+// ---- cross-entropy with smoothed targets, sum_j P'_j (log sum_1 - (z_j - max)), P' = (1 - smoothing) P + smoothing / C --
+template <class S>
+struct CeState {
+  S sum_1 = 0;                           // sum_j exp(z_j - max), temperature 1
+  S centred = 0;                         // sum_j (z_j - max)
+  S target_dot = 0, target_mass = 0;     // sum_j P_j (z_j - max), sum_j P_j
+  S seen = 0;                            // classes
+
+  // The student's maximum rises by -shift >= 0; `empty` while every logit was -inf.
+  KD_HD void rebase(S shift, bool empty) {
+    if (empty || shift == 0) return;
+    sum_1 *= exp2(S(kLog2E) * shift);
+    centred += seen * shift;
+    target_dot += target_mass * shift;
+  }
+};
+
+// P_j z_j, where 0 * (-inf) = 0.
+template <class A>
+KD_HD A target_term(A target, A z) {
+  return target != 0 ? target * z : A(0);
+}
+
+template <class S>
+KD_HD S cross_entropy(S sum_1, S centred, S target_dot, S target_mass, S smoothing, int64_t classes) {
+  const S keep = 1 - smoothing;
+  const S log_sum = sum_1 == 0 ? infinity<S>() : S(kLn2) * log2(sum_1);
+  const S mass = keep * target_mass + smoothing;
+  S value = mass != 0 ? mass * log_sum : S(0);
+  if (keep != 0) value -= keep * target_dot;
+  if (smoothing != 0) value -= smoothing / S(classes) * centred;
+  return value;
+}
+
+// kl_scale KL + ce_weight CE; a term that weighs nothing is 0 even where it is infinite.
+template <class A>
+KD_HD A row_value_ce(A kl, A ce, A kl_scale, A ce_weight) {
+  return (kl_scale == 0 ? A(0) : kl_scale * kl) + (ce_weight == 0 ? A(0) : ce_weight * ce);
+}
+
+// ---- DKD: the target class against the rest, from the log-odds of the target -------------------------------------------
+template <class A>
+KD_HD A sigmoid(A x) {
+  const A e = std::exp(x < 0 ? x : -x);
+  return (x < 0 ? e : A(1)) / (A(1) + e);
+}
+
+template <class A>
+KD_HD A log_sigmoid(A x) {
+  return (x < 0 ? x : A(0)) - std::log1p(std::exp(x < 0 ? x : -x));
+}
+
+// z_y / T against the log-sum of the other classes; +inf if no other class is possible.
+template <class A>
+KD_HD A log_odds(A target, Side<A> rest, A rate) {
+  return rest.sum == 0 ? infinity<A>() : A(kLn2) * (rest.scaled(target, rate) - log2(rest.sum));
+}
+
+template <class A>
+KD_HD A target_kl(A odds_p, A odds_q) {
+  return kl_term(sigmoid(odds_p), log_sigmoid(odds_p), log_sigmoid(odds_q)) +
+         kl_term(sigmoid(-odds_p), log_sigmoid(-odds_p), log_sigmoid(-odds_q));
+}
+
+// d target_kl / d odds_q and d odds_p.
+template <class A>
+KD_HD A target_grad_q(A odds_p, A odds_q) {
+  return sigmoid(odds_q) - sigmoid(odds_p);
+}
+
+template <class A>
+KD_HD A target_grad_p(A odds_p, A odds_q) {
+  const A spread = sigmoid(odds_p) * sigmoid(-odds_p);
+  return spread > 0 && odds_q - odds_q == 0 ? spread * (odds_p - odds_q) : A(0);
+}
+
+template <class A>
+KD_HD A row_value_dkd(A target, A rest, A alpha, A beta, A scale) {
+  return scale * ((alpha == 0 ? A(0) : alpha * target) + (beta == 0 ? A(0) : beta * rest));
+}
+
+}  // namespace softmax_kl
+}  // namespace kdfast
