@@ -1,6 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <stdexcept>
 #include <string>
 
 #include "common/chunk.h"
@@ -30,11 +31,11 @@ KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p
   A p = 0, q = 0, dot = 0;
 #pragma omp simd reduction(+ : p, q, dot)
   for (int64_t i = 0; i < n; ++i) {
-    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
-    const A e_p = exp2(a_p);
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
+    const A e_p = exp2(c_p * rate);
     p += e_p;
-    q += exp2(a_q);
-    dot += kl_term(e_p, a_p, a_q);
+    q += exp2(c_q * rate);
+    dot += kl_term(e_p, c_p - c_q);
   }
   return {p, q, dot};
 }
@@ -100,8 +101,8 @@ template <class A>
 KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
-    out[i] = kl_grad_p(g, exp2(a_p), a_p, a_q);
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
+    out[i] = kl_grad_p(g, exp2(c_p * rate), c_p - c_q);
   }
 }
 
@@ -213,7 +214,7 @@ void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows,
     const bool reverse = beta == 1;
     const State<A> state = reverse ? kl_sweep(s, t, cols, rate) : kl_sweep(t, s, cols, rate);
     const Side<A> student_side = reverse ? state.p() : state.q(), teacher_side = reverse ? state.q() : state.p();
-    double kl_s = reverse ? state.kl() : 0, kl_t = beta == 0 ? state.kl() : 0;
+    double kl_s = reverse ? state.kl(rate) : 0, kl_t = beta == 0 ? state.kl(rate) : 0;
     if (beta > 0 && beta < 1) {
       const LogSoftmax<A> log_s{student_side.max, student_side.log2_sum()};
       const LogSoftmax<A> log_t{teacher_side.max, teacher_side.log2_sum()};
@@ -287,9 +288,9 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
     const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
     if (beta == 0) {
-      write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor), to_teacher, to_student);
+      write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate), to_teacher, to_student);
     } else if (beta == 1) {
-      write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor), to_student, to_teacher);
+      write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate), to_student, to_teacher);
     } else {
       write_mixture_grads(t, s, cols, rate, beta, side_t, side_s, A(kLog2E) * kl_t, A(kLog2E) * kl_s, A(kLn2) * factor,
                           to_teacher, to_student);
@@ -304,7 +305,7 @@ void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t label = labels.at(row);
     if ((label < 0 || label >= cols) && !(ignore_index && label == *ignore_index)) {
-      throw std::runtime_error("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
+      throw std::invalid_argument("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
                                ", expected a class from 0 to " + std::to_string(cols - 1) +
                                (ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : ""));
     }
@@ -352,7 +353,7 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
     stats[kCeWeight][row] = kept;
     stats[kMass][row] = (1 - smoothing) * static_cast<A>(ce.target_mass) + smoothing;
     stats.set_side(kCeTeacher, row, state.p());
-    stats[kCeKl][row] = teacher.data ? static_cast<A>(state.kl()) : A(0);
+    stats[kCeKl][row] = teacher.data ? static_cast<A>(state.kl(rate)) : A(0);
   });
 }
 
@@ -364,7 +365,7 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
     const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
-    const CeGrad<A> g = ce_grad(stats, row, cols, read<A>(grad, row), kl_scale, smoothing);
+    const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale, smoothing);
     for_pieces(cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
       const A* z_t = teacher.data ? t.piece(begin, n) : nullptr;
@@ -404,7 +405,7 @@ void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels
     stats[kStudent + kOdds][row] = log_odds(s.at(label), state.q(), rate);
     stats.set_side(kTeacher, row, state.p());
     stats[kTeacher + kOdds][row] = log_odds(t.at(label), state.p(), rate);
-    stats[kRestKl][row] = static_cast<A>(state.kl());
+    stats[kRestKl][row] = static_cast<A>(state.kl(rate));
   });
 }
 
@@ -416,7 +417,7 @@ void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& l
     const int64_t label = labels.at(row);
     const Row<A> s{student, row, label, student_buffer}, t{teacher, row, label, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
-    const DkdGrad<A> g = dkd_grad(stats, row, alpha, beta, read<A>(grad, row) * scale);
+    const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * scale);
     write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, g.rest, to_teacher, to_student);
     if (to_student.data) write_one(to_student, row, label, g.student);
     if (to_teacher.data) write_one(to_teacher, row, label, g.teacher);

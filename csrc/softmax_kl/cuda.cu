@@ -53,11 +53,11 @@ __device__ void kl_update(State<A>& s, const A (&z_p)[kStep], const A (&z_q)[kSt
   const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
-    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
-    const A e_p = exp2(a_p);
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
+    const A e_p = exp2(c_p * rate);
     s.sum_p += e_p;
-    s.sum_q += exp2(a_q);
-    s.dot += kl_term(e_p, a_p, a_q);
+    s.sum_q += exp2(c_q * rate);
+    s.dot += kl_term(e_p, c_p - c_q);
   }
 }
 
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kBlock)
   const bool reverse = beta == 1;
   const State<A> s = kl_sweep<kThreads>(reverse ? student : teacher, reverse ? teacher : student, row, cols, -1, rate);
   const Side<A> side_s = reverse ? s.p() : s.q(), side_t = reverse ? s.q() : s.p();
-  A kl_s = reverse ? s.kl() : 0, kl_t = beta == 0 ? s.kl() : 0;
+  A kl_s = reverse ? s.kl(rate) : 0, kl_t = beta == 0 ? s.kl(rate) : 0;
   if (beta > 0 && beta < 1) {
     const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
     for_steps<kThreads>(0, cols, [&](int64_t col) {
@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(kBlock)
   stats[kCeWeight][row] = weight;
   stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
   stats.set_side(kCeTeacher, row, s.p());
-  stats[kCeKl][row] = teacher.data ? s.kl() : A(0);
+  stats[kCeKl][row] = teacher.data ? s.kl(rate) : A(0);
 }
 
 template <class A, int kThreads>
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kBlock)
   stats[kStudent + kOdds][row] = valid ? log_odds(read_one<A>(student, row, label), s.q(), rate) : nan;
   stats.set_side(kTeacher, row, s.p());
   stats[kTeacher + kOdds][row] = valid ? log_odds(read_one<A>(teacher, row, label), s.p(), rate) : nan;
-  stats[kRestKl][row] = s.kl();
+  stats[kRestKl][row] = s.kl(rate);
 }
 
 // ---- from rows to the loss -----------------------------------------------------------------------------------------------
@@ -313,10 +313,10 @@ __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max
                              A (&to_p)[kStep], A (&to_q)[kStep]) {
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
-    const A a_p = (z_p[i] - max_p) * rate, a_q = (z_q[i] - max_q) * rate;
-    const A e_p = exp2(a_p);
-    to_q[i] = kl_grad_q(g, e_p, exp2(a_q));
-    to_p[i] = kl_grad_p(g, e_p, a_p, a_q);
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
+    const A e_p = exp2(c_p * rate);
+    to_q[i] = kl_grad_q(g, e_p, exp2(c_q * rate));
+    to_p[i] = kl_grad_p(g, e_p, c_p - c_q);
   }
 }
 
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kBlock)
   const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
   const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
   const bool reverse = beta == 1, mixed = beta > 0 && beta < 1;
-  const KlGrad<A> g = reverse ? kl_grad(side_s, side_t, kl_s, factor) : kl_grad(side_t, side_s, kl_t, factor);
+  const KlGrad<A> g = reverse ? kl_grad(side_s, side_t, kl_s, factor, rate) : kl_grad(side_t, side_s, kl_t, factor, rate);
   const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
@@ -362,7 +362,7 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
-  const CeGrad<A> g = ce_grad(stats, row, cols, read<A>(grad, row), kl_scale, smoothing);
+  const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale, smoothing);
   const int64_t label = labels.index ? labels.at(row) : -1;
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z[kStep], other[kStep], grad_s[kStep] = {}, grad_t[kStep];
@@ -392,7 +392,7 @@ __global__ void __launch_bounds__(kBlock)
   if (row >= stats.rows) return;
   const int64_t label = labels.at(row);
   const A max_s = stats.side(kStudent, row).max, max_t = stats.side(kTeacher, row).max;
-  const DkdGrad<A> g = dkd_grad(stats, row, alpha, beta, read<A>(grad, row) * scale);
+  const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * scale);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
     read_hiding(student, row, col, cols, label, z_s);

@@ -57,10 +57,11 @@ struct CeGrad {
 };
 
 template <class A>
-KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A grad, A kl_scale, A smoothing) {
+KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A rate, A grad, A kl_scale,
+                          A smoothing) {
   const Side<A> student = stats.side(kStudent, row), student_1{student.max, stats[kSum1][row]};
   const A ce = grad * stats[kCeWeight][row];
-  return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], grad * kl_scale),
+  return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], grad * kl_scale, rate),
           ce * stats[kMass][row] * student_1.inverse(), ce * smoothing / static_cast<A>(cols), ce * (1 - smoothing)};
 }
 
@@ -72,14 +73,12 @@ struct DkdGrad {
 };
 
 template <class A>
-KD_HD DkdGrad<A> dkd_grad(const Stats<A>& stats, int64_t row, A alpha, A beta, A scale) {
+KD_HD DkdGrad<A> dkd_grad(const Stats<A>& stats, int64_t row, A rate, A alpha, A beta, A scale) {
   const Side<A> student = stats.side(kStudent, row), teacher = stats.side(kTeacher, row);
   const A odds_s = stats[kStudent + kOdds][row], odds_t = stats[kTeacher + kOdds][row];
   const A slope_s = scale * alpha * target_grad_q(odds_t, odds_s), slope_t = scale * alpha * target_grad_p(odds_t, odds_s);
-  KlGrad<A> g = kl_grad(teacher, student, stats[kRestKl][row], beta * scale);
   // The target's log-odds fall with the log-sum of the other classes.
-  g.coef_q -= slope_s * student.inverse();
-  g.offset -= slope_t * teacher.inverse();
+  const KlGrad<A> g = kl_grad(teacher, student, stats[kRestKl][row], beta * scale, rate, slope_s, slope_t);
   return {g, slope_s, slope_t};
 }
 

@@ -24,13 +24,14 @@ struct Side {
 };
 
 // ---- KL(p || q) ----------------------------------------------------------------------------------------------------
-// e_p (a_p - a_q), where 0 (log 0 - anything) = 0. Infinite where q alone is 0; compared with == so that NaN stays NaN.
+// e_p log(p / q), where 0 log(0 / anything) = 0. Infinite where q alone is 0; compared with == so that NaN stays NaN.
 template <class A>
-KD_HD A kl_term(A e_p, A a_p, A a_q) {
-  return e_p == 0 ? A(0) : e_p * (a_p - a_q);
+KD_HD A kl_term(A e_p, A log_ratio) {
+  return e_p == 0 ? A(0) : e_p * log_ratio;
 }
 
-// Running maxima and sums of one row; A is the logits' type, S that of the sums.
+// Running maxima and sums of one row; A is the logits' type, S that of the sums. `dot` is sum_j e_p (c_p - c_q) with the
+// centred logits c = z - max: their difference is exactly 0 where p = q.
 template <class A, class S>
 struct KlState {
   A max_p = -infinity<A>(), max_q = -infinity<A>();
@@ -39,12 +40,12 @@ struct KlState {
   // Express the sums relative to new maxima, which are not below the present ones.
   KD_HD void rebase(A new_p, A new_q, A rate) {
     // A side that was -inf so far has an empty sum, or an infinite dot: there is nothing to shift.
-    const S shift_p = max_p == -infinity<A>() ? S(0) : S(max_p - new_p) * rate;
-    const S shift_q = max_q == -infinity<A>() ? S(0) : S(max_q - new_q) * rate;
-    const S scale_p = exp2(shift_p);
+    const S shift_p = max_p == -infinity<A>() ? S(0) : S(max_p - new_p);
+    const S shift_q = max_q == -infinity<A>() ? S(0) : S(max_q - new_q);
+    const S scale_p = exp2(shift_p * rate);
     dot = scale_p > 0 ? scale_p * (dot + (sum_p > 0 ? sum_p * (shift_p - shift_q) : S(0))) : S(0);
     sum_p *= scale_p;
-    sum_q *= exp2(shift_q);
+    sum_q *= exp2(shift_q * rate);
     max_p = new_p;
     max_q = new_q;
   }
@@ -52,42 +53,49 @@ struct KlState {
   KD_HD Side<A> p() const { return {finite_max(max_p), A(sum_p)}; }
   KD_HD Side<A> q() const { return {finite_max(max_q), A(sum_q)}; }
 
-  KD_HD S kl() const {
+  KD_HD S kl(A rate) const {
     if (sum_p == 0) return 0;
     if (sum_q == 0) return infinity<S>();
-    return S(kLn2) * (divide(dot, sum_p) - (log2(sum_p) - log2(sum_q)));
+    return S(kLn2) * (rate * divide(dot, sum_p) - (log2(sum_p) - log2(sum_q)));
   }
 
   // (-inf) - (-inf) would be NaN, so an empty row is measured from 0.
   static KD_HD A finite_max(A max) { return max == -infinity<A>() ? A(0) : max; }
 };
 
-// Gradients of scale * KL. For q: coef_q e_q - coef_p e_p. For p: e_p (slope (a_p - a_q) + offset) where e_p is not 0.
+// Gradients of a row's loss. For q: factor (of_q e_q - of_p e_p), where the larger of of_q and of_p is 1: so it is exactly
+// 0 where p = q, also when the compiler fuses the subtraction. For p: e_p (slope (c_p - c_q) + offset), 0 where e_p is 0.
 template <class A>
 struct KlGrad {
-  A coef_q, coef_p, slope, offset;
+  A factor, of_q, of_p, slope, offset;
+
+  KD_HD KlGrad(A coef_q, A coef_p, A slope, A offset)
+      : factor(max(fabs(coef_q), fabs(coef_p))), of_q(part(coef_q)), of_p(part(coef_p)), slope(slope), offset(offset) {}
+
+ private:
+  KD_HD A part(A coef) const { return coef == factor ? A(1) : divide(coef, factor); }
 };
 
+// Of scale * KL, with more_q q and more_p p taken off the gradients in q and p.
 template <class A>
-KD_HD KlGrad<A> kl_grad(Side<A> p, Side<A> q, A kl, A scale) {
+KD_HD KlGrad<A> kl_grad(Side<A> p, Side<A> q, A kl, A scale, A rate, A more_q = 0, A more_p = 0) {
   const A inverse_p = p.inverse();
   // An empty p weighs nothing; an infinite KL has no slope in p.
   const A inverse_q = p.sum == 0 ? A(0) : q.inverse();
   const bool infinite = kl == infinity<A>();
-  const A slope = infinite ? A(0) : A(kLn2) * scale * inverse_p;
-  const A offset = infinite || p.sum == 0 ? A(0) : -slope * (p.log2_sum() - q.log2_sum() + A(kLog2E) * kl);
-  return {scale * inverse_q, scale * inverse_p, slope, offset};
+  const A bit = infinite ? A(0) : A(kLn2) * scale * inverse_p;
+  const A offset = infinite || p.sum == 0 ? A(0) : -bit * (p.log2_sum() - q.log2_sum() + A(kLog2E) * kl);
+  return {scale * inverse_q - more_q * q.inverse(), scale * inverse_p, bit * rate, offset - more_p * inverse_p};
 }
 
 template <class A>
 KD_HD A kl_grad_q(const KlGrad<A>& g, A e_p, A e_q) {
-  return g.coef_q * e_q - g.coef_p * e_p;
+  return g.factor * (g.of_q * e_q - g.of_p * e_p);
 }
 
 template <class A>
-KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A a_p, A a_q) {
-  const A ratio = g.slope == 0 ? A(0) : a_p - a_q;
-  return e_p == 0 ? A(0) : e_p * (g.slope * ratio + g.offset);
+KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
+  return e_p == 0 ? A(0) : e_p * (g.slope == 0 ? g.offset : g.slope * log_ratio + g.offset);
 }
 
 // ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence -------------------------------------------
@@ -191,8 +199,8 @@ KD_HD A log_odds(A target, Side<A> rest, A rate) {
 
 template <class A>
 KD_HD A target_kl(A odds_p, A odds_q) {
-  return kl_term(sigmoid(odds_p), log_sigmoid(odds_p), log_sigmoid(odds_q)) +
-         kl_term(sigmoid(-odds_p), log_sigmoid(-odds_p), log_sigmoid(-odds_q));
+  return kl_term(sigmoid(odds_p), log_sigmoid(odds_p) - log_sigmoid(odds_q)) +
+         kl_term(sigmoid(-odds_p), log_sigmoid(-odds_p) - log_sigmoid(-odds_q));
 }
 
 // d target_kl / d odds_q and d odds_p.
