@@ -90,8 +90,10 @@ template <class A>
 __device__ void read(const Matrix& m, int64_t row, int64_t col, int64_t cols, A absent, A (&to)[kStep]) {
   const int64_t offset = row * m.row_stride + col * m.col_stride, left = cols - col;
   switch (m.dtype) {
-    case ScalarType::Float: return read_step(static_cast<const float*>(m.data) + offset, m.col_stride, left, absent, to);
-    case ScalarType::Double: return read_step(static_cast<const double*>(m.data) + offset, m.col_stride, left, absent, to);
+    case ScalarType::Float:
+      return read_step(static_cast<const float*>(m.data) + offset, m.col_stride, left, absent, to);
+    case ScalarType::Double:
+      return read_step(static_cast<const double*>(m.data) + offset, m.col_stride, left, absent, to);
     case ScalarType::Half: return read_step(static_cast<const Half*>(m.data) + offset, m.col_stride, left, absent, to);
     default: return read_step(static_cast<const BFloat16*>(m.data) + offset, m.col_stride, left, absent, to);
   }

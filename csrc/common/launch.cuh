@@ -1,4 +1,5 @@
-// The one way to start a kernel, so that the same source runs on a GPU and, built with KD_SIMT, thread by thread on the CPU.
+// The one way to start a kernel, so that the same source runs on a GPU and, built with KD_SIMT, thread by thread on the
+// CPU.
 #pragma once
 
 #include <cuda_runtime.h>  // with KD_SIMT, the stand-in of the test harness
@@ -37,8 +38,9 @@ struct OnDevice {
 
 template <class... P, class... Q>
 void launch(const OnDevice& device, void (*kernel)(P...), int64_t blocks, int threads, Q... args) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "kdfast: too many rows for one launch: ", blocks, " blocks");
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream>>>(static_cast<P>(args)...);
+  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "kdfast: too many rows for one launch: ", blocks,
+                  " blocks");
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream> > >(static_cast<P>(args)...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "kdfast: a kernel did not start: ", cudaGetErrorString(error));
 }

@@ -12,7 +12,8 @@ namespace kdfast {
 namespace softmax_kl {
 namespace {
 
-// ---- pieces of a row, vectorised -------------------------------------------------------------------------------------
+// ---- pieces of a row, vectorised
+// -------------------------------------------------------------------------------------
 template <class A>
 KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
   A top = start;
@@ -92,13 +93,15 @@ KD_MULTIVERSION KlSums<A> mixture_sums(const A* z_p, const A* z_q, int64_t n, Lo
 }
 
 template <class A>
-KD_MULTIVERSION void kl_grad_q_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
+KD_MULTIVERSION void kl_grad_q_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
+                                     A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), exp2((z_q[i] - max_q) * rate));
 }
 
 template <class A>
-KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
+KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
+                                     A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
@@ -136,20 +139,15 @@ KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out
   for (int64_t i = 0; i < n; ++i) out[i] -= coef * target[i];
 }
 
-// ---- rows ------------------------------------------------------------------------------------------------------------
-// f(row) for every row, in parallel. A row belongs to one thread, so the result does not depend on their number.
+// ---- rows
+// ------------------------------------------------------------------------------------------------------------ f(row)
+// for every row, in parallel. A row belongs to one thread, so the result does not depend on their number.
 template <class F>
 void for_rows(int64_t rows, int64_t cols, const F& f) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1));
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) f(row);
   });
-}
-
-// f(begin, n) for the pieces of a row.
-template <class F>
-KD_HD void for_pieces(int64_t cols, const F& f) {
-  for (int64_t begin = 0; begin < cols; begin += kChunk) f(begin, std::min(kChunk, cols - begin));
 }
 
 // One row of logits, with the label's class read as -inf if `hidden` names one.
@@ -159,17 +157,15 @@ struct Row {
   int64_t row, hidden;
   A* buffer;
 
+  // Padded to whole vectors with -inf, which adds nothing to a softmax.
   const A* piece(int64_t begin, int64_t n) const {
-    const A* z = read<A>(m, row, begin, n, buffer);
+    const A* z = read<A>(m, row, begin, n, -infinity<A>(), buffer);
     if (hidden < begin || hidden >= begin + n) return z;
     if (z != buffer) std::copy(z, z + n, buffer);
     buffer[hidden - begin] = -infinity<A>();
     return buffer;
   }
-  A at(int64_t col) const {
-    A one;
-    return *read<A>(m, row, col, 1, &one);
-  }
+  A at(int64_t col) const { return read_one<A>(m, row, col); }
 };
 
 template <class A>
@@ -177,7 +173,8 @@ using State = KlState<A, double>;
 
 template <class A>
 void kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate) {
-  s.rebase(max_of(p, n, s.max_p), max_of(q, n, s.max_q), rate);
+  const A top_p = max_of(p, n, s.max_p), top_q = max_of(q, n, s.max_q);
+  if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
   const KlSums<A> sums = kl_sums(p, q, n, s.finite_max(s.max_p), s.finite_max(s.max_q), rate);
   s.sum_p += sums.p;
   s.sum_q += sums.q;
@@ -187,7 +184,8 @@ void kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate) {
 template <class A>
 State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, A rate) {
   State<A> s;
-  for_pieces(cols, [&](int64_t begin, int64_t n) { kl_update(s, p.piece(begin, n), q.piece(begin, n), n, rate); });
+  for_pieces(cols,
+             [&](int64_t begin, int64_t n) { kl_update(s, p.piece(begin, n), q.piece(begin, n), padded(n), rate); });
   return s;
 }
 
@@ -203,7 +201,8 @@ void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
   if (reduce) *out = static_cast<A>(sum);
 }
 
-// ---- softmax_kl: p is the side whose probabilities weigh -----------------------------------------------------------------
+// ---- softmax_kl: p is the side whose probabilities weigh
+// -----------------------------------------------------------------
 
 template <class A>
 void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols, A rate, A beta,
@@ -219,7 +218,7 @@ void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows,
       const LogSoftmax<A> log_s{student_side.max, student_side.log2_sum()};
       const LogSoftmax<A> log_t{teacher_side.max, teacher_side.log2_sum()};
       for_pieces(cols, [&](int64_t begin, int64_t n) {
-        const KlSums<A> sums = mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, rate, beta);
+        const KlSums<A> sums = mixture_sums(t.piece(begin, n), s.piece(begin, n), padded(n), log_t, log_s, rate, beta);
         kl_t += kLn2 * sums.p;
         kl_s += kLn2 * sums.q;
       });
@@ -251,13 +250,13 @@ void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate, A ma
   for_pieces(cols, [&](int64_t begin, int64_t n) {
     const A *z_p = p.piece(begin, n), *z_q = q.piece(begin, n);
     if (out_q.data) {
-      A* out = target(out_q, q.row, begin, buffer);
-      kl_grad_q_piece(z_p, z_q, n, max_p, max_q, rate, g, out);
+      A* out = target(out_q, q.row, begin, n, buffer);
+      kl_grad_q_piece(z_p, z_q, padded(n), max_p, max_q, rate, g, out);
       write(out_q, q.row, begin, n, out);
     }
     if (out_p.data) {
-      A* out = target(out_p, p.row, begin, buffer);
-      kl_grad_p_piece(z_p, z_q, n, max_p, max_q, rate, g, out);
+      A* out = target(out_p, p.row, begin, n, buffer);
+      kl_grad_p_piece(z_p, z_q, padded(n), max_p, max_q, rate, g, out);
       write(out_p, p.row, begin, n, out);
     }
   });
@@ -269,9 +268,10 @@ void write_mixture_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate,
   alignas(64) A buffer_p[kChunk], buffer_q[kChunk];
   const LogSoftmax<A> log_p{side_p.max, side_p.log2_sum()}, log_q{side_q.max, side_q.log2_sum()};
   for_pieces(cols, [&](int64_t begin, int64_t n) {
-    A* to_p = out_p.data ? target(out_p, p.row, begin, buffer_p) : buffer_p;
-    A* to_q = out_q.data ? target(out_q, q.row, begin, buffer_q) : buffer_q;
-    mixture_grad_piece(p.piece(begin, n), q.piece(begin, n), n, log_p, log_q, rate, beta, kl_p, kl_q, scale, to_p, to_q);
+    A* to_p = out_p.data ? target(out_p, p.row, begin, n, buffer_p) : buffer_p;
+    A* to_q = out_q.data ? target(out_q, q.row, begin, n, buffer_q) : buffer_q;
+    mixture_grad_piece(p.piece(begin, n), q.piece(begin, n), padded(n), log_p, log_q, rate, beta, kl_p, kl_q, scale,
+                       to_p, to_q);
     if (out_p.data) write(out_p, p.row, begin, n, to_p);
     if (out_q.data) write(out_q, q.row, begin, n, to_q);
   });
@@ -288,9 +288,11 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
     const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
     if (beta == 0) {
-      write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate), to_teacher, to_student);
+      write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate), to_teacher,
+                     to_student);
     } else if (beta == 1) {
-      write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate), to_student, to_teacher);
+      write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate), to_student,
+                     to_teacher);
     } else {
       write_mixture_grads(t, s, cols, rate, beta, side_t, side_s, A(kLog2E) * kl_t, A(kLog2E) * kl_s, A(kLn2) * factor,
                           to_teacher, to_student);
@@ -298,7 +300,8 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
   });
 }
 
-// ---- cross_entropy_kl --------------------------------------------------------------------------------------------------
+// ---- cross_entropy_kl
+// --------------------------------------------------------------------------------------------------
 
 void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_t* ignore_index) {
   if (!labels.index) return;
@@ -306,8 +309,8 @@ void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_
     const int64_t label = labels.at(row);
     if ((label < 0 || label >= cols) && !(ignore_index && label == *ignore_index)) {
       throw std::invalid_argument("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
-                               ", expected a class from 0 to " + std::to_string(cols - 1) +
-                               (ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : ""));
+                                  ", expected a class from 0 to " + std::to_string(cols - 1) +
+                                  (ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : ""));
     }
   }
 }
@@ -325,17 +328,18 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
       const A* z = s.piece(begin, n);
       const A before = state.max_q;
       if (teacher.data) {
-        kl_update(state, t.piece(begin, n), z, n, rate);
+        kl_update(state, t.piece(begin, n), z, padded(n), rate);
       } else {
-        state.max_q = max_of(z, n, state.max_q);
+        state.max_q = max_of(z, padded(n), state.max_q);
       }
       ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
       const A max = state.q().max;
       // At T = 1 the KL has summed the same exponentials.
-      if (!teacher.data || rate != A(kLog2E)) ce.sum_1 += exp_sum(z, n, max, A(kLog2E));
+      if (!teacher.data || rate != A(kLog2E)) ce.sum_1 += exp_sum(z, padded(n), max, A(kLog2E));
       if (smoothing != 0) ce.centred += centred_sum(z, n, max);
       if (!labels.index) {
-        const TargetSums<A> sums = target_sums(z, read<A>(labels.probabilities, row, begin, n, teacher_buffer), n, max);
+        const A* target = read<A>(labels.probabilities, row, begin, n, A(0), teacher_buffer);
+        const TargetSums<A> sums = target_sums(z, target, padded(n), max);
         ce.target_dot += sums.dot;
         ce.target_mass += sums.mass;
       }
@@ -347,7 +351,8 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
       ce.target_dot = s.at(labels.at(row)) - state.q().max;
       ce.target_mass = 1;
     }
-    ce_rows[row] = kept ? cross_entropy<double>(ce.sum_1, ce.centred, ce.target_dot, ce.target_mass, smoothing, cols) : 0;
+    ce_rows[row] =
+        kept ? cross_entropy<double>(ce.sum_1, ce.centred, ce.target_dot, ce.target_mass, smoothing, cols) : 0;
     stats.set_side(kStudent, row, state.q());
     stats[kSum1][row] = static_cast<A>(ce.sum_1);
     stats[kCeWeight][row] = kept;
@@ -370,28 +375,29 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
       const A* z = s.piece(begin, n);
       const A* z_t = teacher.data ? t.piece(begin, n) : nullptr;
       if (to_student.data) {
-        A* out = target(to_student, row, begin, buffer);
-        if (z_t) kl_grad_q_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
-        ce_grad_piece(z, n, side_s.max, g.coef, g.uniform, z_t != nullptr, out);
+        A* out = target(to_student, row, begin, n, buffer);
+        if (z_t) kl_grad_q_piece(z_t, z, padded(n), side_t.max, side_s.max, rate, g.kl, out);
+        ce_grad_piece(z, padded(n), side_s.max, g.coef, g.uniform, z_t != nullptr, out);
         if (labels.index) {
           const int64_t at = labels.at(row) - begin;
           if (at >= 0 && at < n) out[at] -= g.target;
         } else {
           alignas(64) A target_buffer[kChunk];
-          subtract_targets(read<A>(labels.probabilities, row, begin, n, target_buffer), n, g.target, out);
+          subtract_targets(read<A>(labels.probabilities, row, begin, n, A(0), target_buffer), n, g.target, out);
         }
         write(to_student, row, begin, n, out);
       }
       if (to_teacher.data) {
-        A* out = target(to_teacher, row, begin, buffer);
-        kl_grad_p_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
+        A* out = target(to_teacher, row, begin, n, buffer);
+        kl_grad_p_piece(z_t, z, padded(n), side_t.max, side_s.max, rate, g.kl, out);
         write(to_teacher, row, begin, n, out);
       }
     });
   });
 }
 
-// ---- dkd ---------------------------------------------------------------------------------------------------------------
+// ---- dkd
+// ---------------------------------------------------------------------------------------------------------------
 
 template <class A>
 void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t rows, int64_t cols, A rate,
@@ -410,8 +416,9 @@ void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels
 }
 
 template <class A>
-void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad, Stats<A> stats,
-                   int64_t cols, A rate, A alpha, A beta, A scale, const Matrix& to_student, const Matrix& to_teacher) {
+void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad,
+                   Stats<A> stats, int64_t cols, A rate, A alpha, A beta, A scale, const Matrix& to_student,
+                   const Matrix& to_teacher) {
   for_rows(stats.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
@@ -424,8 +431,9 @@ void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& l
   });
 }
 
-// ---- the ops -------------------------------------------------------------------------------------------------------------
-// f(A{}) with the accumulation type.
+// ---- the ops
+// ------------------------------------------------------------------------------------------------------------- f(A{})
+// with the accumulation type.
 template <class F>
 void dispatch_accumulator(ScalarType dtype, F&& f) {
   if (dtype == ScalarType::Double) {
@@ -437,8 +445,8 @@ void dispatch_accumulator(ScalarType dtype, F&& f) {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature, double beta,
-                            double scale, bool reduce) {
+Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature,
+                            double beta, double scale, bool reduce) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
   Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
@@ -462,15 +470,15 @@ Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::o
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     softmax_kl_grad_rows<A>(matrix(student), matrix(teacher), column(grad), weight ? column(*weight) : Column{},
-                            stats_of<A>(stats), student.size(1), A(kLog2E / temperature), A(beta), A(scale / temperature),
-                            to_student.m, to_teacher.m);
+                            stats_of<A>(stats), student.size(1), A(kLog2E / temperature), A(beta),
+                            A(scale / temperature), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
 
 Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
-                                  double kl_scale, double ce_scale, double smoothing, int64_t ignore_index, bool ce_mean,
-                                  bool reduce) {
+                                  double kl_scale, double ce_scale, double smoothing, int64_t ignore_index,
+                                  bool ce_mean, bool reduce) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const Labels targets = labels_of(labels);
   check_labels(targets, rows, cols, &ignore_index);
@@ -493,16 +501,16 @@ Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher,
   return {loss, stats};
 }
 
-Pair cross_entropy_kl_backward_cpu(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels, Tensor stats,
-                                   double temperature, double kl_scale, double smoothing, bool need_student,
-                                   bool need_teacher) {
+Pair cross_entropy_kl_backward_cpu(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
+                                   Tensor stats, double temperature, double kl_scale, double smoothing,
+                                   bool need_student, bool need_teacher) {
   Output to_student = output(student, need_student, grad);
   Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    cross_entropy_kl_grad_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), column(grad),
-                                  stats_of<A>(stats), student.size(1), A(kLog2E / temperature), A(kl_scale / temperature), A(smoothing),
-                                  to_student.m, to_teacher.m);
+    cross_entropy_kl_grad_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels),
+                                  column(grad), stats_of<A>(stats), student.size(1), A(kLog2E / temperature),
+                                  A(kl_scale / temperature), A(smoothing), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
@@ -531,8 +539,9 @@ Pair dkd_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor labels
   Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    dkd_grad_rows<A>(matrix(student), matrix(teacher), labels_of(labels), column(grad), stats_of<A>(stats), student.size(1),
-                     A(kLog2E / temperature), A(alpha), A(beta), A(scale / temperature), to_student.m, to_teacher.m);
+    dkd_grad_rows<A>(matrix(student), matrix(teacher), labels_of(labels), column(grad), stats_of<A>(stats),
+                     student.size(1), A(kLog2E / temperature), A(alpha), A(beta), A(scale / temperature), to_student.m,
+                     to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }

@@ -6,11 +6,12 @@ namespace softmax_kl {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int64_t kShortRow = 2048;            // up to here a warp reads a row, above it a block
+constexpr int64_t kShortRow = 2048;             // up to here a warp reads a row, above it a block
 constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
-constexpr int64_t kRowsPerSum = 8192;          // rows that one block of a reduction adds up
+constexpr int64_t kRowsPerSum = 8192;           // rows that one block of a reduction adds up
 
-// ---- who works on what -----------------------------------------------------------------------------------------------
+// ---- who works on what
+// -----------------------------------------------------------------------------------------------
 template <int kThreads>
 __device__ int64_t group_index() {
   return int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
@@ -41,7 +42,8 @@ __device__ void read_hiding(const Matrix& m, int64_t row, int64_t col, int64_t c
   }
 }
 
-// ---- forward sweeps ----------------------------------------------------------------------------------------------------
+// ---- forward sweeps
+// ----------------------------------------------------------------------------------------------------
 template <class A>
 using State = KlState<A, A>;
 
@@ -92,8 +94,8 @@ struct LogSoftmax {
 };
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
-    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, A rate, A beta, Stats<A> stats) {
+__global__ void __launch_bounds__(kBlock) softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows,
+                                                                    int64_t cols, A rate, A beta, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
   const bool reverse = beta == 1;
@@ -189,8 +191,8 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
-    dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t rows, int64_t cols, A rate, Stats<A> stats) {
+__global__ void __launch_bounds__(kBlock) dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels,
+                                                             int64_t rows, int64_t cols, A rate, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
   const int64_t label = labels.at(row);
@@ -205,7 +207,8 @@ __global__ void __launch_bounds__(kBlock)
   stats[kRestKl][row] = s.kl(rate);
 }
 
-// ---- from rows to the loss -----------------------------------------------------------------------------------------------
+// ---- from rows to the loss
+// -----------------------------------------------------------------------------------------------
 template <class A>
 struct SoftmaxKlValue {
   Stats<A> stats;
@@ -294,8 +297,9 @@ void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_
   launch(device, sum_rows_kernel<A, Value, A>, blocks_for(rows, kRowsPerSum), kBlock, value, rows, out, nullptr);
 }
 
-// ---- backward ------------------------------------------------------------------------------------------------------------
-// A long row is shared by several blocks, so that few rows still fill the device.
+// ---- backward
+// ------------------------------------------------------------------------------------------------------------ A long
+// row is shared by several blocks, so that few rows still fill the device.
 struct Part {
   int64_t row, begin, end;
 };
@@ -331,7 +335,8 @@ __global__ void __launch_bounds__(kBlock)
   const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
   const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
   const bool reverse = beta == 1, mixed = beta > 0 && beta < 1;
-  const KlGrad<A> g = reverse ? kl_grad(side_s, side_t, kl_s, factor, rate) : kl_grad(side_t, side_s, kl_t, factor, rate);
+  const KlGrad<A> g =
+      reverse ? kl_grad(side_s, side_t, kl_s, factor, rate) : kl_grad(side_t, side_s, kl_t, factor, rate);
   const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
@@ -385,8 +390,8 @@ __global__ void __launch_bounds__(kBlock)
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock)
-    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate, A alpha, A beta,
-                        A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate, A alpha,
+                        A beta, A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
@@ -409,8 +414,9 @@ __global__ void __launch_bounds__(kBlock)
   });
 }
 
-// ---- the ops -------------------------------------------------------------------------------------------------------------
-// f(A{}) with the accumulation type.
+// ---- the ops
+// ------------------------------------------------------------------------------------------------------------- f(A{})
+// with the accumulation type.
 template <class F>
 void dispatch_accumulator(ScalarType dtype, F&& f) {
   if (dtype == ScalarType::Double) {
@@ -422,8 +428,8 @@ void dispatch_accumulator(ScalarType dtype, F&& f) {
 
 // Starts one of a kernel's two forms over all rows; `parts`: groups to a row in the form for long rows.
 template <class... P, class... Q>
-void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...), int64_t rows, int64_t cols, int64_t parts,
-                 Q... args) {
+void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...), int64_t rows, int64_t cols,
+                 int64_t parts, Q... args) {
   if (rows == 0) return;
   if (cols <= kShortRow) {
     launch(device, warp, blocks_for(rows, kBlock / kWarp), kBlock, args...);
@@ -450,8 +456,8 @@ Output output(const Tensor& like, bool needed, const Tensor& any) {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature, double beta,
-                             double scale, bool reduce) {
+Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature,
+                             double beta, double scale, bool reduce) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
@@ -483,8 +489,8 @@ Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::
 }
 
 Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
-                                   double kl_scale, double ce_scale, double smoothing, int64_t ignore_index, bool ce_mean,
-                                   bool reduce) {
+                                   double kl_scale, double ce_scale, double smoothing, int64_t ignore_index,
+                                   bool ce_mean, bool reduce) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
@@ -495,28 +501,28 @@ Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher
     const Stats<A> s = stats_of<A>(stats);
     A* ce_rows = static_cast<A*>(ce.data_ptr());
     double* count = ce_mean ? static_cast<double*>(kept.data_ptr()) : nullptr;
-    launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows, cols, 1,
-                matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows, cols,
-                A(kLog2E / temperature), A(smoothing), s, ce_rows);
+    launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows,
+                cols, 1, matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows,
+                cols, A(kLog2E / temperature), A(smoothing), s, ce_rows);
     if (count) sum_rows<double>(device, student, Kept<A>{s}, rows, count);
     reduce_rows<A>(device, loss, CrossEntropyValue<A>{s, ce_rows, count, A(kl_scale), ce_scale}, rows, reduce);
   });
   return {loss, stats};
 }
 
-Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels, Tensor stats,
-                                    double temperature, double kl_scale, double smoothing, bool need_student,
-                                    bool need_teacher) {
+Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
+                                    Tensor stats, double temperature, double kl_scale, double smoothing,
+                                    bool need_student, bool need_teacher) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const Output to_student = output(student, need_student, grad);
   const Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>, rows, cols,
-                blocks_for(cols, kPiece), matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels),
-                column(grad), cols, A(kLog2E / temperature), A(kl_scale / temperature), A(smoothing), stats_of<A>(stats),
-                to_student.m, to_teacher.m);
+    launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>, rows,
+                cols, blocks_for(cols, kPiece), matrix(student), teacher ? matrix(*teacher) : Matrix{},
+                labels_of(labels), column(grad), cols, A(kLog2E / temperature), A(kl_scale / temperature), A(smoothing),
+                stats_of<A>(stats), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
@@ -544,9 +550,10 @@ Pair dkd_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor label
   const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, rows, cols, blocks_for(cols, kPiece),
-                matrix(student), matrix(teacher), labels_of(labels), column(grad), cols, A(kLog2E / temperature), A(alpha),
-                A(beta), A(scale / temperature), stats_of<A>(stats), to_student.m, to_teacher.m);
+    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, rows, cols,
+                blocks_for(cols, kPiece), matrix(student), matrix(teacher), labels_of(labels), column(grad), cols,
+                A(kLog2E / temperature), A(alpha), A(beta), A(scale / temperature), stats_of<A>(stats), to_student.m,
+                to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }

@@ -29,7 +29,8 @@ Stats<A> stats_of(const Tensor& stats) {
 // softmax_kl: student max, sum, KL of the student's side; teacher max, sum, KL of the teacher's side.
 constexpr int64_t kStudent = 0, kTeacher = 3, kKl = 2, kKlStats = 6;
 
-// cross_entropy_kl: student max, sum at T, sum at 1; weight of the row's cross-entropy; mass of its target; teacher; KL.
+// cross_entropy_kl: student max, sum at T, sum at 1; weight of the row's cross-entropy; mass of its target; teacher;
+// KL.
 constexpr int64_t kSum1 = 2, kCeWeight = 3, kMass = 4, kCeTeacher = 5, kCeKl = 7, kCeStats = 8;
 
 // dkd: student max, sum of the non-target classes, log-odds of the target; the same of the teacher; KL of the rest.
@@ -49,7 +50,8 @@ inline Labels labels_of(const Tensor& labels) {
   return {static_cast<const int64_t*>(labels.data_ptr()), labels.stride(0), Matrix{}};
 }
 
-// Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target * P.
+// Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target *
+// P.
 template <class A>
 struct CeGrad {
   KlGrad<A> kl;
@@ -57,8 +59,7 @@ struct CeGrad {
 };
 
 template <class A>
-KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A rate, A grad, A kl_scale,
-                          A smoothing) {
+KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A rate, A grad, A kl_scale, A smoothing) {
   const Side<A> student = stats.side(kStudent, row), student_1{student.max, stats[kSum1][row]};
   const A ce = grad * stats[kCeWeight][row];
   return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], grad * kl_scale, rate),
@@ -76,7 +77,8 @@ template <class A>
 KD_HD DkdGrad<A> dkd_grad(const Stats<A>& stats, int64_t row, A rate, A alpha, A beta, A scale) {
   const Side<A> student = stats.side(kStudent, row), teacher = stats.side(kTeacher, row);
   const A odds_s = stats[kStudent + kOdds][row], odds_t = stats[kTeacher + kOdds][row];
-  const A slope_s = scale * alpha * target_grad_q(odds_t, odds_s), slope_t = scale * alpha * target_grad_p(odds_t, odds_s);
+  const A slope_s = scale * alpha * target_grad_q(odds_t, odds_s),
+          slope_t = scale * alpha * target_grad_p(odds_t, odds_s);
   // The target's log-odds fall with the log-sum of the other classes.
   const KlGrad<A> g = kl_grad(teacher, student, stats[kRestKl][row], beta * scale, rate, slope_s, slope_t);
   return {g, slope_s, slope_t};

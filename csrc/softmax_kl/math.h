@@ -1,12 +1,12 @@
 // KL(p || q) of one row, with p and q the softmax of logits at temperature T, and what is built on it.
 //
-// A softmax is kept as max = max_j z_j and sum = sum_j exp((z_j - max) / T); sum = 0 marks a row that is -inf everywhere.
-// With a = (z - max) / T, e = exp(a): probability e / sum, log-probability a - log sum, and
+// A softmax is kept as max = max_j z_j and sum = sum_j exp((z_j - max) / T); sum = 0 marks a row that is -inf
+// everywhere. With a = (z - max) / T, e = exp(a): probability e / sum, log-probability a - log sum, and
 //   KL(p || q) = sum_j e_p (a_p - a_q) / sum_p - (log sum_p - log sum_q),
 //   T dKL/dz_q = q - p,    T dKL/dz_p = p (log p - log q - KL).
 // So the backward needs max, sum and KL of a row, which is all that the forward saves.
-// Loops work in bits, because 2^x is cheaper than e^x: a = (z - max) * rate with rate = log2(e) / T. What leaves is in nats.
-// Includes no torch header; shared by CPU and CUDA.
+// Loops work in bits, because 2^x is cheaper than e^x: a = (z - max) * rate with rate = log2(e) / T. What leaves is in
+// nats. Includes no torch header; shared by CPU and CUDA.
 #pragma once
 
 #include "common/vector_math.h"
@@ -30,8 +30,8 @@ KD_HD A kl_term(A e_p, A log_ratio) {
   return e_p == 0 ? A(0) : e_p * log_ratio;
 }
 
-// Running maxima and sums of one row; A is the logits' type, S that of the sums. `dot` is sum_j e_p (c_p - c_q) with the
-// centred logits c = z - max: their difference is exactly 0 where p = q.
+// Running maxima and sums of one row; A is the logits' type, S that of the sums. `dot` is sum_j e_p (c_p - c_q) with
+// the centred logits c = z - max: their difference is exactly 0 where p = q.
 template <class A, class S>
 struct KlState {
   A max_p = -infinity<A>(), max_q = -infinity<A>();
@@ -63,8 +63,9 @@ struct KlState {
   static KD_HD A finite_max(A max) { return max == -infinity<A>() ? A(0) : max; }
 };
 
-// Gradients of a row's loss. For q: factor (of_q e_q - of_p e_p), where the larger of of_q and of_p is 1: so it is exactly
-// 0 where p = q, also when the compiler fuses the subtraction. For p: e_p (slope (c_p - c_q) + offset), 0 where e_p is 0.
+// Gradients of a row's loss. For q: factor (of_q e_q - of_p e_p), where the larger of of_q and of_p is 1: so it is
+// exactly 0 where p = q, also when the compiler fuses the subtraction. For p: e_p (slope (c_p - c_q) + offset), 0 where
+// e_p is 0.
 template <class A>
 struct KlGrad {
   A factor, of_q, of_p, slope, offset;
@@ -98,8 +99,9 @@ KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
   return e_p == 0 ? A(0) : e_p * (g.slope == 0 ? g.offset : g.slope * log_ratio + g.offset);
 }
 
-// ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence -------------------------------------------
-// From log2 p - log2 q alone: nothing is lost where p and q underflow, and all is exactly 0 where p = q.
+// ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence
+// ------------------------------------------- From log2 p - log2 q alone: nothing is lost where p and q underflow, and
+// all is exactly 0 where p = q.
 template <class A>
 struct Mixture {
   A p, q;              // probabilities
@@ -139,13 +141,14 @@ KD_HD A row_value(A kl_p, A kl_q, A beta, A weight, A scale) {
   return weight == 0 ? A(0) : scale * (weight * value);
 }
 
-// ---- cross-entropy with smoothed targets, sum_j P'_j (log sum_1 - (z_j - max)), P' = (1 - smoothing) P + smoothing / C --
+// ---- cross-entropy with smoothed targets, sum_j P'_j (log sum_1 - (z_j - max)), P' = (1 - smoothing) P + smoothing /
+// C --
 template <class S>
 struct CeState {
-  S sum_1 = 0;                           // sum_j exp(z_j - max), temperature 1
-  S centred = 0;                         // sum_j (z_j - max)
-  S target_dot = 0, target_mass = 0;     // sum_j P_j (z_j - max), sum_j P_j
-  S seen = 0;                            // classes
+  S sum_1 = 0;                        // sum_j exp(z_j - max), temperature 1
+  S centred = 0;                      // sum_j (z_j - max)
+  S target_dot = 0, target_mass = 0;  // sum_j P_j (z_j - max), sum_j P_j
+  S seen = 0;                         // classes
 
   // The student's maximum rises by -shift >= 0; `empty` while every logit was -inf.
   KD_HD void rebase(S shift, bool empty) {
@@ -179,7 +182,8 @@ KD_HD A row_value_ce(A kl, A ce, A kl_scale, A ce_weight) {
   return (kl_scale == 0 ? A(0) : kl_scale * kl) + (ce_weight == 0 ? A(0) : ce_weight * ce);
 }
 
-// ---- DKD: the target class against the rest, from the log-odds of the target -------------------------------------------
+// ---- DKD: the target class against the rest, from the log-odds of the target
+// -------------------------------------------
 template <class A>
 KD_HD A sigmoid(A x) {
   const A e = std::exp(x < 0 ? x : -x);
