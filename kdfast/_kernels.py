@@ -50,7 +50,7 @@ _libraries = {"_C": Library(), "_cuda": Library()}
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
 def load():
-    """Load the libraries that were built; a library that is there and does not load is an ImportError with the reason."""
+    """Load the libraries that were built; one that is there and does not load is an ImportError with the reason."""
     _load_cpu(_libraries["_C"])
     _load_cuda(_libraries["_cuda"])
     errors = [f"{library.path}: {library.error}" for library in _libraries.values() if library.error]
@@ -106,7 +106,7 @@ def paths():
 
 # ---- defining ops ----------------------------------------------------------------------------------------------------
 def define(family, schema, fallback, fake):
-    """Define ``kdfast::<schema>`` with its plain-PyTorch form for all devices and its shape function; returns the op."""
+    """Define ``kdfast::<schema>`` with its plain-PyTorch form for all devices and its shape function; return the op."""
     name = schema.split("(")[0]
     OPS[name] = Op(family, schema, fallback)
     NAMESPACE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -131,7 +131,7 @@ def _announce(family, device):
     library = _libraries["_cuda" if device == "cuda" else "_C"]
     why = library.error or library.reason or f"no kernel exists for device {device!r}"
     message = (
-        f"kdfast.{family} runs on its plain-PyTorch fallback on {device}, which is slower and takes more memory: {why}. "
+        f"kdfast.{family} runs on its plain-PyTorch fallback on {device}, slower and with more memory: {why}. "
         "`kdfast doctor` says what was built; reinstall kdfast where a C++ compiler (for CUDA also nvcc) is found."
     )
     if os.environ.get("KDFAST_REQUIRE_KERNELS") == "1":
@@ -143,7 +143,7 @@ def _announce(family, device):
 # ---- choosing a path by hand -----------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def override(kernels, keys=("CPU", "CUDA")):
-    """Inside, ``kernels`` (op name -> function) run for the dispatch keys `keys`; process-wide, also in compiled code."""
+    """Inside, `kernels` (op name -> function) run for the dispatch keys `keys`; process-wide, also in compiled code."""
     library = torch.library.Library("kdfast", "IMPL")
     try:
         with warnings.catch_warnings():

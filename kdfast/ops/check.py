@@ -17,7 +17,9 @@ def tensor(name, x):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
         if type(x).__name__ == "DTensor":
-            raise TypeError(f"{name} is a DTensor, which kdfast does not support: pass {name}.to_local() or .full_tensor()")
+            raise TypeError(
+                f"{name} is a DTensor, which kdfast does not support: pass {name}.to_local() or .full_tensor()"
+            )
     if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
         raise RuntimeError(
             f"{name} is inside a torch.func transform (vmap, grad, jvp ...), which kdfast does not support: "
@@ -53,12 +55,14 @@ def class_indices(labels, student, ignore_index=None):
     """(B,) integer labels on the student's device, as int64; values are the kernel's to check, see `label_range`."""
     tensor("labels", labels)
     if labels.dtype not in INTEGERS:
-        raise TypeError(f"labels must be integers of shape ({student.shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}")
+        raise TypeError(
+            f"labels must be integers of shape ({student.shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
+        )
     if labels.shape != student.shape[:1]:
         raise ValueError(f"labels must have shape ({student.shape[0]},), got {tuple(labels.shape)}")
     if labels.device != student.device:
         raise ValueError(f"labels must be on the student's device {student.device}, got {labels.device}")
-    if labels.is_cuda and os.environ.get("KDFAST_CHECK") == "1":
+    if labels.is_cuda and not torch.compiler.is_compiling() and os.environ.get("KDFAST_CHECK") == "1":
         label_range(labels, student.shape[1], ignore_index)
     return labels if labels.dtype == torch.int64 else labels.long()
 
@@ -85,7 +89,9 @@ def class_probabilities(name, probabilities, student):
     if probabilities.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {probabilities.dtype}")
     if probabilities.shape != student.shape:
-        raise ValueError(f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(probabilities.shape)}")
+        raise ValueError(
+            f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(probabilities.shape)}"
+        )
     if probabilities.device != student.device:
         raise ValueError(f"{name} must be on the student's device {student.device}, got {probabilities.device}")
 
@@ -93,8 +99,10 @@ def class_probabilities(name, probabilities, student):
 def row_weight(weight, student):
     """(B,) floating-point weights on the student's device, without gradient."""
     tensor("weight", weight)
-    if weight.dtype not in FLOATS or weight.shape != student.shape[:1]:
-        raise ValueError(f"weight must be a floating-point tensor of shape ({student.shape[0]},), got {weight.dtype} of shape {tuple(weight.shape)}")
+    if weight.dtype not in FLOATS:
+        raise TypeError(f"weight must be float32, float64, float16 or bfloat16, got {weight.dtype}")
+    if weight.shape != student.shape[:1]:
+        raise ValueError(f"weight must have shape ({student.shape[0]},), got {tuple(weight.shape)}")
     if weight.device != student.device:
         raise ValueError(f"weight must be on the student's device {student.device}, got {weight.device}")
     if weight.requires_grad:
@@ -125,7 +133,7 @@ def reduction(value):
 
 
 def first_derivative_only(op):
-    """Called in a backward: gradients are recorded there only for a second derivative, which the kernels do not have."""
+    """Called in a backward: gradients are recorded there only for a second derivative, which no kernel has."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"kdfast.{op} has no second derivative: call backward or torch.autograd.grad without create_graph=True "

@@ -87,7 +87,9 @@ def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale,
     return fixed_sum(rows) if reduce else rows, torch.stack([top_s, sum_s, kl_q, top_t, sum_t, kl_p])
 
 
-def softmax_kl_backward_torch(grad, student, teacher, weight, stats, temperature, beta, scale, need_student, need_teacher):
+def softmax_kl_backward_torch(
+    grad, student, teacher, weight, stats, temperature, beta, scale, need_student, need_teacher
+):
     top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats
     log_q = log_softmax(student, top_s, sum_s, temperature)
     log_p = log_softmax(teacher, top_t, sum_t, temperature)
@@ -194,7 +196,9 @@ def dkd_forward_torch(student, teacher, labels, temperature, alpha, beta, scale)
     return fixed_sum(rows), torch.stack([top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl])
 
 
-def dkd_backward_torch(grad, student, teacher, labels, stats, temperature, alpha, beta, scale, need_student, need_teacher):
+def dkd_backward_torch(
+    grad, student, teacher, labels, stats, temperature, alpha, beta, scale, need_student, need_teacher
+):
     top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl = stats
     column = labels.clamp(0, student.shape[1] - 1)[:, None]
     log_q = log_softmax(student, top_s, sum_s, temperature).scatter(1, column, -INF)
@@ -225,7 +229,9 @@ def _forward_fake(stats):
 def _backward_fake(grad, student, teacher, *args):
     need_student, need_teacher = args[-2:]
     sides = ((student, need_student), (teacher, need_teacher))
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0) for x, need in sides)
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0) for x, need in sides
+    )
 
 
 _softmax_kl = define(
@@ -290,7 +296,9 @@ class _SoftmaxKL(torch.autograd.Function):
 
 class _CrossEntropyKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce):
+    def forward(
+        ctx, student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
+    ):
         loss, stats = _cross_entropy_kl(
             student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
         )
@@ -302,7 +310,9 @@ class _CrossEntropyKL(torch.autograd.Function):
     def backward(ctx, grad):
         check.first_derivative_only("cross_entropy_kl")
         need_student, need_teacher = ctx.needs_input_grad[:2]
-        student, teacher = _cross_entropy_kl_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
+        student, teacher = _cross_entropy_kl_backward(
+            grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher
+        )
         none = (None,) * 8
         return student if need_student else None, teacher if need_teacher else None, *none
 
@@ -386,11 +396,13 @@ def cross_entropy_kl(
     check.positive("temperature", temperature)
     check.number("kl_weight", kl_weight)
     kl_scale = kl_weight * temperature * temperature / _divisor(reduction, student.shape[0])
-    return _cross_entropy(student, teacher, labels, float(temperature), kl_scale, ce_weight, label_smoothing, ignore_index, reduction)
+    return _cross_entropy(
+        student, teacher, labels, float(temperature), kl_scale, ce_weight, label_smoothing, ignore_index, reduction
+    )
 
 
 def cross_entropy(student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
-    """``ce_weight CE(student, labels)``: :func:`cross_entropy_kl` without a teacher; labels are classes or probabilities."""
+    """``ce_weight CE(student, labels)``: :func:`cross_entropy_kl` without a teacher, with the same labels."""
     check.logits("student", student)
     return _cross_entropy(student, None, labels, 1.0, 0.0, ce_weight, label_smoothing, ignore_index, reduction)
 

@@ -1,0 +1,61 @@
+"""The arguments of `kdfast distill`, and its exit codes: 0, 2 for a problem the user can solve, 130 for Ctrl-C."""
+
+import sys
+
+from kdfast._extras import MissingExtra
+from kdfast.distill import DistillError
+from kdfast.distill.losses import ROWS
+from kdfast.distill.settings import DEFAULTS
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser):
+    """Declare the options of `kdfast distill`; one that is not given is None, so that --resume can tell."""
+    losses = "; ".join(f"{row.name}: {row.summary}" for row in ROWS.values())
+
+    def add(name, metavar, text):
+        parser.add_argument(name, metavar=metavar, help=text)
+
+    add("--data", "PATH", "folder of class folders of images, or of train/ and test/ (default: scikit-learn's digits)")
+    add("--image-size", "N", f"side to which the images of --data are resized (default: {DEFAULTS['image_size']})")
+    add("--loss", "A,B,...", f"losses to compare (default: all). {losses}")
+    add("--epochs", "N", f"epochs of each training (default: {DEFAULTS['epochs']})")
+    add("--batch-size", "N", f"images a step (default: {DEFAULTS['batch_size']})")
+    add("--seed", "N", f"the first seed (default: {DEFAULTS['seed']})")
+    add("--seeds", "N", f"number of seeds, counted up from the first (default: {DEFAULTS['seeds']})")
+    add("--device", "NAME", f"cpu or cuda (default: {DEFAULTS['device']})")
+    add("--threads", "N", f"CPU threads (default: {DEFAULTS['threads']}; the networks are small)")
+    add("--out", "FOLDER", "where results and checkpoints go (default: a new folder under runs)")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue the run in --out, or else the newest under runs, from its last epoch; "
+        "options that are not given are those of the run",
+    )
+
+
+def run(options) -> int:
+    """Train, compare and report as `options` say; returns the exit code."""
+    folder = None
+    try:
+        # Imported here: `kdfast --help` needs none of it.
+        from kdfast.distill import pipeline
+
+        folder = pipeline.output_folder(options)
+        pipeline.distill(options, folder)
+        return 0
+    except (DistillError, MissingExtra) as error:
+        return _fail(str(error))
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt:
+        started = folder is not None and (folder / "settings.json").exists()
+        hint = f"continue with: kdfast distill --resume --out {folder}" if started else "nothing was trained yet"
+        print(f"\nkdfast distill: interrupted; {hint}", file=sys.stderr)
+        return 130
+
+
+def _fail(message):
+    print(f"kdfast distill: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,165 @@
+"""The whole of `kdfast distill`: settings, data, the runs in their order, the report."""
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+import kdfast
+from kdfast import _kernels
+from kdfast._extras import require
+from kdfast.distill import DistillError, data, report, settings, storage, timing
+from kdfast.distill.losses import ALONE, ROWS
+from kdfast.distill.train import Run, Trainer, reproducible
+
+__all__ = ["distill", "output_folder"]
+
+DEFAULT_ROOT = Path("runs")
+
+
+def distill(options, folder):
+    """Do what the parsed `options` ask for, in `folder`."""
+    settings_file = folder / "settings.json"
+    stored = settings.read(settings_file) if options.resume and settings_file.exists() else None
+    chosen = settings.resolve(options, stored)
+    _require_all(chosen)
+    _require_kernels(chosen.device)
+    images = data.load(chosen.data, chosen.image_size)
+    environment = _environment()
+    if stored is None:
+        folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
+        storage.write_atomically(settings_file, settings.record(chosen, images.fingerprint(), environment))
+    elif found := settings.differences(stored, chosen, images.fingerprint(), environment):
+        raise DistillError(f"cannot resume {folder}: {'; '.join(found)}; train anew with another --out")
+    with reproducible(chosen.threads), warnings.catch_warnings():
+        # The table says which path ran, row by row.
+        warnings.simplefilter("ignore", kdfast.FallbackWarning)
+        results = _train_all(chosen, images.to(chosen.device), folder)
+    report.write_files(folder, results, f"Distillation on {images.name}")
+    report.write_table(results, _notes(chosen, images, folder, results))
+
+
+# ---- before the training ---------------------------------------------------------------------------------------------
+def output_folder(options):
+    """The folder of the run: a new one, or with --resume the one to continue."""
+    if options.out is not None and not options.out:
+        raise DistillError("--out: got '', expected a folder")
+    folder = Path(options.out) if options.out else (_newest() if options.resume else None) or _unused()
+    if folder.exists() and not folder.is_dir():
+        raise DistillError(f"--out: {folder} is a file; expected a folder")
+    if (folder / "settings.json").exists():
+        if not options.resume:
+            raise DistillError(f"--out: {folder} holds a run already; continue it with --resume, or take another --out")
+    elif taken := [name for name in report.FILES if (folder / name).exists()]:
+        raise DistillError(f"--out: {folder} has a {taken[0]} that belongs to no run; take another --out")
+    elif options.resume:
+        print(f"kdfast distill: nothing to resume, starting in {folder}", file=sys.stderr)
+    return folder
+
+
+def _newest():
+    runs = [path.parent for path in DEFAULT_ROOT.glob("distill-*/settings.json")]
+    return max(runs, key=lambda path: path.name, default=None)
+
+
+def _unused():
+    name = time.strftime("distill-%Y%m%d-%H%M%S")
+    folder, number = DEFAULT_ROOT / name, 1
+    while folder.exists():
+        number += 1
+        folder = DEFAULT_ROOT / f"{name}-{number}"
+    return folder
+
+
+def _require_all(chosen):
+    """Import every optional dependency of this run now, so that none is found missing after the training."""
+    images = "sklearn.datasets" if chosen.data == settings.DIGITS else "PIL.Image"
+    for module in ("rich.console", "matplotlib.figure", images):
+        require(module, extra="distill")
+
+
+def _require_kernels(device):
+    library = _kernels.status()["_cuda" if device.startswith("cuda") else "_C"]
+    if os.environ.get("KDFAST_REQUIRE_KERNELS") == "1" and not library.loaded:
+        raise DistillError(f"--device {device}: it has no kernels, and KDFAST_REQUIRE_KERNELS is 1: {library.reason}")
+
+
+def _environment():
+    """What decides the bits of the results besides the settings and the images."""
+    loaded = [name for name, library in _kernels.status().items() if library.loaded]
+    return {
+        "kdfast": kdfast.__version__,
+        "torch": torch.__version__,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "kernels": " ".join(loaded) or "none",
+    }
+
+
+# ---- the training ----------------------------------------------------------------------------------------------------
+def _plan(chosen):
+    """The runs: teachers, students alone, then each loss; every seed has its own teacher."""
+    seeds = range(chosen.seed, chosen.seed + chosen.seeds)
+    kinds = [("teacher", "teacher", ALONE), ("student", "student", ALONE)]
+    kinds += [(name, "student", ROWS[name]) for name in chosen.losses]
+    return [Run(name, network, row, seed) for name, network, row in kinds for seed in seeds]
+
+
+def _train_all(chosen, images, folder):
+    """Train what is not trained yet; returns one Result per run."""
+    runs = _plan(chosen)
+    trained = {}  # (name, seed) -> network, for the runs that others learn from
+    results = []
+    with report.Progress(len(runs), chosen.epochs) as progress:
+        for run in runs:
+            teacher = trained[run.row.teacher, run.seed] if run.row.reads_teacher else None
+            trainer = Trainer(run, images, chosen.epochs, chosen.batch_size, teacher)
+            times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
+            if run.row is ALONE:
+                trained[run.name, run.seed] = trainer.network.eval().requires_grad_(False)
+            results.append(report.Result(run.name, run.seed, trainer.history, times))
+            progress.run(results[-1])
+    return results
+
+
+def _train(trainer, path, progress):
+    """Bring `trainer` to its last epoch, from the checkpoint at `path` if there is one; returns the times of a step."""
+    state = _restore(trainer, path) if path.exists() else {}
+    while len(trainer.history) < trainer.epochs:
+        trainer.train_epoch()
+        state = trainer.state()
+        storage.save_checkpoint(path, state)
+        progress.epoch(trainer.run, len(trainer.history))
+    if "times" not in state:
+        times = timing.measure(trainer)
+        state = _restore(trainer, path)  # the measured steps have moved the weights
+        state["times"] = times
+        storage.save_checkpoint(path, state)
+    return state["times"]
+
+
+def _restore(trainer, path):
+    state = storage.load_checkpoint(path)
+    try:
+        trainer.load(state)
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # a checkpoint of something else
+        raise storage.damaged(path) from error
+    return state
+
+
+# ---- after the training ----------------------------------------------------------------------------------------------
+def _notes(chosen, images, folder, results):
+    sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
+    seeds = f"seeds {chosen.seed} to {chosen.seed + chosen.seeds - 1}" if chosen.seeds > 1 else f"seed {chosen.seed}"
+    paths = {result.times["path"] for result in results}
+    unbuilt = ["fallback: its kernel is not built for this device, see `kdfast doctor`"] if "fallback" in paths else []
+    return [
+        f"{images.name}: {sizes}, {chosen.epochs} epochs, {seeds}, {chosen.device}",
+        "accuracy: test set, last epoch, mean and standard deviation over the seeds",
+        "in the loss: forward and backward of loss and cross-entropy, share of a step",
+        "fused : fallback: the loss alone, by kernel and in plain PyTorch (-: no kernel)",
+        *unbuilt,
+        f"written: {', '.join(str(folder / name) for name in report.FILES)}",
+    ]

@@ -1,0 +1,216 @@
+"""What a run shows and leaves behind: progress, the table, two CSV files and the PNG of the curves.
+
+``results.csv`` has one row per (loss, seed): ``accuracy_percent`` after the last epoch, the times of `timing.measure`
+in milliseconds, and ``path``. ``history.csv`` has one row per (loss, seed, epoch): ``training_loss`` (mean over the
+epoch's steps; the losses' scales differ) and ``accuracy_percent`` on the test set. The losses ``teacher`` and
+``student`` are the teacher and the student trained alone.
+"""
+
+import csv
+import io
+import statistics
+from dataclasses import dataclass
+
+from kdfast._extras import require
+from kdfast.distill.storage import write_atomically
+
+__all__ = ["FILES", "LABELS", "Progress", "Result", "write_files", "write_table"]
+
+FILES = ("results.csv", "history.csv", "curves.png")
+TIMES = ("step_ms", "objective_ms", "loss_ms", "fallback_ms")
+LABELS = {"student": "student alone"}  # how a run's name reads in the table and the plot, where it differs
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished training: its name, seed, history of (training loss, accuracy) and `timing.measure`'s times."""
+
+    name: str
+    seed: int
+    history: list
+    times: dict
+
+    @property
+    def accuracy(self):
+        """Test accuracy in percent after the last epoch; never the best one, which would be chosen on the test set."""
+        return self.history[-1][1]
+
+
+def by_name(results):
+    """Name -> its results over the seeds, in the order of training."""
+    groups = {}
+    for result in results:
+        groups.setdefault(result.name, []).append(result)
+    return groups
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+class Progress:
+    """A bar on a terminal, and one line per training where the output is a file or a pipe.
+
+    It goes to stderr, so that stdout holds the table alone.
+    """
+
+    def __init__(self, runs, epochs):
+        self.runs, self.epochs, self.finished = runs, epochs, 0
+        self.console = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
+        self.bar = None
+        if self.console.is_terminal:
+            progress = require("rich.progress", extra="distill")
+            columns = (
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(bar_width=None),
+                progress.TextColumn("{task.completed}/{task.total} epochs"),
+                progress.TimeRemainingColumn(),
+            )
+            self.bar = progress.Progress(*columns, console=self.console, transient=True)
+
+    def __enter__(self):
+        if self.bar:
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=self.runs * self.epochs)
+        return self
+
+    def __exit__(self, *exception):
+        if self.bar:
+            self.bar.stop()
+
+    def epoch(self, run, done):
+        """`run` has `done` epochs behind it."""
+        if self.bar:
+            description = f"{LABELS.get(run.name, run.name)}, seed {run.seed}"
+            self.bar.update(self.task, completed=self.finished * self.epochs + done, description=description)
+
+    def run(self, result):
+        """One training is finished."""
+        self.finished += 1
+        if not self.bar:
+            label = LABELS.get(result.name, result.name)
+            line = f"[{self.finished}/{self.runs}] {label}, seed {result.seed}: {result.accuracy:.2f} %"
+            self.console.print(line, markup=False)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+def write_table(results, notes):
+    """Print the table, one row per loss, and the lines `notes` below it, to stdout."""
+    console = require("rich.console", extra="distill").Console(highlight=False)
+    table = require("rich.table", extra="distill").Table(box=require("rich.box", extra="distill").SIMPLE_HEAD)
+    table.add_column("loss", no_wrap=True)
+    for title in ("accuracy %", "ms a step", "in the loss", "fused : fallback ms"):
+        table.add_column(title, justify="right")
+    plus_minus = "+-" if console.options.ascii_only else "±"
+    for name, group in by_name(results).items():
+        table.add_row(LABELS.get(name, name), *_cells(group, plus_minus), end_section=name == "student")
+    console.print(table)
+    for note in notes:
+        console.print(note, markup=False, soft_wrap=True)
+
+
+def _cells(group, plus_minus):
+    accuracies = [result.accuracy for result in group]
+    spread = f" {plus_minus} {statistics.stdev(accuracies):.2f}" if len(group) > 1 else ""
+    step, objective, loss, fallback = (_median(group, key) for key in TIMES)
+    path = group[0].times["path"]
+    fused = f"{loss:.2f} : {fallback:.2f} ({fallback / loss:.1f}x)" if path == "kernel" else _NOT_FUSED[path]
+    return f"{statistics.mean(accuracies):.2f}{spread}", f"{step:.2f}", f"{100 * objective / step:.0f} %", fused
+
+
+_NOT_FUSED = {"fallback": "fallback", "torch": "-"}
+
+
+def _median(group, key):
+    values = [result.times[key] for result in group if result.times[key] is not None]
+    return statistics.median(values) if values else None
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+def write_files(folder, results, title):
+    """Write `FILES` into `folder`."""
+    write_atomically(folder / "results.csv", _results_csv(results))
+    write_atomically(folder / "history.csv", _history_csv(results))
+    write_atomically(folder / "curves.png", _curves_png(results, title))
+
+
+def _csv(header, rows):
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
+    return buffer.getvalue().encode()
+
+
+def _results_csv(results):
+    rows = []
+    for result in results:
+        measured = ["" if result.times[key] is None else f"{result.times[key]:.4f}" for key in TIMES]
+        rows.append([result.name, result.seed, repr(result.accuracy), *measured, result.times["path"]])
+    return _csv(["loss", "seed", "accuracy_percent", *TIMES, "path"], rows)
+
+
+def _history_csv(results):
+    rows = [
+        [result.name, result.seed, epoch, repr(training_loss), repr(accuracy)]
+        for result in results
+        for epoch, (training_loss, accuracy) in enumerate(result.history, start=1)
+    ]
+    return _csv(["loss", "seed", "epoch", "training_loss", "accuracy_percent"], rows)
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+COLOURS = {"teacher": "#555555", "student": "#d95f02"}
+HIGHLIGHT = "#1f77b4"
+
+
+def _curves_png(results, title):
+    """Test accuracy by epoch: one panel per loss, each beside the teacher and the student alone.
+
+    Ten lines in one panel would cover each other: the losses end within one percent.
+    """
+    figure_class = require("matplotlib.figure", extra="distill").Figure
+    groups = by_name(results)
+    names = [name for name in groups if name not in COLOURS]
+    columns = min(len(names), 4)
+    rows = -(-len(names) // columns)
+    figure = figure_class(figsize=(max(3.1 * columns, 5.0), 2.6 * rows + 0.9), dpi=150, layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for panel, name in zip(panels.flat, names, strict=False):
+        for shown, colour in (*COLOURS.items(), (name, HIGHLIGHT)):
+            _draw(panel, groups[shown], colour)
+        panel.set_title(name, fontsize=11)
+        panel.grid(alpha=0.3)
+    for panel in panels.flat[len(names) :]:
+        panel.set_visible(False)
+    panels[0, 0].set_ylim(*_limits(results))
+    panels[0, 0].xaxis.get_major_locator().set_params(integer=True)
+    for panel in panels[-1]:
+        panel.set_xlabel("epoch")
+    figure.supylabel("test accuracy (%)")
+    seeds = len(groups["student"])
+    band = f", mean and range of {seeds} seeds" if seeds > 1 else ""
+    figure.suptitle(f"{title}{band}")
+    lines = panels[0, 0].get_lines()
+    figure.legend(lines[:3], ["teacher", "student alone", "student with the loss"], loc="outside lower center", ncols=3)
+    return _png(figure)
+
+
+def _draw(panel, group, colour):
+    curves = [[accuracy for _, accuracy in result.history] for result in group]
+    epochs = range(1, len(curves[0]) + 1)
+    columns = list(zip(*curves, strict=True))
+    marker = "o" if len(columns) == 1 else None  # a line of one point is invisible
+    panel.plot(epochs, [statistics.mean(column) for column in columns], color=colour, linewidth=1.6, marker=marker)
+    low, high = [min(column) for column in columns], [max(column) for column in columns]
+    panel.fill_between(epochs, low, high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _limits(results):
+    """The accuracies from a quarter of the training on; the first epochs would press the rest together."""
+    late = [accuracy for result in results for _, accuracy in result.history[len(result.history) // 4 :]]
+    low, high = min(late), max(late)
+    margin = max(0.05 * (high - low), 0.5)
+    return low - margin, min(high + margin, 100 + margin)
+
+
+def _png(figure):
+    require("matplotlib.backends.backend_agg", extra="distill").FigureCanvasAgg(figure)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()

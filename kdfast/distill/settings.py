@@ -1,0 +1,149 @@
+"""What a run was asked for: checking the arguments, storing them, and comparing them on --resume."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from kdfast.distill import DistillError
+from kdfast.distill.losses import ROWS
+
+__all__ = ["DEFAULTS", "DIGITS", "Settings", "differences", "read", "record", "resolve"]
+
+DIGITS = "digits"  # the bundled data, where --data is not given
+DEFAULTS = {
+    "data": DIGITS,
+    "image_size": 32,
+    "loss": ",".join(ROWS),
+    "epochs": 25,
+    "batch_size": 32,
+    "seed": 0,
+    "seeds": 3,
+    "device": "cpu",
+    # The networks are small: more threads gain little, and where a core is busy each step waits for the slowest.
+    "threads": 1,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The checked arguments that decide a run's results; `loss` is the comma-separated list."""
+
+    data: str
+    image_size: int
+    loss: str
+    epochs: int
+    batch_size: int
+    seed: int
+    seeds: int
+    device: str
+    threads: int
+
+    @property
+    def losses(self):
+        """The chosen loss names, in order."""
+        return self.loss.split(",")
+
+
+def resolve(options, stored=None):
+    """Settings from the parsed `options`; what was not given comes from the `stored` run's, else from DEFAULTS."""
+    defaults = DEFAULTS if stored is None else stored["settings"]
+    if options.image_size is not None and options.data is None and defaults["data"] == DIGITS:
+        raise DistillError("--image-size: the digits have a size of their own; expected only with --data")
+    values = {}
+    for name, default in defaults.items():
+        given = getattr(options, name)
+        values[name] = default if given is None else _CHECKS[name](f"--{name.replace('_', '-')}", given)
+    return Settings(**values)
+
+
+def _whole(minimum, maximum=None):
+    expected = f"a whole number of at least {minimum}" + (f" and at most {maximum}" if maximum else "")
+
+    def check(argument, text):
+        try:
+            value = int(str(text))
+        except ValueError:
+            value = None
+        if value is None or value < minimum or (maximum and value > maximum):
+            raise DistillError(f"{argument}: got {str(text)!r}, expected {expected}")
+        return value
+
+    return check
+
+
+def _losses(argument, text):
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))  # each once, in the given order
+    unknown = [name for name in names if name not in ROWS]
+    if unknown:
+        raise DistillError(f"{argument}: got {unknown[0]!r}, expected names from {', '.join(ROWS)}, with commas")
+    return ",".join(names)
+
+
+def _path(argument, text):
+    if not text:
+        raise DistillError(f"{argument}: got '', expected a folder of class folders of images")
+    return str(Path(text).resolve())
+
+
+def _device(argument, text):
+    import torch
+
+    expected = "expected cpu or cuda (or cuda:0, cuda:1, ...)"
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise DistillError(f"{argument}: got {text!r}, {expected}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DistillError(f"{argument}: got {text!r}, {expected}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = f"torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices here"
+        raise DistillError(f"{argument}: got {text!r}, but {found}; expected cpu, or a CUDA device that is there")
+    return str(device)
+
+
+_CHECKS = {
+    "data": _path,
+    # Three stages halve the side twice; 512 keeps a folder of images in memory.
+    "image_size": _whole(8, 512),
+    "loss": _losses,
+    "epochs": _whole(1),
+    "batch_size": _whole(2),  # batch normalisation and relations within a batch need two images
+    "seed": _whole(0),
+    "seeds": _whole(1),
+    "device": _device,
+    "threads": _whole(1, 1024),
+}
+
+
+# ---- the stored run --------------------------------------------------------------------------------------------------
+def record(settings, fingerprint, environment):
+    """The bytes of settings.json."""
+    content = {"settings": asdict(settings), "data": fingerprint, "environment": environment}
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def read(path):
+    """The dict of a settings.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if set(content["settings"]) != set(DEFAULTS) or not {"data", "environment"} <= set(content):
+            raise KeyError("settings")
+        return content
+    except (ValueError, KeyError, TypeError) as error:
+        raise DistillError(f"{path} is damaged; the run cannot be resumed, train anew with another --out") from error
+
+
+def differences(stored, settings, fingerprint, environment):
+    """Sentences that name what differs between a stored run and this one; empty if nothing does."""
+    found = [
+        f"--{name.replace('_', '-')} was {stored['settings'][name]} and is {value}"
+        for name, value in asdict(settings).items()
+        if stored["settings"][name] != value
+    ]
+    if not found and stored["data"] != fingerprint:
+        found.append(f"the images of --data {settings.data} have changed")
+    for name, value in environment.items():
+        was = stored["environment"].get(name)
+        if was != value:
+            found.append(f"{name} was {was} and is {value}")
+    return found

@@ -1,0 +1,532 @@
+"""`kdfast distill`: what it writes, that a stopped run continues bit for bit, and that each error is one clear line."""
+
+import csv
+import errno
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+for extra in ("sklearn", "PIL", "matplotlib", "rich"):
+    pytest.importorskip(extra, reason="the [distill] extra is not installed")
+
+from PIL import Image  # noqa: E402
+
+import kdfast  # noqa: E402
+from kdfast import _extras, _kernels  # noqa: E402
+from kdfast.cli import main  # noqa: E402
+from kdfast.distill import data, losses, models, report, storage, timing, train  # noqa: E402
+
+# A child runs the package that is tested here, be it installed or a source tree.
+PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
+CHILD_ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_PATH, "COLUMNS": "80"}
+
+
+@pytest.fixture(autouse=True)
+def private_state(monkeypatch, tmp_path):
+    """Keep the families' "warned once" marks, and any run without --out, to the test."""
+    monkeypatch.setattr(_kernels, "_warned", set())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the command; times of a step on more threads vary a lot on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_images(folder, count, side=8, colour=False, start=0):
+    """`count` noise images whose brightness depends on `start`, so that classes can be told apart."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(start)
+    for number in range(count):
+        pixels = generator.integers(start, start + 128, (side, side, 3) if colour else (side, side))
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A folder of two class folders of gray images."""
+    root = tmp_path_factory.mktemp("images")
+    write_images(root / "dark", 12)
+    write_images(root / "light", 12, start=64)
+    return root
+
+
+def arguments(images, out, *more):
+    """A run of two epochs with one seed and one loss."""
+    names = {"--data": images, "--image-size": 8, "--loss": "kd", "--epochs": 2, "--batch-size": 8, "--seeds": 1}
+    return ["distill", *(str(part) for pair in names.items() for part in pair), "--out", str(out), *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(images, tmp_path_factory):
+    """The folder of a run that nothing has stopped."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert main(arguments(images, out)) == 0
+    return out
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same_results(out, expected):
+    """Equal accuracies, losses and weights, bit for bit; times differ."""
+    columns = ("loss", "seed", "accuracy_percent")
+    ours, theirs = ([[row[name] for name in columns] for row in rows(f / "results.csv")] for f in (out, expected))
+    assert ours == theirs
+    assert (out / "history.csv").read_bytes() == (expected / "history.csv").read_bytes()
+    for path in sorted((expected / "checkpoints").iterdir()):
+        weights, others = (storage.load_checkpoint(p)["network"] for p in (path, out / "checkpoints" / path.name))
+        assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def error_line(capsys):
+    """The one line that the command has printed to stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("kdfast distill: error: ")
+    return lines[0]
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+def test_digits_end_to_end(tmp_path):
+    """All losses on the bundled digits, as a command in a process of its own."""
+    command = [sys.executable, "-m", "kdfast", "distill", "--epochs=1", "--seeds=1", "--seed=5", "--out=run"]
+    done = subprocess.run(command, env=CHILD_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = ["teacher", "student", *losses.ROWS]
+    for name in names:
+        assert any(line.split()[: len(name.split())] == name.split() for line in done.stdout.splitlines()), name
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "\x1b" not in done.stdout + done.stderr and "\r" not in done.stderr, "control codes in a pipe"
+    results, history = rows(tmp_path / "run/results.csv"), rows(tmp_path / "run/history.csv")
+    assert [row["loss"] for row in results] == [row["loss"] for row in history] == names
+    assert [row["accuracy_percent"] for row in results] == [row["accuracy_percent"] for row in history]
+    assert all(row["seed"] == "5" and float(row["step_ms"]) > 0 and float(row["objective_ms"]) > 0 for row in results)
+    assert float(results[0]["accuracy_percent"]) > 50, "the teacher has not learnt"
+    with Image.open(tmp_path / "run/curves.png") as image:
+        assert min(image.size) > 300
+
+
+def test_accuracy_is_of_the_test_set(images):
+    """A network that always answers class 1 is right on the test images of class 1 alone."""
+    loaded = data.load(str(images), 8)
+    trainer = train.Trainer(train.Run("student", "student", losses.ALONE, 0), loaded, 1, 8, None)
+    with torch.no_grad():
+        trainer.network.classifier.weight.zero_()
+        trainer.network.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert trainer.accuracy() == 100 * (loaded.test_labels == 1).float().mean().item()
+
+
+def test_table_mean_and_spread(capsys):
+    times = {"step_ms": 2.0, "objective_ms": 0.5, "loss_ms": 0.1, "fallback_ms": 0.3, "path": "kernel"}
+    histories = [[(0.0, 50.0), (0.0, accuracy)] for accuracy in (90.0, 92.0)]
+    results = [report.Result("kd", seed, history, times) for seed, history in enumerate(histories)]
+    report.write_table(results, ["a note"])
+    output = capsys.readouterr().out
+    for expected in ("91.00 ± 1.41", "2.00", "25 %", "0.10 : 0.30 (3.0x)", "a note"):
+        assert expected in output
+
+
+def test_spread_of_one_seed_is_left_out(capsys):
+    times = {"step_ms": 2.0, "objective_ms": 0.5, "loss_ms": 0.1, "fallback_ms": None, "path": "fallback"}
+    report.write_table([report.Result("kd", 0, [(0.0, 90.0)], times)], [])
+    output = capsys.readouterr().out
+    assert "90.00" in output and "±" not in output and output.split().count("fallback") == 2  # the column and the cell
+
+
+# ---- stopping and continuing -----------------------------------------------------------------------------------------
+KILLED = """
+import os, signal, sys
+from kdfast.cli import main
+calls, replace = 0, os.replace
+def replace_and_die(source, target):
+    global calls
+    calls += 1
+    if calls < int(sys.argv[1]):
+        return replace(source, target)
+    if sys.argv[2] == "after":
+        replace(source, target)
+    os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace_and_die
+main(sys.argv[3:])
+"""
+
+
+def test_kill_and_resume(images, uninterrupted, tmp_path):
+    """SIGKILL in the middle of a checkpoint, then SIGKILL between two, then to the end."""
+    out = tmp_path / "run"
+    # The first kill leaves the student's first checkpoint half made; the second comes after one of kd's.
+    for moment, when, more in (("5", "before", []), ("5", "after", ["--resume"])):
+        command = [sys.executable, "-c", KILLED, moment, when, *arguments(images, out, *more)]
+        killed = subprocess.run(command, env=CHILD_ENVIRONMENT, capture_output=True, text=True)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+        assert not (out / "results.csv").exists()
+    assert storage.load_checkpoint(out / "checkpoints/kd-seed0.pt")["history"], "kd was not reached"
+    assert main(["distill", "--resume", "--out", str(out)]) == 0
+    assert_same_results(out, uninterrupted)
+
+
+def test_full_disk_at_every_write(images, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Wherever the disk is full: one line, exit code 2, earlier files intact, and --resume ends with the same bits."""
+    replace, writes = os.replace, 0
+    # What is written and when does not depend on these; the test makes two runs for each write.
+    monkeypatch.setattr(report, "_curves_png", lambda results, title: b"no picture")
+    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
+        monkeypatch.setattr(timing, name, 1)
+
+    def full_disk(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for allowed in range(100):
+        out = tmp_path / str(allowed)
+        remaining = iter(range(allowed))
+
+        def replace_while_room(source, target, remaining=remaining):
+            return (full_disk if next(remaining, None) is None else replace)(source, target)
+
+        monkeypatch.setattr(os, "replace", replace_while_room)
+        code = main(arguments(images, out))
+        monkeypatch.setattr(os, "replace", replace)
+        if code == 0:
+            break
+        assert code == 2
+        line = error_line(capsys)
+        assert "No space left on device" in line and "--resume" in line
+        assert not list(out.rglob("*.tmp")), "a full disk keeps a temporary file"
+        before = {path: path.read_bytes() for path in out.rglob("*.pt")}
+        assert main(arguments(images, out, "--resume")) == 0
+        capsys.readouterr()
+        assert_same_results(out, uninterrupted)
+        finished = {path: content for path, content in before.items() if b"times" in content}
+        assert all(path.read_bytes() == content for path, content in finished.items()), "a finished training ran again"
+        writes += 1
+    assert writes == 13  # settings, 3 trainings of 2 epochs and their times, 3 files of results
+
+
+def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    storage.write_atomically(path, b"old")
+
+    def full_disk(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(storage.DistillError, match="No space left on device"):
+        storage.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_interrupt(images, tmp_path, monkeypatch, capsys):
+    def interrupt(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.Trainer, "train_epoch", interrupt)
+    assert main(arguments(images, tmp_path / "run")) == 130
+    assert f"kdfast distill --resume --out {tmp_path / 'run'}" in capsys.readouterr().err
+
+
+def test_timing_does_not_change_results(images, uninterrupted, tmp_path, monkeypatch):
+    times = {"step_ms": 1.0, "objective_ms": 1.0, "loss_ms": 1.0, "fallback_ms": None, "path": "torch"}
+    monkeypatch.setattr(timing, "measure", lambda trainer: times)
+    assert main(arguments(images, tmp_path / "run")) == 0
+    assert_same_results(tmp_path / "run", uninterrupted)
+
+
+def test_resume_of_a_finished_run_trains_nothing(uninterrupted, monkeypatch, capsys):
+    table = (uninterrupted / "results.csv").read_bytes()
+    monkeypatch.setattr(train.Trainer, "train_epoch", lambda self: pytest.fail("trained again"))
+    assert main(["distill", "--resume", "--out", str(uninterrupted)]) == 0
+    assert "student alone" in capsys.readouterr().out
+    assert (uninterrupted / "results.csv").read_bytes() == table
+
+
+def test_resume_without_out_takes_the_newest(images, tmp_path, capsys):
+    options = arguments(images, "x")[:-2]
+    assert main(options) == 0
+    assert len(list(tmp_path.glob("runs/distill-*"))) == 1
+    assert main(["distill", "--resume"]) == 0
+    assert len(list(tmp_path.glob("runs/distill-*"))) == 1
+    capsys.readouterr()
+    assert main(["distill", "--resume", "--epochs", "3"]) == 2
+    assert "--epochs was 2 and is 3" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--epochs", "3"], "--epochs was 2 and is 3"),
+        (["--seed", "1", "--loss", "kd,dkd"], "--loss was kd and is kd,dkd; --seed was 0 and is 1"),
+        (["--batch-size", "4", "--threads", "2"], "--batch-size was 8 and is 4; --threads was 1 and is 2"),
+    ],
+)
+def test_resume_refuses_other_settings(images, uninterrupted, capsys, more, named):
+    assert main(arguments(images, uninterrupted, *more, "--resume")) == 2
+    assert named in error_line(capsys)
+
+
+def test_resume_refuses_other_images_and_other_software(images, uninterrupted, tmp_path, capsys):
+    settings = json.loads((uninterrupted / "settings.json").read_text())
+    for key, value, named in (
+        ("data", "0", f"the images of --data {images} have changed"),
+        ("environment", {**settings["environment"], "torch": "1.0"}, f"torch was 1.0 and is {torch.__version__}"),
+    ):
+        (tmp_path / "settings.json").write_text(json.dumps({**settings, key: value}))
+        assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
+        assert named in error_line(capsys)
+
+
+def damage_cut(content):
+    return content[: len(content) // 2]
+
+
+def damage_bit(content):
+    """Flip one bit among the weights, which the pickle around them does not notice."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_bit, lambda content: b""], ids=["cut", "bit", "empty"])
+def test_damaged_checkpoint(images, uninterrupted, tmp_path, capsys, damage):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "settings.json").write_bytes((uninterrupted / "settings.json").read_bytes())
+    checkpoint = tmp_path / "checkpoints/teacher-seed0.pt"
+    checkpoint.write_bytes(damage((uninterrupted / "checkpoints" / checkpoint.name).read_bytes()))
+    assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
+    assert str(checkpoint) in error_line(capsys)
+
+
+def test_damaged_settings(tmp_path, capsys):
+    (tmp_path / "settings.json").write_text('{"settings": ')
+    assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
+    assert str(tmp_path / "settings.json") in error_line(capsys)
+
+
+# ---- wrong arguments and data ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
+        (["--epochs", "ten"], "--epochs: got 'ten', expected"),
+        (["--batch-size", "1"], "--batch-size: got '1', expected a whole number of at least 2"),
+        (["--seed", "-1"], "--seed: got '-1', expected"),
+        (["--seeds", "0"], "--seeds: got '0', expected"),
+        (["--threads", "0"], "--threads: got '0', expected"),
+        (["--loss", "kd,hinton"], "--loss: got 'hinton', expected names from kd, reverse-kd"),
+        (["--loss", ""], "--loss: got '', expected"),
+        (["--device", "gpu"], "--device: got 'gpu', expected cpu or cuda"),
+        (["--device", "cuda:99"], "--device: got 'cuda:99'"),
+        (["--image-size", "16"], "--image-size: the digits have a size of their own"),
+        (["--data", "nowhere"], "nowhere is not a folder"),
+        (["--out", "file"], "file is a file"),
+        (["--out", "other"], "has a results.csv that belongs to no run"),
+    ],
+)
+def test_wrong_arguments(options, named, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/results.csv").write_text("of something else")
+    assert main(["distill", *options]) == 2
+    assert named in error_line(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"], "a refused run leaves files"
+
+
+def test_existing_run_is_not_overwritten(images, uninterrupted, capsys):
+    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
+    assert main(arguments(images, uninterrupted)) == 2
+    assert "holds a run already; continue it with --resume" in error_line(capsys)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_unreadable_image(tmp_path, capsys):
+    for name, content in (("garbage.png", b"no image"), ("cut.png", None)):
+        root = tmp_path / name.replace(".", "-")
+        write_images(root / "a", 2)
+        write_images(root / "b", 2)
+        (root / "b" / name).write_bytes(content or (root / "a/0.png").read_bytes()[:60])
+        assert main(arguments(root, tmp_path / "run")) == 2
+        assert str(root / "b" / name) in error_line(capsys)
+        assert not (tmp_path / "run").exists()
+
+
+def test_class_folders(tmp_path, capsys):
+    """An empty class folder, a single class, a single image, and a training folder without a test folder."""
+    write_images(tmp_path / "empty/a", 2)
+    (tmp_path / "empty/b").mkdir()
+    (tmp_path / "empty/b/notes.txt").write_text("no image")
+    write_images(tmp_path / "single/a", 2)
+    write_images(tmp_path / "few/a", 2)
+    write_images(tmp_path / "few/b", 1)
+    write_images(tmp_path / "untested/train/a", 2)
+    write_images(tmp_path / "differ/train/a", 1)
+    write_images(tmp_path / "differ/train/b", 1)
+    write_images(tmp_path / "differ/test/a", 1)
+    write_images(tmp_path / "differ/test/c", 1)
+    for name, named in (
+        ("empty", f"class folder {tmp_path / 'empty/b'} has no images"),
+        ("single", "only the class folder a"),
+        ("few", f"class folder {tmp_path / 'few/b'} has 1 image"),
+        ("untested", "no test or val"),
+        ("differ", "differ; expected the same names"),
+    ):
+        assert main(arguments(tmp_path / name, tmp_path / "run")) == 2
+        assert named in error_line(capsys)
+
+
+def test_train_and_test_folders(tmp_path):
+    """The folders' own split, one colour image making all colour, another size, and 16 bits a pixel."""
+    for part in ("train", "val"):
+        write_images(tmp_path / part / "a", 3, side=20)
+        write_images(tmp_path / part / "b", 2)
+    write_images(tmp_path / "val/b/deeper", 1, colour=True)
+    Image.fromarray(np.full((8, 8), 65535, dtype=np.uint16)).save(tmp_path / "train/b/white.png")
+    loaded = data.load(str(tmp_path), 10)
+    assert loaded.classes == ["a", "b"]
+    assert loaded.train_images.shape == (6, 3, 10, 10) and loaded.test_images.shape == (6, 3, 10, 10)
+    assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert loaded.train_images[5].std() < 1e-6 and loaded.train_images[5].min() == loaded.train_images.max()
+    torch.testing.assert_close(loaded.train_images.mean((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_split_is_stratified_and_fixed(images):
+    first, second = data.load("digits", 8), data.load("digits", 8)
+    assert first.fingerprint() == second.fingerprint() != data.load(str(images), 8).fingerprint()
+    counts = [torch.bincount(labels) for labels in (first.train_labels, first.test_labels)]
+    assert (counts[0] - counts[1]).abs().max() <= 1 and sum(counts).sum() == 1797
+
+
+@pytest.mark.parametrize(
+    ("module", "package"),
+    [("rich", "rich"), ("matplotlib", "matplotlib"), ("sklearn", "scikit-learn"), ("PIL", "pillow")],
+)
+def test_missing_extra(module, package, images, tmp_path, monkeypatch, capsys):
+    class Blocker:
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == module:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    for name in [name for name in sys.modules if name.split(".")[0] == module]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Blocker(), *sys.meta_path])
+    importlib.invalidate_caches()
+    options = ["--out", "run"] if module == "sklearn" else arguments(images, tmp_path / "run")[1:]
+    assert main(["distill", *options]) == 2
+    assert f"{package} is not installed; install it with: pip install 'kdfast[distill]'" in error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_require_names_what_is_broken(tmp_path, monkeypatch):
+    (tmp_path / "broken_extra.py").write_text("import not_there_at_all")
+    monkeypatch.syspath_prepend(tmp_path)
+    expected = r"broken_extra cannot be imported .*not_there_at_all.*kdfast\[bench\]"
+    with pytest.raises(_extras.MissingExtra, match=expected):
+        _extras.require("broken_extra", extra="bench")
+    assert _extras.require("json", extra="bench") is json
+
+
+# ---- losses and times ------------------------------------------------------------------------------------------------
+def example_batch():
+    torch.manual_seed(0)
+    pictures, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
+    student, teacher = (models.ConvNet(1, 3, widths)(pictures) for widths in (models.STUDENT, models.TEACHER))
+    return train.Batch(student, teacher, pictures, labels, torch.arange(6), 6)
+
+
+@pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
+@pytest.mark.parametrize("row", [losses.ALONE, *losses.ROWS.values()], ids=lambda row: row.name)
+def test_loss_rows(row):
+    """Each row builds, reads what a batch has, and gives a finite value with a gradient for the student."""
+    assert row.summary and row.teacher in ("teacher", "student") and losses.ROWS.get(row.name, row) is row
+    batch = example_batch()
+    value = train.Objective(row, batch)(batch)
+    (grad,) = torch.autograd.grad(value, batch.student.logits)
+    assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
+
+
+def test_rows_cover_the_losses_of_logits():
+    built = {type(row.build(None)) for row in losses.ROWS.values()}
+    names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery")
+    assert built == {getattr(kdfast, name) for name in names}
+
+
+def test_runs_of_a_seed_are_paired(images):
+    """Equal first weights and equal batches for each loss of a seed; others for another seed."""
+    loaded = data.load(str(images), 8)
+    rows = ((losses.ALONE, 0), (losses.ROWS["tfkd-reg"], 0), (losses.ALONE, 1))
+    weights, batches = [], []
+    for row, seed in rows:
+        trainer = train.Trainer(train.Run(row.name, "student", row, seed), loaded, 2, 8, None)
+        torch.rand(seed + len(row.name))  # a loss that draws random numbers must not change the order
+        weights.append(trainer.network.classifier.weight)
+        batches.append(torch.cat(trainer._batches(1)).tolist())
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert batches[0] == batches[1] != batches[2]
+
+
+class Hint(nn.Module):
+    """A loss with parameters and randomness of its own, on maps and embeddings."""
+
+    def __init__(self, example):
+        super().__init__()
+        self.regressor = nn.Conv2d(example.student.maps[-1].shape[1], example.teacher.maps[-1].shape[1], 1)
+        self.register_buffer("seen", torch.zeros(example.samples))
+
+    def forward(self, student, teacher, embedding, index):
+        self.seen[index] += 1
+        noise = torch.rand_like(teacher[-1])
+        return (self.regressor(student[-1]) - teacher[-1]).square().mul(noise).mean() + embedding.square().mean()
+
+
+def test_new_row_is_enough(images, tmp_path, monkeypatch):
+    """A loss that reads maps and embeddings, with parameters, buffers and random numbers, trains and resumes."""
+    reads = ("student.maps", "teacher.maps", "student.embedding", "index")
+    monkeypatch.setitem(losses.ROWS, "hint", losses.LossRow("hint", "a test", Hint, reads))
+    assert main(arguments(images, tmp_path / "whole", "--loss", "hint")) == 0
+    state = storage.load_checkpoint(tmp_path / "whole/checkpoints/hint-seed0.pt")
+    assert state["objective"]["loss.seen"].sum() == 2 * 16  # 2 epochs of 2 full batches of 8 among 20 images
+    epochs = iter(range(5))  # of the 6 epochs, the last is left to the resumed run
+    train_epoch = train.Trainer.train_epoch
+
+    def stop_before_the_last(trainer):
+        if next(epochs, None) is None:
+            raise KeyboardInterrupt
+        train_epoch(trainer)
+
+    monkeypatch.setattr(train.Trainer, "train_epoch", stop_before_the_last)
+    assert main(arguments(images, tmp_path / "stopped", "--loss", "hint")) == 130
+    monkeypatch.setattr(train.Trainer, "train_epoch", train_epoch)
+    torch.rand(7)  # the generator is not where the stopped run has left it
+    assert main(["distill", "--resume", "--out", str(tmp_path / "stopped")]) == 0
+    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_path_of_a_loss(images):
+    """A loss on kernels is timed against its fallback; one without an op of kdfast has nothing to compare."""
+    loaded = data.load(str(images), 8)
+    teacher = models.ConvNet(1, 2, models.TEACHER).eval()
+
+    def times(name):
+        run = train.Run(name, "student", losses.ROWS[name], 0)
+        return timing.measure(train.Trainer(run, loaded, 1, 8, teacher))
+
+    # Any function registered for CPU counts as a kernel, so the plain form stands in where none is built.
+    with _kernels.override({name: op.fallback for name, op in _kernels.OPS.items()}, keys=("CPU",)):
+        on_kernels = times("kd")
+    assert on_kernels["path"] == "kernel" and on_kernels["fallback_ms"] > 0
+    plain = times("dist")
+    assert plain["path"] == "torch" and plain["fallback_ms"] is None
+    assert 0 < plain["loss_ms"] and 0 < plain["objective_ms"] < 10 * plain["step_ms"]
