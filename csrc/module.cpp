@@ -1,7 +1,11 @@
 // The Python module. Importing it also runs the registrations of every csrc/*/cpu.cpp that is linked beside it.
-#include <pybind11/pybind11.h>
-
+#include <cstdint>
 #include <string>
+
+// The pybind11 that comes with torch 2.11 refuses to be included where the stable ABI's version is set.
+constexpr uint64_t kTorchTarget = TORCH_TARGET_VERSION;
+#undef TORCH_TARGET_VERSION
+#include <pybind11/pybind11.h>
 
 namespace py = pybind11;
 
@@ -32,7 +36,7 @@ std::string cpu_set() { return "baseline"; }
 #endif
 
 py::dict build_info() {
-  const int major = (TORCH_TARGET_VERSION >> 56) & 0xff, minor = (TORCH_TARGET_VERSION >> 48) & 0xff;
+  const int major = kTorchTarget >> 56, minor = (kTorchTarget >> 48) & 0xff;
   const std::string cuda = KDFAST_CUDA_VERSION;
   py::dict info;
   info["torch_target"] = std::to_string(major) + "." + std::to_string(minor);

@@ -1,0 +1,43 @@
+# Python >= 3.10 and a C++ compiler are all that must be there; everything else goes into .venv.
+PYTHON ?= python3
+BIN = .venv/bin
+SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
+CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
+
+.PHONY: demo test lint format bench gpu clean
+
+demo: .venv/installed
+	$(BIN)/kdfast doctor
+	$(BIN)/kdfast distill
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: .venv/installed
+	$(BIN)/kdfast bench
+
+gpu: .venv/installed
+	$(BIN)/python benchmarks/gpu.py
+
+clean:
+	rm -rf .venv build *.egg-info kdfast/_C.* kdfast/_cuda.* kdfast/_build.json
+
+# Editable: Python edits need no reinstall, a change in csrc/ recompiles what it touches.
+.venv/installed: .venv/torch $(SOURCES)
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[distill,bench,dev]'
+	@touch $@
+
+.venv/torch: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy setuptools ninja
+	@touch $@

@@ -1,0 +1,269 @@
+"""Turns the figures of one benchmark run into a results file, tables, a chart and the README's table.
+
+The results file (JSON) is the record; the tables and the chart are made from it and from nothing else.
+`python -m benchmarks.report README.md RESULTS.json ...` writes the README's block anew.
+"""
+
+import json
+import os
+import re
+import sys
+import textwrap
+from pathlib import Path
+
+START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
+IMPLEMENTATIONS = ("eager", "compile", "fallback", "kdfast", "liger")
+SHORT_DTYPES = {"float32": "", "bfloat16": " bf16", "float16": " fp16"}
+UNSTEADY = 0.25
+STATISTICS = ("median", "q1", "q3", "rounds")
+
+
+# ---- from pytest-benchmark's JSON to the results file ----------------------------------------------------------------
+def collect(raw, family):
+    """The results of one run: machine, ceilings, and every figure with its median, quartiles and rounds."""
+    groups = {"ceiling": [], "loss": [], "host": []}
+    for benchmark in raw["benchmarks"]:
+        info = dict(benchmark["extra_info"])
+        statistics = {name: benchmark["stats"][name] for name in STATISTICS}
+        groups[info.pop("kind")].append(info | statistics)
+
+    for ceiling in groups["ceiling"]:
+        ceiling["rate"] = ceiling["work"] / ceiling["median"]
+    bandwidth = next((c["rate"] for c in groups["ceiling"] if c["name"] == "copy"), None)
+    for figure in groups["loss"]:
+        figure["bytes_per_second"] = figure["floor_bytes"] / figure["median"]
+        figure["share_of_copy"] = figure["bytes_per_second"] / bandwidth if bandwidth else None
+    return {
+        "family": family,
+        "machine": raw["machine_info"]["kdfast"],
+        "date": raw["datetime"][:10],
+        "ceilings": groups["ceiling"],
+        "figures": groups["loss"],
+        "host": groups["host"],
+    }
+
+
+def slug(results):
+    """The device's name as a folder name."""
+    machine = results["machine"]
+    name = machine["device"] + (f" {machine['cores']} cores" if machine["kind"] == "cpu" else "")
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def save(results, folder, chart=True):
+    """Write FAMILY.json, .md and, with `chart` and kernels, .png to `folder`/DEVICE; returns the JSON's path."""
+    path = Path(folder) / slug(results) / f"{results['family']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(results))
+    if chart and any("kdfast" in figures for figures in cases(results).values()):
+        draw(results, path.with_suffix(".png"))
+    return path
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+def cases(results, phase="both"):
+    """(loss, shape with dtype) -> implementation -> figure, of one phase, in the order of measurement."""
+    table = {}
+    for figure in results["figures"]:
+        if figure["phase"] == phase:
+            key = figure["loss"], figure["shape"] + SHORT_DTYPES.get(figure["dtype"], f" {figure['dtype']}")
+            table.setdefault(key, {})[figure["implementation"]] = figure
+    return table
+
+
+def speed_up(figures, over):
+    """How many times faster kdfast is than the implementation `over`; None where either was not measured."""
+    if "kdfast" not in figures or over not in figures:
+        return None
+    return figures[over]["median"] / figures["kdfast"]["median"]
+
+
+def main_rows(results):
+    """The one table: forward + backward of every case, a heading first."""
+    table = cases(results)
+    liger = any("liger" in figures for figures in table.values())
+    shown = IMPLEMENTATIONS if liger else IMPLEMENTATIONS[:-1]
+    others = ["eager", "compile"] + ["liger"] * liger
+    rows = [["loss", "shape", *shown, *(f"x {name}" for name in others), "of copy", "extra MB"]]
+    for (loss, shape), figures in table.items():
+        times = [milliseconds(figures.get(name)) for name in shown]
+        ratios = [number(speed_up(figures, name), "{:.1f}") for name in others]
+        share = number(figures.get("kdfast", {}).get("share_of_copy"), "{:.0%}")
+        rows.append([loss, shape, *times, *ratios, share, memory(figures)])
+    return rows
+
+
+def phase_rows(results):
+    """Every phase of every case: medians, kdfast's quartiles, and its bytes a second."""
+    rows = [["loss", "shape", "phase", "eager", "compile", "kdfast", "quartiles", "GB/s"]]
+    tables = {phase: cases(results, phase) for phase in ("forward", "backward", "both")}
+    for key in tables["both"]:
+        for phase, table in tables.items():
+            if figures := table.get(key):
+                ours = figures.get("kdfast")
+                quartiles = " - ".join(significant(ours[q] * 1e3) for q in ("q1", "q3")) if ours else "-"
+                moved = significant(ours["bytes_per_second"] / 1e9) if ours else "-"
+                times = [milliseconds(figures.get(name)) for name in ("eager", "compile", "kdfast")]
+                rows.append([*key, phase, *times, quartiles, moved])
+    return rows
+
+
+def host_rows(results):
+    """Microseconds that the host spends on a call."""
+    table = {}
+    for figure in results["host"]:
+        table.setdefault(figure["loss"], {})[figure["phase"], figure["implementation"]] = figure["median"] * 1e6
+    columns = [(phase, name) for phase in ("forward", "both") for name in ("eager", "kdfast")]
+    headings = ["forward, eager", "forward, kdfast", "forward + backward, eager", "forward + backward, kdfast"]
+    return [["loss", *headings]] + [
+        [loss, *(number(figures.get(column), "{:.1f}") for column in columns)] for loss, figures in table.items()
+    ]
+
+
+def milliseconds(figure):
+    return significant(figure["median"] * 1e3) if figure else "-"
+
+
+def significant(value, digits=3):
+    """At least three significant digits without an exponent: 0.0123, 1.23, 1284."""
+    exponent = int(f"{value:.{digits - 1}e}".split("e")[1])
+    return f"{value:.{max(digits - 1 - exponent, 0)}f}"
+
+
+def number(value, form):
+    return "-" if value is None else form.format(value)
+
+
+def memory(figures):
+    """Peak extra memory of eager against kdfast."""
+    peaks = [figures.get(name, {}).get("peak_bytes") for name in ("eager", "kdfast")]
+    return " / ".join("-" if peak is None else significant(peak / 1e6) for peak in peaks)
+
+
+def aligned(rows, text_columns, separator="  "):
+    """Rows of text as lines with straight columns: the first `text_columns` to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        separator.join(
+            cell.ljust(width) if index < text_columns else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def markdown_table(rows, text_columns):
+    """The same rows as a Markdown table."""
+    lines = [f"| {line} |" for line in aligned(rows, text_columns, " | ")]
+    marks = ["---" if index < text_columns else "---:" for index in range(len(rows[0]))]
+    return "\n".join([lines[0], f"| {' | '.join(marks)} |", *lines[1:]])
+
+
+def text(results):
+    """The one table for a terminal, with what it was measured on and how steady it was."""
+    return "\n".join([*aligned(main_rows(results), 2), "", caption(results), steadiness(results)])
+
+
+def steadiness(results):
+    """How many figures scatter so much that something else must have been running."""
+    figures = results["figures"]
+    unsteady = sum(figure["q3"] - figure["q1"] > UNSTEADY * figure["median"] for figure in figures)
+    return f"Quartiles further apart than {UNSTEADY:.0%} of the median: {unsteady} of {len(figures)} figures."
+
+
+def caption(results):
+    """What the columns mean and what they were measured on."""
+    machine = results["machine"]
+    rates = {c["name"]: c for c in results["ceilings"]}
+    copy = f", a large copy moves {rate(rates['copy'])}" if "copy" in rates else ""
+    product = f", a large matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
+    threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
+    commit = f" at {machine['commit']}" if machine["commit"] else ""
+    words = (
+        "Forward + backward, float32 unless the shape says otherwise: median milliseconds of eager PyTorch, "
+        "torch.compile, kdfast's plain-PyTorch fallback and its kernels; how many times faster the kernels are; the "
+        "bytes the work has to move at least, per second, as a share of a large copy (over 100 % where a cache holds "
+        "the tensors); peak extra memory, eager / kdfast. "
+        f"Measured on {machine['device']}{threads}{copy}{product}; torch {machine['torch']}, "
+        f"Python {machine['python']}, kdfast {machine['kdfast']}{commit}, {results['date']}."
+    )
+    return textwrap.fill(words, 110)
+
+
+def rate(ceiling):
+    """A ceiling's rate in giga- or tera-units."""
+    scale, prefix = (1e12, "T") if ceiling["rate"] >= 1e12 else (1e9, "G")
+    return f"{significant(ceiling['rate'] / scale)} {prefix}{ceiling['unit']}"
+
+
+def markdown(results):
+    """The full report of one device and family."""
+    parts = [
+        f"# {results['family']} on {results['machine']['device']}",
+        markdown_table(main_rows(results), 2),
+        caption(results),
+        "## Forward and backward alone",
+        "Milliseconds; quartiles and GB/s are kdfast's.",
+        markdown_table(phase_rows(results), 3),
+        "## Host overhead",
+        "Microseconds a call on one thread and on inputs so small that the kernels cost nothing.",
+        markdown_table(host_rows(results), 1),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- chart -----------------------------------------------------------------------------------------------------------
+def draw(results, path):
+    """Bars of how many times faster kdfast is than eager and torch.compile; needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    table = {key: figures for key, figures in cases(results).items() if "kdfast" in figures}
+    bars = {key: [speed_up(figures, over) or 0 for over in ("eager", "compile")] for key, figures in table.items()}
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(bars)), layout="constrained")
+    series = [(-0.2, "against eager", "#9aa5b1"), (0.2, "against torch.compile", "#2f6f9f")]
+    for (offset, label, colour), heights in zip(series, zip(*bars.values(), strict=True), strict=True):
+        drawn = axes.barh([row + offset for row in range(len(bars))], heights, 0.38, label=label, color=colour)
+        axes.bar_label(drawn, [f"{h:.1f}" if h else "" for h in heights], padding=3, fontsize=8)
+    axes.set_yticks(range(len(bars)), [f"{loss}  {shape}" for loss, shape in bars], fontsize=9)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.axvline(1, color="#444444", linewidth=0.8, linestyle=":")
+    axes.margins(x=0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_xlabel("times faster, forward + backward")
+    axes.set_title(f"kdfast on {results['machine']['device']}", fontsize=10, loc="left")
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0.1, ncols=2, fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ---- README ----------------------------------------------------------------------------------------------------------
+def readme_block(readme_path, *json_paths):
+    """What belongs between the README's marks: the one table of each results file."""
+    parts = []
+    for path in map(Path, json_paths):
+        results = json.loads(path.read_text())
+        link = os.path.relpath(path.with_suffix(".md"), Path(readme_path).parent).replace(os.sep, "/")
+        table = markdown_table(main_rows(results), 2)
+        parts.append(f"{table}\n\n{caption(results)}\n[All figures]({link}).")
+    return "\n\n".join(parts)
+
+
+def update_readme(readme_path, *json_paths):
+    """Replace the block between the README's benchmark marks by the tables of these results files."""
+    path = Path(readme_path)
+    content = path.read_text()
+    before, start, rest = content.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"{path} has no block between {START} and {END}")
+    path.write_text(f"{before}{START}\n{readme_block(path, *json_paths)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m benchmarks.report README.md RESULTS.json ...")
+    update_readme(*sys.argv[1:])

@@ -1,0 +1,105 @@
+"""`kdfast bench`: measures the losses on this machine, prints one table and writes JSON, Markdown and a chart.
+
+The benchmarks are pytest-benchmark files. They lie in `kdfast/benchmarks` where kdfast is installed, and in
+`benchmarks` beside the package in a checkout.
+"""
+
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+FAMILIES = ("softmax_kl",)
+REQUIRED = ("pytest", "pytest_benchmark")
+
+
+def add_arguments(parser):
+    """Declare the options of `kdfast bench`."""
+    parser.add_argument("--out", default="bench-results", help="folder for the results (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="which kernels (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--quick", action="store_true", help="one shape a loss and few rounds: a look, not a result")
+    parser.add_argument(
+        "--shape", action="append", default=[], metavar="ROWSxCOLS", help="measure this shape (repeatable)"
+    )
+    parser.add_argument("-k", dest="select", metavar="EXPRESSION", help="only the figures that pytest -k selects")
+    parser.add_argument(
+        "--readme", metavar="FILE", help="measure nothing; write this README's table anew from the results in --out"
+    )
+
+
+def run(options) -> int:
+    """Run the benchmarks as `options` say; returns the exit status."""
+    if options.readme:
+        return write_readme(options.readme, options.out)
+    missing = [name for name in REQUIRED if not installed(name)]
+    if missing:
+        print(f"kdfast bench needs {' and '.join(missing)}: pip install 'kdfast[bench]'", file=sys.stderr)
+        return 2
+    chart = installed("matplotlib")
+    if not chart:
+        print("kdfast bench draws no chart without matplotlib: pip install 'kdfast[bench]'", file=sys.stderr)
+    with tempfile.TemporaryDirectory() as scratch:
+        raw = Path(scratch) / "raw.json"
+        status = measure(options, raw)
+        if not raw.exists() or not raw.stat().st_size:
+            print("kdfast bench: nothing was measured", file=sys.stderr)
+            return status or 1
+        report = load("report")
+        results = report.collect(json.loads(raw.read_text()), options.family)
+    path = report.save(results, options.out, chart)
+    print(f"\n{report.text(results)}\n\nwritten: {path} and what is beside it")
+    return status
+
+
+def measure(options, raw):
+    """Run the family's bench file under pytest in a process of its own; its figures go to the file `raw`."""
+    command = [sys.executable, "-m", "pytest", str(benchmarks_folder() / f"bench_{options.family}.py"), "-q"]
+    # The project's own pytest settings are for its tests, and an installed package is no place for a cache.
+    command += ["-o", "addopts=", "-p", "no:cacheprovider", "--disable-warnings"]
+    command += ["--benchmark-quiet", f"--benchmark-json={raw}"]
+    command += [f"--bench-device={options.device}", *(f"--bench-shape={shape}" for shape in options.shape)]
+    command += ["--bench-quick"] * options.quick
+    command += [f"--bench-threads={options.threads}"] if options.threads else []
+    command += ["-k", options.select] if options.select else []
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+
+
+def write_readme(readme, folder):
+    """Regenerate the README's benchmark block from every results file in `folder`."""
+    results = sorted(Path(folder).glob("*/*.json"))
+    if not results:
+        print(f"kdfast bench: no results in {folder}", file=sys.stderr)
+        return 1
+    load("report").update_readme(readme, *results)
+    return 0
+
+
+def installed(name):
+    """Whether the package `name` can be found."""
+    return importlib.util.find_spec(name) is not None
+
+
+def benchmarks_folder():
+    """Where the bench files are: inside the installed package, else beside it in a checkout."""
+    for folder in (PACKAGE / "benchmarks", PACKAGE.parent / "benchmarks"):
+        if (folder / "harness.py").exists():
+            return folder
+    raise FileNotFoundError(f"kdfast's benchmarks are neither in {PACKAGE} nor beside it")
+
+
+def load(name):
+    """Import the module `name` of the benchmarks, from wherever they are."""
+    folder = benchmarks_folder()
+    if folder.parent == PACKAGE:
+        return importlib.import_module(f"kdfast.benchmarks.{name}")
+    if str(folder.parent) not in sys.path:
+        sys.path.insert(0, str(folder.parent))
+    return importlib.import_module(f"benchmarks.{name}")

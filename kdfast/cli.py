@@ -1,0 +1,34 @@
+"""The command line: `kdfast` and `python -m kdfast`."""
+
+import argparse
+import importlib
+import sys
+
+from kdfast import __version__
+from kdfast._extras import MissingExtra
+
+# Each module has add_arguments(parser) and run(options) -> exit status. Only the chosen one is imported.
+COMMANDS = {
+    "doctor": ("kdfast.doctor", "say what is built and which path each op takes here"),
+    "distill": ("kdfast.distill.cli", "train a student network from a teacher"),
+    "bench": ("kdfast.bench", "time the kernels against plain PyTorch"),
+}
+
+
+def main(argv=None):
+    """Run one command; returns its exit status, 2 where an optional dependency is missing."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("kdfast", description="Knowledge-distillation losses on fused kernels.")
+    parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
+    try:
+        for name, (module, summary) in COMMANDS.items():
+            command = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
+            if argv[:1] == [name]:
+                chosen = importlib.import_module(module)
+                chosen.add_arguments(command)
+        options = parser.parse_args(argv)
+        return chosen.run(options)
+    except MissingExtra as error:
+        print(f"kdfast {argv[0]}: error: {error}", file=sys.stderr)
+        return 2

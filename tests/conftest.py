@@ -1,0 +1,144 @@
+"""Implementations, the tolerance rule, and what the tests share.
+
+Environment:
+    KDFAST_TEST_REQUIRE_KERNELS=1  the compiled CPU kernels must be there: tests of "cpu" fail instead of being skipped
+    KDFAST_TEST_LARGE=1            runs the tests that need more than 12 GiB of memory
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+import simt_library
+import torch
+
+import kdfast
+from kdfast import _kernels
+
+# ---- tolerances --------------------------------------------------------------------------------------------------------
+# An oracle gets the inputs as they are after rounding to the tested dtype and works in float64. What then differs is
+# rounding in the accumulation type (float32, or float64 if an input is float64): each term of a sum is off by a few eps
+# of its own magnitude, and the errors of `cols` terms add up like a random walk. So
+#
+#     |got - want| <= K eps(accumulator) sqrt(cols) size  +  half a unit in the last place of the output's dtype
+#
+# with one K for all. `size` is the magnitude of the terms *before they cancel*, from the float64 inputs: the loss of
+# nearly equal networks is the small difference of two cross-entropies, whose rounding it inherits, and the gradient
+# q - p that of two probabilities. A size taken from the result would ask for digits that no order of summation has; one
+# taken from the largest entry would let small entries be anything. The sizes are in oracles.py, beside the formulas.
+# K = 4 is twice the largest error seen on the cases of these tests, in any implementation.
+K = 4
+
+
+def allowance(want, size, cols, accumulator, dtype):
+    out, acc = torch.finfo(dtype), torch.finfo(accumulator)
+    rounding = 0.5 * out.eps * want.abs() + out.tiny * out.eps  # the last: spacing of subnormal numbers
+    # exp2 in the accumulator may flush to 0 below its smallest normal number.
+    return K * acc.eps * max(cols, 1) ** 0.5 * size + acc.tiny + rounding
+
+
+def assert_close(got, want, size, cols, accumulator, what="value"):
+    """`got` is `want` (float64) within the rule above; infinities must sit at the same places and nothing is NaN."""
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    wide, want = got.detach().double().cpu(), want.detach().double().cpu()
+    assert not wide.isnan().any(), f"{what} has NaN"
+    assert torch.equal(wide.isinf(), want.isinf()), f"{what}: infinities differ"
+    finite = want.isfinite()
+    error = (wide - want).abs()[finite]
+    allowed = allowance(want, torch.as_tensor(size).cpu().expand_as(want), cols, accumulator, got.dtype)[finite]
+    if error.numel():
+        worst = (error / allowed).argmax()
+        assert error[worst] <= allowed[worst], (
+            f"{what}: error {error[worst]:.3e} is {error[worst] / allowed[worst]:.2f} times the allowed "
+            f"{allowed[worst]:.3e}, at {want[finite][worst]:.6e}"
+        )
+
+
+# ---- implementations -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Implementation:
+    """Where the ops run in a test: "fallback", "cpu", "simt" (CUDA source on the CPU, thread by thread) or "cuda"."""
+
+    name: str
+
+    @property
+    def device(self):
+        return torch.device("cuda" if self.name == "cuda" else "cpu")
+
+    @property
+    def kernel(self):
+        """The op runs compiled code."""
+        return self.name != "fallback"
+
+    @property
+    def raises_on_labels(self):
+        """A label that is no class is an error; device code cannot raise and gives NaN."""
+        return self.name in ("fallback", "cpu")
+
+
+def _simt_kernels(config):
+    try:
+        return simt_library.kernels(config.cache.mkdir("simt"))
+    except simt_library.Unavailable as reason:
+        pytest.skip(f"the SIMT library cannot be built: {reason}")
+
+
+def require_cpu_kernels():
+    if _kernels.status()["_C"].loaded:
+        return
+    reason = f"the CPU kernels are not loaded: {_kernels.status()['_C'].reason}"
+    if os.environ.get("KDFAST_TEST_REQUIRE_KERNELS") == "1":
+        pytest.fail(f"{reason} (KDFAST_TEST_REQUIRE_KERNELS=1)")
+    pytest.skip(reason)
+
+
+def require_cuda_kernels():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if not _kernels.status()["_cuda"].loaded:
+        pytest.skip(f"the CUDA kernels are not loaded: {_kernels.status()['_cuda'].reason}")
+
+
+@pytest.fixture(params=["fallback", "cpu", "simt", "cuda"])
+def implementation(request):
+    """Every op of the test runs in this implementation; its tensors belong on `implementation.device`."""
+    name = request.param
+    if name == "fallback":
+        with kdfast.fallback():
+            yield Implementation(name)
+    elif name == "simt":
+        with _kernels.override(_simt_kernels(request.config), ("CPU",)):
+            yield Implementation(name)
+    else:
+        require_cpu_kernels() if name == "cpu" else require_cuda_kernels()
+        yield Implementation(name)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads; the old one comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def dtensor():
+    """A function from tensors to DTensors of a process group of one."""
+    dist = pytest.importorskip("torch.distributed")
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    from torch.distributed.tensor import Replicate, distribute_tensor
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        yield lambda x: distribute_tensor(x, mesh, [Replicate()])
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,215 @@
+"""The formulas, naive: float64, one tensor operation per symbol, differentiated by autograd. Nothing here knows kdfast.
+
+First the ops under the names and arguments of kdfast.ops, with the sizes of their terms (see conftest.py on tolerances),
+then `LOSSES`: each public loss from its paper, as a function (inputs, parameters) -> value.
+0 log 0 = 0, and a class of probability 0 adds nothing whatever the other side says.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+INF = math.inf
+
+
+def _log_softmax(z, temperature=1.0):
+    z = z.double()
+    # Centred first: z / temperature may be so large that its rounding hides what is compared.
+    z = (z - z.detach().amax(-1, keepdim=True)) / temperature
+    return z - z.logsumexp(-1, keepdim=True)
+
+
+def _expect(p, x):
+    """sum_j p_j x_j per row, where p_j = 0 removes the term and its gradient, also if x_j is infinite."""
+    present = p > 0
+    return (p * torch.where(present, x, 0.0)).sum(-1)
+
+
+def _kl(log_p, log_q):
+    p = log_p.exp()
+    # The difference itself may be (-inf) - (-inf), whose gradient is NaN even when masked afterwards.
+    zero = torch.zeros_like(log_p)
+    return _expect(p, torch.where(p > 0, log_p, zero) - torch.where(p > 0, log_q, zero))
+
+
+def _reduce(rows, reduction):
+    if reduction == "none":
+        return rows
+    return rows.sum() / (max(len(rows), 1) if reduction in ("mean", "batchmean") else 1)
+
+
+# ---- the ops -------------------------------------------------------------------------------------------------------------
+def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
+    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    if beta == 0:
+        rows = _kl(log_p, log_q)
+    elif beta == 1:
+        rows = _kl(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
+        rows = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    rows = temperature**2 * rows
+    if weight is not None:
+        rows = torch.where(weight == 0, 0.0, weight.double() * rows)
+    return _reduce(rows, reduction)
+
+
+def _targets(labels, shape, ignore_index):
+    """-> target probabilities [rows, cols], rows kept [rows]."""
+    if labels.is_floating_point():
+        return labels.detach().double(), torch.ones(shape[0], dtype=torch.bool, device=labels.device)
+    kept = labels != ignore_index
+    return F.one_hot(torch.where(kept, labels.long(), 0), shape[1]).double(), kept
+
+
+def cross_entropy(
+    student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"
+):
+    target, kept = _targets(labels, student.shape, ignore_index)
+    target = (1 - label_smoothing) * target + label_smoothing / student.shape[1]
+    rows = ce_weight * torch.where(kept, -_expect(target, _log_softmax(student)), 0.0)
+    if reduction in ("mean", "batchmean"):
+        return rows.sum() / max(int(kept.sum()), 1)
+    return _reduce(rows, reduction)
+
+
+def cross_entropy_kl(
+    student, teacher, labels, temperature=1.0, *, kl_weight=1.0, ce_weight=1.0, reduction="batchmean", **options
+):
+    kl = kl_weight * softmax_kl(student, teacher, temperature, reduction=reduction)
+    return kl + cross_entropy(student, labels, ce_weight=ce_weight, reduction=reduction, **options)
+
+
+def _split(z, labels, temperature):
+    """-> log of (p_y, 1 - p_y) [rows, 2], log-softmax among the other classes [rows, cols - 1]."""
+    rows, cols = z.shape
+    is_target = F.one_hot(labels.long(), cols).bool()
+    log_p = _log_softmax(z, temperature)
+    others = log_p[~is_target].view(rows, cols - 1)
+    log_rest = others.logsumexp(1) if cols > 1 else torch.full_like(log_p[:, 0], -INF)
+    return torch.stack([log_p[is_target], log_rest], 1), others - log_rest[:, None]
+
+
+def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
+    target_s, rest_s = _split(student, labels, temperature)
+    target_t, rest_t = _split(teacher, labels, temperature)
+    rows = alpha * _kl(target_t, target_s) + beta * _kl(rest_t, rest_s)
+    return temperature**2 * rows.sum() / max(len(rows), 1)
+
+
+# ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients --------
+def _pair_sizes(log_p, log_q):
+    p, q = log_p.exp(), log_q.exp()
+    a, b = (torch.where(x.isinf(), 0.0, x.abs()) for x in (log_p, log_q))
+    rows = 1 + (p * (a + b) + q * (a + b)).sum(-1)
+    # exp(x) has |x| as many rounding errors as x.
+    return rows, rows[:, None] * (p * (1 + a) + q * (1 + b))
+
+
+def sizes_kl(student, teacher, temperature=1.0):
+    """Of temperature^2 times a divergence, each row counted with the factor 1."""
+    rows, entries = _pair_sizes(_log_softmax(student.detach(), temperature), _log_softmax(teacher.detach(), temperature))
+    return temperature**2 * rows, temperature * entries
+
+
+def sizes_ce(student, labels, ignore_index=-100):
+    target, kept = _targets(labels, student.shape, ignore_index)
+    log_q = _log_softmax(student.detach())
+    size = torch.where(log_q.isinf(), 0.0, log_q.abs())
+    # Smoothing adds the mean over the classes.
+    rows = 1 + (target * size).sum(1) + size.mean(1)
+    entries = log_q.exp() * (1 + size) * (1 + target.sum(1, keepdim=True)) + target + 1 / student.shape[1]
+    return kept * rows, kept[:, None] * entries
+
+
+def sizes_dkd(student, teacher, labels, temperature=4.0):
+    target_s, rest_s = _split(student.detach(), labels, temperature)
+    target_t, rest_t = _split(teacher.detach(), labels, temperature)
+    rows_1, _ = _pair_sizes(target_t, target_s)
+    rows_2, entries_2 = _pair_sizes(rest_t, rest_s)
+    is_target = F.one_hot(labels.long(), student.shape[1]).bool()
+    entries = torch.empty(student.shape, dtype=torch.float64, device=student.device)
+    entries[~is_target] = (rows_1[:, None] * entries_2).flatten()
+    entries[is_target] = rows_1
+    return temperature**2 * (rows_1 + rows_2), temperature * entries
+
+
+# ---- the losses ------------------------------------------------------------------------------------------------------------
+def KD(
+    student,
+    teacher,
+    labels=None,
+    temperature=4.0,
+    alpha=None,
+    label_smoothing=0.0,
+    ignore_index=-100,
+    reduction="batchmean",
+):
+    """Hinton et al. 2014, eq. 1 and section 2: softened targets, T^2 to keep the gradient's size, plus the true labels."""
+    kl = softmax_kl(student, teacher, temperature, reduction=reduction)
+    if alpha is None:
+        return kl
+    ce = cross_entropy(
+        student, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction
+    )
+    return alpha * kl + (1 - alpha) * ce
+
+
+def ReverseKD(student, teacher, temperature=1.0):
+    p, q = (F.softmax(z.double() / temperature, 1) for z in (teacher, student))
+    return temperature**2 * (q * (q.log() - p.log())).sum() / len(q)
+
+
+def JSD(student, teacher, beta=0.5, temperature=1.0):
+    """Agarwal et al. 2024, eq. 1, with the ends as limits."""
+    p, q = (F.softmax(z.double() / temperature, 1) for z in (teacher, student))
+    if beta in (0, 1):
+        total = (p * (p / q).log()).sum() if beta == 0 else (q * (q / p).log()).sum()
+    else:
+        m = beta * p + (1 - beta) * q
+        total = beta * (p * (p / m).log()).sum() + (1 - beta) * (q * (q / m).log()).sum()
+    return temperature**2 * total / len(p)
+
+
+def DKD(student, teacher, labels, temperature=4.0, alpha=1.0, beta=8.0):
+    """Zhao et al. 2022, eq. 6 and 7."""
+    return dkd(student, teacher, labels, temperature, alpha=alpha, beta=beta)
+
+
+def _pearson(a, b):
+    a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
+
+
+def DIST(student, teacher, beta=1.0, gamma=1.0, temperature=1.0):
+    """Huang et al. 2022, eq. 8 to 10: rows correlated, then columns."""
+    if student.dim() == 4:
+        student, teacher = (z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]) for z in (student, teacher))
+    q, p = (F.softmax(z.double() / temperature, 1) for z in (student, teacher))
+    inter, intra = 1 - _pearson(q, p).mean(), 1 - _pearson(q.t(), p.t()).mean()
+    return temperature**2 * (beta * inter + gamma * intra)
+
+
+def TfKDSelf(student, teacher, labels, temperature=20.0, alpha=0.9, multiplier=1.0):
+    """Yuan et al. 2020, with the mean over B * C of the published code."""
+    kl = softmax_kl(student, teacher, temperature, reduction="sum") / student.numel()
+    return (1 - alpha) * cross_entropy(student, labels) + alpha * multiplier * kl
+
+
+def TfKDReg(student, labels, temperature=20.0, alpha=0.1, multiplier=50.0):
+    """Yuan et al. 2020: the virtual teacher, 0.99 at the label, softened by a softmax over those probabilities."""
+    rows, cols = student.shape
+    is_target = F.one_hot(labels.long(), cols).bool()
+    virtual = torch.full((rows, cols), 0.01 / max(cols - 1, 1), dtype=torch.float64, device=student.device)
+    log_p = _log_softmax(virtual.masked_fill(is_target, 0.99), temperature)
+    kl = _kl(log_p, _log_softmax(student)).sum() / (rows * cols)
+    return (1 - alpha) * cross_entropy(student, labels) + alpha * multiplier * kl
+
+
+def LabelRefinery(student, teacher_probabilities, reduction="mean"):
+    rows = -(teacher_probabilities.detach().double() * _log_softmax(student)).sum(1)
+    return _reduce(rows, reduction)
+
+
+LOSSES = {f.__name__: f for f in (DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf)}

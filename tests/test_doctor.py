@@ -1,0 +1,123 @@
+"""The doctor's report and exit status, and the command line around it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import kdfast
+from kdfast import _build_record, cli, doctor
+
+PACKAGE = Path(kdfast.__file__).parent
+
+
+def run_doctor(capsys, *options):
+    status = cli.main(["doctor", *options])
+    return status, capsys.readouterr().out
+
+
+def test_report(capsys, monkeypatch):
+    monkeypatch.setenv("KDFAST_REQUIRE_KERNELS", "0")
+    status, text = run_doctor(capsys)
+    assert status == 0
+    for line in (f"kdfast        {kdfast.__version__}", "torch         ", "KDFAST_REQUIRE_KERNELS=0", "softmax_kl "):
+        assert line in text
+    assert "cuda: " in text or "cuda" in text.split("\n\n")[1]
+
+
+def test_json_agrees_with_the_dispatcher(capsys):
+    status, text = run_doctor(capsys, "--json")
+    report = json.loads(text)
+    assert status == 0
+    assert report["ops"] == kdfast._kernels.paths()
+    assert report["build"] == _build_record.read()
+    assert report["libraries"]["_C"]["loaded"] == ("kdfast._C" in sys.modules)
+    if report["libraries"]["_C"]["loaded"]:
+        assert report["extension"]["cpu_set"] in report["extension"]["cpu_sets"]
+        assert report["ops"]["softmax_kl"]["cpu"] == "kernel"
+    else:
+        assert any(note[0] == "cpu" and "reinstall" in note[2] for note in report["notes"])
+
+
+def test_no_record(monkeypatch, capsys, tmp_path):
+    """A source tree that was never installed."""
+    monkeypatch.setattr(_build_record, "PATH", tmp_path / "_build.json")
+    assert _build_record.read() == {}
+    assert "never installed" in run_doctor(capsys)[1]
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "covered"),
+    [
+        (["8.0", "9.0"], "8.6", True),  # machine code serves later minor versions
+        (["8.6", "9.0"], "8.0", False),  # but not earlier ones
+        (["8.0", "9.0"], "10.0", False),
+        (["8.0", "9.0+PTX"], "12.0", True),  # PTX serves everything later
+        (["9.0+PTX"], "8.9", False),
+    ],
+)
+def test_covers(archs, capability, covered):
+    assert doctor.covers(archs, capability) == covered
+
+
+def test_notes_name_the_cause():
+    """Each reason for a slower path, from a made-up report."""
+    loaded = {"path": "x.so", "loaded": True, "error": None, "reason": ""}
+    missing = {"path": None, "loaded": False, "error": None, "reason": "no compiler"}
+    broken = {"path": "x.so", "loaded": False, "error": "undefined symbol", "reason": ""}
+    ops = {"softmax_kl": {"cpu": "kernel", "cuda": "fallback"}}
+    gpu = [{"name": "Some GPU", "capability": "7.5"}]
+
+    def notes(cpu, cuda, torch_cuda="13.0", devices=gpu):
+        report = {"libraries": {"_C": cpu, "_cuda": cuda}, "torch_cuda": torch_cuda, "devices": devices, "ops": ops}
+        return list(doctor.notes(report | {"extension": {}, "build": {"archs": ["8.0"]}}))
+
+    assert [note[1] for note in notes(missing, missing)] == ["no compiler", "no compiler"]
+    assert "undefined symbol" in notes(broken, missing)[0][1]
+    assert notes(loaded, missing, torch_cuda=None) == [
+        ("cuda", "this torch has no CUDA", "for GPU kernels, install a CUDA torch and then kdfast again")
+    ]
+    assert "_cuda has no kernel for softmax_kl" in notes(loaded, loaded)[0][1]
+    assert "TORCH_CUDA_ARCH_LIST=7.5" in notes(loaded, loaded)[1][2]
+    assert notes(loaded, loaded, devices=[])[1][1] == "no GPU is visible"
+
+
+def test_broken_extension(tmp_path):
+    """An extension that was built and does not load: importing kdfast fails with the reason, the doctor reports it."""
+    (tmp_path / "kdfast").mkdir()
+    for entry in PACKAGE.iterdir():
+        if not entry.name.startswith("_C."):
+            (tmp_path / "kdfast" / entry.name).symlink_to(entry)
+    (tmp_path / "kdfast/_C.abi3.so").write_text("not a library")
+
+    def python(*command):
+        environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        return subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    imported = python("-c", "import kdfast")
+    assert imported.returncode != 0
+    assert "ImportError" in imported.stderr
+    assert "_C.abi3.so" in imported.stderr
+    report = python("-m", "kdfast", "doctor")
+    assert report.returncode == 1
+    assert "_C            FAILED: ImportError: " in report.stdout
+
+
+def test_command_line(capsys, monkeypatch):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"kdfast {kdfast.__version__}\n"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+
+    class NeedsRich:
+        @staticmethod
+        def add_arguments(parser):
+            raise cli.MissingExtra("rich is not installed; install it with: pip install 'kdfast[distill]'")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: NeedsRich)
+    assert cli.main(["distill"]) == 2
+    assert "pip install 'kdfast[distill]'" in capsys.readouterr().err

@@ -1,0 +1,896 @@
+"""The softmax-KL family: its ops against the formulas, on each implementation."""
+
+import os
+import subprocess
+import sys
+import warnings
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import oracles
+import pytest
+import torch
+from conftest import assert_close, require_cuda_kernels
+
+import kdfast
+from kdfast import ops
+
+INF = float("inf")
+HALVES = (torch.bfloat16, torch.float16)
+
+CASES = [
+    (1, 1),  # one sample, one class: every divergence is 0, and DKD has no other class
+    (2, 2),  # DKD's rest is a single class
+    (4, 7),  # less than the eight elements that a CUDA thread reads at once
+    (5, 9),  # one more
+    (9, 33),  # one class more than a warp has lanes, one row more than a block has warps
+    (2, 1025),  # one more than the 1024 elements that the CPU reads at a time
+    (2, 2049),  # the first row that CUDA gives to a whole block
+    (1, 16385),  # one element more than a block differentiates: two blocks share the row's gradient
+]
+SMALL = (5, 9)
+
+
+# ---- the ops with their arguments --------------------------------------------------------------------------------------
+@dataclass
+class Data:
+    """Inputs of every variant. Logits as given, labels one of each kind, weights with a zero among them."""
+
+    student: torch.Tensor
+    teacher: torch.Tensor
+    labels: torch.Tensor = None
+    probabilities: torch.Tensor = None
+    weight: torch.Tensor = None
+
+    def leaves(self):
+        """The same data, with logits that collect gradients."""
+        student, teacher = (x.detach().clone().requires_grad_() for x in (self.student, self.teacher))
+        return Data(student, teacher, self.labels, self.probabilities, self.weight)
+
+
+def make(implementation, rows, cols, dtype=torch.float64, teacher_dtype=None, scale=3.0):
+    student = (torch.randn(rows, cols, dtype=torch.float64) * scale).to(dtype)
+    teacher = (torch.randn(rows, cols, dtype=torch.float64) * scale).to(teacher_dtype or dtype)
+    probabilities = torch.rand(rows, cols, dtype=torch.float64) ** 4
+    probabilities = (probabilities / probabilities.sum(1, keepdim=True)).to(dtype)
+    weight = torch.rand(rows, dtype=torch.float64).to(dtype)
+    weight[1:2] = 0
+    labels = torch.randint(cols, (rows,))
+    return Data(*(x.to(implementation.device) for x in (student, teacher, labels, probabilities, weight)))
+
+
+@dataclass
+class Variant:
+    """`call(ops, data)` is the same line for kdfast.ops and for the oracles; `size(data)` the magnitude of its terms."""
+
+    call: callable
+    size: callable
+    each: bool = False  # reduction="none"
+    factor: callable = field(default=lambda d: 1 / max(len(d.student), 1))  # of each row
+
+
+def _weighted(d):
+    return d.weight.double()
+
+
+def _mix(first, kl, second, ce):
+    return tuple(kl * a + ce * b for a, b in zip(first, second, strict=True))
+
+
+VARIANTS = {
+    "kl": Variant(lambda o, d: o.softmax_kl(d.student, d.teacher, 4.0), lambda d: oracles.sizes_kl(d.student, d.teacher, 4.0)),
+    "kl_weighted": Variant(
+        lambda o, d: o.softmax_kl(d.student, d.teacher, 0.5, weight=d.weight, reduction="sum"),
+        lambda d: oracles.sizes_kl(d.student, d.teacher, 0.5),
+        factor=_weighted,
+    ),
+    "reverse": Variant(
+        lambda o, d: o.softmax_kl(d.student, d.teacher, beta=1.0), lambda d: oracles.sizes_kl(d.student, d.teacher)
+    ),
+    "jsd": Variant(
+        lambda o, d: o.softmax_kl(d.student, d.teacher, 2.0, beta=0.3, weight=d.weight, reduction="none"),
+        lambda d: oracles.sizes_kl(d.student, d.teacher, 2.0),
+        each=True,
+        factor=_weighted,
+    ),
+    "ce": Variant(lambda o, d: o.cross_entropy(d.student, d.labels), lambda d: oracles.sizes_ce(d.student, d.labels)),
+    "ce_kl": Variant(
+        lambda o, d: o.cross_entropy_kl(d.student, d.teacher, d.labels, 4.0, kl_weight=0.9, ce_weight=0.1),
+        lambda d: _mix(oracles.sizes_kl(d.student, d.teacher, 4.0), 0.9, oracles.sizes_ce(d.student, d.labels), 0.1),
+    ),
+    "ce_kl_smooth": Variant(
+        lambda o, d: o.cross_entropy_kl(d.student, d.teacher, d.labels, label_smoothing=0.1, reduction="none"),
+        lambda d: _mix(oracles.sizes_kl(d.student, d.teacher), 1, oracles.sizes_ce(d.student, d.labels), 1),
+        each=True,
+        factor=lambda d: 1.0,
+    ),
+    "ce_kl_soft": Variant(
+        lambda o, d: o.cross_entropy_kl(d.student, d.teacher, d.probabilities, 2.0, label_smoothing=0.2),
+        lambda d: _mix(oracles.sizes_kl(d.student, d.teacher, 2.0), 1, oracles.sizes_ce(d.student, d.probabilities), 1),
+    ),
+    "dkd": Variant(
+        lambda o, d: o.dkd(d.student, d.teacher, d.labels, 4.0, alpha=1.0, beta=2.0),
+        lambda d: tuple(2 * x for x in oracles.sizes_dkd(d.student, d.teacher, d.labels, 4.0)),
+    ),
+}
+every_variant = pytest.mark.parametrize("name", VARIANTS)
+two_sided = [name for name in VARIANTS if name != "ce"]
+
+
+def gradients(loss, data, upstream=None):
+    leaves = [x for x in (data.student, data.teacher) if x.requires_grad]
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return torch.autograd.grad(loss, leaves, upstream, allow_unused=True)
+
+
+def oracle(variant, data, upstream=None):
+    """-> value, gradients in student and teacher, all float64."""
+    d = data.leaves()
+    d.student, d.teacher = (x.detach().double().requires_grad_() for x in (d.student, d.teacher))
+    loss = variant.call(oracles, d)
+    return loss.detach(), *gradients(loss, d, upstream)
+
+
+def check(variant, data, upstream=None, want=None):
+    """The op's value and gradients on `data` against the oracle's."""
+    d = data.leaves()
+    loss = variant.call(ops, d)
+    got = gradients(loss, d, upstream)
+    value, *grads = want or oracle(variant, data, upstream)
+    accumulator, cols = loss.dtype, data.student.shape[1]
+    rows, entries = variant.size(data)
+    factor = torch.as_tensor(variant.factor(data), dtype=torch.float64, device=rows.device).expand_as(rows)
+    size = factor * rows
+    assert_close(loss, value, size if variant.each else size.sum(), cols, accumulator)
+    entries = factor[:, None] * entries
+    if upstream is not None:
+        entries = entries * upstream.abs().double().expand(len(entries))[:, None]
+    for what, x, a, b in zip(("student", "teacher"), (d.student, d.teacher), got, grads, strict=True):
+        if b is None:
+            assert a is None
+            continue
+        assert a.dtype == x.dtype and a.is_contiguous()
+        assert_close(a, b, entries, cols, accumulator, f"gradient of the {what}")
+
+
+# ---- value and gradients -----------------------------------------------------------------------------------------------
+@every_variant
+@pytest.mark.parametrize("shape", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_matches_oracle(implementation, name, shape, dtype):
+    check(VARIANTS[name], make(implementation, *shape, dtype))
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_low_precision(implementation, name, dtype):
+    """float32 accumulation and loss, gradients in the inputs' dtype; exact in the rounded inputs."""
+    data = make(implementation, 3, 1025, dtype)
+    assert VARIANTS[name].call(ops, data).dtype == torch.float32
+    check(VARIANTS[name], data)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float64)],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["kl", "jsd", "ce_kl", "dkd"])
+def test_mixed_dtypes(implementation, name, student, teacher):
+    data = make(implementation, *SMALL, student, teacher)
+    expected = torch.float64 if torch.float64 in (student, teacher) else torch.float32
+    assert VARIANTS[name].call(ops, data).dtype == expected
+    check(VARIANTS[name], data)
+
+
+@every_variant
+def test_gradcheck(implementation, name):
+    data = make(implementation, 3, 5).leaves()
+
+    def f(student, teacher):
+        return VARIANTS[name].call(ops, Data(student, teacher, data.labels, data.probabilities, data.weight))
+
+    inputs = (data.student, data.teacher.detach() if name == "ce" else data.teacher)
+    assert torch.autograd.gradcheck(f, inputs)
+
+
+def test_opcheck(implementation):
+    """Schemas, shape functions and dynamic shapes of the six raw ops, on inputs that need no gradient."""
+    d = make(implementation, *SMALL, torch.float32)
+    raw = torch.ops.kdfast
+    kl = (4.0, 0.3, 1.0)
+    calls = [
+        ("softmax_kl", (d.student, d.teacher, d.weight, *kl, True)),
+        ("softmax_kl", (d.student, d.teacher, None, *kl, False)),
+        ("cross_entropy_kl", (d.student, d.teacher, d.labels, 4.0, 1.0, 1.0, 0.1, -100, True, True)),
+        ("cross_entropy_kl", (d.student, None, d.probabilities, 4.0, 0.0, 1.0, 0.1, -100, False, False)),
+        ("dkd", (d.student, d.teacher, d.labels, 4.0, 1.0, 2.0, 1.0)),
+    ]
+    for op, args in calls:
+        torch.library.opcheck(getattr(raw, op).default, args)
+    grad = torch.ones((), device=d.student.device)
+    _, stats = raw.softmax_kl(d.student, d.teacher, d.weight, *kl, True)
+    torch.library.opcheck(raw.softmax_kl_backward.default, (grad, d.student, d.teacher, d.weight, stats, *kl, True, True))
+    _, stats = raw.cross_entropy_kl(*calls[2][1])
+    args = (grad, d.student, d.teacher, d.labels, stats, 4.0, 1.0, 0.1, True, False)
+    torch.library.opcheck(raw.cross_entropy_kl_backward.default, args)
+    _, stats = raw.dkd(*calls[4][1])
+    args = (grad, d.student, d.teacher, d.labels, stats, 4.0, 1.0, 2.0, 1.0, False, True)
+    torch.library.opcheck(raw.dkd_backward.default, args)
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------------
+def _strided(x):
+    wide = x.new_full((x.shape[0], 3 * x.shape[1]), 99.0)
+    wide[:, 1::3] = x
+    return wide[:, 1::3]
+
+
+def _offset(x):
+    """Contiguous rows, none of which starts at a multiple of 16 bytes."""
+    wide = x.new_full((x.shape[0], x.shape[1] + 2), 99.0)
+    wide[:, 1:-1] = x
+    return wide[:, 1:-1]
+
+
+def _channels_last(x):
+    """The rows of a (B, C, H, W) map that lies in memory as (B, H, W, C)."""
+    maps = x.unflatten(0, (1, len(x), 1)).movedim(-1, 1).contiguous(memory_format=torch.channels_last)
+    return maps.movedim(1, -1).flatten(0, -2)
+
+
+LAYOUTS = {
+    "strided": _strided,
+    "offset": _offset,
+    "transposed": lambda x: x.t().contiguous().t(),
+    "rows_expanded": lambda x: x[:1].expand_as(x),
+    "classes_expanded": lambda x: x[:, :1].expand_as(x),
+    "channels_last": _channels_last,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["kl", "jsd", "ce_kl_soft", "dkd"])
+def test_layouts(implementation, name, layout):
+    change = LAYOUTS[layout]
+    for dtype in (torch.float32, torch.bfloat16):
+        d = make(implementation, 3, 35, dtype)
+        labels, weight = (torch.stack([x, x], 1)[:, 1] for x in (d.labels, d.weight))
+        laid_out = Data(change(d.student), change(d.teacher), labels, change(d.probabilities), weight)
+        leaves = Data(laid_out.student.requires_grad_(), laid_out.teacher.requires_grad_(), labels, laid_out.probabilities, weight)
+        laid_out.leaves = lambda leaves=leaves: leaves  # a clone would be contiguous
+        plain = Data(*(x.detach().clone(memory_format=torch.contiguous_format) for x in vars(leaves).values()))
+        check(VARIANTS[name], laid_out, want=oracle(VARIANTS[name], plain))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
+def test_label_dtypes(implementation, dtype):
+    d = make(implementation, *SMALL)
+    for op in (ops.cross_entropy_kl, ops.dkd):
+        assert torch.equal(op(d.student, d.teacher, d.labels.to(dtype)), op(d.student, d.teacher, d.labels))
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
+def test_reductions(implementation, reduction):
+    """"mean" is "batchmean": never divided by the number of classes."""
+    d = make(implementation, *SMALL)
+    rows = oracles.softmax_kl(d.student, d.teacher, 2.0, reduction="none")
+    want = {"none": rows, "sum": rows.sum(), "mean": rows.mean(), "batchmean": rows.mean()}[reduction]
+    torch.testing.assert_close(ops.softmax_kl(d.student, d.teacher, 2.0, reduction=reduction), want)
+    got = ops.cross_entropy_kl(d.student, d.teacher, d.labels, 2.0, reduction=reduction)
+    torch.testing.assert_close(got, oracles.cross_entropy_kl(d.student, d.teacher, d.labels, 2.0, reduction=reduction))
+    got = ops.cross_entropy(d.student, d.labels, reduction=reduction)
+    named = "mean" if reduction == "batchmean" else reduction
+    torch.testing.assert_close(got, torch.nn.functional.cross_entropy(d.student, d.labels, reduction=named))
+
+
+def test_weight(implementation):
+    """A row of weight 0 counts as 0 even where it is infinite; the divisor stays the number of rows."""
+    d = make(implementation, 4, 9).leaves()
+    d.weight = torch.tensor([2.0, 0.0, 0.5, 1.0], dtype=torch.float64, device=d.student.device)
+    broken = d.student.detach().clone()
+    broken[1, :3] = -INF
+    student = broken.requires_grad_()
+    for beta in (0.0, 0.4, 1.0):
+        loss = ops.softmax_kl(student, d.teacher, 3.0, beta=beta, weight=d.weight)
+        keep = torch.tensor([0, 2, 3], device=student.device)
+        rows = oracles.softmax_kl(d.student[keep], d.teacher[keep], 3.0, beta=beta, reduction="none")
+        want = (d.weight[keep] * rows).sum() / 4
+        torch.testing.assert_close(loss, want)
+        grad, teacher_grad = torch.autograd.grad(loss, (student, d.teacher))
+        want_grad, want_teacher = torch.autograd.grad(want, (d.student, d.teacher))
+        torch.testing.assert_close(grad, want_grad)
+        torch.testing.assert_close(teacher_grad, want_teacher)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_ignore_index(implementation, reduction):
+    """Ignored rows leave the cross-entropy only, and its divisor."""
+    d = make(implementation, 6, 9)
+    for ignore_index in (-100, 3, 255):
+        d.labels[1] = d.labels[4] = ignore_index
+        variant = Variant(
+            lambda o, d, i=ignore_index: o.cross_entropy_kl(
+                d.student, d.teacher, d.labels, 2.0, kl_weight=0.7, ignore_index=i, reduction=reduction
+            ),
+            lambda d: _mix(oracles.sizes_kl(d.student, d.teacher, 2.0), 1, oracles.sizes_ce(d.student, d.labels % 9), 1),
+            each=reduction == "none",
+            factor=lambda d: 1.0,
+        )
+        check(variant, d)
+        got = ops.cross_entropy(d.student, d.labels, ignore_index=ignore_index, reduction=reduction)
+        want = torch.nn.functional.cross_entropy(d.student, d.labels, ignore_index=ignore_index, reduction=reduction)
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_fully_ignored_batch(implementation, reduction):
+    """0 with a graph and zero gradients, where torch's own mean is NaN."""
+    student = make(implementation, *SMALL).student.requires_grad_()
+    labels = torch.full((5,), -100, device=student.device)
+    loss = ops.cross_entropy(student, labels, label_smoothing=0.1, reduction=reduction)
+    assert loss.requires_grad and not loss.any()
+    assert not torch.autograd.grad(loss.sum(), student)[0].any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_label_smoothing(implementation, smoothing):
+    d = make(implementation, *SMALL).leaves()
+    for labels in (d.labels, d.probabilities):
+        got = ops.cross_entropy(d.student, labels, label_smoothing=smoothing)
+        want = torch.nn.functional.cross_entropy(d.student, labels, label_smoothing=smoothing)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(x, d.student)[0] for x in (got, want)))
+
+
+def test_soft_labels(implementation):
+    """Mixup: a mixture of one-hot labels is the mixture of the losses; targets need not sum to 1."""
+    d = make(implementation, *SMALL)
+    one, two = (torch.nn.functional.one_hot(x, 9).double() for x in (d.labels, d.labels.roll(1)))
+    mixed = ops.cross_entropy_kl(d.student, d.teacher, 0.3 * one + 0.7 * two, 2.0)
+    parts = [ops.cross_entropy_kl(d.student, d.teacher, labels, 2.0) for labels in (d.labels, d.labels.roll(1))]
+    torch.testing.assert_close(mixed, 0.3 * parts[0] + 0.7 * parts[1])
+    torch.testing.assert_close(ops.cross_entropy(d.student, 2 * one), 2 * ops.cross_entropy(d.student, d.labels))
+
+
+def test_upstream_gradients(implementation):
+    """Scaled, negative, one per row, and one for all rows with stride 0."""
+    d = make(implementation, *SMALL, torch.float32)
+    scalars = [torch.tensor(3.0), torch.tensor(-0.25), torch.tensor(1e-30)]
+    vectors = [torch.randn(5), torch.tensor(3.0).expand(5), torch.randn(10)[::2]]
+    for name, variant in VARIANTS.items():
+        for upstream in vectors if variant.each else scalars:
+            check(variant, d, upstream.to(d.student.device))
+    loss = ops.softmax_kl(d.leaves().student, d.teacher, reduction="none")
+    assert loss.shape == (5,)
+    loss.sum().backward()  # the gradient of a sum is expanded from one number
+
+
+def test_no_gradient_paths(implementation):
+    d = make(implementation, *SMALL)
+    for side in ("student", "teacher"):
+        for name in two_sided:
+            fresh = Data(**vars(d))
+            leaf = getattr(d, side).clone().requires_grad_()
+            setattr(fresh, side, leaf)
+            loss = VARIANTS[name].call(ops, fresh)
+            assert gradients(loss.sum(), fresh)[0].shape == leaf.shape
+    assert not VARIANTS["kl"].call(ops, d).requires_grad
+    leaves = d.leaves()
+    probabilities = d.probabilities.clone().requires_grad_()
+    loss = ops.cross_entropy_kl(leaves.student, leaves.teacher, probabilities)
+    loss.backward()
+    assert probabilities.grad is None and leaves.teacher.grad is not None
+    with pytest.raises(ValueError, match="weight must not require a gradient"):
+        ops.softmax_kl(d.student, d.teacher, weight=torch.ones(5, device=d.student.device, requires_grad=True))
+
+
+# ---- edges ---------------------------------------------------------------------------------------------------------------
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@every_variant
+@pytest.mark.parametrize("shape", [SMALL, (1, 2050)], ids=str)
+def test_edges_minus_infinity_on_both_sides(implementation, name, shape):
+    """Masked classes are as good as absent. With smoothing, a masked class is a target that cannot be met: +inf."""
+    data = make(implementation, *shape, torch.float32)
+    cols = shape[1]
+    masked = torch.zeros(cols, dtype=torch.bool)
+    masked[[0, 4, cols - 1]] = True
+    data.student[:, masked] = data.teacher[:, masked] = -INF
+    data.labels.fill_(2)
+    data.probabilities[:, masked] = 0
+    d = data.leaves()
+    loss = VARIANTS[name].call(ops, d)
+    grads = gradients(loss, d)
+    assert all(g.isfinite().all() for g in grads if g is not None)
+    if name in ("ce_kl_smooth", "ce_kl_soft"):
+        assert (loss == INF).all()
+        return
+    assert loss.isfinite().all()
+    assert not any(g[:, masked].any() for g in grads if g is not None)
+    check(VARIANTS[name], data)
+    keep = ~masked
+    kept = Data(data.student[:, keep], data.teacher[:, keep], data.labels - 1, None, data.weight)
+    torch.testing.assert_close(loss, VARIANTS[name].call(ops, kept), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kl", "kl_weighted", "ce_kl", "dkd", "reverse", "jsd"])
+def test_edges_minus_infinity_of_weight_zero(implementation, name):
+    """-inf where only the weighting side has it: that class adds nothing; the other side still gets its gradient."""
+    data = make(implementation, *SMALL, torch.float32)
+    data.labels.fill_(2)
+    sides = {"reverse": ["student"], "jsd": ["student", "teacher"]}.get(name, ["teacher"])
+    for side in sides:
+        d = Data(**{**vars(data), side: getattr(data, side).clone()})
+        getattr(d, side)[:, 5] = -INF
+        check(VARIANTS[name], d)
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse", "ce_kl", "dkd"])
+def test_edges_minus_infinity_elsewhere(implementation, name):
+    """+inf as the formula says, only in the rows concerned, and never a NaN in the gradient."""
+    data = make(implementation, *SMALL, torch.float32)
+    data.labels.fill_(2)
+    broken = data.teacher if name == "reverse" else data.student
+    broken[1, 5] = -INF
+    d = data.leaves()
+    loss = VARIANTS[name].call(ops, d)
+    assert loss == INF
+    grads = gradients(loss, d)
+    assert all(g.isfinite().all() for g in grads)
+    rest = torch.arange(5, device=d.student.device) != 1
+    others = Data(data.student[rest], data.teacher[rest], data.labels[rest])
+    want = oracle(VARIANTS[name], others)[1:]
+    for got, expected in zip(grads, want, strict=True):
+        torch.testing.assert_close(got[rest].double(), expected * 4 / 5, rtol=1e-4, atol=1e-6)
+
+
+@every_variant
+def test_edges_rows_without_any_class(implementation, name):
+    """-inf everywhere on both sides: an empty distribution. No NaN in any divergence nor in any gradient."""
+    data = make(implementation, *SMALL, torch.float32)
+    data.student[1] = data.teacher[1] = -INF
+    d = data.leaves()
+    loss = VARIANTS[name].call(ops, d)
+    assert not loss.isnan().any()
+    if name in ("kl", "kl_weighted", "reverse", "jsd", "dkd"):
+        assert loss.isfinite().all()
+    for g in gradients(loss, d):
+        assert g is None or g.isfinite().all()
+
+
+@every_variant
+def test_edges_teacher_underflow(implementation, name):
+    """Confident networks: all but one probability underflows, also where they disagree."""
+    data = make(implementation, 4, 9, torch.float32)
+    data.teacher *= 1 / 3
+    data.teacher[:, 3] += 1000
+    data.student[1] = data.teacher[1]
+    data.student[2, 3] += 1000
+    data.student[3, 4] += 1000
+    data.labels = torch.tensor([3, 3, 4, 0], device=data.labels.device)
+    check(VARIANTS[name], data)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("cols", [1, 9, 1025, 2049])
+def test_edges_equal_networks(implementation, dtype, cols):
+    """Exactly 0 with exactly zero gradients, duplicate rows and upstream factors included."""
+    data = make(implementation, 3, cols, dtype)
+    data.student[2] = data.student[0]
+    data.teacher = data.student.clone()
+    for name in ("kl", "kl_weighted", "reverse", "jsd", "dkd"):
+        d = data.leaves()
+        loss = VARIANTS[name].call(ops, d)
+        assert not loss.any(), f"{name}: {loss}"
+        for side, g in zip(("student", "teacher"), gradients(loss, d, torch.full_like(loss, 3.0)), strict=True):
+            assert not g.any(), f"{name}: gradient of the {side} up to {g.abs().max():.1e}"
+
+
+@every_variant
+@pytest.mark.parametrize("offset", [1e4, -1e6])
+def test_edges_large_offsets(implementation, name, offset):
+    """An offset of all logits changes nothing, and costs only the digits that the inputs lose."""
+    data = make(implementation, *SMALL, torch.float32)
+    data.student, data.teacher = data.student + offset, data.teacher - offset / 2
+    check(VARIANTS[name], data)
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_edges_huge_logits(implementation, name, dtype):
+    """Logits of 1e4: losses of that size, finite gradients."""
+    check(VARIANTS[name], make(implementation, *SMALL, dtype, scale=1e4))
+
+
+@every_variant
+def test_edges_largest_half(implementation, name):
+    data = make(implementation, *SMALL, torch.float16)
+    data.student, data.teacher = (x.sign() * 6e4 for x in (data.student, data.teacher))
+    data.student[:, 0], data.teacher[:, 1] = 6e4, -6e4
+    check(VARIANTS[name], data)
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.3, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_edges_temperatures(implementation, temperature, dtype):
+    data = make(implementation, *SMALL, dtype)
+    for beta in (0.0, 0.5, 1.0):
+        check(
+            Variant(
+                lambda o, d, beta=beta: o.softmax_kl(d.student, d.teacher, temperature, beta=beta),
+                lambda d: oracles.sizes_kl(d.student, d.teacher, temperature),
+            ),
+            data,
+        )
+    check(
+        Variant(
+            lambda o, d: o.dkd(d.student, d.teacher, d.labels, temperature, beta=1.0),
+            lambda d: oracles.sizes_dkd(d.student, d.teacher, d.labels, temperature),
+        ),
+        data,
+    )
+
+
+@every_variant
+def test_edges_empty_batch(implementation, name):
+    """0 with a graph: no rank of a distributed run is left without a backward."""
+    d = make(implementation, 0, 9, torch.float32).leaves()
+    loss = VARIANTS[name].call(ops, d)
+    assert loss.shape == ((0,) if VARIANTS[name].each else ()) and loss.requires_grad and not loss.any()
+    grads = gradients(loss, d)
+    assert grads[0].shape == (0, 9)
+
+
+def test_edges_labels_out_of_range(implementation):
+    """An error before any kernel where the host can look; else the row and a reduced loss are NaN, memory untouched."""
+    d = make(implementation, *SMALL).leaves()
+    for label in (-1, 9, 2**40, -(2**62)):
+        labels = d.labels.clone()
+        labels[3] = label
+        for op in (ops.cross_entropy_kl, ops.dkd):
+            if implementation.raises_on_labels:
+                with pytest.raises((ValueError, RuntimeError), match=rf"labels\[3\] is {label}, expected a class from 0 to 8"):
+                    op(d.student, d.teacher, labels)
+            else:
+                assert op(d.student, d.teacher, labels).isnan()
+        if not implementation.raises_on_labels:
+            rows = ops.cross_entropy_kl(d.student, d.teacher, labels, reduction="none")
+            assert rows.isnan().tolist() == [False, False, False, True, False]
+            grad, _ = gradients(rows, d)
+            assert grad.isfinite().all(1).tolist() == [True, True, True, False, True]
+
+
+def test_large_index(implementation):
+    """Elements beyond 2^31 of a tensor: rows far apart and classes far apart, in a file that is mostly holes."""
+    rows, cols, far = 3, 40, 2**30 + 8
+    x = make(implementation, rows, cols, torch.bfloat16)
+    want = ops.softmax_kl(x.student, x.teacher, 2.0, reduction="none")
+    size = 2 * far + cols * 8
+    if implementation.name == "cuda":
+        memory = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+    else:
+        import tempfile
+
+        with tempfile.NamedTemporaryFile() as file:
+            file.truncate(2 * size)
+            memory = torch.from_file(file.name, shared=False, size=size, dtype=torch.bfloat16)
+    rows_apart = memory.as_strided((rows, cols), (far, 1))
+    rows_apart.copy_(x.student)
+    assert torch.equal(ops.softmax_kl(rows_apart, x.teacher, 2.0, reduction="none"), want)
+    classes_apart = memory.as_strided((cols, rows), (1, far)).t()[:, :3]
+    few = memory.as_strided((cols, 3), (1, far))
+    few.copy_(x.teacher.t())
+    assert classes_apart.shape == (3, 3)
+    assert torch.equal(
+        ops.softmax_kl(x.student.t().contiguous(), few, 2.0, reduction="none"),
+        ops.softmax_kl(x.student.t().contiguous(), x.teacher.t().contiguous(), 2.0, reduction="none"),
+    )
+
+
+def test_more_than_2_31_elements(implementation):
+    """One row of logits seen as two million: more elements, and offsets of gradients, than 32 bits can count."""
+    if implementation.name in ("fallback", "simt"):
+        pytest.skip("the fallback would need tens of GiB, SIMT hours")
+    if implementation.name == "cpu" and os.environ.get("KDFAST_TEST_LARGE") != "1":
+        pytest.skip("needs 12 GiB: KDFAST_TEST_LARGE=1")
+    rows, cols = 2**31 // 1000 + 5, 1000
+    d = make(implementation, 1, cols, torch.bfloat16)
+    student = d.student.expand(rows, cols).requires_grad_()
+    loss = ops.softmax_kl(student, d.teacher.expand(rows, cols), 4.0, reduction="sum")
+    one = d.leaves()
+    want = ops.softmax_kl(one.student, one.teacher, 4.0, reduction="sum")
+    torch.testing.assert_close(loss, want * rows)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert torch.equal(grad[-1:], torch.autograd.grad(want, one.student)[0])
+    assert torch.equal(grad[rows // 2 : rows // 2 + 1], grad[-1:])
+
+
+# ---- behaviour in PyTorch ------------------------------------------------------------------------------------------------
+@every_variant
+def test_double_backward_raises(implementation, name):
+    d = make(implementation, *SMALL).leaves()
+    loss = VARIANTS[name].call(ops, d).sum()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss, d.student, create_graph=True)
+    # A gradient penalty: the inner gradient is asked for with a graph.
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (grad,) = torch.autograd.grad(loss, d.student, create_graph=True)
+        (loss + grad.pow(2).sum()).backward()
+
+
+@every_variant
+def test_inplace_change_raises(implementation, name):
+    for side in ("student", "teacher") if name != "ce" else ("student",):
+        d = make(implementation, *SMALL).leaves()
+        changed = getattr(d, side) * 1.0
+        setattr(d, side, changed)
+        loss = VARIANTS[name].call(ops, d).sum()
+        changed.add_(1.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+ERRORS = [
+    (lambda s, t, y: ops.softmax_kl(s[None], t[None]), ValueError, r"student must be 2-D .* got shape \(1, 5, 9\); flatten"),
+    (lambda s, t, y: ops.softmax_kl(s, t[:, :8]), ValueError, r"teacher must have the student's shape \(5, 9\), got \(5, 8\)"),
+    (lambda s, t, y: ops.softmax_kl(s, y), ValueError, "teacher must be 2-D"),
+    (lambda s, t, y: ops.softmax_kl(s.long(), t), TypeError, "student must be float32, float64, float16 or bfloat16"),
+    (lambda s, t, y: ops.softmax_kl(s, t.tolist()), TypeError, "teacher must be a torch.Tensor, got list"),
+    (lambda s, t, y: ops.softmax_kl(s[:, :0], t[:, :0]), ValueError, "student must have at least one class"),
+    (lambda s, t, y: ops.softmax_kl(s, t.to("meta")), ValueError, "teacher must be on the student's device"),
+    (lambda s, t, y: ops.softmax_kl(s, t, 0.0), ValueError, "temperature must be finite and above 0, got 0.0"),
+    (lambda s, t, y: ops.softmax_kl(s, t, float("nan")), ValueError, "temperature must be finite and above 0"),
+    (lambda s, t, y: ops.softmax_kl(s, t, "4"), TypeError, "temperature must be a number, got str"),
+    (lambda s, t, y: ops.softmax_kl(s, t, beta=1.5), ValueError, "beta must be from 0 to 1, got 1.5"),
+    (lambda s, t, y: ops.softmax_kl(s, t, reduction="average"), ValueError, "reduction must be one of none, sum, mean"),
+    (lambda s, t, y: ops.softmax_kl(s, t, weight=s[:4, 0]), ValueError, r"weight must have shape \(5,\), got \(4,\)"),
+    (lambda s, t, y: ops.softmax_kl(s, t, weight=y), TypeError, "weight must be float32, float64, float16 or bfloat16"),
+    (lambda s, t, y: ops.cross_entropy_kl(s, t, y[:4]), ValueError, r"labels must have shape \(5,\), got \(4,\)"),
+    (lambda s, t, y: ops.cross_entropy_kl(s, t, y > 2), TypeError, "labels must be integers"),
+    (lambda s, t, y: ops.cross_entropy_kl(s, t, None), TypeError, "labels must be a torch.Tensor, got NoneType"),
+    (lambda s, t, y: ops.cross_entropy_kl(s, t, y.double()), ValueError, "labels must have the student's shape"),
+    (lambda s, t, y: ops.cross_entropy_kl(s, t, y, label_smoothing=2), ValueError, "label_smoothing must be from 0 to 1"),
+    (lambda s, t, y: ops.cross_entropy_kl(s, t, y, kl_weight=float("inf")), ValueError, "kl_weight must be finite"),
+    (lambda s, t, y: ops.cross_entropy(s, y, ce_weight=None), TypeError, "ce_weight must be a number, got NoneType"),
+    (lambda s, t, y: ops.dkd(s, t, y.to("meta")), ValueError, "labels must be on the student's device"),
+    (lambda s, t, y: ops.dkd(s, t, y, alpha="1"), TypeError, "alpha must be a number"),
+    (lambda s, t, y: kdfast.KD(alpha=0.5)(s, t), ValueError, "labels are required"),
+    (lambda s, t, y: kdfast.KD(alpha=2.0), ValueError, "alpha must be from 0 to 1"),
+    (lambda s, t, y: kdfast.KD(temperature=-1), ValueError, "temperature must be finite and above 0, got -1"),
+    (lambda s, t, y: kdfast.LabelRefinery()(s, y), TypeError, "teacher_probabilities must be float32"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[message for *_, message in ERRORS])
+def test_errors(call, error, message):
+    with kdfast.fallback(), pytest.raises(error, match=message):
+        call(torch.randn(5, 9), torch.randn(5, 9), torch.zeros(5, dtype=torch.long))
+
+
+def _all_ops(d):
+    return (
+        ops.softmax_kl(d.student, d.teacher, 2.0, beta=0.3, weight=d.weight)
+        + ops.cross_entropy_kl(d.student, d.teacher, d.labels, 4.0)
+        + ops.cross_entropy(d.student, d.probabilities)
+        + ops.dkd(d.student, d.teacher, d.labels)
+    )
+
+
+def _compare_compiled(implementation, **options):
+    data = make(implementation, *SMALL, torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(
+        lambda s, t: _all_ops(Data(s, t, data.labels, data.probabilities, data.weight)), fullgraph=True, **options
+    )
+    d, e = data.leaves(), data.leaves()
+    loss, eager = compiled(d.student, d.teacher), _all_ops(e)
+    torch.testing.assert_close(loss, eager, rtol=1e-6, atol=0)
+    for got, want in zip(gradients(loss, d), gradients(eager, e), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_compile(implementation):
+    _compare_compiled(implementation, backend="aot_eager")
+
+
+def test_compile_inductor(implementation):
+    if implementation.name in ("simt", "fallback"):
+        pytest.skip("test_compile is enough")
+    _compare_compiled(implementation)
+
+
+def test_compile_dynamic(implementation):
+    """Another batch size or temperature needs no graph break; sizes and numbers may be symbols."""
+    torch.compiler.reset()
+    compiled = torch.compile(kdfast.KD(4.0), fullgraph=True, backend="aot_eager", dynamic=True)
+    by_argument = torch.compile(ops.softmax_kl, fullgraph=True, backend="aot_eager")
+    for rows, temperature in ((5, 2.0), (6, 3.0), (7, 4.0)):
+        d = make(implementation, rows, 9)
+        torch.testing.assert_close(compiled(d.student, d.teacher), kdfast.KD(4.0)(d.student, d.teacher))
+        got, want = (f(d.student, d.teacher, temperature) for f in (by_argument, ops.softmax_kl))
+        torch.testing.assert_close(got, want)
+
+
+def test_autocast(implementation):
+    """Autocast changes no loss: logits are taken in the dtype in which they come, sums stay in float32."""
+    d = make(implementation, *SMALL, torch.float32)
+    plain = _all_ops(d)
+    with torch.autocast(implementation.device.type, dtype=torch.bfloat16):
+        leaves = d.leaves()
+        inside = _all_ops(leaves)
+        assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+        product = torch.nn.functional.linear(leaves.student, torch.eye(9, device=leaves.student.device))
+        assert product.dtype == torch.bfloat16
+        from_autocast = ops.softmax_kl(product, leaves.teacher)
+    assert from_autocast.dtype == torch.float32
+    assert torch.equal(from_autocast, ops.softmax_kl(d.student.bfloat16(), d.teacher))
+    assert torch.autograd.grad(from_autocast, leaves.student)[0].dtype == torch.float32
+
+
+DETERMINISTIC = [
+    (64, 100),  # several rows for each thread
+    (2, 16385),  # a row that several blocks differentiate
+    (1, 100_000),  # one row: nothing to split by rows
+    (8193, 3),  # one row more than one block adds up
+]
+
+
+@pytest.mark.parametrize("shape", DETERMINISTIC, ids=str)
+def test_deterministic(implementation, shape, threads, monkeypatch):
+    """Equal bits from run to run, for any number of threads, and in any order of CUDA's threads."""
+    if implementation.name == "simt" and shape[0] > 1000:
+        pytest.skip("a fiber per row: a minute")
+    data = make(implementation, *shape, torch.float32)
+    results = []
+    for setting in (1, 2, 2):
+        threads(setting)
+        monkeypatch.setenv("KDFAST_SIMT_SEED", str(len(results)))
+        d = data.leaves()
+        losses = [variant.call(ops, d) for variant in map(VARIANTS.get, ("kl", "jsd", "ce_kl_smooth", "ce_kl", "dkd"))]
+        results.append([*losses, *(g for loss in losses for g in gradients(loss, d))])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
+def test_deterministic_algorithms_are_enough(implementation):
+    torch.use_deterministic_algorithms(True)
+    try:
+        d = make(implementation, *SMALL, torch.float32).leaves()
+        gradients(_all_ops(d), d)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_sum_over_many_rows(implementation):
+    """8193 rows: one more than one block adds up, so that the sum has two levels."""
+    if implementation.name == "simt":
+        d = make(implementation, 8193, 1)
+        labels = d.labels
+        labels[5] = -100
+        soft = ops.cross_entropy(d.student, 2 * torch.ones_like(d.probabilities), reduction="sum")
+        assert soft == 0 and ops.cross_entropy(d.student, labels) == 0
+        return
+    check(VARIANTS["kl"], make(implementation, 8193, 5, torch.float32))
+    check(VARIANTS["ce"], make(implementation, 8193, 5, torch.float32))
+
+
+def test_vmap_refused(implementation):
+    d = make(implementation, *SMALL)
+    stacked = torch.stack([d.student, d.student])
+    with pytest.raises(RuntimeError, match="torch.func transform"):
+        torch.vmap(ops.softmax_kl)(stacked, stacked)
+    with pytest.raises(RuntimeError, match="torch.func transform"):
+        torch.func.grad(lambda s: ops.softmax_kl(s, d.teacher))(d.student)
+    with pytest.raises(RuntimeError, match="torch.func transform"):
+        torch.func.grad(lambda s: ops.cross_entropy(s, d.labels))(d.student)
+
+
+def test_dtensor_refused(dtensor):
+    plain = torch.randn(5, 9)
+    for student, teacher, name in ((dtensor(plain), plain, "student"), (plain, dtensor(plain), "teacher")):
+        with pytest.raises(TypeError, match=rf"{name} is a DTensor.*{name}.to_local\(\)"):
+            ops.softmax_kl(student, teacher)
+    with pytest.raises(TypeError, match="labels is a DTensor"):
+        ops.dkd(plain, plain, dtensor(torch.zeros(5, dtype=torch.long)))
+
+
+def test_parameters_are_logits_too(implementation):
+    """Logits may be optimised themselves."""
+    d = make(implementation, *SMALL)
+    parameter = torch.nn.Parameter(d.student)
+    ops.softmax_kl(parameter, d.teacher).backward()
+    assert parameter.grad.isfinite().all()
+
+
+# ---- choosing a path -----------------------------------------------------------------------------------------------------
+def run_python(code, **environment):
+    """Runs `code` in a new process in which kdfast has no compiled kernels."""
+    hide = (
+        "import importlib.util as u, glob\nreal, found = u.find_spec, glob.glob\n"
+        "u.find_spec = lambda name, *a: None if name == 'kdfast._C' else real(name, *a)\n"
+        "glob.glob = lambda p, *a, **k: [] if '_cuda' in p else found(p, *a, **k)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment}
+    return subprocess.run([sys.executable, "-c", hide + code], capture_output=True, text=True, env=env)
+
+
+def test_fallback_warns_once():
+    code = (
+        "import warnings, torch, kdfast\nx = torch.randn(2, 3)\n"
+        "with warnings.catch_warnings(record=True) as seen:\n"
+        "    warnings.simplefilter('always')\n"
+        "    with kdfast.fallback(): kdfast.KD()(x, x)\n"
+        "    assert not seen, seen\n"
+        "    kdfast.KD()(x, x); kdfast.KD()(x, x); kdfast.ReverseKD()(x, x)\n"
+        "assert [w.category for w in seen] == [kdfast.FallbackWarning], seen\n"
+        "text = str(seen[0].message)\n"
+        "assert 'softmax_kl' in text and 'fallback on cpu' in text and 'kdfast doctor' in text, text\n"
+    )
+    done = run_python(code, KDFAST_REQUIRE_KERNELS="0")
+    assert done.returncode == 0, done.stderr
+
+
+def test_require_kernels():
+    done = run_python("import torch, kdfast\nx = torch.randn(2, 3)\nkdfast.KD()(x, x)", KDFAST_REQUIRE_KERNELS="1")
+    assert done.returncode != 0 and "KDFAST_REQUIRE_KERNELS=1 makes this an error" in done.stderr
+
+
+def test_kernels_run_without_a_warning(implementation):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        d = make(implementation, *SMALL).leaves()
+        gradients(_all_ops(d), d)
+
+
+# ---- CUDA only -----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def cuda():
+    require_cuda_kernels()
+    return SimpleNamespace(device=torch.device("cuda"))
+
+
+def test_no_host_sync(cuda):
+    d = make(cuda, 64, 1000, torch.bfloat16).leaves()
+    _all_ops(d).backward()  # loads modules, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        _all_ops(d).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_cuda_graph(cuda):
+    """Captured once, replayed on other numbers."""
+    d = make(cuda, 64, 1000, torch.float32).leaves()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _all_ops(d).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    d.student.grad = d.teacher.grad = None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = _all_ops(d)
+        loss.backward()
+    other = make(cuda, 64, 1000, torch.float32)
+    with torch.no_grad():
+        d.student.copy_(other.student)
+        d.teacher.copy_(other.teacher)
+    graph.replay()
+    fresh = Data(other.student.requires_grad_(), other.teacher.requires_grad_(), d.labels, d.probabilities, d.weight)
+    expected = _all_ops(fresh)
+    expected.backward()
+    assert torch.equal(loss, expected)
+    assert torch.equal(d.student.grad, fresh.student.grad) and torch.equal(d.teacher.grad, fresh.teacher.grad)
+
+
+def test_checked_labels(cuda, monkeypatch):
+    """KDFAST_CHECK=1 looks at labels on the device, and waits for it."""
+    monkeypatch.setenv("KDFAST_CHECK", "1")
+    d = make(cuda, *SMALL)
+    d.labels[3] = 9
+    with pytest.raises(ValueError, match=r"labels\[3\] is 9"):
+        ops.dkd(d.student, d.teacher, d.labels)
