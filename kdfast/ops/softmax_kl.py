@@ -68,7 +68,7 @@ def mixture_ratios(log_p, log_q, beta):
 
 
 def _gradients(row, *sides):
-    return tuple((row[:, None] * g).to(x.dtype) if need else row.new_empty(0) for g, x, need in sides)
+    return tuple((row[:, None] * g).to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
 
 
 def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale, reduce):
