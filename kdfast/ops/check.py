@@ -113,7 +113,7 @@ def positive(name, value):
     """`value` is a finite number above zero."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:  # plain comparisons: a compiled graph may have a symbol here
         raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 
@@ -121,7 +121,7 @@ def number(name, value, low=-math.inf, high=math.inf):
     """`value` is a finite number from `low` to `high`."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not (low <= value <= high and math.isfinite(value)):
+    if not (low <= value <= high and -math.inf < value < math.inf):
         between = "finite" if low == -math.inf and high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} must be {between}, got {value}")
 
