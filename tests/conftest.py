@@ -15,7 +15,7 @@ import torch
 import kdfast
 from kdfast import _kernels
 
-# ---- tolerances --------------------------------------------------------------------------------------------------------
+# ---- tolerances ------------------------------------------------------------------------------------------------------
 # An oracle gets the inputs as they are after rounding to the tested dtype and works in float64. What then differs is
 # rounding in the accumulation type (float32, or float64 if an input is float64): each term of a sum is off by a few eps
 # of its own magnitude, and the errors of `cols` terms add up like a random walk. So
@@ -54,7 +54,7 @@ def assert_close(got, want, size, cols, accumulator, what="value"):
         )
 
 
-# ---- implementations -----------------------------------------------------------------------------------------------------
+# ---- implementations -------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Implementation:
     """Where the ops run in a test: "fallback", "cpu", "simt" (CUDA source on the CPU, thread by thread) or "cuda"."""

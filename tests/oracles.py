@@ -1,6 +1,6 @@
-"""The formulas, naive: float64, one tensor operation per symbol, differentiated by autograd. Nothing here knows kdfast.
+"""The formulas, naive: float64, one tensor operation per symbol, differentiated by autograd. No import of kdfast.
 
-First the ops under the names and arguments of kdfast.ops, with the sizes of their terms (see conftest.py on tolerances),
+First the ops under the names and arguments of kdfast.ops, with the sizes of their terms (conftest.py: tolerances),
 then `LOSSES`: each public loss from its paper, as a function (inputs, parameters) -> value.
 0 log 0 = 0, and a class of probability 0 adds nothing whatever the other side says.
 """
@@ -39,7 +39,7 @@ def _reduce(rows, reduction):
     return rows.sum() / (max(len(rows), 1) if reduction in ("mean", "batchmean") else 1)
 
 
-# ---- the ops -------------------------------------------------------------------------------------------------------------
+# ---- the ops ---------------------------------------------------------------------------------------------------------
 def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
     log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     if beta == 0:
@@ -63,9 +63,7 @@ def _targets(labels, shape, ignore_index):
     return F.one_hot(torch.where(kept, labels.long(), 0), shape[1]).double(), kept
 
 
-def cross_entropy(
-    student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"
-):
+def cross_entropy(student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
     target, kept = _targets(labels, student.shape, ignore_index)
     target = (1 - label_smoothing) * target + label_smoothing / student.shape[1]
     rows = ce_weight * torch.where(kept, -_expect(target, _log_softmax(student)), 0.0)
@@ -98,18 +96,21 @@ def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
     return temperature**2 * rows.sum() / max(len(rows), 1)
 
 
-# ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients --------
+# ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
 def _pair_sizes(log_p, log_q):
     p, q = log_p.exp(), log_q.exp()
     a, b = (torch.where(x.isinf(), 0.0, x.abs()) for x in (log_p, log_q))
     rows = 1 + (p * (a + b) + q * (a + b)).sum(-1)
     # exp(x) has |x| as many rounding errors as x.
-    return rows, rows[:, None] * (p * (1 + a) + q * (1 + b))
+    # A gradient is a probability times the difference of a log-ratio, up to a + b, and the row's value.
+    return rows, (rows[:, None] + a + b) * (p * (1 + a) + q * (1 + b))
 
 
 def sizes_kl(student, teacher, temperature=1.0):
     """Of temperature^2 times a divergence, each row counted with the factor 1."""
-    rows, entries = _pair_sizes(_log_softmax(student.detach(), temperature), _log_softmax(teacher.detach(), temperature))
+    rows, entries = _pair_sizes(
+        _log_softmax(student.detach(), temperature), _log_softmax(teacher.detach(), temperature)
+    )
     return temperature**2 * rows, temperature * entries
 
 
@@ -135,7 +136,7 @@ def sizes_dkd(student, teacher, labels, temperature=4.0):
     return temperature**2 * (rows_1 + rows_2), temperature * entries
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------------------
+# ---- the losses ------------------------------------------------------------------------------------------------------
 def KD(
     student,
     teacher,
@@ -146,13 +147,11 @@ def KD(
     ignore_index=-100,
     reduction="batchmean",
 ):
-    """Hinton et al. 2014, eq. 1 and section 2: softened targets, T^2 to keep the gradient's size, plus the true labels."""
+    """Hinton et al. 2014, eq. 1 and section 2: softened targets with T^2 for the gradient's size, and true labels."""
     kl = softmax_kl(student, teacher, temperature, reduction=reduction)
     if alpha is None:
         return kl
-    ce = cross_entropy(
-        student, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction
-    )
+    ce = cross_entropy(student, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)
     return alpha * kl + (1 - alpha) * ce
 
 

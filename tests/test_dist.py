@@ -38,7 +38,9 @@ def sizes(student, teacher, parameters):
     by_row = [1 / (x.norm(dim=1, keepdim=True) + 1e-8) for x in (y - y.mean(1, keepdim=True) for y in p)]
     by_col = [1 / (x.norm(dim=0) + 1e-8) for x in (y - y.mean(0) for y in p)]
     slopes = [beta / rows * r + gamma / cols * c for r, c in zip(by_row, by_col, strict=True)]
-    return temperature**2 * (beta + gamma), [temperature * y * (s + (y * s).sum(1, keepdim=True)) for y, s in zip(p, slopes, strict=True)]
+    return temperature**2 * (beta + gamma), [
+        temperature * y * (s + (y * s).sum(1, keepdim=True)) for y, s in zip(p, slopes, strict=True)
+    ]
 
 
 def check(student, teacher, *parameters):
@@ -84,7 +86,9 @@ def test_maps(device):
         inputs = [x.detach().contiguous(memory_format=memory_format).requires_grad_() for x in (student, teacher)]
         loss, want = kdfast.DIST()(*inputs), oracles.DIST(student, teacher)
         torch.testing.assert_close(loss, want)
-        for got, expected in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, (student, teacher)), strict=True):
+        for got, expected in zip(
+            torch.autograd.grad(loss, inputs), torch.autograd.grad(want, (student, teacher)), strict=True
+        ):
             torch.testing.assert_close(got, expected)
 
 

@@ -14,7 +14,11 @@ import kdfast
 
 GOLDEN = Path(__file__).parent / "golden"
 README = Path(__file__).parents[1] / "README.md"
-PUBLIC = [name for name in kdfast.__all__ if inspect.isclass(getattr(kdfast, name)) and issubclass(getattr(kdfast, name), torch.nn.Module)]
+PUBLIC = [
+    name
+    for name in kdfast.__all__
+    if inspect.isclass(getattr(kdfast, name)) and issubclass(getattr(kdfast, name), torch.nn.Module)
+]
 
 # Parameters other than the defaults, and the inputs after (or, for TfKDReg, instead of) the teacher's logits.
 CASES = [
@@ -55,7 +59,10 @@ OFFICIAL = {
     "dist_seg": (lambda p: kdfast.DIST(p["beta"], p["gamma"]), "st"),
     "tf_loss_kd": (lambda p: kdfast.TfKDSelf(p["temperature"], p["alpha"]), "sty"),
     "tf_loss_kd_self": (lambda p: kdfast.TfKDSelf(p["temperature"], p["alpha"], p["multiplier"]), "sty"),
-    "tf_loss_kd_regularization": (lambda p: kdfast.TfKDReg(p["reg_temperature"], p["reg_alpha"], p["multiplier"]), "sy"),
+    "tf_loss_kd_regularization": (
+        lambda p: kdfast.TfKDReg(p["reg_temperature"], p["reg_alpha"], p["multiplier"]),
+        "sy",
+    ),
     "label_refinery": (
         lambda p: kdfast.LabelRefinery("mean" if p["size_average"] else "sum"),
         ("model_output", "refined_labels"),

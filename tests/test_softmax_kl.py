@@ -31,7 +31,7 @@ CASES = [
 SMALL = (5, 9)
 
 
-# ---- the ops with their arguments --------------------------------------------------------------------------------------
+# ---- the ops with their arguments ------------------------------------------------------------------------------------
 @dataclass
 class Data:
     """Inputs of every variant. Logits as given, labels one of each kind, weights with a zero among them."""
@@ -61,7 +61,7 @@ def make(implementation, rows, cols, dtype=torch.float64, teacher_dtype=None, sc
 
 @dataclass
 class Variant:
-    """`call(ops, data)` is the same line for kdfast.ops and for the oracles; `size(data)` the magnitude of its terms."""
+    """`call(ops, data)` is the same for kdfast.ops and the oracles; `size(data)` the magnitude of its terms."""
 
     call: callable
     size: callable
@@ -78,7 +78,9 @@ def _mix(first, kl, second, ce):
 
 
 VARIANTS = {
-    "kl": Variant(lambda o, d: o.softmax_kl(d.student, d.teacher, 4.0), lambda d: oracles.sizes_kl(d.student, d.teacher, 4.0)),
+    "kl": Variant(
+        lambda o, d: o.softmax_kl(d.student, d.teacher, 4.0), lambda d: oracles.sizes_kl(d.student, d.teacher, 4.0)
+    ),
     "kl_weighted": Variant(
         lambda o, d: o.softmax_kl(d.student, d.teacher, 0.5, weight=d.weight, reduction="sum"),
         lambda d: oracles.sizes_kl(d.student, d.teacher, 0.5),
@@ -153,7 +155,7 @@ def check(variant, data, upstream=None, want=None):
         assert_close(a, b, entries, cols, accumulator, f"gradient of the {what}")
 
 
-# ---- value and gradients -----------------------------------------------------------------------------------------------
+# ---- value and gradients ---------------------------------------------------------------------------------------------
 @every_variant
 @pytest.mark.parametrize("shape", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -210,7 +212,9 @@ def test_opcheck(implementation):
         torch.library.opcheck(getattr(raw, op).default, args)
     grad = torch.ones((), device=d.student.device)
     _, stats = raw.softmax_kl(d.student, d.teacher, d.weight, *kl, True)
-    torch.library.opcheck(raw.softmax_kl_backward.default, (grad, d.student, d.teacher, d.weight, stats, *kl, True, True))
+    torch.library.opcheck(
+        raw.softmax_kl_backward.default, (grad, d.student, d.teacher, d.weight, stats, *kl, True, True)
+    )
     _, stats = raw.cross_entropy_kl(*calls[2][1])
     args = (grad, d.student, d.teacher, d.labels, stats, 4.0, 1.0, 0.1, True, False)
     torch.library.opcheck(raw.cross_entropy_kl_backward.default, args)
@@ -219,7 +223,7 @@ def test_opcheck(implementation):
     torch.library.opcheck(raw.dkd_backward.default, args)
 
 
-# ---- arguments -----------------------------------------------------------------------------------------------------------
+# ---- arguments -------------------------------------------------------------------------------------------------------
 def _strided(x):
     wide = x.new_full((x.shape[0], 3 * x.shape[1]), 99.0)
     wide[:, 1::3] = x
@@ -257,7 +261,9 @@ def test_layouts(implementation, name, layout):
         d = make(implementation, 3, 35, dtype)
         labels, weight = (torch.stack([x, x], 1)[:, 1] for x in (d.labels, d.weight))
         laid_out = Data(change(d.student), change(d.teacher), labels, change(d.probabilities), weight)
-        leaves = Data(laid_out.student.requires_grad_(), laid_out.teacher.requires_grad_(), labels, laid_out.probabilities, weight)
+        leaves = Data(
+            laid_out.student.requires_grad_(), laid_out.teacher.requires_grad_(), labels, laid_out.probabilities, weight
+        )
         laid_out.leaves = lambda leaves=leaves: leaves  # a clone would be contiguous
         plain = Data(*(x.detach().clone(memory_format=torch.contiguous_format) for x in vars(leaves).values()))
         check(VARIANTS[name], laid_out, want=oracle(VARIANTS[name], plain))
@@ -272,7 +278,7 @@ def test_label_dtypes(implementation, dtype):
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "batchmean"])
 def test_reductions(implementation, reduction):
-    """"mean" is "batchmean": never divided by the number of classes."""
+    """ "mean" is "batchmean": never divided by the number of classes."""
     d = make(implementation, *SMALL)
     rows = oracles.softmax_kl(d.student, d.teacher, 2.0, reduction="none")
     want = {"none": rows, "sum": rows.sum(), "mean": rows.mean(), "batchmean": rows.mean()}[reduction]
@@ -313,7 +319,9 @@ def test_ignore_index(implementation, reduction):
             lambda o, d, i=ignore_index: o.cross_entropy_kl(
                 d.student, d.teacher, d.labels, 2.0, kl_weight=0.7, ignore_index=i, reduction=reduction
             ),
-            lambda d: _mix(oracles.sizes_kl(d.student, d.teacher, 2.0), 1, oracles.sizes_ce(d.student, d.labels % 9), 1),
+            lambda d: _mix(
+                oracles.sizes_kl(d.student, d.teacher, 2.0), 1, oracles.sizes_ce(d.student, d.labels % 9), 1
+            ),
             each=reduction == "none",
             factor=lambda d: 1.0,
         )
@@ -358,7 +366,7 @@ def test_upstream_gradients(implementation):
     d = make(implementation, *SMALL, torch.float32)
     scalars = [torch.tensor(3.0), torch.tensor(-0.25), torch.tensor(1e-30)]
     vectors = [torch.randn(5), torch.tensor(3.0).expand(5), torch.randn(10)[::2]]
-    for name, variant in VARIANTS.items():
+    for variant in VARIANTS.values():
         for upstream in vectors if variant.each else scalars:
             check(variant, d, upstream.to(d.student.device))
     loss = ops.softmax_kl(d.leaves().student, d.teacher, reduction="none")
@@ -385,7 +393,7 @@ def test_no_gradient_paths(implementation):
         ops.softmax_kl(d.student, d.teacher, weight=torch.ones(5, device=d.student.device, requires_grad=True))
 
 
-# ---- edges ---------------------------------------------------------------------------------------------------------------
+# ---- edges -----------------------------------------------------------------------------------------------------------
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -551,7 +559,9 @@ def test_edges_labels_out_of_range(implementation):
         labels[3] = label
         for op in (ops.cross_entropy_kl, ops.dkd):
             if implementation.raises_on_labels:
-                with pytest.raises((ValueError, RuntimeError), match=rf"labels\[3\] is {label}, expected a class from 0 to 8"):
+                with pytest.raises(
+                    (ValueError, RuntimeError), match=rf"labels\[3\] is {label}, expected a class from 0 to 8"
+                ):
                     op(d.student, d.teacher, labels)
             else:
                 assert op(d.student, d.teacher, labels).isnan()
@@ -607,7 +617,7 @@ def test_more_than_2_31_elements(implementation):
     assert torch.equal(grad[rows // 2 : rows // 2 + 1], grad[-1:])
 
 
-# ---- behaviour in PyTorch ------------------------------------------------------------------------------------------------
+# ---- behaviour in PyTorch --------------------------------------------------------------------------------------------
 @every_variant
 def test_double_backward_raises(implementation, name):
     d = make(implementation, *SMALL).leaves()
@@ -633,8 +643,16 @@ def test_inplace_change_raises(implementation, name):
 
 
 ERRORS = [
-    (lambda s, t, y: ops.softmax_kl(s[None], t[None]), ValueError, r"student must be 2-D .* got shape \(1, 5, 9\); flatten"),
-    (lambda s, t, y: ops.softmax_kl(s, t[:, :8]), ValueError, r"teacher must have the student's shape \(5, 9\), got \(5, 8\)"),
+    (
+        lambda s, t, y: ops.softmax_kl(s[None], t[None]),
+        ValueError,
+        r"student must be 2-D .* got shape \(1, 5, 9\); flatten",
+    ),
+    (
+        lambda s, t, y: ops.softmax_kl(s, t[:, :8]),
+        ValueError,
+        r"teacher must have the student's shape \(5, 9\), got \(5, 8\)",
+    ),
     (lambda s, t, y: ops.softmax_kl(s, y), ValueError, "teacher must be 2-D"),
     (lambda s, t, y: ops.softmax_kl(s.long(), t), TypeError, "student must be float32, float64, float16 or bfloat16"),
     (lambda s, t, y: ops.softmax_kl(s, t.tolist()), TypeError, "teacher must be a torch.Tensor, got list"),
@@ -651,7 +669,11 @@ ERRORS = [
     (lambda s, t, y: ops.cross_entropy_kl(s, t, y > 2), TypeError, "labels must be integers"),
     (lambda s, t, y: ops.cross_entropy_kl(s, t, None), TypeError, "labels must be a torch.Tensor, got NoneType"),
     (lambda s, t, y: ops.cross_entropy_kl(s, t, y.double()), ValueError, "labels must have the student's shape"),
-    (lambda s, t, y: ops.cross_entropy_kl(s, t, y, label_smoothing=2), ValueError, "label_smoothing must be from 0 to 1"),
+    (
+        lambda s, t, y: ops.cross_entropy_kl(s, t, y, label_smoothing=2),
+        ValueError,
+        "label_smoothing must be from 0 to 1",
+    ),
     (lambda s, t, y: ops.cross_entropy_kl(s, t, y, kl_weight=float("inf")), ValueError, "kl_weight must be finite"),
     (lambda s, t, y: ops.cross_entropy(s, y, ce_weight=None), TypeError, "ce_weight must be a number, got NoneType"),
     (lambda s, t, y: ops.dkd(s, t, y.to("meta")), ValueError, "labels must be on the student's device"),
@@ -805,7 +827,7 @@ def test_parameters_are_logits_too(implementation):
     assert parameter.grad.isfinite().all()
 
 
-# ---- choosing a path -----------------------------------------------------------------------------------------------------
+# ---- choosing a path -------------------------------------------------------------------------------------------------
 def run_python(code, **environment):
     """Runs `code` in a new process in which kdfast has no compiled kernels."""
     hide = (
@@ -845,7 +867,7 @@ def test_kernels_run_without_a_warning(implementation):
         gradients(_all_ops(d), d)
 
 
-# ---- CUDA only -----------------------------------------------------------------------------------------------------------
+# ---- CUDA only -------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def cuda():
     require_cuda_kernels()

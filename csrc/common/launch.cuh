@@ -40,7 +40,7 @@ template <class... P, class... Q>
 void launch(const OnDevice& device, void (*kernel)(P...), int64_t blocks, int threads, Q... args) {
   STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "kdfast: too many rows for one launch: ", blocks,
                   " blocks");
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream> > >(static_cast<P>(args)...);
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream>>>(static_cast<P>(args)...);
   const cudaError_t error = cudaGetLastError();
   STD_TORCH_CHECK(error == cudaSuccess, "kdfast: a kernel did not start: ", cudaGetErrorString(error));
 }

@@ -50,7 +50,9 @@ class _Dist(torch.autograd.Function):
         grads = []
         for x, prob, slope, need in ((student, q, grad_q, 0), (teacher, p, grad_p, 1)):
             inner = scale * prob * (slope - fixed_sum(prob * slope)[:, None])
-            grads.append(inner.to(x.dtype) if ctx.needs_input_grad[need] else None)
+            # A nearly constant column has slopes of up to 1e8, more than float16 can say.
+            inner = inner.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max).to(x.dtype)
+            grads.append(inner if ctx.needs_input_grad[need] else None)
         return *grads, None, None, None
 
 
