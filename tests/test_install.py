@@ -92,7 +92,7 @@ class Tree:
 
     def __init__(self, folder, tiny):
         self.source, self.site = folder / "a tree", folder / "a site"
-        tracked = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "csrc", "kdfast"]
+        tracked = ["pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE", "benchmarks", "csrc", "kdfast"]
         self.source.mkdir(parents=True)
         junk = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
         for name in tracked:
