@@ -589,12 +589,10 @@ def test_large_index(implementation):
     rows_apart = memory.as_strided((rows, cols), (far, 1))
     rows_apart.copy_(x.student)
     assert torch.equal(ops.softmax_kl(rows_apart, x.teacher, 2.0, reduction="none"), want)
-    classes_apart = memory.as_strided((cols, rows), (1, far)).t()[:, :3]
-    few = memory.as_strided((cols, 3), (1, far))
-    few.copy_(x.teacher.t())
-    assert classes_apart.shape == (3, 3)
+    classes_apart = memory.as_strided((cols, 3), (1, far))
+    classes_apart.copy_(x.teacher.t())
     assert torch.equal(
-        ops.softmax_kl(x.student.t().contiguous(), few, 2.0, reduction="none"),
+        ops.softmax_kl(x.student.t().contiguous(), classes_apart, 2.0, reduction="none"),
         ops.softmax_kl(x.student.t().contiguous(), x.teacher.t().contiguous(), 2.0, reduction="none"),
     )
 
@@ -788,13 +786,14 @@ def test_deterministic_algorithms_are_enough(implementation):
 
 def test_sum_over_many_rows(implementation):
     """8193 rows: one more than one block adds up, so that the sum has two levels."""
+    d = make(implementation, 8193, 2, torch.float32)
+    d.labels[::3] = -100  # the rows kept are summed, too
+    size = oracles.sizes_ce(d.student, d.labels)[0].sum() / (d.labels >= 0).sum()
+    assert_close(
+        ops.cross_entropy(d.student, d.labels), oracles.cross_entropy(d.student, d.labels), size, 2, torch.float32
+    )
     if implementation.name == "simt":
-        d = make(implementation, 8193, 1)
-        labels = d.labels
-        labels[5] = -100
-        soft = ops.cross_entropy(d.student, 2 * torch.ones_like(d.probabilities), reduction="sum")
-        assert soft == 0 and ops.cross_entropy(d.student, labels) == 0
-        return
+        return  # a fiber per thread: the rest would take a minute
     check(VARIANTS["kl"], make(implementation, 8193, 5, torch.float32))
     check(VARIANTS["ce"], make(implementation, 8193, 5, torch.float32))
 

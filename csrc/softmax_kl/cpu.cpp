@@ -109,15 +109,16 @@ KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A ma
   }
 }
 
-// Both gradients of one divergence; `out` of a side that needs none is scratch.
+// The gradient of one side, whose share of the mixture is `share`.
 template <class A>
-KD_MULTIVERSION void mixture_grad_piece(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q, A rate,
-                                        A beta, A kl_p, A kl_q, A scale, A* out_p, A* out_q) {
+KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own,
+                                        LogSoftmax<A> other, A rate, A share, A kl, A scale, A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const Mixture<A> m = mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, beta);
-    out_p[i] = mixture_grad(m.p, m.p_ratio, kl_p, scale * beta);
-    out_q[i] = mixture_grad(m.q, m.q_ratio, kl_q, scale * (1 - beta));
+    const A log_own = (z_own[i] - own.max) * rate - own.log2_sum,
+            log_other = (z_other[i] - other.max) * rate - other.log2_sum;
+    const Mixture<A> m = mixture(log_own, log_other, share);
+    out[i] = mixture_grad(m.p, m.p_ratio, kl, scale * share);
   }
 }
 
@@ -263,17 +264,15 @@ void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate, A ma
 }
 
 template <class A>
-void write_mixture_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate, A beta, Side<A> side_p, Side<A> side_q,
-                         A kl_p, A kl_q, A scale, const Matrix& out_p, const Matrix& out_q) {
-  alignas(64) A buffer_p[kChunk], buffer_q[kChunk];
-  const LogSoftmax<A> log_p{side_p.max, side_p.log2_sum()}, log_q{side_q.max, side_q.log2_sum()};
+void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A rate, A share, Side<A> side_own,
+                        Side<A> side_other, A kl, A scale, const Matrix& to) {
+  alignas(64) A buffer[kChunk];
+  const LogSoftmax<A> log_own{side_own.max, side_own.log2_sum()}, log_other{side_other.max, side_other.log2_sum()};
   for_pieces(cols, [&](int64_t begin, int64_t n) {
-    A* to_p = out_p.data ? target(out_p, p.row, begin, n, buffer_p) : buffer_p;
-    A* to_q = out_q.data ? target(out_q, q.row, begin, n, buffer_q) : buffer_q;
-    mixture_grad_piece(p.piece(begin, n), q.piece(begin, n), padded(n), log_p, log_q, rate, beta, kl_p, kl_q, scale,
-                       to_p, to_q);
-    if (out_p.data) write(out_p, p.row, begin, n, to_p);
-    if (out_q.data) write(out_q, q.row, begin, n, to_q);
+    A* out = target(to, own.row, begin, n, buffer);
+    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), padded(n), log_own, log_other, rate, share, kl,
+                       scale, out);
+    write(to, own.row, begin, n, out);
   });
 }
 
@@ -294,8 +293,13 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
       write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate), to_student,
                      to_teacher);
     } else {
-      write_mixture_grads(t, s, cols, rate, beta, side_t, side_s, A(kLog2E) * kl_t, A(kLog2E) * kl_s, A(kLn2) * factor,
-                          to_teacher, to_student);
+      const A bits = A(kLn2) * factor;
+      if (to_student.data) {
+        write_mixture_grad(s, t, cols, rate, 1 - beta, side_s, side_t, A(kLog2E) * kl_s, bits, to_student);
+      }
+      if (to_teacher.data) {
+        write_mixture_grad(t, s, cols, rate, beta, side_t, side_s, A(kLog2E) * kl_t, bits, to_teacher);
+      }
     }
   });
 }

@@ -100,27 +100,19 @@ KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
 }
 
 // ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence
-// ------------------------------------------- From log2 p - log2 q alone: nothing is lost where p and q underflow, and
-// all is exactly 0 where p = q.
+// -------------------------------------------
 template <class A>
 struct Mixture {
   A p, q;              // probabilities
-  A p_ratio, q_ratio;  // log2(p / m), log2(q / m); -inf where that probability is 0
+  A p_ratio, q_ratio;  // log2(p / m), log2(q / m); exactly 0 where p = q, of no meaning where that probability is 0
 };
 
 template <class A>
-KD_HD Mixture<A> mixture(A log_p, A log_q, A beta) {
-  const bool p_larger = log_p > log_q;
-  const A high = p_larger ? log_p : log_q;
-  const A low = p_larger ? log_q : log_p;
-  const A larger = exp2(high);
-  const A gap = low - high;  // <= 0
-  const A ratio = larger == 0 ? A(0) : exp2(gap);
-  const A log_mix = fast_log2(A(1) + (p_larger ? A(1) - beta : beta) * (ratio - A(1)));
-  const A high_ratio = -log_mix, low_ratio = gap - log_mix;
-  const A smaller = larger * ratio;
-  return {p_larger ? larger : smaller, p_larger ? smaller : larger, p_larger ? high_ratio : low_ratio,
-          p_larger ? low_ratio : high_ratio};
+KD_HD Mixture<A> mixture(A log2_p, A log2_q, A beta) {
+  const A p = exp2(log2_p), q = exp2(log2_q);
+  const A log2_m = fast_log2(beta * p + (1 - beta) * q);
+  const bool equal = log2_p == log2_q;
+  return {p, q, equal ? A(0) : log2_p - log2_m, equal ? A(0) : log2_q - log2_m};
 }
 
 // p log2(p / m); with `kl` the sum of those over the row, the gradient of scale * KL in z_p.
