@@ -26,8 +26,8 @@ from kdfast import _kernels
 # nearly equal networks is the small difference of two cross-entropies, whose rounding it inherits, and the gradient
 # q - p that of two probabilities. A size taken from the result would ask for digits that no order of summation has; one
 # taken from the largest entry would let small entries be anything. The sizes are in oracles.py, beside the formulas.
-# K = 4 is twice the largest error seen on the cases of these tests, in any implementation.
-K = 4
+# The largest error seen in these tests is at 0.7 (DIST; 0.5 in softmax-KL), in any implementation but a GPU.
+K = 2
 
 
 def allowance(want, size, cols, accumulator, dtype):
@@ -77,6 +77,8 @@ class Implementation:
 
 
 def _simt_kernels(config):
+    if not hasattr(config, "cache"):
+        pytest.skip("the SIMT library is kept in pytest's cache, which is off")
     try:
         return simt_library.kernels(config.cache.mkdir("simt"))
     except simt_library.Unavailable as reason:

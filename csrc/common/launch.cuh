@@ -31,7 +31,7 @@ struct OnDevice {
 
   explicit OnDevice(const Tensor& x) : guard(x.get_device_index()) {
     void* current;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &current));
     stream = static_cast<cudaStream_t>(current);
   }
 };

@@ -11,7 +11,8 @@
 
 // One binary for all x86-64 machines: the loader picks the widest version that this CPU has.
 // Needs ifunc, hence ELF. A sanitizer's interceptors are not up yet when ifuncs resolve, so a build may switch it off.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__CUDACC__) && !defined(KD_ONE_VERSION)
+#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \
+    !defined(KD_ONE_VERSION)
 #define KD_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define KD_MULTIVERSION

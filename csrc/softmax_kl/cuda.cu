@@ -6,7 +6,8 @@ namespace softmax_kl {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int64_t kShortRow = 2048;             // up to here a warp reads a row, above it a block
+constexpr int kBlocksAtOnce = 1;     // on a multiprocessor: without a number, ptxas spills a register to fit more
+constexpr int64_t kShortRow = 2048;  // up to here a warp reads a row, above it a block
 constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
 constexpr int64_t kRowsPerSum = 8192;           // rows that one block of a reduction adds up
 
@@ -94,8 +95,9 @@ struct LogSoftmax {
 };
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock) softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows,
-                                                                    int64_t cols, A rate, A beta, Stats<A> stats) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, A rate, A beta,
+                              Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
   const bool reverse = beta == 1;
@@ -128,7 +130,7 @@ __global__ void __launch_bounds__(kBlock) softmax_kl_forward_kernel(Matrix stude
 
 // Cross-entropies go to `ce`; a label that is no class makes its row NaN.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     cross_entropy_kl_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t ignore_index, int64_t rows,
                                     int64_t cols, A rate, A smoothing, Stats<A> stats, A* ce) {
   const int64_t row = group_index<kThreads>();
@@ -148,17 +150,19 @@ __global__ void __launch_bounds__(kBlock)
     c.rebase(before - s.max_q, before == -infinity<A>());
     if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
     const A top = s.finite_max(s.max_q);
-    c.seen += cols - col < kStep ? A(cols - col) : A(kStep);
+    const int left = cols - col < kStep ? static_cast<int>(cols - col) : kStep;
+    c.seen += static_cast<A>(left);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      if (col + i >= cols) break;
-      const A centred = z[i] - top;
+      const A centred = z[i] - top;  // -inf beyond the end, where targets are 0
       c.sum_1 += exp2(centred * A(kLog2E));
-      c.centred += centred;
-      if (!labels.index) {
-        c.target_dot += target_term(other[i], centred);
-        c.target_mass += other[i];
-      }
+      c.centred += i < left ? centred : A(0);
+    }
+    if (labels.index) return;
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      c.target_dot += target_term(other[i], z[i] - top);
+      c.target_mass += other[i];
     }
   });
   const A before = s.max_q;
@@ -191,8 +195,9 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock) dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels,
-                                                             int64_t rows, int64_t cols, A rate, Stats<A> stats) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t rows, int64_t cols, A rate,
+                       Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
   const int64_t label = labels.at(row);
@@ -263,7 +268,8 @@ struct Partial {
 
 // Block b sums value(row) over its rows into sums[b], and writes the values to `each` if that is not null.
 template <class A, class Value, class Sum>
-__global__ void __launch_bounds__(kBlock) sum_rows_kernel(Value value, int64_t rows, A* each, Sum* sums) {
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    sum_rows_kernel(Value value, int64_t rows, A* each, Sum* sums) {
   const int64_t begin = blockIdx.x * kRowsPerSum, end = begin + kRowsPerSum < rows ? begin + kRowsPerSum : rows;
   double sum = 0;
   for (int64_t row = begin + threadIdx.x; row < end; row += kBlock) {
@@ -325,7 +331,7 @@ __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     softmax_kl_backward_kernel(Matrix student, Matrix teacher, Column grad, Column weight, int64_t cols, A rate, A beta,
                                A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
   const Part at = part<kThreads>(cols);
@@ -360,7 +366,7 @@ __global__ void __launch_bounds__(kBlock)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate,
                                      A kl_scale, A smoothing, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
   const Part at = part<kThreads>(cols);
@@ -375,21 +381,30 @@ __global__ void __launch_bounds__(kBlock)
     if (teacher.data) {
       read(teacher, row, col, cols, A(0), other);
       kl_grad_step(other, z, side_t.max, side_s.max, rate, g.kl, grad_t, grad_s);
+      if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
     }
-    if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
     if (!to_student.data) return;
-    if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      const A target = labels.index ? A(col + i == label) : other[i];
-      grad_s[i] += g.coef * exp2((z[i] - side_s.max) * A(kLog2E)) - g.uniform - g.target * target;
+      grad_s[i] += g.coef * exp2((z[i] - side_s.max) * A(kLog2E)) - g.uniform;
+    }
+    const int64_t here = label - col;
+    if (!labels.index) {
+      read(labels.probabilities, row, col, cols, A(0), other);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) grad_s[i] -= g.target * other[i];
+    } else if (here >= 0 && here < kStep) {
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        if (i == here) grad_s[i] -= g.target;
+      }
     }
     write(to_student, row, col, at.end, grad_s);
   });
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock)
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate, A alpha,
                         A beta, A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
   const Part at = part<kThreads>(cols);

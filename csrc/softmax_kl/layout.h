@@ -63,7 +63,8 @@ KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A rate
   const Side<A> student = stats.side(kStudent, row), student_1{student.max, stats[kSum1][row]};
   const A ce = grad * stats[kCeWeight][row];
   return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], grad * kl_scale, rate),
-          ce * stats[kMass][row] * student_1.inverse(), ce * smoothing / static_cast<A>(cols), ce * (1 - smoothing)};
+          ce * stats[kMass][row] * student_1.inverse(), divide(ce * smoothing, static_cast<A>(cols)),
+          ce * (1 - smoothing)};
 }
 
 // Coefficients of one row's gradient in dkd, and the gradients at the target class.
