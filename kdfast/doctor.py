@@ -15,6 +15,7 @@ LIBRARIES = {"cpu": "_C", "cuda": "_cuda"}  # device -> the library with its ker
 
 
 def add_arguments(parser):
+    """Adds the options of `kdfast doctor`."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
@@ -49,6 +50,7 @@ def examine():
 
 
 def describe_device(index):
+    """Name and compute capability of one visible GPU."""
     major, minor = torch.cuda.get_device_capability(index)
     return {"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}
 
@@ -91,6 +93,7 @@ def notes(report):
 
 
 def remedy(device):
+    """What to do so that `device` gets its kernels."""
     if device == "cuda":
         return "reinstall where nvcc has torch's CUDA major version, without KDFAST_NO_EXTENSION and KDFAST_CPU_ONLY"
     return "reinstall where there is a C++ compiler, without KDFAST_NO_EXTENSION"

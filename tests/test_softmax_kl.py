@@ -698,7 +698,7 @@ def _all_ops(d):
     )
 
 
-def _compare_compiled(implementation, **options):
+def _check_compiled(implementation, **options):
     data = make(implementation, *SMALL, torch.float32)
     torch.compiler.reset()
     compiled = torch.compile(
@@ -712,13 +712,13 @@ def _compare_compiled(implementation, **options):
 
 
 def test_compile(implementation):
-    _compare_compiled(implementation, backend="aot_eager")
+    _check_compiled(implementation, backend="aot_eager")
 
 
 def test_compile_inductor(implementation):
     if implementation.name in ("simt", "fallback"):
         pytest.skip("test_compile is enough")
-    _compare_compiled(implementation)
+    _check_compiled(implementation)
 
 
 def test_compile_dynamic(implementation):
@@ -779,7 +779,7 @@ def test_deterministic_algorithms_are_enough(implementation):
     torch.use_deterministic_algorithms(True)
     try:
         d = make(implementation, *SMALL, torch.float32).leaves()
-        gradients(_all_ops(d), d)
+        assert all(g.isfinite().all() for g in gradients(_all_ops(d), d))
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -863,7 +863,7 @@ def test_kernels_run_without_a_warning(implementation):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         d = make(implementation, *SMALL).leaves()
-        gradients(_all_ops(d), d)
+        assert all(g.isfinite().all() for g in gradients(_all_ops(d), d))
 
 
 # ---- CUDA only -------------------------------------------------------------------------------------------------------
@@ -881,6 +881,7 @@ def test_no_host_sync(cuda):
         _all_ops(d).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert d.student.grad.isfinite().all() and d.teacher.grad.isfinite().all()
 
 
 def test_cuda_graph(cuda):

@@ -41,6 +41,7 @@ def row_stats(logits, temperature, dtype):
 
 
 def log_softmax(logits, top, total, temperature):
+    """Log-probabilities [rows, cols] from a row's max and sum; -inf everywhere in an empty row."""
     log_sum = torch.where(total == 0, INF, total.log())
     return (logits.to(top.dtype) - top[:, None]) / temperature - log_sum[:, None]
 
@@ -72,6 +73,7 @@ def _gradients(row, *sides):
 
 
 def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale, reduce):
+    """-> loss, stats: max, sum, KL of the student's side; the same of the teacher's."""
     dtype = _accumulator(student, teacher)
     top_s, sum_s = row_stats(student, temperature, dtype)
     top_t, sum_t = row_stats(teacher, temperature, dtype)
@@ -90,6 +92,7 @@ def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale,
 def softmax_kl_backward_torch(
     grad, student, teacher, weight, stats, temperature, beta, scale, need_student, need_teacher
 ):
+    """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats
     log_q = log_softmax(student, top_s, sum_s, temperature)
     log_p = log_softmax(teacher, top_t, sum_t, temperature)
@@ -131,6 +134,7 @@ def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
 def cross_entropy_kl_forward_torch(
     student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
 ):
+    """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL."""
     dtype = _accumulator(student, teacher)
     top_s, sum_1 = row_stats(student, 1.0, dtype)
     target, kept, wrong = _target_probabilities(student, labels, smoothing, dtype, ignore_index)
@@ -156,6 +160,7 @@ def cross_entropy_kl_forward_torch(
 def cross_entropy_kl_backward_torch(
     grad, student, teacher, labels, stats, temperature, kl_scale, smoothing, need_student, need_teacher
 ):
+    """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats
     row = grad.to(stats.dtype).expand(student.shape[0])
     valid = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)
@@ -182,6 +187,7 @@ def _split_target(logits, column, temperature, dtype):
 
 
 def dkd_forward_torch(student, teacher, labels, temperature, alpha, beta, scale):
+    """-> loss, stats: max, sum of the non-target classes, log-odds of the target, for both sides; KL of the rest."""
     dtype = _accumulator(student, teacher)
     column, _, wrong = _label_column(labels, student.shape[1])
     top_s, sum_s, odds_s, log_q = _split_target(student, column[:, None], temperature, dtype)
@@ -199,6 +205,7 @@ def dkd_forward_torch(student, teacher, labels, temperature, alpha, beta, scale)
 def dkd_backward_torch(
     grad, student, teacher, labels, stats, temperature, alpha, beta, scale, need_student, need_teacher
 ):
+    """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl = stats
     column = labels.clamp(0, student.shape[1] - 1)[:, None]
     log_q = log_softmax(student, top_s, sum_s, temperature).scatter(1, column, -INF)
