@@ -28,7 +28,7 @@ template <int kThreads, class A, class Op>
 __device__ A group_reduce(A x, Op op) {
   for (int distance = kWarp / 2; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, distance));
   if constexpr (kThreads > kWarp) {
-    __shared__ A warps[kThreads / kWarp];
+    KD_SHARED(A, warps, kThreads / kWarp);
     __syncthreads();  // the previous reduction has been read
     if (threadIdx.x % kWarp == 0) warps[threadIdx.x / kWarp] = x;
     __syncthreads();

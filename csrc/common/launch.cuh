@@ -5,11 +5,33 @@
 #include <cuda_runtime.h>  // with KD_SIMT, the stand-in of the test harness
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstddef>
 #include <limits>
 
 #include "common/tensor.h"
 
+// Shared memory is declared by macro. KD_SHARED(A, sums, 8) is an array of 8, the same one wherever the function is
+// called from; KD_DYNAMIC_SHARED(A, x) points to the Grid's shared_bytes, aligned to 16.
+#if defined(KD_SIMT)
+#define KD_SHARED(type, name, count)              \
+  static const simt::Shared name##_shared{#name}; \
+  type(&name)[count] = *static_cast<type(*)[count]>(simt::shared(name##_shared, sizeof(type) * (count)))
+#define KD_DYNAMIC_SHARED(type, name) type* name = static_cast<type*>(simt::dynamic_shared())
+#else
+#define KD_SHARED(type, name, count) __shared__ type name[count]
+#define KD_DYNAMIC_SHARED(type, name)                                \
+  extern __shared__ __align__(16) unsigned char kd_dynamic_shared[]; \
+  type* name = reinterpret_cast<type*>(kd_dynamic_shared)
+#endif
+
 namespace kdfast {
+
+// How many threads run a kernel, and the bytes that KD_DYNAMIC_SHARED finds in each block.
+struct Grid {
+  int64_t blocks;
+  int threads;
+  size_t shared_bytes = 0;
+};
 
 #if defined(KD_SIMT)
 
@@ -18,8 +40,9 @@ struct OnDevice {
 };
 
 template <class... P, class... Q>
-void launch(const OnDevice&, void (*kernel)(P...), int64_t blocks, int threads, Q... args) {
-  simt::run(dim3(static_cast<unsigned>(blocks)), dim3(threads), [=] { kernel(static_cast<P>(args)...); });
+void launch(const OnDevice&, Grid grid, void (*kernel)(P...), Q... args) {
+  simt::run(dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), grid.shared_bytes,
+            [=] { kernel(static_cast<P>(args)...); });
 }
 
 #else
@@ -37,12 +60,19 @@ struct OnDevice {
 };
 
 template <class... P, class... Q>
-void launch(const OnDevice& device, void (*kernel)(P...), int64_t blocks, int threads, Q... args) {
-  STD_TORCH_CHECK(blocks <= std::numeric_limits<int>::max(), "kdfast: too many rows for one launch: ", blocks,
+void launch(const OnDevice& device, Grid grid, void (*kernel)(P...), Q... args) {
+  STD_TORCH_CHECK(grid.blocks <= std::numeric_limits<int>::max(), "kdfast: too many rows for one launch: ", grid.blocks,
                   " blocks");
-  kernel<<<static_cast<unsigned>(blocks), threads, 0, device.stream>>>(static_cast<P>(args)...);
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "kdfast: a kernel did not start: ", cudaGetErrorString(error));
+  const auto check = [](cudaError_t error) {
+    STD_TORCH_CHECK(error == cudaSuccess, "kdfast: a kernel did not start: ", cudaGetErrorString(error));
+  };
+  if (grid.shared_bytes > (48 << 10)) {  // what every kernel may use unasked
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)));
+  }
+  kernel<<<static_cast<unsigned>(grid.blocks), grid.threads, grid.shared_bytes, device.stream>>>(
+      static_cast<P>(args)...);
+  check(cudaGetLastError());
 }
 
 #endif

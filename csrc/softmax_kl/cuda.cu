@@ -287,10 +287,10 @@ int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block -
 template <class A, class Value, class Sum>
 void sum_rows(const OnDevice& device, const Tensor& like, Value value, int64_t rows, Sum* out) {
   const int64_t blocks = max<int64_t>(blocks_for(rows, kRowsPerSum), 1);
-  if (blocks == 1) return launch(device, sum_rows_kernel<A, Value, Sum>, 1, kBlock, value, rows, nullptr, out);
+  if (blocks == 1) return launch(device, {1, kBlock}, sum_rows_kernel<A, Value, Sum>, value, rows, nullptr, out);
   Tensor partial = empty(like, ScalarType::Double, {blocks});
   double* sums = static_cast<double*>(partial.data_ptr());
-  launch(device, sum_rows_kernel<A, Value, double>, blocks, kBlock, value, rows, nullptr, sums);
+  launch(device, {blocks, kBlock}, sum_rows_kernel<A, Value, double>, value, rows, nullptr, sums);
   sum_rows<double>(device, like, Partial{sums}, blocks, out);
 }
 
@@ -300,7 +300,7 @@ void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_
   A* out = static_cast<A*>(loss.data_ptr());
   if (reduce) return sum_rows<A>(device, loss, value, rows, out);
   if (rows == 0) return;
-  launch(device, sum_rows_kernel<A, Value, A>, blocks_for(rows, kRowsPerSum), kBlock, value, rows, out, nullptr);
+  launch(device, {blocks_for(rows, kRowsPerSum), kBlock}, sum_rows_kernel<A, Value, A>, value, rows, out, nullptr);
 }
 
 // ---- backward
@@ -447,9 +447,9 @@ void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...)
                  int64_t parts, Q... args) {
   if (rows == 0) return;
   if (cols <= kShortRow) {
-    launch(device, warp, blocks_for(rows, kBlock / kWarp), kBlock, args...);
+    launch(device, {blocks_for(rows, kBlock / kWarp), kBlock}, warp, args...);
   } else {
-    launch(device, block, rows * parts, kBlock, args...);
+    launch(device, {rows * parts, kBlock}, block, args...);
   }
 }
 

@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <stdexcept>
@@ -19,7 +20,6 @@
 #define __device__
 #define __host__
 #define __launch_bounds__(...)
-#define __shared__ static  // blocks run one after another
 
 struct dim3 {
   unsigned x, y, z;
@@ -46,6 +46,25 @@ struct Block {
   unsigned current = 0;
   const std::function<void()>* body = nullptr;
 };
+
+// What a shared array is called, and by its address, which one it is.
+struct Shared {
+  const char* name;
+};
+
+// Shared memory of the running block. It starts as NaN: bits that are all 1 are one in every floating type.
+struct SharedMemory {
+  std::map<const Shared*, std::vector<char>> arrays;
+  std::vector<char> dynamic;
+};
+
+inline SharedMemory shared_memory;
+
+inline void* shared(const Shared& array, size_t bytes) {
+  return shared_memory.arrays.try_emplace(&array, bytes, char(0xff)).first->second.data();
+}
+
+inline void* dynamic_shared() { return shared_memory.dynamic.data(); }
 
 inline Block* block = nullptr;
 inline dim3 block_index, block_size, grid_size;
@@ -114,7 +133,7 @@ inline void run_block(unsigned threads, const std::function<void()>& body, std::
 }
 
 // Runs body() once for every thread of every block.
-inline void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
+inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
   const char* seed = std::getenv("KDFAST_SIMT_SEED");
   std::mt19937 random(seed ? std::strtoul(seed, nullptr, 10) : 0);
   Block state;
@@ -122,7 +141,10 @@ inline void run(dim3 grid, dim3 threads, const std::function<void()>& body) {
   block = &state;
   block_size = threads;
   grid_size = grid;
-  for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) run_block(threads.x, body, random);
+  for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) {
+    shared_memory = {{}, std::vector<char>(shared_bytes, char(0xff))};
+    run_block(threads.x, body, random);
+  }
   block = nullptr;
 }
 
