@@ -8,21 +8,9 @@ from kdfast import _kernels
 
 _kernels.load()
 
-from kdfast import ops  # noqa: E402  the ops are defined after the kernels' libraries are known
+from kdfast import losses, ops  # noqa: E402  the ops are defined after the kernels' libraries are known
 from kdfast._kernels import FallbackWarning, fallback  # noqa: E402
-from kdfast.losses import DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf  # noqa: E402
+from kdfast.losses import *  # noqa: E402, F403
 
 __version__ = "0.1.0"
-__all__ = [
-    "DIST",
-    "DKD",
-    "FallbackWarning",
-    "JSD",
-    "KD",
-    "LabelRefinery",
-    "ReverseKD",
-    "TfKDReg",
-    "TfKDSelf",
-    "fallback",
-    "ops",
-]
+__all__ = ["FallbackWarning", "fallback", "ops", *losses.__all__]

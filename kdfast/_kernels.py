@@ -125,9 +125,9 @@ def define(family, schema, fallback, fake):
 def _announced(family, fallback):
     """`fallback`, which says once for its family that it is one."""
 
-    def run(student, *args):
-        _announce(family, student.device.type)
-        return fallback(student, *args)
+    def run(tensor, *args):
+        _announce(family, tensor.device.type)
+        return fallback(tensor, *args)
 
     return run
 

@@ -1,6 +1,23 @@
 """The losses, one nn.Module per paper."""
 
 from kdfast.losses.composite import DIST
+from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
-__all__ = ["DIST", "DKD", "JSD", "KD", "LabelRefinery", "ReverseKD", "TfKDReg", "TfKDSelf"]
+__all__ = [
+    "DIST",
+    "DKD",
+    "HardDarkRank",
+    "IRG",
+    "IRGEdge",
+    "IRGTransformation",
+    "JSD",
+    "KD",
+    "LabelRefinery",
+    "RKD",
+    "RKDAngle",
+    "RKDDistance",
+    "ReverseKD",
+    "TfKDReg",
+    "TfKDSelf",
+]

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from kdfast.ops import check
-from kdfast.ops.softmax_kl import fixed_sum
+from kdfast.ops.accumulate import fixed_sum
 
 
 def _pearson(a, b):

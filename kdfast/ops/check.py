@@ -27,6 +27,18 @@ def tensor(name, x):
         )
 
 
+def floating(name, x):
+    """`x` has one of the four floating-point types."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+
+
+def same_device(name, x, other, of="student"):
+    """`x` is where `other` is, which messages call `of`."""
+    if x.device != other.device:
+        raise ValueError(f"{name} must be on the {of}'s device {other.device}, got {x.device}")
+
+
 def logits(name, x):
     """`x` is a floating-point (B, C) tensor with at least one class."""
     tensor(name, x)
@@ -35,8 +47,7 @@ def logits(name, x):
             f"{name} must be 2-D (batch, classes), got shape {tuple(x.shape)}; flatten other dimensions into the "
             "batch, for example x.flatten(0, -2) for (B, L, C) or x.movedim(1, -1).flatten(0, -2) for (B, C, H, W)"
         )
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
+    floating(name, x)
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one class, got shape {tuple(x.shape)}")
 
@@ -47,8 +58,33 @@ def pair(student, teacher):
     logits("teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    if student.device != teacher.device:
-        raise ValueError(f"teacher must be on the student's device {student.device}, got {teacher.device}")
+    same_device("teacher", teacher, student)
+
+
+def embeddings(name, x):
+    """`x` is a floating-point (B, D) tensor, or (B, ...) to be flattened, with at least one feature."""
+    tensor(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must be (batch, features) or (batch, ...), got shape {tuple(x.shape)}")
+    floating(name, x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
+
+
+def same_batch(name, x, other, of="student"):
+    """Embeddings `x` with as many rows as `other`, on its device."""
+    embeddings(name, x)
+    if x.shape[0] != other.shape[0]:
+        raise ValueError(f"{name} must have the {of}'s batch size {other.shape[0]}, got shape {tuple(x.shape)}")
+    same_device(name, x, other, of)
+
+
+def same_shape(name, x, other, of="student"):
+    """Embeddings `x` of the shape of `other`, on its device; dtypes may differ."""
+    embeddings(name, x)
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the {of}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
+    same_device(name, x, other, of)
 
 
 def class_indices(labels, student, ignore_index=None):
@@ -60,8 +96,7 @@ def class_indices(labels, student, ignore_index=None):
         )
     if labels.shape != student.shape[:1]:
         raise ValueError(f"labels must have shape ({student.shape[0]},), got {tuple(labels.shape)}")
-    if labels.device != student.device:
-        raise ValueError(f"labels must be on the student's device {student.device}, got {labels.device}")
+    same_device("labels", labels, student)
     if labels.is_cuda and not torch.compiler.is_compiling() and os.environ.get("KDFAST_CHECK") == "1":
         label_range(labels, student.shape[1], ignore_index)
     return labels if labels.dtype == torch.int64 else labels.long()
@@ -86,25 +121,21 @@ def label_message(row, label, classes, ignore_index=None):
 def class_probabilities(name, probabilities, student):
     """(B, C) floating-point target probabilities on the student's device, without gradient."""
     tensor(name, probabilities)
-    if probabilities.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {probabilities.dtype}")
+    floating(name, probabilities)
     if probabilities.shape != student.shape:
         raise ValueError(
             f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(probabilities.shape)}"
         )
-    if probabilities.device != student.device:
-        raise ValueError(f"{name} must be on the student's device {student.device}, got {probabilities.device}")
+    same_device(name, probabilities, student)
 
 
 def row_weight(weight, student):
     """(B,) floating-point weights on the student's device, without gradient."""
     tensor("weight", weight)
-    if weight.dtype not in FLOATS:
-        raise TypeError(f"weight must be float32, float64, float16 or bfloat16, got {weight.dtype}")
+    floating("weight", weight)
     if weight.shape != student.shape[:1]:
         raise ValueError(f"weight must have shape ({student.shape[0]},), got {tuple(weight.shape)}")
-    if weight.device != student.device:
-        raise ValueError(f"weight must be on the student's device {student.device}, got {weight.device}")
+    same_device("weight", weight, student)
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: use reduction='none' and multiply the values instead")
 
@@ -124,6 +155,14 @@ def number(name, value, low=-math.inf, high=math.inf):
     if not (low <= value <= high and -math.inf < value < math.inf):
         between = "finite" if low == -math.inf and high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} must be {between}, got {value}")
+
+
+def count(name, value):
+    """`value` is a whole number from 1 on."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def reduction(value):

@@ -16,23 +16,12 @@ import torch
 
 from kdfast._kernels import define
 from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
 
 INF = float("inf")
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def _accumulator(*tensors):
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
-
-
-def fixed_sum(x):
-    """Sum over the last dimension in fixed blocks: the same bits for any number of threads."""
-    head = x.shape[-1] // 1024 * 1024
-    if not head:
-        return x.sum(-1)
-    return x[..., :head].unflatten(-1, (head // 1024, 1024)).sum(-1).sum(-1) + x[..., head:].sum(-1)
-
-
 def row_stats(logits, temperature, dtype):
     """-> max, sum [rows], sum = sum_j exp((z_j - max) / T); 0 for an empty row."""
     top = logits.amax(1).to(dtype)
@@ -74,7 +63,7 @@ def _gradients(row, *sides):
 
 def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale, reduce):
     """-> loss, stats: max, sum, KL of the student's side; the same of the teacher's."""
-    dtype = _accumulator(student, teacher)
+    dtype = accumulator(student, teacher)
     top_s, sum_s = row_stats(student, temperature, dtype)
     top_t, sum_t = row_stats(teacher, temperature, dtype)
     log_q = log_softmax(student, top_s, sum_s, temperature)
@@ -135,7 +124,7 @@ def cross_entropy_kl_forward_torch(
     student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
 ):
     """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL."""
-    dtype = _accumulator(student, teacher)
+    dtype = accumulator(student, teacher)
     top_s, sum_1 = row_stats(student, 1.0, dtype)
     target, kept, wrong = _target_probabilities(student, labels, smoothing, dtype, ignore_index)
     log_q1 = log_softmax(student, top_s, sum_1, 1.0)
@@ -188,7 +177,7 @@ def _split_target(logits, column, temperature, dtype):
 
 def dkd_forward_torch(student, teacher, labels, temperature, alpha, beta, scale):
     """-> loss, stats: max, sum of the non-target classes, log-odds of the target, for both sides; KL of the rest."""
-    dtype = _accumulator(student, teacher)
+    dtype = accumulator(student, teacher)
     column, _, wrong = _label_column(labels, student.shape[1])
     top_s, sum_s, odds_s, log_q = _split_target(student, column[:, None], temperature, dtype)
     top_t, sum_t, odds_t, log_p = _split_target(teacher, column[:, None], temperature, dtype)
@@ -225,7 +214,7 @@ def dkd_backward_torch(
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 def _forward_fake(stats):
     def fake(student, teacher, *args):
-        dtype = _accumulator(student, teacher)
+        dtype = accumulator(student, teacher)
         reduce = args[-1] is True or not isinstance(args[-1], bool)
         loss = student.new_empty(() if reduce else student.shape[:1], dtype=dtype)
         return loss, student.new_empty((stats, student.shape[0]), dtype=dtype)
