@@ -15,6 +15,8 @@ import torch
 import kdfast
 from kdfast import _kernels
 
+pytest.register_assert_rewrite("behaviour")  # its failed assertions show their values, too
+
 # ---- tolerances ------------------------------------------------------------------------------------------------------
 # An oracle gets the inputs as they are after rounding to the tested dtype and works in float64. What then differs is
 # rounding in the accumulation type (float32, or float64 if an input is float64): each term of a sum is off by a few eps
@@ -80,9 +82,15 @@ def _simt_kernels(config):
     if not hasattr(config, "cache"):
         pytest.skip("the SIMT library is kept in pytest's cache, which is off")
     try:
-        return simt_library.kernels(config.cache.mkdir("simt"))
+        kernels = simt_library.kernels(config.cache.mkdir("simt"))
     except simt_library.Unavailable as reason:
         pytest.skip(f"the SIMT library cannot be built: {reason}")
+    return {name: kernels.get(name, _missing(name)) for name in _kernels.OPS}
+
+
+def _missing(name):
+    """In place of a kernel that csrc lacks: the op must not run elsewhere unnoticed."""
+    return lambda *args: pytest.fail(f"{name} has no CUDA kernel")
 
 
 def require_cpu_kernels():
@@ -102,8 +110,8 @@ def require_cuda_kernels():
 
 
 @pytest.fixture(params=["fallback", "cpu", "simt", "cuda"])
-def implementation(request):
-    """Every op of the test runs in this implementation; its tensors belong on `implementation.device`."""
+def implementation(request, monkeypatch):
+    """Every op of the test runs in this implementation, or fails; tensors belong on `implementation.device`."""
     name = request.param
     if name == "fallback":
         with kdfast.fallback():
@@ -113,6 +121,7 @@ def implementation(request):
             yield Implementation(name)
     else:
         require_cpu_kernels() if name == "cpu" else require_cuda_kernels()
+        monkeypatch.setenv("KDFAST_REQUIRE_KERNELS", "1")
         yield Implementation(name)
 
 
@@ -127,6 +136,38 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def same_bits(threads, monkeypatch):
+    """Checks that a function gives a list of equal tensors in every run: one thread or two, any order of CUDA's."""
+
+    def check(run):
+        results = []
+        for setting in (1, 2, 2):
+            threads(setting)
+            monkeypatch.setenv("KDFAST_SIMT_SEED", str(len(results)))
+            results.append(run())
+        for other in results[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+    return check
+
+
+@pytest.fixture
+def deterministic_algorithms():
+    """torch refuses what has no fixed order; the old setting comes back."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def cuda():
+    """Where there are CUDA kernels: the tests of what only they have."""
+    require_cuda_kernels()
+    return Implementation("cuda")
 
 
 @pytest.fixture

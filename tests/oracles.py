@@ -96,6 +96,51 @@ def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
     return temperature**2 * rows.sum() / max(len(rows), 1)
 
 
+def _squared_distances(x, y):
+    return (x.double()[:, None] - y.double()).pow(2).sum(2)
+
+
+def _root(p, least=0.0):
+    """sqrt(max(p, least)), without gradient where p <= least."""
+    return torch.where(p > least, torch.where(p > least, p, 1.0).sqrt(), least**0.5)
+
+
+def pairwise_distance(x, y=None, *, squared=False):
+    p = _squared_distances(x, x if y is None else y)
+    return p if squared else _root(p)
+
+
+def _over_mean(x):
+    """Distances over their mean off the diagonal [B, B], as RKD's official code has them."""
+    diagonal = torch.eye(len(x), dtype=torch.bool, device=x.device)
+    d = _root(_squared_distances(x, x), 1e-12).masked_fill(diagonal, 0.0)
+    return d / d[~diagonal].mean()
+
+
+def rkd_distance(student, teacher):
+    if len(student) < 2:
+        return 0 * student.double().sum()
+    return F.smooth_l1_loss(_over_mean(student), _over_mean(teacher.detach()))
+
+
+def _cosines(x):
+    """cos_ijk [B, B, B] from unit vectors; a pair of equal rows has none."""
+    difference = x.double() - x.double()[:, None]
+    p = difference.pow(2).sum(2, keepdim=True)
+    unit = torch.where(p > 0, difference / torch.where(p > 0, p, 1.0).sqrt(), 0.0)
+    return unit @ unit.transpose(1, 2)
+
+
+def rkd_angle(student, teacher):
+    if not len(student):
+        return 0 * student.double().sum()
+    return F.smooth_l1_loss(_cosines(student), _cosines(teacher.detach()))
+
+
+def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
+    return distance_weight * rkd_distance(student, teacher) + angle_weight * rkd_angle(student, teacher)
+
+
 # ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
 def _pair_sizes(log_p, log_q):
     p, q = log_p.exp(), log_q.exp()
@@ -134,6 +179,47 @@ def sizes_dkd(student, teacher, labels, temperature=4.0):
     entries[~is_target] = (rows_1[:, None] * entries_2).flatten()
     entries[is_target] = rows_1
     return temperature**2 * (rows_1 + rows_2), temperature * entries
+
+
+def _weighted_sizes(weights, x, y):
+    """Of sum_j weights_ij (x_i - y_j) [n, D], weights without sign."""
+    return (weights[..., None] * (x.detach().double()[:, None] - y.detach().double()).abs()).sum(1)
+
+
+def sizes_distance(x, y, upstream, squared=False):
+    """-> distances [n, m], entries of the gradients in x and, where y is another set, in y."""
+    p = _squared_distances(x.detach(), (x if y is None else y).detach())
+    weights = upstream.abs().double() * (2 if squared else torch.where(p > 0, p, INF).rsqrt())
+    value = p if squared else p.sqrt()
+    if y is None:
+        return value, _weighted_sizes(weights + weights.t(), x, x)
+    return value, _weighted_sizes(weights, x, y), _weighted_sizes(weights.t(), y, x)
+
+
+SQUARED_ROUNDING = 1e-6  # of a term whose slope is 0: the square of a few roundings, over one of them, in float32
+
+
+def sizes_rkd_distance(student, teacher):
+    """A difference of distances is off by a rounding of both, and so is its slope."""
+    student, rows = student.detach(), len(student)
+    p = _squared_distances(student, student)
+    r, t = _over_mean(student), _over_mean(teacher.detach())
+    slope = (r - t).clamp(-1, 1)
+    value = (slope.abs() * (r + t)).mean() + SQUARED_ROUNDING
+    mean = _root(p, 1e-12).sum() / (rows * (rows - 1))
+    per_pair = (r + t + (slope * r).abs().mean()) * torch.where(p > 1e-12, p, INF).rsqrt() / mean
+    return value, _weighted_sizes(2 * per_pair / rows**2, student, student)
+
+
+def sizes_rkd_angle(student, teacher):
+    """A cosine is off by a rounding of 1."""
+    student, rows = student.detach(), len(student)
+    inverse = torch.where((p := _squared_distances(student, student)) > 0, p, INF).rsqrt()
+    slope = (_cosines(student) - _cosines(teacher.detach())).clamp(-1, 1)
+    # d cos_ijk / d p_jk is 1/2 of the product of both inverse lengths; in p_ij the two terms before they cancel.
+    at_vertex = inverse * inverse.sum(1, keepdim=True) + rows * inverse**2
+    weights = at_vertex + at_vertex.t() + inverse.t() @ inverse
+    return 2 * slope.abs().mean() + SQUARED_ROUNDING, _weighted_sizes(2 * weights / rows**3, student, student)
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -211,4 +297,70 @@ def LabelRefinery(student, teacher_probabilities, reduction="mean"):
     return _reduce(rows, reduction)
 
 
-LOSSES = {f.__name__: f for f in (DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf)}
+def RKDDistance(student, teacher):
+    """Park et al. 2019, eq. 3 to 5."""
+    return rkd_distance(student, teacher)
+
+
+def RKDAngle(student, teacher):
+    """Park et al. 2019, eq. 6 and 7."""
+    return rkd_angle(student, teacher)
+
+
+def RKD(student, teacher, distance_weight=25.0, angle_weight=50.0):
+    return rkd(student, teacher, distance_weight, angle_weight)
+
+
+def HardDarkRank(student, teacher, alpha=3.0, beta=3.0, permute_len=4):
+    """Chen et al. 2018, eq. 6, of the nearest rows only, as RKD's official code has it."""
+    scores = -alpha * pairwise_distance(student) ** beta
+    loss = 0.0
+    for b, distances in enumerate(pairwise_distance(teacher.detach()).tolist()):
+        others = sorted((d, j) for j, d in enumerate(distances) if j != b)[:permute_len]
+        kept = scores[b, [j for _, j in others]]
+        loss = loss - sum(kept[k] - kept[k:].logsumexp(0) for k in range(len(kept)))
+    return loss / len(scores)
+
+
+def _edges(x):
+    p = pairwise_distance(x.flatten(1), squared=True)
+    return p / p.max()
+
+
+def IRGEdge(student, teacher):
+    """Liu et al. 2019, eq. 5, as the Caffe layers compute it; the maximum is a constant."""
+    p = pairwise_distance(student, squared=True)
+    return (p / p.max().detach() - _edges(teacher).detach()).pow(2).sum() / (2 * len(p))
+
+
+def IRGTransformation(student_late, student_early, teacher_late, teacher_early):
+    """Liu et al. 2019, eq. 6, a sum over the samples."""
+    v, v_teacher = (
+        (late.double() - early.double()).pow(2).sum(1)
+        for late, early in ((student_late, student_early), (teacher_late.detach(), teacher_early.detach()))
+    )
+    return (v / v.max().detach() - v_teacher / v_teacher.max()).pow(2).sum() / 2
+
+
+def IRG(student, teacher, vertex_weight=0.1, edge_weight=5.0, transformation_weight=5.0):
+    """Liu et al. 2019, eq. 8, with edges of three layers and the transformation between the first two."""
+
+    def moved(early, late):
+        early = F.adaptive_avg_pool2d(early.double(), late.shape[2:])
+        late = late.double() if early.shape[1] == late.shape[1] else (late[:, 0::2] + late[:, 1::2]).double() / 2
+        v = (early - late).pow(2).flatten(1).sum(1)
+        return v / v.max()
+
+    edges = sum(F.mse_loss(_edges(s), _edges(t)) for s, t in zip(student[:3], teacher[:3], strict=True))
+    transformation = F.mse_loss(moved(*student[:2]), moved(*teacher[:2]))
+    vertex = F.mse_loss(student[3].double(), teacher[3].double())
+    return vertex_weight * vertex + edge_weight / 3 * edges + transformation_weight * transformation
+
+
+LOSSES = {
+    f.__name__: f
+    for f in (
+        *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
+        *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
+    )
+}

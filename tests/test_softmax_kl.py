@@ -5,18 +5,18 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 
+import behaviour
 import oracles
 import pytest
 import torch
-from conftest import assert_close, require_cuda_kernels
+from behaviour import FLOATS, HALVES, LAYOUTS
+from conftest import assert_close
 
 import kdfast
 from kdfast import ops
 
 INF = float("inf")
-HALVES = (torch.bfloat16, torch.float16)
 
 CASES = [
     (1, 1),  # one sample, one class: every divergence is 0, and DKD has no other class
@@ -224,35 +224,6 @@ def test_opcheck(implementation):
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-def _strided(x):
-    wide = x.new_full((x.shape[0], 3 * x.shape[1]), 99.0)
-    wide[:, 1::3] = x
-    return wide[:, 1::3]
-
-
-def _offset(x):
-    """Contiguous rows, none of which starts at a multiple of 16 bytes."""
-    wide = x.new_full((x.shape[0], x.shape[1] + 2), 99.0)
-    wide[:, 1:-1] = x
-    return wide[:, 1:-1]
-
-
-def _channels_last(x):
-    """The rows of a (B, C, H, W) map that lies in memory as (B, H, W, C)."""
-    maps = x.unflatten(0, (1, len(x), 1)).movedim(-1, 1).contiguous(memory_format=torch.channels_last)
-    return maps.movedim(1, -1).flatten(0, -2)
-
-
-LAYOUTS = {
-    "strided": _strided,
-    "offset": _offset,
-    "transposed": lambda x: x.t().contiguous().t(),
-    "rows_expanded": lambda x: x[:1].expand_as(x),
-    "classes_expanded": lambda x: x[:, :1].expand_as(x),
-    "channels_last": _channels_last,
-}
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["kl", "jsd", "ce_kl_soft", "dkd"])
 def test_layouts(implementation, name, layout):
@@ -394,9 +365,6 @@ def test_no_gradient_paths(implementation):
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
-FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-
-
 @every_variant
 @pytest.mark.parametrize("shape", [SMALL, (1, 2050)], ids=str)
 def test_edges_minus_infinity_on_both_sides(implementation, name, shape):
@@ -577,24 +545,16 @@ def test_large_index(implementation):
     rows, cols, far = 3, 40, 2**30 + 8
     x = make(implementation, rows, cols, torch.bfloat16)
     want = ops.softmax_kl(x.student, x.teacher, 2.0, reduction="none")
-    size = 2 * far + cols * 8
-    if implementation.name == "cuda":
-        memory = torch.empty(size, dtype=torch.bfloat16, device="cuda")
-    else:
-        import tempfile
-
-        with tempfile.NamedTemporaryFile() as file:
-            file.truncate(2 * size)
-            memory = torch.from_file(file.name, shared=False, size=size, dtype=torch.bfloat16)
-    rows_apart = memory.as_strided((rows, cols), (far, 1))
-    rows_apart.copy_(x.student)
-    assert torch.equal(ops.softmax_kl(rows_apart, x.teacher, 2.0, reduction="none"), want)
-    classes_apart = memory.as_strided((cols, 3), (1, far))
-    classes_apart.copy_(x.teacher.t())
-    assert torch.equal(
-        ops.softmax_kl(x.student.t().contiguous(), classes_apart, 2.0, reduction="none"),
-        ops.softmax_kl(x.student.t().contiguous(), x.teacher.t().contiguous(), 2.0, reduction="none"),
-    )
+    with behaviour.sparse_memory(2 * far + cols * 8, implementation.device) as memory:
+        rows_apart = memory.as_strided((rows, cols), (far, 1))
+        rows_apart.copy_(x.student)
+        assert torch.equal(ops.softmax_kl(rows_apart, x.teacher, 2.0, reduction="none"), want)
+        classes_apart = memory.as_strided((cols, 3), (1, far))
+        classes_apart.copy_(x.teacher.t())
+        assert torch.equal(
+            ops.softmax_kl(x.student.t().contiguous(), classes_apart, 2.0, reduction="none"),
+            ops.softmax_kl(x.student.t().contiguous(), x.teacher.t().contiguous(), 2.0, reduction="none"),
+        )
 
 
 def test_more_than_2_31_elements(implementation):
@@ -619,25 +579,20 @@ def test_more_than_2_31_elements(implementation):
 @every_variant
 def test_double_backward_raises(implementation, name):
     d = make(implementation, *SMALL).leaves()
-    loss = VARIANTS[name].call(ops, d).sum()
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, d.student, create_graph=True)
-    # A gradient penalty: the inner gradient is asked for with a graph.
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        (grad,) = torch.autograd.grad(loss, d.student, create_graph=True)
-        (loss + grad.pow(2).sum()).backward()
+    behaviour.check_refuses_second_derivative(VARIANTS[name].call(ops, d).sum(), d.student)
+
+
+def on_logits(call, d):
+    """`call(data)` as a function of the logits of `d` alone, summed to one number."""
+    return lambda student, teacher: call(Data(student, teacher, d.labels, d.probabilities, d.weight)).sum()
 
 
 @every_variant
 def test_inplace_change_raises(implementation, name):
-    for side in ("student", "teacher") if name != "ce" else ("student",):
-        d = make(implementation, *SMALL).leaves()
-        changed = getattr(d, side) * 1.0
-        setattr(d, side, changed)
-        loss = VARIANTS[name].call(ops, d).sum()
-        changed.add_(1.0)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
+    d = make(implementation, *SMALL)
+    function = on_logits(lambda d: VARIANTS[name].call(ops, d), d)
+    for index in (0, 1) if name != "ce" else (0,):
+        behaviour.check_refuses_changed_input(function, (d.student, d.teacher), index)
 
 
 ERRORS = [
@@ -698,27 +653,16 @@ def _all_ops(d):
     )
 
 
-def _check_compiled(implementation, **options):
-    data = make(implementation, *SMALL, torch.float32)
-    torch.compiler.reset()
-    compiled = torch.compile(
-        lambda s, t: _all_ops(Data(s, t, data.labels, data.probabilities, data.weight)), fullgraph=True, **options
-    )
-    d, e = data.leaves(), data.leaves()
-    loss, eager = compiled(d.student, d.teacher), _all_ops(e)
-    torch.testing.assert_close(loss, eager, rtol=1e-6, atol=0)
-    for got, want in zip(gradients(loss, d), gradients(eager, e), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-
-
 def test_compile(implementation):
-    _check_compiled(implementation, backend="aot_eager")
+    d = make(implementation, *SMALL, torch.float32)
+    behaviour.check_compiled(on_logits(_all_ops, d), (d.student, d.teacher), backend="aot_eager")
 
 
 def test_compile_inductor(implementation):
     if implementation.name in ("simt", "fallback"):
         pytest.skip("test_compile is enough")
-    _check_compiled(implementation)
+    d = make(implementation, *SMALL, torch.float32)
+    behaviour.check_compiled(on_logits(_all_ops, d), (d.student, d.teacher))
 
 
 def test_compile_dynamic(implementation):
@@ -758,30 +702,24 @@ DETERMINISTIC = [
 
 
 @pytest.mark.parametrize("shape", DETERMINISTIC, ids=str)
-def test_deterministic(implementation, shape, threads, monkeypatch):
+def test_deterministic(implementation, shape, same_bits):
     """Equal bits from run to run, for any number of threads, and in any order of CUDA's threads."""
     if implementation.name == "simt" and shape[0] > 1000:
         pytest.skip("a fiber per row: a minute")
     data = make(implementation, *shape, torch.float32)
-    results = []
-    for setting in (1, 2, 2):
-        threads(setting)
-        monkeypatch.setenv("KDFAST_SIMT_SEED", str(len(results)))
+
+    def run():
         d = data.leaves()
         losses = [variant.call(ops, d) for variant in map(VARIANTS.get, ("kl", "jsd", "ce_kl_smooth", "ce_kl", "dkd"))]
-        results.append([*losses, *(g for loss in losses for g in gradients(loss, d))])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return [*losses, *(g for loss in losses for g in gradients(loss, d))]
+
+    same_bits(run)
 
 
 @pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
-def test_deterministic_algorithms_are_enough(implementation):
-    torch.use_deterministic_algorithms(True)
-    try:
-        d = make(implementation, *SMALL, torch.float32).leaves()
-        assert all(g.isfinite().all() for g in gradients(_all_ops(d), d))
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_deterministic_algorithms_are_enough(implementation, deterministic_algorithms):
+    d = make(implementation, *SMALL, torch.float32).leaves()
+    assert all(g.isfinite().all() for g in gradients(_all_ops(d), d))
 
 
 def test_sum_over_many_rows(implementation):
@@ -798,15 +736,10 @@ def test_sum_over_many_rows(implementation):
     check(VARIANTS["ce"], make(implementation, 8193, 5, torch.float32))
 
 
-def test_vmap_refused(implementation):
+def test_transforms_refused(implementation):
     d = make(implementation, *SMALL)
-    stacked = torch.stack([d.student, d.student])
-    with pytest.raises(RuntimeError, match="torch.func transform"):
-        torch.vmap(ops.softmax_kl)(stacked, stacked)
-    with pytest.raises(RuntimeError, match="torch.func transform"):
-        torch.func.grad(lambda s: ops.softmax_kl(s, d.teacher))(d.student)
-    with pytest.raises(RuntimeError, match="torch.func transform"):
-        torch.func.grad(lambda s: ops.cross_entropy(s, d.labels))(d.student)
+    behaviour.check_refuses_transforms(lambda s: ops.softmax_kl(s, d.teacher), d.student)
+    behaviour.check_refuses_transforms(lambda s: ops.cross_entropy(s, d.labels), d.student)
 
 
 def test_dtensor_refused(dtensor):
@@ -867,46 +800,14 @@ def test_kernels_run_without_a_warning(implementation):
 
 
 # ---- CUDA only -------------------------------------------------------------------------------------------------------
-@pytest.fixture
-def cuda():
-    require_cuda_kernels()
-    return SimpleNamespace(device=torch.device("cuda"))
-
-
 def test_no_host_sync(cuda):
-    d = make(cuda, 64, 1000, torch.bfloat16).leaves()
-    _all_ops(d).backward()  # loads modules, which may wait
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        _all_ops(d).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert d.student.grad.isfinite().all() and d.teacher.grad.isfinite().all()
+    d = make(cuda, 64, 1000, torch.bfloat16)
+    behaviour.check_no_host_sync(on_logits(_all_ops, d), (d.student, d.teacher))
 
 
 def test_cuda_graph(cuda):
-    """Captured once, replayed on other numbers."""
-    d = make(cuda, 64, 1000, torch.float32).leaves()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _all_ops(d).backward()
-    torch.cuda.current_stream().wait_stream(stream)
-    d.student.grad = d.teacher.grad = None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = _all_ops(d)
-        loss.backward()
-    other = make(cuda, 64, 1000, torch.float32)
-    with torch.no_grad():
-        d.student.copy_(other.student)
-        d.teacher.copy_(other.teacher)
-    graph.replay()
-    fresh = Data(other.student.requires_grad_(), other.teacher.requires_grad_(), d.labels, d.probabilities, d.weight)
-    expected = _all_ops(fresh)
-    expected.backward()
-    assert torch.equal(loss, expected)
-    assert torch.equal(d.student.grad, fresh.student.grad) and torch.equal(d.teacher.grad, fresh.teacher.grad)
+    d, other = (make(cuda, 64, 1000, torch.float32) for _ in range(2))
+    behaviour.check_cuda_graph(on_logits(_all_ops, d), (d.student, d.teacher), (other.student, other.teacher))
 
 
 def test_checked_labels(cuda, monkeypatch):

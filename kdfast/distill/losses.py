@@ -81,6 +81,12 @@ _TABLE = [
         _kdfast("DKD", temperature=4.0, alpha=1.0, beta=8.0),
         _LOGITS_LABELS,
     ),
+    LossRow(
+        "rkd",
+        "distances and angles among a batch's embeddings",
+        _kdfast("RKD", distance_weight=25.0, angle_weight=50.0),
+        ("student.embedding", "teacher.embedding"),
+    ),
     LossRow("dist", "correlations between and within classes", _kdfast("DIST", beta=1.0, gamma=1.0), _LOGITS),
     LossRow(
         "tfkd-self",

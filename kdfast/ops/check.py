@@ -33,10 +33,10 @@ def floating(name, x):
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
 
 
-def same_device(name, x, other, of="student"):
+def same_device(name, x, other, of="the student"):
     """`x` is where `other` is, which messages call `of`."""
     if x.device != other.device:
-        raise ValueError(f"{name} must be on the {of}'s device {other.device}, got {x.device}")
+        raise ValueError(f"{name} must be on {of}'s device {other.device}, got {x.device}")
 
 
 def logits(name, x):
@@ -71,19 +71,19 @@ def embeddings(name, x):
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
 
 
-def same_batch(name, x, other, of="student"):
+def same_batch(name, x, other, of="the student"):
     """Embeddings `x` with as many rows as `other`, on its device."""
     embeddings(name, x)
     if x.shape[0] != other.shape[0]:
-        raise ValueError(f"{name} must have the {of}'s batch size {other.shape[0]}, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have {of}'s batch size {other.shape[0]}, got shape {tuple(x.shape)}")
     same_device(name, x, other, of)
 
 
-def same_shape(name, x, other, of="student"):
+def same_shape(name, x, other, of="the student"):
     """Embeddings `x` of the shape of `other`, on its device; dtypes may differ."""
     embeddings(name, x)
     if x.shape != other.shape:
-        raise ValueError(f"{name} must have the {of}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have {of}'s shape {tuple(other.shape)}, got {tuple(x.shape)}")
     same_device(name, x, other, of)
 
 

@@ -210,7 +210,8 @@ def pairwise_distance(x, y=None, *, squared=False):
     if y is not None:
         check.embeddings("y", y)
         if y.shape[1:] != x.shape[1:]:
-            raise ValueError(f"y must have rows like x, shape (m, *{tuple(x.shape[1:])}), got {tuple(y.shape)}")
+            row = ", ".join(map(str, x.shape[1:]))
+            raise ValueError(f"y must have rows like those of x, shape (m, {row}), got {tuple(y.shape)}")
         check.same_device("y", y, x, of="x")
     return _PairwiseDistance.apply(_flat(x), None if y is None else _flat(y, x), bool(squared))
 
