@@ -24,7 +24,8 @@ TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}", "-std=c++17", "-O3"]
 # No result depends on errno or on floating-point traps, but with them few loops vectorise.
-CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-Wall", "-fvisibility=hidden"]
+# Functions of vectors are always inlined, so how a vector would be passed (psabi) does not matter.
+CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
 CXX_FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 NVCC_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-Wall,-fvisibility=hidden", "--threads=2"]
 CSRC, OBJECTS, STUB = os.path.abspath("csrc"), "build/objects", "build/stub"

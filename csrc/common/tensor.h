@@ -72,4 +72,14 @@ inline ScalarType accumulator(const Tensor& a, const std::optional<Tensor>& b) {
   return is_double(a) || (b && is_double(*b)) ? ScalarType::Double : ScalarType::Float;
 }
 
+// f(A{}) with the accumulation type.
+template <class F>
+void dispatch_accumulator(ScalarType dtype, F&& f) {
+  if (dtype == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
 }  // namespace kdfast

@@ -13,7 +13,6 @@ namespace softmax_kl {
 namespace {
 
 // ---- pieces of a row, vectorised
-// -------------------------------------------------------------------------------------
 template <class A>
 KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
   A top = start;
@@ -141,7 +140,8 @@ KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out
 }
 
 // ---- rows
-// ------------------------------------------------------------------------------------------------------------ f(row)
+
+// f(row)
 // for every row, in parallel. A row belongs to one thread, so the result does not depend on their number.
 template <class F>
 void for_rows(int64_t rows, int64_t cols, const F& f) {
@@ -203,7 +203,6 @@ void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
 }
 
 // ---- softmax_kl: p is the side whose probabilities weigh
-// -----------------------------------------------------------------
 
 template <class A>
 void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols, A rate, A beta,
@@ -305,7 +304,6 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
 }
 
 // ---- cross_entropy_kl
-// --------------------------------------------------------------------------------------------------
 
 void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_t* ignore_index) {
   if (!labels.index) return;
@@ -401,7 +399,6 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
 }
 
 // ---- dkd
-// ---------------------------------------------------------------------------------------------------------------
 
 template <class A>
 void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t rows, int64_t cols, A rate,
@@ -436,16 +433,6 @@ void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& l
 }
 
 // ---- the ops
-// ------------------------------------------------------------------------------------------------------------- f(A{})
-// with the accumulation type.
-template <class F>
-void dispatch_accumulator(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
 
 using Pair = std::tuple<Tensor, Tensor>;
 

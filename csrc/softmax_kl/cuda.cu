@@ -12,7 +12,6 @@ constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a
 constexpr int64_t kRowsPerSum = 8192;           // rows that one block of a reduction adds up
 
 // ---- who works on what
-// -----------------------------------------------------------------------------------------------
 template <int kThreads>
 __device__ int64_t group_index() {
   return int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
@@ -44,7 +43,6 @@ __device__ void read_hiding(const Matrix& m, int64_t row, int64_t col, int64_t c
 }
 
 // ---- forward sweeps
-// ----------------------------------------------------------------------------------------------------
 template <class A>
 using State = KlState<A, A>;
 
@@ -213,7 +211,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 }
 
 // ---- from rows to the loss
-// -----------------------------------------------------------------------------------------------
 template <class A>
 struct SoftmaxKlValue {
   Stats<A> stats;
@@ -304,7 +301,8 @@ void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_
 }
 
 // ---- backward
-// ------------------------------------------------------------------------------------------------------------ A long
+
+// A long
 // row is shared by several blocks, so that few rows still fill the device.
 struct Part {
   int64_t row, begin, end;
@@ -430,16 +428,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 }
 
 // ---- the ops
-// ------------------------------------------------------------------------------------------------------------- f(A{})
-// with the accumulation type.
-template <class F>
-void dispatch_accumulator(ScalarType dtype, F&& f) {
-  if (dtype == ScalarType::Double) {
-    f(double{});
-  } else {
-    f(float{});
-  }
-}
 
 // Starts one of a kernel's two forms over all rows; `parts`: groups to a row in the form for long rows.
 template <class... P, class... Q>

@@ -1,0 +1,533 @@
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/chunk.h"
+#include "common/huge_pages.h"
+#include "common/lanes.h"
+#include "pairwise/math.h"
+
+namespace kdfast {
+namespace pairwise {
+namespace {
+
+// Pairs are worked on in square blocks that stay in the first-level cache. Their number, and with it the order of every
+// sum, depends on the batch alone.
+constexpr int64_t kBlock = 32;
+
+int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
+
+// f(i) for i in [0, n), in parallel; each i is one thread's.
+template <class F>
+void for_each(int64_t n, const F& f) {
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) f(i);
+  });
+}
+
+// kBlock rows by some columns of a matrix, as A: in place, or copied with zeros where the matrix or its last vector
+// ends.
+template <class A>
+struct Panel {
+  const A* data;
+  int64_t stride;
+};
+
+constexpr int64_t kCopied = 256, kInPlace = 1024;  // columns of a panel
+
+template <class A>
+bool in_place(const Matrix& m, int64_t rows, int64_t begin) {
+  return m.dtype == kDtype<A> && m.col_stride == 1 && begin + kBlock <= rows;
+}
+
+// Columns [col, col + n); n <= kCopied unless they are in place. Copies fill whole multiples of `unit` columns.
+template <class A>
+Panel<A> panel(const Matrix& m, int64_t rows, int64_t begin, int64_t col, int64_t n, int64_t unit, A* buffer) {
+  const int64_t offset = begin * m.row_stride + col * m.col_stride;
+  if (in_place<A>(m, rows, begin) && n % unit == 0) return {static_cast<const A*>(m.data) + offset, m.row_stride};
+  const int64_t filled = (n + unit - 1) / unit * unit;
+  dispatch_float(m.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = static_cast<const T*>(m.data) + offset;
+    for (int64_t r = 0; r < kBlock; ++r) {
+      A* to = buffer + r * kCopied;
+      const int64_t there = begin + r < rows ? n : 0;
+      if (there) widen(from + r * m.row_stride, m.col_stride, n, to);
+      std::fill(to + there, to + filled, A(0));
+    }
+  });
+  return {buffer, kCopied};
+}
+
+// ---- squared distances
+
+// block[i][j] += sum over n columns of (x[i] - y[j])^2.
+template <class A>
+KD_MULTIVERSION void add_squares(Panel<A> x, Panel<A> y, int64_t n, A* block) {
+  constexpr int64_t kTile = 4;  // rows of each side whose sums are in registers at once
+  for (int64_t i = 0; i < kBlock; i += kTile) {
+    for (int64_t j = 0; j < kBlock; j += kTile) {
+      Lanes<A> sum[kTile][kTile] = {};
+      for (int64_t c = 0; c < n; c += kLanesOf<A>) {
+        Lanes<A> own[kTile];
+        for (int64_t a = 0; a < kTile; ++a) own[a] = load(x.data + (i + a) * x.stride + c);
+        for (int64_t b = 0; b < kTile; ++b) {
+          const Lanes<A> other = load(y.data + (j + b) * y.stride + c);
+          for (int64_t a = 0; a < kTile; ++a) sum[a][b] += (own[a] - other) * (own[a] - other);
+        }
+      }
+      for (int64_t a = 0; a < kTile; ++a) {
+        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += lane_sum<A>(sum[a][b]);
+      }
+    }
+  }
+}
+
+// f(i0, j0, block) for all blocks of squared distances between n rows of x and m of y, or, without y, for those of x
+// with itself on and above the diagonal.
+template <class A, class F>
+void for_squared_distances(const Matrix& x, int64_t n, const Matrix* y, int64_t m, int64_t dim, const F& f) {
+  const int64_t down = blocks_of(n), across = blocks_of(m);
+  const Matrix& other = y ? *y : x;
+  for_each(down * across, [&](int64_t task) {
+    const int64_t i0 = task / across * kBlock, j0 = task % across * kBlock;
+    if (!y && j0 < i0) return;
+    alignas(64) A own_buffer[kBlock * kCopied], other_buffer[kBlock * kCopied], block[kBlock * kBlock] = {};
+    const bool direct = in_place<A>(x, n, i0) && in_place<A>(other, m, j0);
+    for (int64_t col = 0, width; col < dim; col += width) {
+      width = std::min(direct ? kInPlace : kCopied, dim - col);
+      if (width > kLanesOf<A>) width = width / kLanesOf<A> * kLanesOf<A>;  // the rest is a panel of its own
+      const Panel<A> a = panel(x, n, i0, col, width, kLanesOf<A>, own_buffer);
+      const Panel<A> b = panel(other, m, j0, col, width, kLanesOf<A>, other_buffer);
+      add_squares(a, b, width, block);
+    }
+    f(i0, j0, block);
+  });
+}
+
+template <class A>
+void write_distances(const Matrix& x, int64_t n, const Matrix* y, int64_t m, int64_t dim, bool squared, A* out) {
+  for_squared_distances<A>(x, n, y, m, dim, [&](int64_t i0, int64_t j0, const A* block) {
+    for (int64_t i = i0; i < std::min(i0 + kBlock, n); ++i) {
+      for (int64_t j = j0; j < std::min(j0 + kBlock, m); ++j) {
+        const A p = block[(i - i0) * kBlock + j - j0];
+        out[i * m + j] = squared ? p : std::sqrt(p);
+        if (!y) out[j * m + i] = out[i * m + j];
+      }
+    }
+  });
+}
+
+// ---- weighted differences
+constexpr int64_t kVectors = 4;  // of columns, whose sums are in registers at once
+
+// out[i] += sum over n rows j of weights[i][j] (x[i] - y[j]), for kBlock rows i and `width` columns.
+template <class A>
+KD_MULTIVERSION void add_differences(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, Panel<A> x,
+                                     Panel<A> y, int64_t n, int64_t width, A* out) {
+  constexpr int64_t kTile = 4;
+  for (int64_t c = 0; c < width; c += kVectors * kLanesOf<A>) {
+    for (int64_t i = 0; i < rows; i += kTile) {
+      Lanes<A> own[kTile][kVectors], sum[kTile][kVectors];
+      const A* w[kTile];
+      for (int64_t a = 0; a < kTile; ++a) {
+        w[a] = weights + std::min(i + a, rows - 1) * row_stride;
+        for (int64_t v = 0; v < kVectors; ++v) {
+          own[a][v] = load(x.data + (i + a) * x.stride + c + v * kLanesOf<A>);
+          sum[a][v] = load(out + (i + a) * kCopied + c + v * kLanesOf<A>);
+        }
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        Lanes<A> weight[kTile];
+        for (int64_t a = 0; a < kTile; ++a) weight[a] = all(w[a][j * col_stride]);
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const Lanes<A> other = load(y.data + j * y.stride + c + v * kLanesOf<A>);
+          for (int64_t a = 0; a < kTile; ++a) sum[a][v] += weight[a] * (own[a][v] - other);
+        }
+      }
+      for (int64_t a = 0; a < kTile; ++a) {
+        for (int64_t v = 0; v < kVectors; ++v) store(out + (i + a) * kCopied + c + v * kLanesOf<A>, sum[a][v]);
+      }
+    }
+  }
+}
+
+template <class A>
+void write_weighted_differences(const Tensor& weights, const Matrix& x, const Matrix& y, int64_t dim, A factor,
+                                const Matrix& out) {
+  const int64_t n = weights.size(0), m = weights.size(1), rows = weights.stride(0), cols = weights.stride(1);
+  const A* w = static_cast<const A*>(weights.data_ptr());
+  const int64_t pieces = (dim + kCopied - 1) / kCopied;
+  for_each(blocks_of(n) * pieces, [&](int64_t task) {
+    alignas(64) A own_buffer[kBlock * kCopied], other_buffer[kBlock * kCopied], sum[kBlock * kCopied] = {};
+    const int64_t i0 = task / pieces * kBlock, col = task % pieces * kCopied, width = std::min(kCopied, dim - col);
+    const int64_t height = std::min(kBlock, n - i0), unit = kVectors * kLanesOf<A>;
+    const Panel<A> own = panel(x, n, i0, col, width, unit, own_buffer);
+    for (int64_t j0 = 0; j0 < m; j0 += kBlock) {
+      const Panel<A> other = panel(y, m, j0, col, width, unit, other_buffer);
+      add_differences(w + i0 * rows + j0 * cols, rows, cols, height, own, other, std::min(kBlock, m - j0), width, sum);
+    }
+    for (int64_t r = 0; r < height; ++r) {
+      A* row = sum + r * kCopied;
+      for (int64_t c = 0; c < width; ++c) row[c] *= factor;
+      write(out, i0 + r, col, width, row);
+    }
+  });
+}
+
+// ---- rkd: the squared distances of one network, rows padded to whole blocks
+
+template <class A>
+struct Pairs {
+  int64_t rows, stride;
+  A *hi, *lo, *inverse;  // [rows, stride]; lo and inverse only for angles, lo only of a float32
+
+  A hi_at(int64_t i, int64_t j) const { return hi[i * stride + j]; }
+};
+
+// `Wide` is what p is summed in.
+template <class A, class Wide>
+void fill_pairs(const Matrix& x, int64_t dim, const Pairs<A>& p) {
+  for_squared_distances<Wide>(x, p.rows, nullptr, p.rows, dim, [&](int64_t i0, int64_t j0, const Wide* block) {
+    const auto put = [&](int64_t i, int64_t j, Wide value) {  // beyond the last row: zeros, that is no pair
+      if (i >= p.rows) return;
+      const int64_t at = i * p.stride + j;
+      p.hi[at] = static_cast<A>(value);
+      if (p.lo) p.lo[at] = static_cast<A>(value - p.hi[at]);
+      if (p.inverse) p.inverse[at] = value > 0 ? static_cast<A>(1 / std::sqrt(value)) : A(0);
+    };
+    for (int64_t i = i0; i < i0 + kBlock; ++i) {
+      for (int64_t j = j0; j < j0 + kBlock; ++j) {
+        const Wide value = i < p.rows && j < p.rows ? block[(i - i0) * kBlock + j - j0] : Wide(0);
+        put(i, j, value);
+        if (j0 > i0) put(j, i, value);
+      }
+    }
+  });
+}
+
+// ---- rkd: distances
+
+// Of n squared distances in a row: sum of D.
+template <class A>
+KD_MULTIVERSION A distance_sum(const A* p, int64_t n) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += std::sqrt(max(p[i], A(kSmallest)));
+  return sum;
+}
+
+template <class A>
+struct DistanceSums {
+  A loss, slope_dot;  // sum of h, and of h' D^s
+};
+
+template <class A>
+KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_t n, A inverse_s, A inverse_t) {
+  A loss = 0, dot = 0;
+#pragma omp simd reduction(+ : loss, dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const A d_s = std::sqrt(max(p_s[i], A(kSmallest))), d_t = std::sqrt(max(p_t[i], A(kSmallest)));
+    const A x = d_s * inverse_s - d_t * inverse_t, u = huber_slope(x, A(1));
+    loss += huber(x, u, A(0.5));
+    dot += u * d_s;
+  }
+  return {loss, dot};
+}
+
+// weights += (scale h' - shift) / D^s, the share of the distance term; 0 where D is the floor.
+template <class A>
+KD_MULTIVERSION void add_distance_weights(const A* p_s, const A* p_t, int64_t n, A inverse_s, A inverse_t, A scale,
+                                          A shift, A* weights) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A d_s = std::sqrt(max(p_s[i], A(kSmallest))), d_t = std::sqrt(max(p_t[i], A(kSmallest)));
+    const A u = huber_slope(d_s * inverse_s - d_t * inverse_t, A(1));
+    weights[i] += p_s[i] > A(kSmallest) ? (scale * u - shift) / d_s : A(0);
+  }
+}
+
+// f(row, columns after it), summed over the rows in their order.
+template <class F>
+double sum_above_diagonal(int64_t rows, const F& f) {
+  std::vector<double> of_row(rows);
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / rows), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) of_row[i] = f(i);
+  });
+  double sum = 0;
+  for (double x : of_row) sum += x;
+  return sum;
+}
+
+// Adds h over all pairs to the loss, and leaves what the pairs' weights need of all of them.
+template <class A>
+struct DistanceTerm {
+  A inverse_s = 0, inverse_t = 0, scale = 0, shift = 0;
+
+  // mean_ij h(x_ij) with the mean over rows^2; mu over the pairs. Sums run over the upper triangle.
+  double forward(const Pairs<A>& s, const Pairs<A>& t, double weight) {
+    const double rows = s.rows, pairs = rows * (rows - 1) / 2;
+    const auto sum = [&](const Pairs<A>& p) {
+      return sum_above_diagonal(p.rows,
+                                [&](int64_t i) { return distance_sum(p.hi + i * p.stride + i + 1, p.rows - i - 1); });
+    };
+    const double mu_s = sum(s) / pairs, mu_t = sum(t) / pairs;
+    inverse_s = static_cast<A>(1 / mu_s);
+    inverse_t = static_cast<A>(1 / mu_t);
+    std::vector<double> dots(s.rows);
+    const double loss = sum_above_diagonal(s.rows, [&](int64_t i) {
+      const int64_t at = i * s.stride + i + 1;
+      const DistanceSums<A> sums = distance_sums(s.hi + at, t.hi + at, s.rows - i - 1, inverse_s, inverse_t);
+      dots[i] = sums.slope_dot;
+      return sums.loss;
+    });
+    double dot = 0;
+    for (double x : dots) dot += x;
+    const double each = weight * 2 / (rows * rows);
+    scale = static_cast<A>(each / mu_s);
+    shift = static_cast<A>(each * dot / (pairs * mu_s * mu_s));
+    return each * loss;
+  }
+};
+
+// ---- rkd: angles
+template <class A>
+KD_HD Squared<Lanes<A>> load_squared(const Pairs<A>& p, int64_t at) {
+  if constexpr (sizeof(A) == 8) return {load(p.hi + at), Lanes<A>{}};
+  return {load(p.hi + at), load(p.lo + at)};
+}
+
+template <class A>
+KD_HD Squared<Lanes<A>> all_squared(const Pairs<A>& p, int64_t at) {
+  if constexpr (sizeof(A) == 8) return {all(p.hi[at]), Lanes<A>{}};
+  return {all(p.hi[at]), all(p.lo[at])};
+}
+
+// The next corners' rows are far apart in memory, so the processor has to be told of them.
+constexpr int64_t kAhead = 4;
+
+template <class A>
+KD_HD void prefetch(const A* m, int64_t at) {
+  for (int64_t i = 0; m && i < kBlock; i += kLanesOf<A>) __builtin_prefetch(m + at + i);
+}
+
+// All triangles with sides from a row of block j0 to a row of block k0 of the batch, seen from every corner i; k > j.
+// -> their sum of h. For the gradient, `far` [rows, rows] gets the sum over i for the side jk, and `near` [rows,
+// stride] is added what the corner i gives to its sides ij and ik: no other call may touch its columns j0.. and k0..
+// meanwhile.
+template <class A, bool kGradient, bool kDiagonal>
+KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t j0, int64_t k0, A* near, A* far) {
+  constexpr int64_t kWide = kBlock / kLanesOf<A>;
+  using V = Lanes<A>;
+  const V one = all(A(1)), half = all(A(0.5));
+  const int64_t height = std::min(kBlock, s.rows - j0), width = std::min(kBlock, s.rows - k0);
+  alignas(64) A opposite[kBlock * kBlock] = {}, after[kBlock * kBlock];
+  if (kDiagonal) {
+    for (int64_t at = 0; at < kBlock * kBlock; ++at) after[at] = at % kBlock > at / kBlock;
+  }
+  const A* const touched[] = {s.hi, s.lo, s.inverse, t.hi, t.lo, t.inverse, near};
+  double loss = 0;
+  for (int64_t i = 0; i < s.rows; ++i) {
+    Squared<V> ik_s[kWide], ik_t[kWide];
+    V d_s[kWide], d_t[kWide], slopes[kWide] = {}, turns[kWide] = {}, sum = {};
+    for (const A* m : touched) {
+      prefetch(m, (i + kAhead) * s.stride + j0);
+      prefetch(m, (i + kAhead) * s.stride + k0);
+    }
+    for (int64_t w = 0; w < kWide; ++w) {
+      const int64_t at = i * s.stride + k0 + w * kLanesOf<A>;
+      ik_s[w] = load_squared(s, at);
+      ik_t[w] = load_squared(t, at);
+      d_s[w] = load(s.inverse + at);
+      d_t[w] = load(t.inverse + at);
+    }
+    for (int64_t j = 0; j < height; ++j) {
+      const int64_t ij = i * s.stride + j0 + j;
+      const Squared<V> ij_s = all_squared(s, ij), ij_t = all_squared(t, ij);
+      const V half_s = all(A(0.5) * s.inverse[ij]), half_t = all(A(0.5) * t.inverse[ij]);
+      V row_slope = {}, row_turn = {};
+      for (int64_t w = 0; w < kWide; ++w) {
+        const int64_t jk = (j0 + j) * s.stride + k0 + w * kLanesOf<A>;
+        const V product_s = half_s * d_s[w], product_t = half_t * d_t[w];
+        const V cos_s = law_of_cosines(ij_s, ik_s[w], load_squared(s, jk)) * product_s;
+        const V cos_t = law_of_cosines(ij_t, ik_t[w], load_squared(t, jk)) * product_t;
+        const V x = cos_s - cos_t;
+        V u = huber_slope(x, one);
+        const int64_t at = j * kBlock + w * kLanesOf<A>;
+        if (kDiagonal) u *= load(after + at);
+        sum += huber(x, u, half);
+        if (!kGradient) continue;
+        const V slope = u * product_s, turn = u * cos_s;
+        store(opposite + at, load(opposite + at) - slope);
+        slopes[w] += slope;
+        turns[w] += turn;
+        row_slope += slope;
+        row_turn += turn;
+      }
+      if (kGradient) near[ij] += lane_sum<A>(row_slope - row_turn * (half_s * half_s * all(A(2))));
+    }
+    for (int64_t w = 0; kGradient && w < kWide; ++w) {
+      A* at = near + i * s.stride + k0 + w * kLanesOf<A>;
+      store(at, load(at) + (slopes[w] - turns[w] * (d_s[w] * d_s[w] * half)));
+    }
+    loss += lane_sum<A>(sum);
+  }
+  for (int64_t j = 0; kGradient && j < height; ++j) {
+    for (int64_t k = kDiagonal ? j + 1 : 0; k < width; ++k) far[(j0 + j) * s.rows + k0 + k] = opposite[j * kBlock + k];
+  }
+  return loss;
+}
+
+// f(j, k) for all pairs of blocks j <= k, in parallel. In each round no block is met twice: a round-robin tournament,
+// of which the diagonal is the first round. So what f adds to a block's columns is added in one order, whatever the
+// threads.
+template <class F>
+void for_block_pairs(int64_t blocks, const F& f) {
+  for_each(blocks, [&](int64_t j) { f(j, j); });
+  const int64_t players = blocks + blocks % 2;  // one of them may be a dummy, the last one
+  for (int64_t round = 0; round < players - 1; ++round) {
+    for_each(players / 2, [&](int64_t m) {
+      const int64_t a = (round + m) % (players - 1);
+      const int64_t b = m == 0 ? players - 1 : (round - m + players - 1) % (players - 1);
+      if (std::max(a, b) < blocks) f(std::min(a, b), std::max(a, b));
+    });
+  }
+}
+
+// -> the sum of h over corners i and j < k.
+template <class A>
+double angle_loss(const Pairs<A>& s, const Pairs<A>& t, A* near, A* far) {
+  const int64_t blocks = blocks_of(s.rows);
+  std::vector<double> sums(blocks * blocks);
+  for_block_pairs(blocks, [&](int64_t j, int64_t k) {
+    const int64_t j0 = j * kBlock, k0 = k * kBlock;
+    sums[j * blocks + k] = near     ? j == k ? angle_block<A, true, true>(s, t, j0, k0, near, far)
+                                             : angle_block<A, true, false>(s, t, j0, k0, near, far)
+                           : j == k ? angle_block<A, false, true>(s, t, j0, k0, near, far)
+                                    : angle_block<A, false, false>(s, t, j0, k0, near, far);
+  });
+  double loss = 0;
+  for (double x : sums) loss += x;
+  return loss;
+}
+
+// ---- rkd: the weights, from the shares of both terms; `weights` [rows, rows] holds `far` above its diagonal
+template <class A>
+void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>* distance, const A* near, A scale,
+                    A* weights) {
+  const int64_t rows = s.rows, blocks = blocks_of(rows);
+  for_each(blocks * blocks, [&](int64_t task) {
+    const int64_t j0 = task / blocks * kBlock, k0 = task % blocks * kBlock;
+    if (k0 < j0) return;
+    for (int64_t j = j0; j < std::min(j0 + kBlock, rows); ++j) {
+      const int64_t begin = std::max(k0, j + 1), end = std::min(k0 + kBlock, rows);
+      alignas(64) A share[kBlock] = {};
+      for (int64_t k = begin; near && k < end; ++k) {
+        share[k - begin] = scale * (weights[j * rows + k] + near[j * s.stride + k] + near[k * s.stride + j]);
+      }
+      if (distance && begin < end) {
+        const int64_t at = j * s.stride + begin;
+        add_distance_weights(s.hi + at, t.hi + at, end - begin, distance->inverse_s, distance->inverse_t,
+                             distance->scale, distance->shift, share);
+      }
+      for (int64_t k = begin; k < end; ++k) weights[j * rows + k] = weights[k * rows + j] = share[k - begin];
+      if (j0 == k0) weights[j * rows + j] = 0;
+    }
+  });
+}
+
+// ---- the ops
+template <class A>
+std::vector<Tensor> scratch(const Tensor& like, int64_t matrices, int64_t rows, int64_t stride) {
+  std::vector<Tensor> result;
+  for (int64_t i = 0; i < matrices; ++i) {
+    result.push_back(empty(like, kDtype<A>, {rows, stride}));
+    advise_huge_pages(result.back().data_ptr(), rows * stride * sizeof(A));
+  }
+  return result;
+}
+
+Tensor pairwise_distance_cpu(Tensor x, std::optional<Tensor> y, bool squared) {
+  const int64_t n = x.size(0), m = y ? y->size(0) : n;
+  const ScalarType dtype = accumulator(x, y);
+  Tensor out = empty(x, dtype, {n, m});
+  advise_huge_pages(out.data_ptr(), out.numel() * out.element_size());
+  const Matrix other = y ? matrix(*y) : Matrix{};
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    write_distances<A>(matrix(x), n, y ? &other : nullptr, m, x.size(1), squared, static_cast<A*>(out.data_ptr()));
+  });
+  return out;
+}
+
+Tensor weighted_differences_cpu(Tensor weights, Tensor x, std::optional<Tensor> y, std::optional<Tensor> factor) {
+  const int64_t n = x.size(0), dim = x.size(1);
+  Tensor out = empty(x, x.scalar_type(), {n, dim});
+  advise_huge_pages(out.data_ptr(), out.numel() * out.element_size());
+  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    const A scale = factor ? read<A>(column(*factor), 0) : A(1);
+    write_weighted_differences(weights, matrix(x), matrix(y ? *y : x), dim, scale, matrix(out));
+  });
+  return out;
+}
+
+template <class A>
+void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, A* weights,
+         A* loss) {
+  const int64_t rows = student.size(0), stride = blocks_of(rows) * kBlock;
+  const bool angles = angle_weight != 0, single = sizeof(A) == 4;
+  const int64_t each = !angles ? 1 : single ? 3 : 2;
+  const std::vector<Tensor> m = scratch<A>(student, 2 * each + (angles && weights), rows, stride);
+  const auto data = [&](int64_t i) { return static_cast<A*>(m[i].data_ptr()); };
+  const auto pairs = [&](int64_t i) {
+    return Pairs<A>{rows, stride, data(i), angles && single ? data(i + 2) : nullptr, angles ? data(i + 1) : nullptr};
+  };
+  const Pairs<A> s = pairs(0), t = pairs(each);
+  double value = 0;
+  DistanceTerm<A> distance;
+  const auto fill = [&](auto wide) {
+    fill_pairs<A, decltype(wide)>(matrix(student), student.size(1), s);
+    fill_pairs<A, decltype(wide)>(matrix(teacher), teacher.size(1), t);
+  };
+  angles ? fill(double{}) : fill(A{});
+  if (distance_weight != 0) value += distance.forward(s, t, distance_weight);
+  A* near = angles && weights ? data(2 * each) : nullptr;
+  const double scale = angle_weight * 2 / (double(rows) * rows * rows);
+  if (near) std::fill(near, near + rows * stride, A(0));
+  if (angles) value += scale * angle_loss(s, t, near, weights);
+  if (weights) finish_weights(s, t, distance_weight != 0 ? &distance : nullptr, near, A(2 * scale), weights);
+  *loss = static_cast<A>(value);
+}
+
+std::tuple<Tensor, Tensor> rkd_cpu(Tensor student, Tensor teacher, double distance_weight, double angle_weight,
+                                   bool need_grad) {
+  const int64_t rows = student.size(0);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {});
+  Tensor weights = need_grad ? empty(student, dtype, {rows, rows}) : empty(student, dtype, {0});
+  advise_huge_pages(weights.data_ptr(), weights.numel() * weights.element_size());
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    A *value = static_cast<A*>(loss.data_ptr()), *out = static_cast<A*>(weights.data_ptr());
+    if (rows < 2) {  // no pair
+      *value = 0;
+      std::fill(out, out + weights.numel(), A(0));
+    } else {
+      rkd(student, teacher, distance_weight, angle_weight, need_grad ? out : nullptr, value);
+    }
+  });
+  return {loss, weights};
+}
+
+}  // namespace
+}  // namespace pairwise
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  using namespace kdfast::pairwise;
+  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance_cpu));
+  m.impl("weighted_differences", TORCH_BOX(&weighted_differences_cpu));
+  m.impl("rkd", TORCH_BOX(&rkd_cpu));
+}
