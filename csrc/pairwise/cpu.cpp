@@ -214,7 +214,7 @@ template <class A>
 KD_MULTIVERSION A distance_sum(const A* p, int64_t n) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += std::sqrt(max(p[i], A(kSmallest)));
+  for (int64_t i = 0; i < n; ++i) sum += floored_distance(p[i]);
   return sum;
 }
 
@@ -224,12 +224,12 @@ struct DistanceSums {
 };
 
 template <class A>
-KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_t n, A inverse_s, A inverse_t) {
+KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio) {
   A loss = 0, dot = 0;
 #pragma omp simd reduction(+ : loss, dot)
   for (int64_t i = 0; i < n; ++i) {
-    const A d_s = std::sqrt(max(p_s[i], A(kSmallest))), d_t = std::sqrt(max(p_t[i], A(kSmallest)));
-    const A x = d_s * inverse_s - d_t * inverse_t, u = huber_slope(x, A(1));
+    const A d_s = floored_distance(p_s[i]), x = distance_gap(d_s, floored_distance(p_t[i]), inverse_mu, ratio);
+    const A u = huber_slope(x, A(1));
     loss += huber(x, u, A(0.5));
     dot += u * d_s;
   }
@@ -238,13 +238,12 @@ KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_
 
 // weights += (scale h' - shift) / D^s, the share of the distance term; 0 where D is the floor.
 template <class A>
-KD_MULTIVERSION void add_distance_weights(const A* p_s, const A* p_t, int64_t n, A inverse_s, A inverse_t, A scale,
+KD_MULTIVERSION void add_distance_weights(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio, A scale,
                                           A shift, A* weights) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A d_s = std::sqrt(max(p_s[i], A(kSmallest))), d_t = std::sqrt(max(p_t[i], A(kSmallest)));
-    const A u = huber_slope(d_s * inverse_s - d_t * inverse_t, A(1));
-    weights[i] += p_s[i] > A(kSmallest) ? (scale * u - shift) / d_s : A(0);
+    const A d_s = floored_distance(p_s[i]), x = distance_gap(d_s, floored_distance(p_t[i]), inverse_mu, ratio);
+    weights[i] += p_s[i] > A(kSmallest) ? (scale * huber_slope(x, A(1)) - shift) / d_s : A(0);
   }
 }
 
@@ -263,7 +262,7 @@ double sum_above_diagonal(int64_t rows, const F& f) {
 // Adds h over all pairs to the loss, and leaves what the pairs' weights need of all of them.
 template <class A>
 struct DistanceTerm {
-  A inverse_s = 0, inverse_t = 0, scale = 0, shift = 0;
+  A inverse_mu = 0, ratio = 0, scale = 0, shift = 0;  // mu: the student's
 
   // mean_ij h(x_ij) with the mean over rows^2; mu over the pairs. Sums run over the upper triangle.
   double forward(const Pairs<A>& s, const Pairs<A>& t, double weight) {
@@ -273,12 +272,12 @@ struct DistanceTerm {
                                 [&](int64_t i) { return distance_sum(p.hi + i * p.stride + i + 1, p.rows - i - 1); });
     };
     const double mu_s = sum(s) / pairs, mu_t = sum(t) / pairs;
-    inverse_s = static_cast<A>(1 / mu_s);
-    inverse_t = static_cast<A>(1 / mu_t);
+    inverse_mu = static_cast<A>(1 / mu_s);
+    ratio = static_cast<A>(mu_s / mu_t);
     std::vector<double> dots(s.rows);
     const double loss = sum_above_diagonal(s.rows, [&](int64_t i) {
       const int64_t at = i * s.stride + i + 1;
-      const DistanceSums<A> sums = distance_sums(s.hi + at, t.hi + at, s.rows - i - 1, inverse_s, inverse_t);
+      const DistanceSums<A> sums = distance_sums(s.hi + at, t.hi + at, s.rows - i - 1, inverse_mu, ratio);
       dots[i] = sums.slope_dot;
       return sums.loss;
     });
@@ -350,8 +349,8 @@ KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t
       for (int64_t w = 0; w < kWide; ++w) {
         const int64_t jk = (j0 + j) * s.stride + k0 + w * kLanesOf<A>;
         const V product_s = half_s * d_s[w], product_t = half_t * d_t[w];
-        const V cos_s = law_of_cosines(ij_s, ik_s[w], load_squared(s, jk)) * product_s;
-        const V cos_t = law_of_cosines(ij_t, ik_t[w], load_squared(t, jk)) * product_t;
+        const V cos_s = cosine(ij_s, ik_s[w], load_squared(s, jk), product_s, one);
+        const V cos_t = cosine(ij_t, ik_t[w], load_squared(t, jk), product_t, one);
         const V x = cos_s - cos_t;
         V u = huber_slope(x, one);
         const int64_t at = j * kBlock + w * kLanesOf<A>;
@@ -395,7 +394,20 @@ void for_block_pairs(int64_t blocks, const F& f) {
   }
 }
 
-// -> the sum of h over corners i and j < k.
+// What j = k adds to the sum over j < k, which counts half of all: cos_ijj is 1, or 0 where rows i and j are equal.
+// Where only one network tells them apart, that is h(1) / 2 for i and again for j.
+template <class A>
+double degenerate_loss(const Pairs<A>& s, const Pairs<A>& t) {
+  return sum_above_diagonal(s.rows, [&](int64_t i) {
+    int64_t differ = 0;
+    for (int64_t at = i * s.stride + i + 1; at < i * s.stride + s.rows; ++at) {
+      differ += (s.inverse[at] == 0) != (t.inverse[at] == 0);
+    }
+    return 0.5 * static_cast<double>(differ);
+  });
+}
+
+// -> the sum of h over corners i and j < k, with half of j = k.
 template <class A>
 double angle_loss(const Pairs<A>& s, const Pairs<A>& t, A* near, A* far) {
   const int64_t blocks = blocks_of(s.rows);
@@ -409,7 +421,7 @@ double angle_loss(const Pairs<A>& s, const Pairs<A>& t, A* near, A* far) {
   });
   double loss = 0;
   for (double x : sums) loss += x;
-  return loss;
+  return loss + degenerate_loss(s, t);
 }
 
 // ---- rkd: the weights, from the shares of both terms; `weights` [rows, rows] holds `far` above its diagonal
@@ -428,8 +440,8 @@ void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>*
       }
       if (distance && begin < end) {
         const int64_t at = j * s.stride + begin;
-        add_distance_weights(s.hi + at, t.hi + at, end - begin, distance->inverse_s, distance->inverse_t,
-                             distance->scale, distance->shift, share);
+        add_distance_weights(s.hi + at, t.hi + at, end - begin, distance->inverse_mu, distance->ratio, distance->scale,
+                             distance->shift, share);
       }
       for (int64_t k = begin; k < end; ++k) weights[j * rows + k] = weights[k * rows + j] = share[k - begin];
       if (j0 == k0) weights[j * rows + j] = 0;

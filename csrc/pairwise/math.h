@@ -17,11 +17,17 @@ namespace pairwise {
 
 constexpr double kSmallest = 1e-12;  // smallest squared distance between two rows in the distance loss
 
+// The smaller of two, NaN if the second one is: as the one instruction for it has it.
+template <class V>
+KD_HD V smaller(V a, V b) {
+  return a < b ? a : b;
+}
+
 // h'(x), and h(x) from it: x^2 / 2 while |x| < 1, |x| - 1/2 beyond.
 template <class V>
 KD_HD V huber_slope(V x, V one) {
-  const V below = x > one ? one : x;
-  return below < -one ? -one : below;
+  const V below = smaller(one, x), least = -one;
+  return least > below ? least : below;
 }
 
 template <class V>
@@ -36,12 +42,25 @@ struct Squared {
   V hi, lo;
 };
 
-// p_ij + p_ik - p_jk, where the difference of the two large ones comes first.
+// cos_ijk from d_ij d_ik / 2. The difference of the two large squares comes first. Rounding may pass 1; held there, the
+// product is also a number of its own, which no compiler fuses with the subtraction of another cosine: that is exactly
+// 0 where student and teacher agree.
 template <class V>
-KD_HD V law_of_cosines(const Squared<V>& ij, const Squared<V>& ik, const Squared<V>& jk) {
+KD_HD V cosine(const Squared<V>& ij, const Squared<V>& ik, const Squared<V>& jk, V half_product, V one) {
   const auto first = ij.hi > ik.hi;
-  const V hi = first ? ij.hi : ik.hi, lo = first ? ij.lo : ik.lo, smaller = first ? ik.hi : ij.hi;
-  return ((hi - jk.hi) + (lo - jk.lo)) + smaller;
+  const V hi = first ? ij.hi : ik.hi, lo = first ? ij.lo : ik.lo, other = first ? ik.hi : ij.hi;
+  return smaller(one, (((hi - jk.hi) + (lo - jk.lo)) + other) * half_product);
+}
+
+// D^s / mu_s - D^t / mu_t of one pair; `ratio` is mu_s / mu_t. Exactly 0 where student and teacher agree.
+template <class V>
+KD_HD V distance_gap(V d_s, V d_t, V inverse_mu, V ratio) {
+  return (d_s - d_t * ratio) * inverse_mu;
+}
+
+template <class A>
+KD_HD A floored_distance(A p) {
+  return std::sqrt(max(p, A(kSmallest)));
 }
 
 }  // namespace pairwise
