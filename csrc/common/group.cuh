@@ -126,6 +126,17 @@ __device__ A read_one(const Matrix& m, int64_t row, int64_t col) {
 }
 
 template <class A>
+__device__ void write_one(const Matrix& m, int64_t row, int64_t col, A value) {
+  const int64_t offset = row * m.row_stride + col * m.col_stride;
+  switch (m.dtype) {
+    case ScalarType::Float: static_cast<float*>(m.data)[offset] = static_cast<float>(value); return;
+    case ScalarType::Double: static_cast<double*>(m.data)[offset] = static_cast<double>(value); return;
+    case ScalarType::Half: static_cast<Half*>(m.data)[offset] = static_cast<Half>(value); return;
+    default: static_cast<BFloat16*>(m.data)[offset] = static_cast<BFloat16>(value);
+  }
+}
+
+template <class A>
 __device__ A read(const Column& c, int64_t row) {
   return read_one<A>(c.data, c.dtype, row * c.stride);
 }

@@ -1,4 +1,5 @@
 #include "common/group.cuh"
+#include "common/sum.cuh"
 #include "softmax_kl/layout.h"
 
 namespace kdfast {
@@ -9,7 +10,6 @@ constexpr int kBlock = 256;
 constexpr int kBlocksAtOnce = 1;     // on a multiprocessor: without a number, ptxas spills a register to fit more
 constexpr int64_t kShortRow = 2048;  // up to here a warp reads a row, above it a block
 constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
-constexpr int64_t kRowsPerSum = 8192;           // rows that one block of a reduction adds up
 
 // ---- who works on what
 template <int kThreads>
@@ -257,47 +257,13 @@ struct Kept {
   __device__ double operator()(int64_t row) const { return stats[kCeWeight][row] != 0; }
 };
 
-struct Partial {
-  const double* sums;
-
-  __device__ double operator()(int64_t row) const { return sums[row]; }
-};
-
-// Block b sums value(row) over its rows into sums[b], and writes the values to `each` if that is not null.
-template <class A, class Value, class Sum>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    sum_rows_kernel(Value value, int64_t rows, A* each, Sum* sums) {
-  const int64_t begin = blockIdx.x * kRowsPerSum, end = begin + kRowsPerSum < rows ? begin + kRowsPerSum : rows;
-  double sum = 0;
-  for (int64_t row = begin + threadIdx.x; row < end; row += kBlock) {
-    const auto v = value(row);
-    if (each) each[row] = v;
-    sum += v;
-  }
-  sum = group_reduce<kBlock>(sum, Add{});
-  if (threadIdx.x == 0 && sums) sums[blockIdx.x] = static_cast<Sum>(sum);
-}
-
-int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
-
-// sum over rows of value(row), in at most three levels of fixed shape.
-template <class A, class Value, class Sum>
-void sum_rows(const OnDevice& device, const Tensor& like, Value value, int64_t rows, Sum* out) {
-  const int64_t blocks = max<int64_t>(blocks_for(rows, kRowsPerSum), 1);
-  if (blocks == 1) return launch(device, {1, kBlock}, sum_rows_kernel<A, Value, Sum>, value, rows, nullptr, out);
-  Tensor partial = empty(like, ScalarType::Double, {blocks});
-  double* sums = static_cast<double*>(partial.data_ptr());
-  launch(device, {blocks, kBlock}, sum_rows_kernel<A, Value, double>, value, rows, nullptr, sums);
-  sum_rows<double>(device, like, Partial{sums}, blocks, out);
-}
-
 // The loss: the sum of the values, or each of them.
 template <class A, class Value>
 void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_t rows, bool reduce) {
   A* out = static_cast<A*>(loss.data_ptr());
-  if (reduce) return sum_rows<A>(device, loss, value, rows, out);
+  if (reduce) return sum_of(device, loss, value, rows, out);
   if (rows == 0) return;
-  launch(device, {blocks_for(rows, kRowsPerSum), kBlock}, sum_rows_kernel<A, Value, A>, value, rows, out, nullptr);
+  launch(device, {blocks_for(rows, kPerSum), kSumThreads}, sum_kernel<Value, A, A>, value, rows, out, nullptr);
 }
 
 // ---- backward
@@ -507,7 +473,7 @@ Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher
     launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows,
                 cols, 1, matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows,
                 cols, A(kLog2E / temperature), A(smoothing), s, ce_rows);
-    if (count) sum_rows<double>(device, student, Kept<A>{s}, rows, count);
+    if (count) sum_of(device, student, Kept<A>{s}, rows, count);
     reduce_rows<A>(device, loss, CrossEntropyValue<A>{s, ce_rows, count, A(kl_scale), ce_scale}, rows, reduce);
   });
   return {loss, stats};

@@ -1,0 +1,426 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "common/group.cuh"
+#include "common/sum.cuh"
+#include "pairwise/math.h"
+
+namespace kdfast {
+namespace pairwise {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kBlocksAtOnce = 1;  // on a multiprocessor: without a number, ptxas spills registers to fit more
+
+// ---- squared distances
+
+// A block works on 32 x 32 pairs, a thread on 2 x 2 of them; 32 columns of their rows are in shared memory at a time.
+constexpr int kTile = 32;
+constexpr int kRow = kTile + 1;  // a row of the tile, padded so that a warp reads a column without bank conflicts
+
+// The squared distance of rows i of x and j of y goes to put(i, j, p); of x with itself also to put(j, i, p).
+template <class Wide, class Put>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    squared_distances_kernel(Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, bool self, Put put) {
+  const int64_t across = (m + kTile - 1) / kTile;
+  const int64_t i0 = blockIdx.x / across * kTile, j0 = blockIdx.x % across * kTile;
+  if (self && j0 < i0) return;
+  KD_SHARED(Wide, rows, kTile * kRow);
+  KD_SHARED(Wide, others, kTile * kRow);
+  const int a = threadIdx.x / 16, b = threadIdx.x % 16;  // pairs (a, b), (a, b + 16), (a + 16, b), (a + 16, b + 16)
+  Wide sum[2][2] = {};
+  for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
+    __syncthreads();  // the previous columns have been used
+    for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+      const int r = e / kTile, c = e % kTile;
+      const bool inside = c0 + c < dim;
+      rows[r * kRow + c] = inside && i0 + r < n ? read_one<Wide>(x, i0 + r, c0 + c) : Wide(0);
+      others[r * kRow + c] = inside && j0 + r < m ? read_one<Wide>(y, j0 + r, c0 + c) : Wide(0);
+    }
+    __syncthreads();
+#pragma unroll 8
+    for (int c = 0; c < kTile; ++c) {
+#pragma unroll
+      for (int u = 0; u < 2; ++u) {
+#pragma unroll
+        for (int v = 0; v < 2; ++v) {
+          const Wide difference = rows[(a + 16 * u) * kRow + c] - others[(b + 16 * v) * kRow + c];
+          sum[u][v] += difference * difference;
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < 2; ++u) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int64_t i = i0 + a + 16 * u, j = j0 + b + 16 * v;
+      if (i >= n || j >= m) continue;
+      put(i, j, sum[u][v]);
+      if (self && i0 != j0) put(j, i, sum[u][v]);
+    }
+  }
+}
+
+template <class Wide, class Put>
+void for_squared_distances(const OnDevice& device, const Matrix& x, int64_t n, const Matrix& y, int64_t m, int64_t dim,
+                           bool self, const Put& put) {
+  if (n == 0 || m == 0) return;
+  launch(device, {blocks_for(n, kTile) * blocks_for(m, kTile), kThreads}, squared_distances_kernel<Wide, Put>, x, n, y,
+         m, dim, self, put);
+}
+
+template <class A>
+struct PutDistance {
+  A* out;
+  int64_t cols;
+  bool squared;
+
+  __device__ void operator()(int64_t i, int64_t j, A p) const { out[i * cols + j] = squared ? p : std::sqrt(p); }
+};
+
+// The squared distances of one network [rows, rows]; lo and inverse (d = 1 / sqrt(p)) only for angles, lo only of a
+// float32.
+template <class A>
+struct Pairs {
+  int64_t rows;
+  A *hi, *lo, *inverse;
+};
+
+template <class A, class Wide>
+struct PutPair {
+  Pairs<A> pairs;
+
+  __device__ void operator()(int64_t i, int64_t j, Wide p) const {
+    const int64_t at = i * pairs.rows + j;
+    const A hi = static_cast<A>(p);
+    pairs.hi[at] = hi;
+    if (pairs.lo) pairs.lo[at] = static_cast<A>(p - hi);
+    if (pairs.inverse) pairs.inverse[at] = p > 0 ? static_cast<A>(1 / std::sqrt(p)) : A(0);
+  }
+};
+
+// ---- weighted differences
+
+// A block works on 32 rows and 64 columns of the result, a thread on 4 x 2 of them; 32 rows of y are in shared memory
+// at a time.
+constexpr int kWide = 64, kTall = kThreads / kTile;
+
+template <class A>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    weighted_differences_kernel(Matrix weights, Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, Column factor,
+                                Matrix out) {
+  const int64_t across = (dim + kWide - 1) / kWide;
+  const int64_t i0 = blockIdx.x / across * kTile, c0 = blockIdx.x % across * kWide;
+  KD_SHARED(A, shares, kTile * kTile);
+  KD_SHARED(A, others, kTile * kWide);
+  const int row = threadIdx.x / kTile, col = threadIdx.x % kTile;  // rows row + 8 u, columns col + 32 v
+  A own[4][2], sum[4][2] = {};
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int64_t i = i0 + row + kTall * u, c = c0 + col + kTile * v;
+      own[u][v] = i < n && c < dim ? read_one<A>(x, i, c) : A(0);
+    }
+  }
+  for (int64_t j0 = 0; j0 < m; j0 += kTile) {
+    __syncthreads();  // the previous rows have been used
+    for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+      const int64_t i = i0 + e / kTile, j = j0 + e % kTile;
+      shares[e] = i < n && j < m ? read_one<A>(weights, i, j) : A(0);
+    }
+    for (int e = threadIdx.x; e < kTile * kWide; e += kThreads) {
+      const int64_t j = j0 + e / kWide, c = c0 + e % kWide;
+      others[e] = j < m && c < dim ? read_one<A>(y, j, c) : A(0);
+    }
+    __syncthreads();
+#pragma unroll 4
+    for (int j = 0; j < kTile; ++j) {
+#pragma unroll
+      for (int u = 0; u < 4; ++u) {
+        const A share = shares[(row + kTall * u) * kTile + j];
+#pragma unroll
+        for (int v = 0; v < 2; ++v) sum[u][v] += share * (own[u][v] - others[j * kWide + col + kTile * v]);
+      }
+    }
+  }
+  const A scale = factor.data ? read<A>(factor, 0) : A(1);
+#pragma unroll
+  for (int u = 0; u < 4; ++u) {
+#pragma unroll
+    for (int v = 0; v < 2; ++v) {
+      const int64_t i = i0 + row + kTall * u, c = c0 + col + kTile * v;
+      if (i < n && c < dim) write_one(out, i, c, scale * sum[u][v]);
+    }
+  }
+}
+
+// ---- rkd: distances. Sums run over the ordered pairs, of which i = j adds nothing.
+template <class A>
+struct DistanceValue {
+  Pairs<A> pairs;
+
+  __device__ double operator()(int64_t at) const {
+    return at % (pairs.rows + 1) == 0 ? A(0) : floored_distance(pairs.hi[at]);
+  }
+};
+
+// What the device has summed for the distance term, in this order.
+enum Sum { kStudentSum, kTeacherSum, kLossSum, kSlopeSum, kAngleSum, kSums };
+
+template <class A>
+struct Gap {
+  Pairs<A> student, teacher;
+  const double* sums;
+
+  // -> D^s; x: D^s / mu_s - D^t / mu_t, mu being the mean over i != j
+  __device__ A operator()(int64_t at, A& x) const {
+    const double pairs = static_cast<double>(student.rows) * (student.rows - 1);
+    const A inverse_mu = static_cast<A>(pairs / sums[kStudentSum]);
+    const A ratio = static_cast<A>(sums[kStudentSum] / sums[kTeacherSum]);
+    const A d_s = floored_distance(student.hi[at]);
+    x = distance_gap(d_s, floored_distance(teacher.hi[at]), inverse_mu, ratio);
+    return d_s;
+  }
+};
+
+template <class A>
+struct LossValue {
+  Gap<A> gap;
+
+  __device__ double operator()(int64_t at) const {
+    if (at % (gap.student.rows + 1) == 0) return 0;
+    A x;
+    gap(at, x);
+    return huber(x, huber_slope(x, A(1)), A(0.5));
+  }
+};
+
+template <class A>
+struct SlopeValue {
+  Gap<A> gap;
+
+  __device__ double operator()(int64_t at) const {
+    if (at % (gap.student.rows + 1) == 0) return 0;
+    A x;
+    const A d_s = gap(at, x);
+    return huber_slope(x, A(1)) * d_s;
+  }
+};
+
+// weights (+)= what the distance term gives to each pair; `scale` is 2 weight / rows^2.
+template <class A>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    distance_weights_kernel(Gap<A> gap, double scale, bool add, A* weights) {
+  const int64_t rows = gap.student.rows, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= rows * rows) return;
+  A share = 0;
+  if (gap.student.hi[at] > A(kSmallest)) {
+    A x;
+    const A d_s = gap(at, x);
+    const double mu = gap.sums[kStudentSum] / (static_cast<double>(rows) * (rows - 1));
+    const A shift = static_cast<A>(scale * gap.sums[kSlopeSum] / (gap.sums[kStudentSum] * mu));
+    share = (static_cast<A>(scale / mu) * huber_slope(x, A(1)) - shift) / d_s;
+  }
+  weights[at] = add ? weights[at] + share : share;
+}
+
+// ---- rkd: angles
+
+// One row of the batch's pairs, as a corner i sees them: |x_i - x_j|^2 and its inverse root, of 16 rows j.
+constexpr int kSide = 16;  // a block works on 16 x 16 sides jk, a thread on one, for every corner i
+
+template <class A>
+struct Sight {
+  Squared<A> p;
+  A inverse;
+};
+
+template <class A>
+__device__ Sight<A> look(const Pairs<A>& pairs, int64_t i, int64_t j) {
+  if (i >= pairs.rows || j >= pairs.rows) return {{A(0), A(0)}, A(0)};
+  const int64_t at = i * pairs.rows + j;
+  return {{pairs.hi[at], pairs.lo ? pairs.lo[at] : A(0)}, pairs.inverse[at]};
+}
+
+// A network's triangle ijk: the cosine at the corner between sides a and b, and half the product of their inverses.
+template <class A>
+struct Corner {
+  A half_product, cos;
+
+  __device__ Corner(const Sight<A>& a, const Sight<A>& b, const Sight<A>& opposite)
+      : half_product(A(0.5) * a.inverse * b.inverse), cos(cosine(a.p, b.p, opposite.p, half_product, A(1))) {}
+};
+
+// A thread meets every triangle of its side jk, and its three corners, so that the side's gradient is complete in one
+// register: no sum crosses threads but the loss. Blocks are numbered over the pairs of tiles (t, u) with t <= u; losses
+// [blocks]: h summed over the corners i opposite to the sides, and half of j = k (equal rows in one network only).
+template <class A, bool kGradient>
+__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+    angle_kernel(Pairs<A> student, Pairs<A> teacher, A scale, double* losses, A* weights) {
+  const int64_t rows = student.rows, tiles = (rows + kSide - 1) / kSide;
+  const int64_t j0 = blockIdx.x / tiles * kSide, k0 = blockIdx.x % tiles * kSide;
+  double loss = 0;
+  if (j0 <= k0) {
+    KD_SHARED(Sight<A>, to_j, 2 * kSide * kSide);  // student, teacher: [corner, row]
+    KD_SHARED(Sight<A>, to_k, 2 * kSide * kSide);
+    const int own = threadIdx.x, row = own / kSide, col = own % kSide;
+    const int64_t j = j0 + row, k = k0 + col;
+    const bool side = j < k && k < rows;
+    const Sight<A> jk_s = look(student, j, k), jk_t = look(teacher, j, k);
+    A slope = 0;  // dL/dp_jk, up to the scale
+    for (int64_t i0 = 0; i0 < rows; i0 += kSide) {
+      __syncthreads();  // the previous corners have been used
+      to_j[own] = look(student, i0 + row, j0 + col);
+      to_j[own + kSide * kSide] = look(teacher, i0 + row, j0 + col);
+      to_k[own] = look(student, i0 + row, k0 + col);
+      to_k[own + kSide * kSide] = look(teacher, i0 + row, k0 + col);
+      __syncthreads();
+      if (!side) continue;
+      A sum = 0;
+      for (int c = 0; c < kSide && i0 + c < rows; ++c) {
+        if (i0 + c == j || i0 + c == k) continue;
+        const Sight<A>&ij_s = to_j[c * kSide + row], &ij_t = to_j[(c + kSide) * kSide + row];
+        const Sight<A>&ik_s = to_k[c * kSide + col], &ik_t = to_k[(c + kSide) * kSide + col];
+        const Corner<A> i_s(ij_s, ik_s, jk_s);
+        const A x_i = i_s.cos - Corner<A>(ij_t, ik_t, jk_t).cos, u_i = huber_slope(x_i, A(1));
+        sum += huber(x_i, u_i, A(0.5));
+        if (!kGradient) continue;
+        const Corner<A> j_s(ij_s, jk_s, ik_s), k_s(ik_s, jk_s, ij_s);
+        const A u_j = huber_slope(j_s.cos - Corner<A>(ij_t, jk_t, ik_t).cos, A(1));
+        const A u_k = huber_slope(k_s.cos - Corner<A>(ik_t, jk_t, ij_t).cos, A(1));
+        slope += u_j * j_s.half_product + u_k * k_s.half_product - u_i * i_s.half_product;
+        slope -= (u_j * j_s.cos + u_k * k_s.cos) * (A(0.5) * jk_s.inverse * jk_s.inverse);
+      }
+      loss += sum;
+    }
+    if (side && (jk_s.inverse == 0) != (jk_t.inverse == 0)) loss += 0.5;
+    if (kGradient && side) weights[j * rows + k] = weights[k * rows + j] = scale * slope;
+    if (kGradient && j == k && j < rows) weights[j * rows + j] = 0;
+  }
+  loss = group_reduce<kThreads>(loss, Add{});
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+}
+
+// loss = distance_scale sum of h over pairs + angle_scale sum over angles; a term of scale 0 was not summed.
+template <class A>
+__global__ void loss_kernel(const double* sums, double distance_scale, double angle_scale, A* loss) {
+  double value = 0;
+  if (distance_scale != 0) value += distance_scale * sums[kLossSum];
+  if (angle_scale != 0) value += angle_scale * sums[kAngleSum];
+  *loss = static_cast<A>(value);
+}
+
+// ---- the ops
+Tensor pairwise_distance_cuda(Tensor x, std::optional<Tensor> y, bool squared) {
+  const OnDevice device(x);
+  const int64_t n = x.size(0), m = y ? y->size(0) : n;
+  const ScalarType dtype = accumulator(x, y);
+  Tensor out = empty(x, dtype, {n, m});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    for_squared_distances<A>(device, matrix(x), n, matrix(y ? *y : x), m, x.size(1), !y,
+                             PutDistance<A>{static_cast<A*>(out.data_ptr()), m, squared});
+  });
+  return out;
+}
+
+Tensor weighted_differences_cuda(Tensor weights, Tensor x, std::optional<Tensor> y, std::optional<Tensor> factor) {
+  const OnDevice device(x);
+  const int64_t n = x.size(0), m = weights.size(1), dim = x.size(1);
+  Tensor out = empty(x, x.scalar_type(), {n, dim});
+  const int64_t blocks = blocks_for(n, kTile) * blocks_for(dim, kWide);
+  if (blocks == 0) return out;
+  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    launch(device, {blocks, kThreads}, weighted_differences_kernel<A>, matrix(weights), matrix(x), n,
+           matrix(y ? *y : x), m, dim, factor ? column(*factor) : Column{}, matrix(out));
+  });
+  return out;
+}
+
+template <class A>
+struct Rkd {
+  const OnDevice& device;
+  Pairs<A> student, teacher;
+  Tensor sums;
+  A* weights;  // null: none are wanted
+
+  double* sum(Sum which) const { return static_cast<double*>(sums.data_ptr()) + which; }
+
+  void angles(double scale) const {
+    const int64_t tiles = blocks_for(student.rows, kSide), blocks = tiles * tiles;
+    Tensor losses = empty(sums, ScalarType::Double, {blocks});
+    double* each = static_cast<double*>(losses.data_ptr());
+    launch(device, {blocks, kThreads}, weights ? angle_kernel<A, true> : angle_kernel<A, false>, student, teacher,
+           static_cast<A>(2 * scale), each, weights);
+    sum_of(device, sums, Partial{each}, blocks, sum(kAngleSum));
+  }
+
+  void distances(double scale, bool add) const {
+    const int64_t n = student.rows * student.rows;
+    const Gap<A> gap{student, teacher, sum(kStudentSum)};
+    sum_of(device, sums, DistanceValue<A>{student}, n, sum(kStudentSum));
+    sum_of(device, sums, DistanceValue<A>{teacher}, n, sum(kTeacherSum));
+    sum_of(device, sums, LossValue<A>{gap}, n, sum(kLossSum));
+    if (!weights) return;
+    sum_of(device, sums, SlopeValue<A>{gap}, n, sum(kSlopeSum));
+    launch(device, {blocks_for(n, kThreads), kThreads}, distance_weights_kernel<A>, gap, 2 * scale, add, weights);
+  }
+};
+
+template <class A>
+void rkd(const OnDevice& device, const Tensor& student, const Tensor& teacher, double distance_weight,
+         double angle_weight, A* weights, A* loss) {
+  const int64_t rows = student.size(0);
+  const bool angles = angle_weight != 0 && rows > 1, distances = distance_weight != 0 && rows > 1;
+  const bool single = sizeof(A) == 4;
+  const int64_t each = !angles ? 1 : single ? 3 : 2;
+  Tensor pairs = empty(student, single ? ScalarType::Float : ScalarType::Double, {2 * each, rows, rows});
+  const auto of = [&](int64_t first) {
+    A* hi = static_cast<A*>(pairs.data_ptr()) + first * rows * rows;
+    return Pairs<A>{rows, hi, angles && single ? hi + 2 * rows * rows : nullptr, angles ? hi + rows * rows : nullptr};
+  };
+  const Rkd<A> terms{device, of(0), of(each), empty(student, ScalarType::Double, {kSums}), weights};
+  const auto fill = [&](auto wide, const Tensor& x, const Pairs<A>& p) {
+    using Wide = decltype(wide);
+    for_squared_distances<Wide>(device, matrix(x), rows, matrix(x), rows, x.size(1), true, PutPair<A, Wide>{p});
+  };
+  for (int side = 0; side < 2 && (angles || distances); ++side) {
+    const Tensor& x = side ? teacher : student;
+    const Pairs<A>& p = side ? terms.teacher : terms.student;
+    angles ? fill(double{}, x, p) : fill(A{}, x, p);
+  }
+  const double pairs_scale = distances ? distance_weight / (double(rows) * rows) : 0;
+  const double angle_scale = angles ? 2 * angle_weight / (double(rows) * rows * rows) : 0;
+  if (angles) terms.angles(angle_scale);
+  if (distances) terms.distances(pairs_scale, angles);
+  launch(device, {1, 1}, loss_kernel<A>, terms.sum(kStudentSum), pairs_scale, angle_scale, loss);
+}
+
+std::tuple<Tensor, Tensor> rkd_cuda(Tensor student, Tensor teacher, double distance_weight, double angle_weight,
+                                    bool need_grad) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {});
+  Tensor weights = need_grad ? empty(student, dtype, {rows, rows}) : empty(student, dtype, {0});
+  if (rows < 2 || (distance_weight == 0 && angle_weight == 0)) torch::stable::zero_(weights);  // nothing to compare
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    rkd(device, student, teacher, distance_weight, angle_weight,
+        need_grad ? static_cast<A*>(weights.data_ptr()) : nullptr, static_cast<A*>(loss.data_ptr()));
+  });
+  return {loss, weights};
+}
+
+}  // namespace
+}  // namespace pairwise
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
+  using namespace kdfast::pairwise;
+  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance_cuda));
+  m.impl("weighted_differences", TORCH_BOX(&weighted_differences_cuda));
+  m.impl("rkd", TORCH_BOX(&rkd_cuda));
+}
