@@ -117,7 +117,7 @@ def case(name, rows, cols, dtype="float32"):
     read = 1 if name == "TfKDReg" else 2
     matrix = rows * cols * getattr(torch, dtype).itemsize
     floor = {"forward": read * matrix, "backward": (read + 1) * matrix, "both": (2 * read + 1) * matrix}
-    return Case(name, f"{rows} x {cols}", inputs, eager, ours, floor, dtype, liger)
+    return Case(name, f"{rows} x {cols}", inputs, eager, ours, floor, dtype=dtype, liger=liger)
 
 
 def cases(settings, shapes):

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import pytest
@@ -29,6 +29,7 @@ import kdfast
 PHASES = ("both", "forward", "backward")
 WARM_UP_CALLS = 3
 ROUNDS = (8, 300)  # fewest and most, whatever the budget
+SLOW, SLOW_ROUNDS = 1.0, 3  # a call of so many seconds is warm after two, and measured with so few
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -41,9 +42,13 @@ class Case:
     inputs: Callable
     eager: Callable
     kdfast: Callable
-    floor_bytes: dict  # phase -> the bytes that any implementation has to read or write
+    floor: dict  # phase -> the work that no implementation can avoid, in the unit of `ceiling`
+    ceiling: str = "copy"  # what bounds that work: "copy" counts bytes, "matmul" operations
     dtype: str = "float32"
     liger: Callable | None = None
+    phases: tuple = PHASES
+    size: int | None = None  # what the loss grows with: its chart then shows the growth
+    left_out: dict = field(default_factory=dict)  # implementation -> what the table says in place of a figure
 
     def __str__(self):
         return f"{self.loss}-{self.shape}-{self.dtype}".replace(" ", "")
@@ -81,7 +86,7 @@ def jobs(cases, settings, family):
     return [
         Job(case, name, phase)
         for case, phase, name in itertools.product(cases, phases, names)
-        if name != "liger" or case.liger is not None
+        if phase in case.phases and name not in case.left_out and (name != "liger" or case.liger is not None)
     ]
 
 
@@ -125,9 +130,12 @@ def input_sets(case, device):
 
 @lru_cache(maxsize=1)
 def compiled(case):
-    """torch.compile of the eager formula. Reset first: otherwise dynamo gives up after a few shapes of one function."""
+    """torch.compile of the eager formula. Reset first: otherwise dynamo gives up after a few shapes of one function.
+
+    Where the formula needs several graphs (a boolean mask), it has them.
+    """
     torch._dynamo.reset()
-    return torch.compile(case.eager, dynamic=False, fullgraph=True)
+    return torch.compile(case.eager, dynamic=False)
 
 
 def function_of(case, implementation):
@@ -184,7 +192,7 @@ class Call:
 
     def warm_up(self):
         """Call a few times, compiling where that is due; returns the seconds a round takes."""
-        for _ in range(self.warm_up_calls):
+        for index in range(self.warm_up_calls):
             arguments, _ = self.setup()
             synchronize(self.device)
             start = time.perf_counter()
@@ -192,6 +200,8 @@ class Call:
             queued = time.perf_counter() - start
             synchronize(self.device)
             finished = time.perf_counter() - start
+            if index and finished > SLOW:
+                break
         self.host_seconds = queued  # of the last call, not of one that compiled
         return finished + (2 * queued if self.device == "cuda" else 0)
 
@@ -223,6 +233,13 @@ class Tick:
 def device_clock():
     """The timer that pytest-benchmark uses for device time."""
     return Tick()
+
+
+def memory_limit(device):
+    """Bytes that a baseline may need here: half of the device's memory, whatever is free at the moment."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory // 2
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def peak_cuda(function, *args):
@@ -272,14 +289,18 @@ def measure(benchmark, job, settings):
         dtype=case.dtype,
         implementation=job.implementation,
         phase=phase,
-        floor_bytes=case.floor_bytes[phase],
+        floor=case.floor[phase],
+        ceiling=case.ceiling,
+        size=case.size,
+        left_out=case.left_out,
         peak_bytes=peak,
     )
 
 
 def rounds_within(budget, seconds):
-    """How many rounds of `seconds` fit the budget, within ROUNDS."""
+    """How many rounds of `seconds` fit the budget, within ROUNDS; few of slow ones."""
     fewest, most = ROUNDS
+    fewest = SLOW_ROUNDS if seconds > SLOW else fewest
     return max(fewest, min(most, int(budget / max(seconds, 1e-9))))
 
 
@@ -316,7 +337,7 @@ CEILINGS = ("copy", "matmul")
 
 
 def measure_ceiling(benchmark, name, settings):
-    """Time a copy far larger than any cache, or a matrix product: what no implementation here can beat."""
+    """Time a copy far larger than any cache, or a matrix product in float32 (torch's default: without TF32)."""
     cuda = settings.device == "cuda"
     if name == "copy":
         source = torch.rand(2**30 if cuda else 2**26, device=settings.device)
@@ -326,8 +347,8 @@ def measure_ceiling(benchmark, name, settings):
         def run():
             target.copy_(source)
     else:
-        size, dtype = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
-        a, b = (torch.randn(size, size, device=settings.device, dtype=dtype) for _ in range(2))
+        size = 8192 if cuda else 2048
+        a, b = (torch.randn(size, size, device=settings.device) for _ in range(2))
         work, unit = 2 * size**3, "FLOP/s"
 
         def run():

@@ -5,6 +5,7 @@ The results file (JSON) is the record; the tables and the chart are made from it
 """
 
 import json
+import math
 import os
 import re
 import sys
@@ -15,6 +16,14 @@ START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 IMPLEMENTATIONS = ("eager", "compile", "fallback", "kdfast", "liger")
 SHORT_DTYPES = {"float32": "", "bfloat16": " bf16", "float16": " fp16"}
 UNSTEADY = 0.25
+FITTED = 4  # sizes to which an exponent is fitted: the smallest are all overhead
+COLOURS = {"eager": "#9aa5b1", "compile": "#d98e32", "fallback": "#5a9367", "kdfast": "#2f6f9f", "liger": "#8a5a9b"}
+UNITS = {"copy": "B/s", "matmul": "FLOP/s"}
+SHARES = {
+    "copy": "the bytes the work has to move at least, per second, as a share of a large copy (over 100 % where a cache "
+    "holds the tensors)",
+    "matmul": "the operations the work takes at least, per second, as a share of a large matrix product",
+}
 STATISTICS = ("median", "q1", "q3", "rounds")
 
 
@@ -29,10 +38,10 @@ def collect(raw, family):
 
     for ceiling in groups["ceiling"]:
         ceiling["rate"] = ceiling["work"] / ceiling["median"]
-    bandwidth = next((c["rate"] for c in groups["ceiling"] if c["name"] == "copy"), None)
+    ceilings = {ceiling["name"]: ceiling["rate"] for ceiling in groups["ceiling"]}
     for figure in groups["loss"]:
-        figure["bytes_per_second"] = figure["floor_bytes"] / figure["median"]
-        figure["share_of_copy"] = figure["bytes_per_second"] / bandwidth if bandwidth else None
+        figure["rate"] = figure["floor"] / figure["median"]
+        figure["share"] = figure["rate"] / ceilings[figure["ceiling"]] if figure["ceiling"] in ceilings else None
     return {
         "family": family,
         "machine": raw["machine_info"]["kdfast"],
@@ -85,25 +94,26 @@ def main_rows(results):
     liger = any("liger" in figures for figures in table.values())
     shown = IMPLEMENTATIONS if liger else IMPLEMENTATIONS[:-1]
     others = ["eager", "compile"] + ["liger"] * liger
-    rows = [["loss", "shape", *shown, *(f"x {name}" for name in others), "of copy", "extra MB"]]
+    rows = [["loss", "shape", *shown, *(f"x {name}" for name in others), f"of {ceiling_of(results)}", "extra MB"]]
     for (loss, shape), figures in table.items():
-        times = [milliseconds(figures.get(name)) for name in shown]
+        left_out = next(iter(figures.values()))["left_out"]
+        times = [milliseconds(figures.get(name), left_out.get(name, "-")) for name in shown]
         ratios = [number(speed_up(figures, name), "{:.1f}") for name in others]
-        share = number(figures.get("kdfast", {}).get("share_of_copy"), "{:.0%}")
+        share = number(figures.get("kdfast", {}).get("share"), "{:.0%}")
         rows.append([loss, shape, *times, *ratios, share, memory(figures)])
     return rows
 
 
 def phase_rows(results):
-    """Every phase of every case: medians, kdfast's quartiles, and its bytes a second."""
-    rows = [["loss", "shape", "phase", "eager", "compile", "kdfast", "quartiles", "GB/s"]]
+    """Every phase of every case: medians, kdfast's quartiles, and its rate."""
+    rows = [["loss", "shape", "phase", "eager", "compile", "kdfast", "quartiles", f"G{UNITS[ceiling_of(results)]}"]]
     tables = {phase: cases(results, phase) for phase in ("forward", "backward", "both")}
     for key in tables["both"]:
         for phase, table in tables.items():
             if figures := table.get(key):
                 ours = figures.get("kdfast")
                 quartiles = " - ".join(significant(ours[q] * 1e3) for q in ("q1", "q3")) if ours else "-"
-                moved = significant(ours["bytes_per_second"] / 1e9) if ours else "-"
+                moved = significant(ours["rate"] / 1e9) if ours else "-"
                 times = [milliseconds(figures.get(name)) for name in ("eager", "compile", "kdfast")]
                 rows.append([*key, phase, *times, quartiles, moved])
     return rows
@@ -121,8 +131,13 @@ def host_rows(results):
     ]
 
 
-def milliseconds(figure):
-    return significant(figure["median"] * 1e3) if figure else "-"
+def ceiling_of(results):
+    """What bounds the work of this family: "copy" or "matmul"."""
+    return results["figures"][0]["ceiling"]
+
+
+def milliseconds(figure, otherwise="-"):
+    return significant(figure["median"] * 1e3) if figure else otherwise
 
 
 def significant(value, digits=3):
@@ -182,9 +197,8 @@ def caption(results):
     commit = f" at {machine['commit']}" if machine["commit"] else ""
     words = (
         "Forward + backward, float32 unless the shape says otherwise: median milliseconds of eager PyTorch, "
-        "torch.compile, kdfast's plain-PyTorch fallback and its kernels; how many times faster the kernels are; the "
-        "bytes the work has to move at least, per second, as a share of a large copy (over 100 % where a cache holds "
-        "the tensors); peak extra memory, eager / kdfast. "
+        "torch.compile, kdfast's plain-PyTorch fallback and its kernels; how many times faster the kernels are; "
+        f"{SHARES[ceiling_of(results)]}; peak extra memory, eager / kdfast. "
         f"Measured on {machine['device']}{threads}{copy}{product}; torch {machine['torch']}, "
         f"Python {machine['python']}, kdfast {machine['kdfast']}{commit}, {results['date']}."
     )
@@ -199,12 +213,18 @@ def rate(ceiling):
 
 def markdown(results):
     """The full report of one device and family."""
+    growth = [
+        "## Growth",
+        "Exponents of the batch size B in the time and the peak extra memory of forward + backward, fitted to these B.",
+        markdown_table(growth_rows(results), 3),
+    ]
     parts = [
         f"# {results['family']} on {results['machine']['device']}",
         markdown_table(main_rows(results), 2),
         caption(results),
+        *(growth if grows(results) else []),
         "## Forward and backward alone",
-        "Milliseconds; quartiles and GB/s are kdfast's.",
+        f"Milliseconds; quartiles and G{UNITS[ceiling_of(results)]} are kdfast's.",
         markdown_table(phase_rows(results), 3),
         "## Host overhead",
         "Microseconds a call on one thread and on inputs so small that the kernels cost nothing.",
@@ -213,18 +233,94 @@ def markdown(results):
     return "\n\n".join(parts) + "\n"
 
 
+# ---- growth ----------------------------------------------------------------------------------------------------------
+def grows(results):
+    """Whether the figures are of one work in many sizes."""
+    return any(figure["size"] for figure in results["figures"])
+
+
+def curves(results, quantity):
+    """loss -> implementation -> sizes and values of `quantity` ("median" or "peak_bytes"), forward + backward."""
+    table = {}
+    for figure in results["figures"]:
+        if figure["phase"] == "both" and figure["size"] and figure[quantity]:
+            sizes, values = table.setdefault(figure["loss"], {}).setdefault(figure["implementation"], ([], []))
+            sizes.append(figure["size"])
+            values.append(figure[quantity])
+    return table
+
+
+def exponent(sizes, values):
+    """-> e of the least-squares fit of values ~ size^e to the largest sizes, and those sizes; (None, []) of one."""
+    points = sorted(zip(sizes, values, strict=True))[-FITTED:]
+    if len(points) < 2:
+        return None, []
+    x, y = ([math.log(value) for value in side] for side in zip(*points, strict=True))
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum((a - mean_x) ** 2 for a in x)
+    return slope, [size for size, _ in points]
+
+
+def growth_rows(results):
+    """How time and memory grow, of every loss and implementation."""
+    time, memory_ = curves(results, "median"), curves(results, "peak_bytes")
+    rows = [["loss", "implementation", "B", "time", "memory"]]
+    for loss, implementations in time.items():
+        for name, curve in implementations.items():
+            slope, sizes = exponent(*curve)
+            if sizes:
+                of_memory, _ = exponent(*memory_.get(loss, {}).get(name, ([], [])))
+                cells = number(slope, "{:.2f}"), number(of_memory, "{:.2f}")
+                rows.append([loss, name, f"{sizes[0]} - {sizes[-1]}", *cells])
+    return rows
+
+
 # ---- chart -----------------------------------------------------------------------------------------------------------
 def draw(results, path):
-    """Bars of how many times faster kdfast is than eager and torch.compile; needs matplotlib."""
+    """The chart of a family, growth or bars; needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    figure = draw_growth(plt, results) if grows(results) else draw_bars(plt, results)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_growth(plt, results):
+    """Time and memory against the batch size, both logarithmic, one column a loss."""
+    rows = [(curves(results, "median"), 1e3, "milliseconds"), (curves(results, "peak_bytes"), 1e-6, "peak extra MB")]
+    losses = list(rows[0][0])
+    figure, grid = plt.subplots(
+        2, len(losses), figsize=(4 * len(losses), 6.4), sharex=True, sharey="row", squeeze=False, layout="constrained"
+    )
+    for (table, scale, label), line in zip(rows, grid, strict=True):
+        line[0].set_ylabel(label)
+        for loss, axes in zip(losses, line, strict=True):
+            for name, (sizes, values) in table.get(loss, {}).items():
+                slope, _ = exponent(sizes, values)
+                text = name if slope is None else f"{name}, B^{slope:.1f}"
+                axes.loglog(sizes, [scale * v for v in values], "o-", ms=3, lw=1.2, label=text, color=COLOURS[name])
+            axes.set_title(loss, fontsize=10, loc="left")
+            axes.grid(alpha=0.3, linewidth=0.5)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, fontsize=8)
+    sizes = sorted({figure["size"] for figure in results["figures"]})
+    for axes in grid[-1]:
+        axes.set_xlabel("batch size B")
+        axes.set_xticks(sizes, map(str, sizes))
+        axes.set_xticks([], minor=True)
+    figure.suptitle(f"kdfast on {results['machine']['device']}, forward + backward", fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def draw_bars(plt, results):
+    """How many times faster kdfast is than eager and torch.compile."""
     table = {key: figures for key, figures in cases(results).items() if "kdfast" in figures}
     bars = {key: [speed_up(figures, over) or 0 for over in ("eager", "compile")] for key, figures in table.items()}
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.36 * len(bars)), layout="constrained")
-    series = [(-0.2, "against eager", "#9aa5b1"), (0.2, "against torch.compile", "#2f6f9f")]
+    series = [(-0.2, "against eager", COLOURS["eager"]), (0.2, "against torch.compile", COLOURS["kdfast"])]
     for (offset, label, colour), heights in zip(series, zip(*bars.values(), strict=True), strict=True):
         drawn = axes.barh([row + offset for row in range(len(bars))], heights, 0.38, label=label, color=colour)
         axes.bar_label(drawn, [f"{h:.1f}" if h else "" for h in heights], padding=3, fontsize=8)
@@ -236,8 +332,7 @@ def draw(results, path):
     axes.set_xlabel("times faster, forward + backward")
     axes.set_title(f"kdfast on {results['machine']['device']}", fontsize=10, loc="left")
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0.1, ncols=2, fontsize=9)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    return figure
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------

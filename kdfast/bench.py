@@ -14,14 +14,15 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-FAMILIES = ("softmax_kl",)
+FAMILIES = ("softmax_kl", "pairwise")
 REQUIRED = ("pytest", "pytest_benchmark")
+NOTHING_SELECTED = 5  # pytest's exit status
 
 
 def add_arguments(parser):
     """Declare the options of `kdfast bench`."""
     parser.add_argument("--out", default="bench-results", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--family", choices=FAMILIES, default=FAMILIES[0], help="which kernels (default: %(default)s)")
+    parser.add_argument("--family", choices=FAMILIES, help="which kernels (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--quick", action="store_true", help="one shape a loss and few rounds: a look, not a result")
@@ -45,22 +46,30 @@ def run(options) -> int:
     chart = installed("matplotlib")
     if not chart:
         print("kdfast bench draws no chart without matplotlib: pip install 'kdfast[bench]'", file=sys.stderr)
+    families = [options.family] if options.family else FAMILIES
+    statuses = [run_family(family, options, chart) for family in families]
+    return max((status for status in statuses if status != NOTHING_SELECTED), default=NOTHING_SELECTED)
+
+
+def run_family(family, options, chart) -> int:
+    """Measure one family and report it; returns the exit status."""
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
-        status = measure(options, raw)
-        if not raw.exists() or not raw.stat().st_size:
-            print("kdfast bench: nothing was measured", file=sys.stderr)
-            return status or 1
-        report = load("report")
-        results = report.collect(json.loads(raw.read_text()), options.family)
+        status = measure(family, options, raw)
+        record = json.loads(raw.read_text()) if raw.exists() and raw.stat().st_size else {}
+    if not any(benchmark["extra_info"].get("kind") == "loss" for benchmark in record.get("benchmarks", ())):
+        print(f"kdfast bench: no loss of {family} was measured", file=sys.stderr)
+        return status or NOTHING_SELECTED
+    report = load("report")
+    results = report.collect(record, family)
     path = report.save(results, options.out, chart)
-    print(f"\n{report.text(results)}\n\nwritten: {path} and what is beside it")
+    print(f"\n{report.text(results)}\n\nwritten: {path} and what is beside it", flush=True)
     return status
 
 
-def measure(options, raw):
+def measure(family, options, raw):
     """Run the family's bench file under pytest in a process of its own; its figures go to the file `raw`."""
-    command = [sys.executable, "-m", "pytest", str(benchmarks_folder() / f"bench_{options.family}.py"), "-q"]
+    command = [sys.executable, "-m", "pytest", str(benchmarks_folder() / f"bench_{family}.py"), "-q"]
     # The project's own pytest settings are for its tests, and an installed package is no place for a cache.
     command += ["-o", "addopts=", "-p", "no:cacheprovider", "--disable-warnings"]
     command += ["--benchmark-quiet", f"--benchmark-json={raw}"]

@@ -10,7 +10,8 @@ import torch
 from kdfast import bench
 
 pytest.importorskip("pytest_benchmark")
-report, harness, softmax_kl, gpu = (bench.load(name) for name in ("report", "harness", "bench_softmax_kl", "gpu"))
+report, harness, gpu = (bench.load(name) for name in ("report", "harness", "gpu"))
+softmax_kl, pairwise = (bench.load(f"bench_{family}") for family in bench.FAMILIES)
 
 ROOT = Path(__file__).resolve().parent.parent
 MILLISECOND = 1e-3
@@ -24,8 +25,16 @@ def entry(kind, median, **info):
 
 
 def loss_entry(implementation, milliseconds, shape="256 x 1000", phase="both", dtype="float32", peak=2_000_000):
-    info = {"loss": "KD", "shape": shape, "dtype": dtype, "floor_bytes": 5_000_000, "peak_bytes": peak}
+    info = {"loss": "KD", "shape": shape, "dtype": dtype, "peak_bytes": peak}
+    info |= {"floor": 5_000_000, "ceiling": "copy", "size": None, "left_out": {}}
     return entry("loss", milliseconds * MILLISECOND, implementation=implementation, phase=phase, **info)
+
+
+def growth_entry(implementation, size, milliseconds, peak, left_out=None):
+    """A figure of the pairwise family."""
+    made = loss_entry(implementation, milliseconds, shape=f"{size} x 512", peak=peak)
+    made["extra_info"] |= {"loss": "RKD", "size": size, "ceiling": "matmul", "floor": 1e9, "left_out": left_out or {}}
+    return made
 
 
 @pytest.fixture
@@ -67,14 +76,14 @@ def test_ratios(results):
     assert report.speed_up(figures, "eager") == pytest.approx(5)
     assert report.speed_up(figures, "compile") == pytest.approx(3)
     assert report.speed_up(figures, "liger") is None
-    assert figures["kdfast"]["bytes_per_second"] == pytest.approx(12.5e9)
-    assert figures["kdfast"]["share_of_copy"] == pytest.approx(0.5)
+    assert figures["kdfast"]["rate"] == pytest.approx(12.5e9)
+    assert figures["kdfast"]["share"] == pytest.approx(0.5)
 
 
 def test_share_is_left_out_without_a_measured_copy(raw):
     raw["benchmarks"] = raw["benchmarks"][1:]
     results = report.collect(raw, "softmax_kl")
-    assert all(figure["share_of_copy"] is None for figure in results["figures"])
+    assert all(figure["share"] is None for figure in results["figures"])
     assert report.text(results)
 
 
@@ -104,6 +113,44 @@ def test_tables_are_aligned(results):
 def test_unsteady_figures_are_counted(results):
     results["figures"][0]["q3"] *= 2
     assert report.text(results).endswith("of the median: 1 of 7 figures.")
+
+
+@pytest.fixture
+def growth(raw):
+    """Times that grow with the cube of the batch, memory with its square; at 1024 eager does not fit."""
+    left_out = {"eager": "out of memory: 24 GB", "compile": "out of memory"}
+    benchmarks = []
+    for b in (64, 128, 256, 512, 1024):
+        omitted = left_out if b == 1024 else {}
+        benchmarks.append(growth_entry("kdfast", b, 5.0 if b == 64 else (b / 100) ** 3, 7 * b**2, omitted))
+        benchmarks += [growth_entry("eager", b, (b / 10) ** 3, b**3)] * (not omitted)
+    product = entry("ceiling", 0.1, name="matmul", work=10_000_000_000, unit="FLOP/s")
+    return report.collect({**raw, "benchmarks": [product, *benchmarks]}, "pairwise")
+
+
+def test_growth(growth):
+    assert report.exponent([2, 4, 8], [5, 20, 80]) == (pytest.approx(2), [2, 4, 8])
+    assert report.exponent([2], [5]) == (None, [])
+    rows = report.growth_rows(growth)
+    assert rows[1:] == [
+        ["RKD", "kdfast", "128 - 1024", "3.00", "2.00"],  # the smallest batch is all overhead
+        ["RKD", "eager", "64 - 512", "3.00", "3.00"],
+    ]
+
+
+def test_what_does_not_fit_is_named(growth):
+    heading, *rows = report.main_rows(growth)
+    last = dict(zip(heading, rows[-1], strict=True))
+    assert (last["eager"], last["compile"], last["fallback"]) == ("out of memory: 24 GB", "out of memory", "-")
+    assert last["x eager"] == "-" and float(last["kdfast"]) == pytest.approx(10.24**3, rel=0.01)
+    assert heading[-2] == "of matmul" and dict(zip(heading, rows[1], strict=True))["of matmul"] == "477%"
+
+
+def test_growth_is_drawn(growth, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = report.save(growth, tmp_path)
+    assert path.name == "pairwise.json" and path.with_suffix(".png").stat().st_size > 0
+    assert "## Growth" in path.with_suffix(".md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -145,14 +192,40 @@ def test_readme_shows_the_committed_results():
 
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", softmax_kl.LOSSES)
-def test_baselines_compute_the_same_loss(name):
-    case = softmax_kl.case(name, 4, 16)
+CASES = [module.case(name, 5, 16) for module in (softmax_kl, pairwise) for name in module.LOSSES]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_baselines_compute_the_same_loss(case):
     student, *others = case.inputs("cpu")
     losses = [function(student, *others) for function in (case.eager, case.kdfast)]
     gradients = [torch.autograd.grad(loss, student)[0] for loss in losses]
     torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", pairwise.LOSSES)
+@pytest.mark.parametrize("shape", [(128, 256), (192, 64)], ids=str)
+def test_memory_of_a_baseline_is_foreseen(name, shape):
+    case = pairwise.case(name, *shape)
+    call = harness.Call(case.eager, [case.inputs("cpu")], "both", "cpu")
+    assert pairwise.eager_bytes(name, *shape) == pytest.approx(call.peak_bytes(), rel=0.3)
+
+
+def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch):
+    monkeypatch.setattr(harness, "has_kernels", lambda device, family: True)
+    monkeypatch.setattr(harness, "memory_limit", lambda device: 10e9)
+    settings = harness.Settings("cpu", quick=False)
+    jobs = harness.jobs(pairwise.cases(settings, []), settings, "pairwise")
+    sizes = {name: [job.case.size for job in jobs if job.implementation == name] for name in report.IMPLEMENTATIONS}
+    angle = {
+        name: max(job.case.size for job in jobs if job.implementation == name and job.case.loss == "RKD angle")
+        for name in ("eager", "compile", "fallback", "kdfast")
+    }
+    assert angle == {"eager": 512, "compile": 512, "fallback": 1024, "kdfast": 4096}
+    assert max(sizes["eager"]) == 4096  # distances alone fit
+    left_out = next(job.case.left_out for job in jobs if job.case.size == 4096)
+    assert left_out["eager"] == f"out of memory: {pairwise.eager_bytes('RKD angle', 4096, 512) / 1e9:.0f} GB"
 
 
 def test_implementations_of_a_case_run_one_after_another(monkeypatch):
@@ -192,7 +265,9 @@ def test_peak_memory_counts_what_lives_at_the_same_time():
 
 def test_rounds_fit_the_budget():
     fewest, most = harness.ROUNDS
-    assert [harness.rounds_within(1.0, seconds) for seconds in (100.0, 0.1, 1e-9, 0.0)] == [fewest, 10, most, most]
+    slow = harness.SLOW_ROUNDS
+    seconds = (100.0, 0.5, 0.1, 1e-9, 0.0)
+    assert [harness.rounds_within(1.0, each) for each in seconds] == [slow, fewest, 10, most, most]
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -202,16 +277,30 @@ def options(*arguments):
     return parser.parse_args(arguments)
 
 
-def test_bench_measures_a_tiny_shape(tmp_path, capfd):
-    select = "KD-4x16 and (eager or fallback) and not Reverse"
-    assert bench.run(options("--quick", "--shape", "4x16", "-k", select, "--threads", "1", "--out", str(tmp_path))) == 0
-    [path] = tmp_path.glob("*/softmax_kl.json")
+@pytest.mark.parametrize(
+    ("family", "loss", "baselines"),
+    [("softmax_kl", "KD", {"eager", "fallback"}), ("pairwise", "RKDangle", {"fallback"})],
+)
+def test_bench_measures_a_tiny_shape(family, loss, baselines, tmp_path, capfd):
+    select = f"{loss}-4x16 and ({' or '.join(baselines)}) and not Reverse"
+    arguments = ("--quick", "--shape", "4x16", "-k", select, "--threads", "1", "--out", str(tmp_path))
+    assert bench.run(options("--family", family, *arguments)) == 0
+    [path] = tmp_path.glob("*/*.json")
     results = json.loads(path.read_text())
-    assert {figure["implementation"] for figure in results["figures"]} == {"eager", "fallback"}
+    assert path.stem == results["family"] == family
+    assert {figure["implementation"] for figure in results["figures"]} == baselines
     assert {(figure["shape"], figure["phase"]) for figure in results["figures"]} == {("4 x 16", "both")}
-    assert all(figure["rounds"] >= harness.ROUNDS[0] and figure["peak_bytes"] > 0 for figure in results["figures"])
+    assert all(figure["rounds"] >= harness.SLOW_ROUNDS and figure["peak_bytes"] > 0 for figure in results["figures"])
     assert results["machine"]["threads"] == 1
     assert report.text(results) in capfd.readouterr().out
+
+
+def test_bench_measures_all_families_by_default(monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(bench, "measure", lambda family, options, raw: measured.append(family) or 5)
+    assert bench.run(options()) == bench.NOTHING_SELECTED
+    assert tuple(measured) == bench.FAMILIES
+    assert capsys.readouterr().err.count("was measured") == len(bench.FAMILIES)
 
 
 def test_bench_names_the_missing_extra(monkeypatch, capsys):
