@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "common/huge_pages.h"
 #include "common/macros.h"
 
 namespace kdfast {
@@ -62,7 +63,9 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::vector<int64_t> s
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor x(handle);
+  if (device_type == aoti_torch_device_type_cpu()) advise_huge_pages(x.data_ptr(), x.numel() * x.element_size());
+  return x;
 }
 
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }

@@ -1,11 +1,9 @@
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 
 #include "common/chunk.h"
-#include "common/huge_pages.h"
 #include "common/lanes.h"
+#include "common/parallel.h"
 #include "pairwise/math.h"
 
 namespace kdfast {
@@ -17,14 +15,6 @@ namespace {
 constexpr int64_t kBlock = 32;
 
 int64_t blocks_of(int64_t rows) { return (rows + kBlock - 1) / kBlock; }
-
-// f(i) for i in [0, n), in parallel; each i is one thread's.
-template <class F>
-void for_each(int64_t n, const F& f) {
-  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(i);
-  });
-}
 
 // kBlock rows by some columns of a matrix, as A: in place, or copied with zeros where the matrix or its last vector
 // ends.
@@ -90,7 +80,7 @@ template <class A, class F>
 void for_squared_distances(const Matrix& x, int64_t n, const Matrix* y, int64_t m, int64_t dim, const F& f) {
   const int64_t down = blocks_of(n), across = blocks_of(m);
   const Matrix& other = y ? *y : x;
-  for_each(down * across, [&](int64_t task) {
+  for_each(down * across, 1, [&](int64_t task) {
     const int64_t i0 = task / across * kBlock, j0 = task % across * kBlock;
     if (!y && j0 < i0) return;
     alignas(64) A own_buffer[kBlock * kCopied], other_buffer[kBlock * kCopied], block[kBlock * kBlock] = {};
@@ -159,7 +149,7 @@ void write_weighted_differences(const Tensor& weights, const Matrix& x, const Ma
   const int64_t n = weights.size(0), m = weights.size(1), rows = weights.stride(0), cols = weights.stride(1);
   const A* w = static_cast<const A*>(weights.data_ptr());
   const int64_t pieces = (dim + kCopied - 1) / kCopied;
-  for_each(blocks_of(n) * pieces, [&](int64_t task) {
+  for_each(blocks_of(n) * pieces, 1, [&](int64_t task) {
     alignas(64) A own_buffer[kBlock * kCopied], other_buffer[kBlock * kCopied], sum[kBlock * kCopied] = {};
     const int64_t i0 = task / pieces * kBlock, col = task % pieces * kCopied, width = std::min(kCopied, dim - col);
     const int64_t height = std::min(kBlock, n - i0), unit = kVectors * kLanesOf<A>;
@@ -251,9 +241,7 @@ KD_MULTIVERSION void add_distance_weights(const A* p_s, const A* p_t, int64_t n,
 template <class F>
 double sum_above_diagonal(int64_t rows, const F& f) {
   std::vector<double> of_row(rows);
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / rows), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) of_row[i] = f(i);
-  });
+  for_each(rows, std::max<int64_t>(1, 16384 / rows), [&](int64_t i) { of_row[i] = f(i); });
   double sum = 0;
   for (double x : of_row) sum += x;
   return sum;
@@ -383,10 +371,10 @@ KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t
 // threads.
 template <class F>
 void for_block_pairs(int64_t blocks, const F& f) {
-  for_each(blocks, [&](int64_t j) { f(j, j); });
+  for_each(blocks, 1, [&](int64_t j) { f(j, j); });
   const int64_t players = blocks + blocks % 2;  // one of them may be a dummy, the last one
   for (int64_t round = 0; round < players - 1; ++round) {
-    for_each(players / 2, [&](int64_t m) {
+    for_each(players / 2, 1, [&](int64_t m) {
       const int64_t a = (round + m) % (players - 1);
       const int64_t b = m == 0 ? players - 1 : (round - m + players - 1) % (players - 1);
       if (std::max(a, b) < blocks) f(std::min(a, b), std::max(a, b));
@@ -429,7 +417,7 @@ template <class A>
 void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>* distance, const A* near, A scale,
                     A* weights) {
   const int64_t rows = s.rows, blocks = blocks_of(rows);
-  for_each(blocks * blocks, [&](int64_t task) {
+  for_each(blocks * blocks, 1, [&](int64_t task) {
     const int64_t j0 = task / blocks * kBlock, k0 = task % blocks * kBlock;
     if (k0 < j0) return;
     for (int64_t j = j0; j < std::min(j0 + kBlock, rows); ++j) {
@@ -453,10 +441,7 @@ void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>*
 template <class A>
 std::vector<Tensor> scratch(const Tensor& like, int64_t matrices, int64_t rows, int64_t stride) {
   std::vector<Tensor> result;
-  for (int64_t i = 0; i < matrices; ++i) {
-    result.push_back(empty(like, kDtype<A>, {rows, stride}));
-    advise_huge_pages(result.back().data_ptr(), rows * stride * sizeof(A));
-  }
+  for (int64_t i = 0; i < matrices; ++i) result.push_back(empty(like, kDtype<A>, {rows, stride}));
   return result;
 }
 
@@ -464,7 +449,6 @@ Tensor pairwise_distance_cpu(Tensor x, std::optional<Tensor> y, bool squared) {
   const int64_t n = x.size(0), m = y ? y->size(0) : n;
   const ScalarType dtype = accumulator(x, y);
   Tensor out = empty(x, dtype, {n, m});
-  advise_huge_pages(out.data_ptr(), out.numel() * out.element_size());
   const Matrix other = y ? matrix(*y) : Matrix{};
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
@@ -476,7 +460,6 @@ Tensor pairwise_distance_cpu(Tensor x, std::optional<Tensor> y, bool squared) {
 Tensor weighted_differences_cpu(Tensor weights, Tensor x, std::optional<Tensor> y, std::optional<Tensor> factor) {
   const int64_t n = x.size(0), dim = x.size(1);
   Tensor out = empty(x, x.scalar_type(), {n, dim});
-  advise_huge_pages(out.data_ptr(), out.numel() * out.element_size());
   dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     const A scale = factor ? read<A>(column(*factor), 0) : A(1);
@@ -519,7 +502,6 @@ std::tuple<Tensor, Tensor> rkd_cpu(Tensor student, Tensor teacher, double distan
   const ScalarType dtype = accumulator(student, teacher);
   Tensor loss = empty(student, dtype, {});
   Tensor weights = need_grad ? empty(student, dtype, {rows, rows}) : empty(student, dtype, {0});
-  advise_huge_pages(weights.data_ptr(), weights.numel() * weights.element_size());
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     A *value = static_cast<A*>(loss.data_ptr()), *out = static_cast<A*>(weights.data_ptr());

@@ -1,11 +1,9 @@
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
 #include "common/chunk.h"
-#include "common/huge_pages.h"
+#include "common/parallel.h"
 #include "softmax_kl/layout.h"
 
 namespace kdfast {
@@ -141,14 +139,10 @@ KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out
 
 // ---- rows
 
-// f(row)
-// for every row, in parallel. A row belongs to one thread, so the result does not depend on their number.
+// f(row) for every row, in parallel.
 template <class F>
 void for_rows(int64_t rows, int64_t cols, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) f(row);
-  });
+  for_each(rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), f);
 }
 
 // One row of logits, with the label's class read as -inf if `hidden` names one.
@@ -228,19 +222,6 @@ void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows,
     stats[kStudent + kKl][row] = static_cast<A>(kl_s);
     stats[kTeacher + kKl][row] = static_cast<A>(kl_t);
   });
-}
-
-// A gradient output; absent (null) where none is needed.
-struct Output {
-  Tensor tensor;
-  Matrix m;
-};
-
-Output output(const Tensor& like, bool needed, const Tensor& any) {
-  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
-  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
-  advise_huge_pages(tensor.data_ptr(), tensor.numel() * tensor.element_size());
-  return {tensor, matrix(tensor)};
 }
 
 template <class A>

@@ -268,8 +268,7 @@ void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_
 
 // ---- backward
 
-// A long
-// row is shared by several blocks, so that few rows still fill the device.
+// A long row is shared by several blocks, so that few rows still fill the device.
 struct Part {
   int64_t row, begin, end;
 };
@@ -409,18 +408,6 @@ void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...)
 
 Tensor loss_like(const Tensor& student, ScalarType dtype, bool reduce) {
   return reduce ? empty(student, dtype, {}) : empty(student, dtype, {student.size(0)});
-}
-
-// A gradient output; its matrix is null where none is needed.
-struct Output {
-  Tensor tensor;
-  Matrix m;
-};
-
-Output output(const Tensor& like, bool needed, const Tensor& any) {
-  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
-  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
-  return {tensor, matrix(tensor)};
 }
 
 using Pair = std::tuple<Tensor, Tensor>;

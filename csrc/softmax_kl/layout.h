@@ -50,6 +50,18 @@ inline Labels labels_of(const Tensor& labels) {
   return {static_cast<const int64_t*>(labels.data_ptr()), labels.stride(0), Matrix{}};
 }
 
+// A gradient; where none is needed, an empty tensor beside `any`, and a null matrix.
+struct Output {
+  Tensor tensor;
+  Matrix m;
+};
+
+inline Output output(const Tensor& like, bool needed, const Tensor& any) {
+  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
+  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
+  return {tensor, matrix(tensor)};
+}
+
 // Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target *
 // P.
 template <class A>

@@ -23,7 +23,7 @@ struct Side {
   KD_HD A log2_sum() const { return sum == 0 ? infinity<A>() : log2(sum); }
 };
 
-// ---- KL(p || q) ----------------------------------------------------------------------------------------------------
+// ---- KL(p || q)
 // e_p log(p / q), where 0 log(0 / anything) = 0. Infinite where q alone is 0; compared with == so that NaN stays NaN.
 template <class A>
 KD_HD A kl_term(A e_p, A log_ratio) {
@@ -100,7 +100,6 @@ KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
 }
 
 // ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence
-// -------------------------------------------
 template <class A>
 struct Mixture {
   A p, q;              // probabilities
@@ -133,8 +132,7 @@ KD_HD A row_value(A kl_p, A kl_q, A beta, A weight, A scale) {
   return weight == 0 ? A(0) : scale * (weight * value);
 }
 
-// ---- cross-entropy with smoothed targets, sum_j P'_j (log sum_1 - (z_j - max)), P' = (1 - smoothing) P + smoothing /
-// C --
+// ---- cross-entropy with smoothed targets P' = (1 - smoothing) P + smoothing / C: sum_j P'_j (log sum_1 - (z_j - max))
 template <class S>
 struct CeState {
   S sum_1 = 0;                        // sum_j exp(z_j - max), temperature 1
@@ -175,7 +173,6 @@ KD_HD A row_value_ce(A kl, A ce, A kl_scale, A ce_weight) {
 }
 
 // ---- DKD: the target class against the rest, from the log-odds of the target
-// -------------------------------------------
 template <class A>
 KD_HD A sigmoid(A x) {
   const A e = std::exp(x < 0 ? x : -x);
