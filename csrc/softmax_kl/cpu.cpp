@@ -21,7 +21,7 @@ KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
 
 template <class A>
 struct KlSums {
-  A p, q, dot;
+  A p, q, dot, q_1;
 };
 
 template <class A>
@@ -35,7 +35,23 @@ KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p
     q += exp2(c_q * rate);
     dot += kl_term(e_p, c_p - c_q);
   }
-  return {p, q, dot};
+  return {p, q, dot, 0};
+}
+
+// The same, and the sum q_1 of q's exponentials at temperature 1.
+template <int kT, class A>
+KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
+  A p = 0, q = 0, dot = 0, q_1 = 0;
+#pragma omp simd reduction(+ : p, q, dot, q_1)
+  for (int64_t i = 0; i < n; ++i) {
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
+    const A e_p = exp2(c_p * rate), e_q = exp2(c_q * rate);
+    p += e_p;
+    q += e_q;
+    q_1 += exp_1<kT>(e_q, c_q);
+    dot += kl_term(e_p, c_p - c_q);
+  }
+  return {p, q, dot, q_1};
 }
 
 template <class A>
@@ -43,6 +59,18 @@ KD_MULTIVERSION A exp_sum(const A* z, int64_t n, A max, A rate) {
   A sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < n; ++i) sum += exp2((z[i] - max) * rate);
+  return sum;
+}
+
+// Writes the exponentials, too.
+template <class A>
+KD_MULTIVERSION A exponentials(const A* z, int64_t n, A max, A rate, A* e) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    e[i] = exp2((z[i] - max) * rate);
+    sum += e[i];
+  }
   return sum;
 }
 
@@ -70,23 +98,32 @@ KD_MULTIVERSION TargetSums<A> target_sums(const A* z, const A* target, int64_t n
   return {dot, mass};
 }
 
-// What turns a logit into a log-probability in bits: (z - max) * rate - log2_sum.
+// What turns a logit into a log-probability in bits, (z - max) * rate - log2_sum, and e into a probability.
 template <class A>
 struct LogSoftmax {
-  A max, log2_sum;
+  A max, log2_sum, inverse;
+
+  explicit LogSoftmax(Side<A> side) : max(side.max), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
 };
 
 template <class A>
-KD_MULTIVERSION KlSums<A> mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q, A rate,
-                                       A beta) {
+struct MixtureSums {
+  A p, q;
+};
+
+// e: the exponentials of z - max.
+template <class A>
+KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
+                                            LogSoftmax<A> p, LogSoftmax<A> q, A rate, A beta) {
   A kl_p = 0, kl_q = 0;
 #pragma omp simd reduction(+ : kl_p, kl_q)
   for (int64_t i = 0; i < n; ++i) {
-    const Mixture<A> m = mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, beta);
+    const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, (z_p[i] - p.max) * rate - p.log2_sum,
+                                 (z_q[i] - q.max) * rate - q.log2_sum, beta);
     kl_p += mixture_term(m.p, m.p_ratio);
     kl_q += mixture_term(m.q, m.q_ratio);
   }
-  return {kl_p, kl_q, 0};
+  return {kl_p, kl_q};
 }
 
 template <class A>
@@ -119,15 +156,21 @@ KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_
   }
 }
 
-// out (+)= coef * exp(z - max) - uniform
+// coef * exp(z - max) - uniform
 template <class A>
-KD_MULTIVERSION void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, bool add, A* out) {
-  if (add) {
+KD_MULTIVERSION void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, A* out) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] += coef * exp2((z[i] - max) * A(kLog2E)) - uniform;
-  } else {
+  for (int64_t i = 0; i < n; ++i) out[i] = coef * exp2((z[i] - max) * A(kLog2E)) - uniform;
+}
+
+// The same, and the gradient of the KL.
+template <int kT, class A>
+KD_MULTIVERSION void kl_ce_grad_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
+                                      A coef, A uniform, A* out) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = coef * exp2((z[i] - max) * A(kLog2E)) - uniform;
+  for (int64_t i = 0; i < n; ++i) {
+    const A c_q = z_q[i] - max_q, e_q = exp2(c_q * rate);
+    out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), e_q) + (coef * exp_1<kT>(e_q, c_q) - uniform);
   }
 }
 
@@ -166,21 +209,24 @@ struct Row {
 template <class A>
 using State = KlState<A, double>;
 
-template <class A>
-void kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate) {
+// sums(p, q, n, max_p, max_q, rate) of a piece, added to the state; -> the piece's sum q_1.
+template <class A, class F>
+A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& sums) {
   const A top_p = max_of(p, n, s.max_p), top_q = max_of(q, n, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const KlSums<A> sums = kl_sums(p, q, n, s.finite_max(s.max_p), s.finite_max(s.max_q), rate);
-  s.sum_p += sums.p;
-  s.sum_q += sums.q;
-  s.dot += sums.dot;
+  const KlSums<A> piece = sums(p, q, n, s.finite_max(s.max_p), s.finite_max(s.max_q), rate);
+  s.sum_p += piece.p;
+  s.sum_q += piece.q;
+  s.dot += piece.dot;
+  return piece.q_1;
 }
 
 template <class A>
 State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, A rate) {
   State<A> s;
-  for_pieces(cols,
-             [&](int64_t begin, int64_t n) { kl_update(s, p.piece(begin, n), q.piece(begin, n), padded(n), rate); });
+  for_pieces(cols, [&](int64_t begin, int64_t n) {
+    kl_update(s, p.piece(begin, n), q.piece(begin, n), padded(n), rate, kl_sums<A>);
+  });
   return s;
 }
 
@@ -198,29 +244,76 @@ void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
 
 // ---- softmax_kl: p is the side whose probabilities weigh
 
+// f(begin, n, at) for the pieces of a row: `at` is where the piece begins in its chunk of the row.
+template <class F>
+void for_chunk(int64_t chunk, int64_t cols, const F& f) {
+  for_pieces(std::min(cols - chunk, kChunk), [&](int64_t at, int64_t n) { f(chunk + at, n, at); });
+}
+
+// The softmax of a row. `e` holds the exponentials of its last chunk; that is all of them where the row is no longer.
+template <class A>
+Side<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
+  A max = -infinity<A>();
+  double sum = 0;
+  for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
+    A top = max;
+    for_chunk(chunk, cols, [&](int64_t begin, int64_t n, int64_t) { top = max_of(z.piece(begin, n), padded(n), top); });
+    if (max != -infinity<A>()) sum *= exp2((double(max) - top) * rate);
+    max = top;
+    for_chunk(chunk, cols, [&](int64_t begin, int64_t n, int64_t at) {
+      sum += exponentials(z.piece(begin, n), padded(n), State<A>::finite_max(max), rate, e + at);
+    });
+  }
+  return {State<A>::finite_max(max), static_cast<A>(sum)};
+}
+
+// One row's KL(q || m) and KL(p || m) into its statistics, for 0 < beta < 1.
+template <class A>
+void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, A beta, Stats<A> stats) {
+  alignas(64) A e_s[kChunk], e_t[kChunk];
+  const Side<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
+  const LogSoftmax<A> log_s(side_s), log_t(side_t);
+  double kl_s = 0, kl_t = 0;
+  for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
+    for_chunk(chunk, cols, [&](int64_t begin, int64_t n, int64_t at) {
+      const A *z_s = s.piece(begin, n), *z_t = t.piece(begin, n);
+      if (cols > kChunk) {
+        exponentials(z_s, padded(n), side_s.max, rate, e_s + at);
+        exponentials(z_t, padded(n), side_t.max, rate, e_t + at);
+      }
+      const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t + at, e_s + at, padded(n), log_t, log_s, rate, beta);
+      kl_t += kLn2 * sums.p;
+      kl_s += kLn2 * sums.q;
+    });
+  }
+  stats.set_side(kStudent, s.row, side_s);
+  stats.set_side(kTeacher, s.row, side_t);
+  stats[kStudent + kKl][s.row] = static_cast<A>(kl_s);
+  stats[kTeacher + kKl][s.row] = static_cast<A>(kl_t);
+}
+
+// One row's KL(p || q), or KL(q || p) if `reverse`.
+template <class A>
+void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse, Stats<A> stats) {
+  const State<A> state = reverse ? kl_sweep(s, t, cols, rate) : kl_sweep(t, s, cols, rate);
+  const A kl = static_cast<A>(state.kl(rate));
+  stats.set_side(kStudent, s.row, reverse ? state.p() : state.q());
+  stats.set_side(kTeacher, s.row, reverse ? state.q() : state.p());
+  stats[kStudent + kKl][s.row] = reverse ? kl : A(0);
+  stats[kTeacher + kKl][s.row] = reverse ? A(0) : kl;
+}
+
 template <class A>
 void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols, A rate, A beta,
                      Stats<A> stats) {
   for_rows(rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
-    const bool reverse = beta == 1;
-    const State<A> state = reverse ? kl_sweep(s, t, cols, rate) : kl_sweep(t, s, cols, rate);
-    const Side<A> student_side = reverse ? state.p() : state.q(), teacher_side = reverse ? state.q() : state.p();
-    double kl_s = reverse ? state.kl(rate) : 0, kl_t = beta == 0 ? state.kl(rate) : 0;
     if (beta > 0 && beta < 1) {
-      const LogSoftmax<A> log_s{student_side.max, student_side.log2_sum()};
-      const LogSoftmax<A> log_t{teacher_side.max, teacher_side.log2_sum()};
-      for_pieces(cols, [&](int64_t begin, int64_t n) {
-        const KlSums<A> sums = mixture_sums(t.piece(begin, n), s.piece(begin, n), padded(n), log_t, log_s, rate, beta);
-        kl_t += kLn2 * sums.p;
-        kl_s += kLn2 * sums.q;
-      });
+      mixture_row(s, t, cols, rate, beta, stats);
+    } else {
+      kl_row(s, t, cols, rate, beta == 1, stats);
     }
-    stats.set_side(kStudent, row, student_side);
-    stats.set_side(kTeacher, row, teacher_side);
-    stats[kStudent + kKl][row] = static_cast<A>(kl_s);
-    stats[kTeacher + kKl][row] = static_cast<A>(kl_t);
   });
 }
 
@@ -247,7 +340,7 @@ template <class A>
 void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A rate, A share, Side<A> side_own,
                         Side<A> side_other, A kl, A scale, const Matrix& to) {
   alignas(64) A buffer[kChunk];
-  const LogSoftmax<A> log_own{side_own.max, side_own.log2_sum()}, log_other{side_other.max, side_other.log2_sum()};
+  const LogSoftmax<A> log_own(side_own), log_other(side_other);
   for_pieces(cols, [&](int64_t begin, int64_t n) {
     A* out = target(to, own.row, begin, n, buffer);
     mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), padded(n), log_own, log_other, rate, share, kl,
@@ -298,6 +391,15 @@ void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_
   }
 }
 
+// f(constant kT) with kT as exp_1 takes it.
+template <class A, class F>
+auto dispatch_temperature(A rate, F&& f) {
+  if (rate == A(kLog2E)) return f(std::integral_constant<int, 1>{});
+  if (rate == A(kLog2E / 2)) return f(std::integral_constant<int, 2>{});
+  if (rate == A(kLog2E / 4)) return f(std::integral_constant<int, 4>{});
+  return f(std::integral_constant<int, 0>{});
+}
+
 // -> the cross-entropy of each row; 0 where its label is ignored.
 template <class A>
 void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t ignore_index,
@@ -310,15 +412,18 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
     for_pieces(cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
       const A before = state.max_q;
+      A sum_1 = 0;
       if (teacher.data) {
-        kl_update(state, t.piece(begin, n), z, padded(n), rate);
+        sum_1 = dispatch_temperature(rate, [&](auto t_1) {
+          return kl_update(state, t.piece(begin, n), z, padded(n), rate, kl_ce_sums<t_1.value, A>);
+        });
       } else {
         state.max_q = max_of(z, padded(n), state.max_q);
+        sum_1 = exp_sum(z, padded(n), state.q().max, A(kLog2E));
       }
-      ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
       const A max = state.q().max;
-      // At T = 1 the KL has summed the same exponentials.
-      if (!teacher.data || rate != A(kLog2E)) ce.sum_1 += exp_sum(z, padded(n), max, A(kLog2E));
+      ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
+      ce.sum_1 += sum_1;
       if (smoothing != 0) ce.centred += centred_sum(z, n, max);
       if (!labels.index) {
         const A* target = read<A>(labels.probabilities, row, begin, n, A(0), teacher_buffer);
@@ -328,7 +433,6 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
       }
       ce.seen += n;
     });
-    if (teacher.data && rate == A(kLog2E)) ce.sum_1 = state.sum_q;
     const bool kept = !labels.index || labels.at(row) != ignore_index;
     if (labels.index && kept) {
       ce.target_dot = s.at(labels.at(row)) - state.q().max;
@@ -359,8 +463,13 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
       const A* z_t = teacher.data ? t.piece(begin, n) : nullptr;
       if (to_student.data) {
         A* out = target(to_student, row, begin, n, buffer);
-        if (z_t) kl_grad_q_piece(z_t, z, padded(n), side_t.max, side_s.max, rate, g.kl, out);
-        ce_grad_piece(z, padded(n), side_s.max, g.coef, g.uniform, z_t != nullptr, out);
+        if (z_t) {
+          dispatch_temperature(rate, [&](auto t_1) {
+            kl_ce_grad_piece<t_1.value>(z_t, z, padded(n), side_t.max, side_s.max, rate, g.kl, g.coef, g.uniform, out);
+          });
+        } else {
+          ce_grad_piece(z, padded(n), side_s.max, g.coef, g.uniform, out);
+        }
         if (labels.index) {
           const int64_t at = labels.at(row) - begin;
           if (at >= 0 && at < n) out[at] -= g.target;

@@ -30,6 +30,16 @@ KD_HD A kl_term(A e_p, A log_ratio) {
   return e_p == 0 ? A(0) : e_p * log_ratio;
 }
 
+// e^(z - max), for a cross-entropy at temperature 1, from the centred logit c = z - max and e = exp(c / T) where T is
+// one of the usual temperatures 1, 2 and 4: a power costs less than an exponential. kT = 0 stands for any other.
+template <int kT, class A>
+KD_HD A exp_1(A e, A c) {
+  if (kT == 1) return e;
+  if (kT == 2) return e * e;
+  if (kT == 4) return (e * e) * (e * e);
+  return exp2(c * A(kLog2E));
+}
+
 // Running maxima and sums of one row; A is the logits' type, S that of the sums. `dot` is sum_j e_p (c_p - c_q) with
 // the centred logits c = z - max: their difference is exactly 0 where p = q.
 template <class A, class S>
@@ -107,11 +117,15 @@ struct Mixture {
 };
 
 template <class A>
-KD_HD Mixture<A> mixture(A log2_p, A log2_q, A beta) {
-  const A p = exp2(log2_p), q = exp2(log2_q);
+KD_HD Mixture<A> mixture(A p, A q, A log2_p, A log2_q, A beta) {
   const A log2_m = fast_log2(beta * p + (1 - beta) * q);
   const bool equal = log2_p == log2_q;
   return {p, q, equal ? A(0) : log2_p - log2_m, equal ? A(0) : log2_q - log2_m};
+}
+
+template <class A>
+KD_HD Mixture<A> mixture(A log2_p, A log2_q, A beta) {
+  return mixture(exp2(log2_p), exp2(log2_q), log2_p, log2_q, beta);
 }
 
 // p log2(p / m); with `kl` the sum of those over the row, the gradient of scale * KL in z_p.
