@@ -265,8 +265,8 @@ def peak_cpu(function, *args):
     return max(itertools.accumulate(deltas, initial=0))
 
 
-# ---- the three kinds of measurement ----------------------------------------------------------------------------------
-def measure(benchmark, job, settings):
+# ---- the three kinds of measurement: a bench file names them test_* --------------------------------------------------
+def measure_loss(benchmark, job, settings):
     """Time one job, and for forward + backward also its peak memory."""
     case, phase = job.case, job.phase
     benchmark.group = f"{case}-{phase}"
@@ -304,9 +304,9 @@ def rounds_within(budget, seconds):
     return max(fewest, min(most, int(budget / max(seconds, 1e-9))))
 
 
-def measure_host(benchmark, job, settings):
+def measure_host(benchmark, host_job, settings):
     """Time the host's share of a call: tiny inputs, one thread, many calls in a row, the host's own clock."""
-    case = job.case
+    job, case = host_job, host_job.case
     inputs = input_sets(case, settings.device)[0]
     function = function_of(case, job.implementation)
     call = Call(function, [inputs], job.phase, "cpu")
@@ -336,10 +336,10 @@ def host_jobs(cases, settings, family):
 CEILINGS = ("copy", "matmul")
 
 
-def measure_ceiling(benchmark, name, settings):
+def measure_ceiling(benchmark, ceiling, settings):
     """Time a copy far larger than any cache, or a matrix product in float32 (torch's default: without TF32)."""
     cuda = settings.device == "cuda"
-    if name == "copy":
+    if ceiling == "copy":
         source = torch.rand(2**30 if cuda else 2**26, device=settings.device)
         target = torch.empty_like(source)
         work, unit = 2 * source.nbytes, "B/s"
@@ -356,7 +356,7 @@ def measure_ceiling(benchmark, name, settings):
 
     benchmark.group = "ceilings"
     benchmark.pedantic(run, setup=lambda: synchronize(settings.device), rounds=20, warmup_rounds=3)
-    benchmark.extra_info.update(kind="ceiling", name=name, work=work, unit=unit)
+    benchmark.extra_info.update(kind="ceiling", name=ceiling, work=work, unit=unit)
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------

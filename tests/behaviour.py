@@ -87,6 +87,18 @@ def check_compiled(function, tensors, **options):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+def check_autocast(function, tensors):
+    """Autocast changes no bit of a loss or a gradient."""
+    ours, theirs = leaves_of(tensors), leaves_of(tensors)
+    loss = function(*ours)
+    with torch.autocast(loss.device.type, dtype=torch.bfloat16):
+        inside = function(*theirs)
+    assert inside.dtype == loss.dtype and torch.equal(inside, loss)
+    grads = (torch.autograd.grad(x, y, allow_unused=True) for x, y in ((inside, theirs), (loss, ours)))
+    for got, want in zip(*grads, strict=True):
+        assert got is None if want is None else torch.equal(got, want)
+
+
 def check_refuses_transforms(function, x):
     """torch.func sees no gradient of a kernel: an error rather than a wrong number."""
     stacked = torch.stack([x, x])

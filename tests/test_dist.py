@@ -1,5 +1,6 @@
 """DIST, which is plain PyTorch with a written gradient and has no kernel: as test_softmax_kl.py tests the ops."""
 
+import behaviour
 import oracles
 import pytest
 import torch
@@ -137,19 +138,13 @@ def test_upstream_gradients(device):
 
 
 def test_double_backward_raises(device):
-    student, teacher = (x.requires_grad_() for x in make(device, 4, 5))
-    loss = kdfast.DIST()(student, teacher)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(loss, student, create_graph=True)
+    leaves = behaviour.leaves_of(make(device, 4, 5))
+    behaviour.check_refuses_second_derivative(kdfast.DIST()(*leaves), leaves[0])
 
 
 def test_inplace_change_raises(device):
-    student, teacher = make(device, 4, 5)
-    changed = student.requires_grad_() * 1.0
-    loss = kdfast.DIST()(changed, teacher)
-    changed.add_(1.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    for index in (0, 1):
+        behaviour.check_refuses_changed_input(kdfast.DIST(), make(device, 4, 5), index)
 
 
 def test_errors(dtensor):
@@ -170,30 +165,20 @@ def test_errors(dtensor):
 
 
 def test_compile(device):
-    torch.compiler.reset()
-    a, b = [x.requires_grad_() for x in make(device, 6, 9)], []
-    b = [x.detach().clone().requires_grad_() for x in a]
-    loss, eager = torch.compile(kdfast.DIST(), fullgraph=True, backend="aot_eager")(*a), kdfast.DIST()(*b)
-    torch.testing.assert_close(loss, eager)
-    for got, want in zip(torch.autograd.grad(loss, a), torch.autograd.grad(eager, b), strict=True):
-        torch.testing.assert_close(got, want)
+    behaviour.check_compiled(kdfast.DIST(), list(make(device, 6, 9)), backend="aot_eager")
 
 
 def test_autocast(device):
-    student, teacher = make(device, 6, 9, dtype=torch.float32)
-    with torch.autocast(device.type, dtype=torch.bfloat16):
-        inside = kdfast.DIST()(student, teacher)
-    assert torch.equal(inside, kdfast.DIST()(student, teacher))
+    behaviour.check_autocast(kdfast.DIST(), list(make(device, 6, 9, dtype=torch.float32)))
 
 
 @pytest.mark.parametrize("shape", [(64, 100), (1, 100_000), (20_000, 3)], ids=str)
-def test_deterministic(device, shape, threads):
-    student, teacher = make(device, *shape, dtype=torch.float32)
-    results = []
-    for number in (1, 2, 2):
-        threads(number)
-        leaf = student.clone().requires_grad_()
-        loss = kdfast.DIST()(leaf, teacher)
-        results.append((loss.detach(), torch.autograd.grad(loss, leaf)[0]))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+def test_deterministic(device, shape, same_bits):
+    tensors = list(make(device, *shape, dtype=torch.float32))
+
+    def run():
+        leaves = behaviour.leaves_of(tensors)
+        loss = kdfast.DIST()(*leaves)
+        return [loss, *torch.autograd.grad(loss, leaves)]
+
+    same_bits(run)
