@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -62,7 +63,13 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::vector<int64_t> s
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
-  return Tensor(handle);
+  Tensor x(handle);
+#if defined(KD_SIMT)
+  int64_t bytes;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(x.get(), &bytes));
+  if (bytes > 0) memset(x.data_ptr(), 0xff, bytes);  // NaN in every dtype: an element that no kernel writes shows
+#endif
+  return x;
 }
 
 inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::Double; }
