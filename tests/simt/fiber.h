@@ -20,7 +20,7 @@
 extern "C" void simt_switch(void** save, void* to);
 asm(R"(
 .pushsection .text
-.weak simt_switch
+.globl simt_switch
 .hidden simt_switch
 .type simt_switch, @function
 simt_switch:
