@@ -37,6 +37,7 @@ CAUGHT = {
     # ---- races
     "missing_barrier": {"races": RACE + "|" + UNINITIALISED, "plain": "nan"},
     "missing_barrier_before_reuse": {"races": RACE, "plain": r"^\["},
+    "missing_barrier_around_structs": {"races": RACE, "plain": r"^\["},
     "missing_syncwarp": {"races": RACE + "|" + UNINITIALISED, "plain": "nan"},
     "missing_atomic": {"races": "race: thread .* of shared `count`"},
     "blocks_overlap": {"races": "race: thread (.*) writes global memory.*after thread .* of another block wrote it"},

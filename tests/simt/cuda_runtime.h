@@ -11,7 +11,9 @@
 #include "simt.h"
 #include "vector_types.h"
 
-#define __global__
+// Everything is inlined, as nvcc does: g++ announces no store through the hidden pointer of a call that returns a
+// struct.
+#define __global__ __attribute__((flatten))
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
@@ -49,9 +51,7 @@ T shuffle(const char* what, unsigned mask, T value, int source, bool inside, Pla
   static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "what CUDA shuffles: up to 8 bytes");
   const Lanes& lanes = collective(what, mask, bits<uint64_t>(value), at);
   if (!inside) return value;
-  if (!(lanes.present >> source & 1)) {
-    fail(std::string(what) + " reads lane " + std::to_string(source) + ", which takes no part in it");
-  }
+  if (!(lanes.present >> source & 1)) fail_absent(what, source);
   return bits<T>(lanes.value[source]);
 }
 

@@ -11,7 +11,8 @@ namespace {
 constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 64;
 
-// ---- memory ----------------------------------------------------------------------------------------------------------
+// ---- memory
+// ----------------------------------------------------------------------------------------------------------
 template <bool kFault>
 __global__ void reads_global_out_of_bounds(const float* x, float* y, int n) {
   const int i = threadIdx.x;
@@ -66,7 +67,8 @@ __global__ void unwritten_output(const float* x, float* y, int n) {
   if (i < (kFault ? n - 1 : n)) y[i] = 2 * x[i];
 }
 
-// ---- races -----------------------------------------------------------------------------------------------------------
+// ---- races
+// -----------------------------------------------------------------------------------------------------------
 template <bool kFault>
 __global__ void missing_barrier(const float* x, float* y, int n) {
   KD_SHARED(float, tile, kThreads);
@@ -89,6 +91,28 @@ __global__ void missing_barrier_before_reuse(const float* x, float* y, int n) {
     if (!kFault) __syncthreads();
   }
   y[other] = sum * 2 / 3;
+}
+
+struct Triple {
+  float x, twice, thrice;
+};
+
+__device__ Triple triple(const float* x, int i, int n) {  // not so short that every compiler inlines it
+  if (i < 0 || i >= n) return {0, 0, 0};
+  return {x[i], x[i] + x[i], x[i] + x[i] + x[i]};
+}
+
+// Stores of whole structs, which functions return.
+template <bool kFault>
+__global__ void missing_barrier_around_structs(const float* x, float* y, int n) {
+  KD_SHARED(Triple, tile, kThreads);
+  const int i = threadIdx.x;
+  tile[i] = triple(x, i - 1, n);
+  __syncthreads();
+  if (!kFault) tile[i] = triple(x, i, n);
+  __syncthreads();
+  if (kFault) tile[i] = triple(x, i, n);
+  y[n - 1 - i] = tile[n - 1 - i].twice;
 }
 
 template <bool kFault>
@@ -122,7 +146,8 @@ __global__ void blocks_overlap(const float* x, float* y, int n) {
   for (int i = first + threadIdx.x; i < (kFault ? n : first + each); i += blockDim.x) y[i] = 2 * x[i];
 }
 
-// ---- barriers and collectives ----------------------------------------------------------------------------------------
+// ---- barriers and collectives
+// ----------------------------------------------------------------------------------------
 template <bool kFault>
 __global__ void different_barriers(const float* x, float* y, int n) {
   const int i = threadIdx.x;
@@ -188,7 +213,10 @@ struct Case {
   Kernel right, wrong;
 };
 
-#define CASE(name, ...) {#name, Case{{__VA_ARGS__}, name<false>, name<true>}}
+#define CASE(name, ...)                                    \
+  {                                                        \
+    #name, Case { {__VA_ARGS__}, name<false>, name<true> } \
+  }
 const std::map<std::string, Case> kCases = {
     CASE(reads_global_out_of_bounds, 1, kThreads),
     CASE(writes_global_out_of_bounds, 1, kThreads),
@@ -199,6 +227,7 @@ const std::map<std::string, Case> kCases = {
     CASE(unwritten_output, 1, kThreads),
     CASE(missing_barrier, 1, kThreads),
     CASE(missing_barrier_before_reuse, 1, kThreads),
+    CASE(missing_barrier_around_structs, 1, kThreads),
     CASE(missing_syncwarp, 1, kThreads),
     CASE(missing_atomic, 1, kThreads),
     CASE(blocks_overlap, 2, kThreads),

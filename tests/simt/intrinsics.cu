@@ -78,7 +78,5 @@ Pair intrinsics(Tensor x, Tensor counters) {  // [32] int32, [10] int32
 }  // namespace
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY(kdfast_intrinsics, m) {
-  m.def("run(Tensor x, Tensor(a!) counters) -> (Tensor, Tensor(a!))");
-}
+STABLE_TORCH_LIBRARY(kdfast_intrinsics, m) { m.def("run(Tensor x, Tensor(a!) counters) -> (Tensor, Tensor(a!))"); }
 STABLE_TORCH_LIBRARY_IMPL(kdfast_intrinsics, CPU, m) { m.impl("run", TORCH_BOX(&kdfast::intrinsics)); }

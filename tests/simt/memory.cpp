@@ -48,8 +48,10 @@ const Shared kDynamic{"dynamic shared memory"};
 std::vector<Array> arrays;  // of the running block
 size_t dynamic_bytes = 0;
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
-uintptr_t last_number = 0;  // of the page used last
-Page* last_page = nullptr;
+struct {
+  uintptr_t number;
+  Page* page;
+} recent[64] = {};  // pages, each at its number modulo 64
 
 // Barriers of a block are counted through all blocks and launches. Within an epoch, only lanes of a warp may be
 // ordered: each counts its __syncwarps, and knows up to which count the accesses of each lane come before its own.
@@ -61,18 +63,18 @@ bool fenced = false;
 uint32_t& own_clock(unsigned thread) { return known[thread][thread % kWarp]; }
 
 Cell& cell_of(uintptr_t address) {
-  if (!last_page || address / kPage != last_number) {
-    last_number = address / kPage;
-    std::unique_ptr<Page>& page = pages[last_number];
+  const uintptr_t number = address / kPage;
+  auto& last = recent[number % 64];
+  if (!last.page || last.number != number) {
+    std::unique_ptr<Page>& page = pages[number];
     if (!page) page.reset(new Page[1]);
-    last_page = page.get();
+    last = {number, page.get()};
   }
-  return (*last_page)[address % kPage];
+  return (*last.page)[address % kPage];
 }
 
-// Whether `a` comes before what the running thread does now.
-bool before(const Access& a) {
-  const unsigned thread = running();
+// Whether `a` comes before what `thread`, the running one, does now.
+bool before(const Access& a, unsigned thread) {
   if (a.epoch < launch_epoch) return true;
   if (a.epoch < block_epoch) return fenced;
   if (a.epoch < epoch || a.thread == thread) return true;
@@ -83,7 +85,7 @@ bool before(const Access& a) {
 // no write can come after one of them and not be seen to clash with the other.
 void remember(Access (&reads)[2], const Access& now) {
   for (Access& read : reads) {
-    if (before(read)) {
+    if (before(read, now.thread)) {
       read = now;
       return;
     }
@@ -127,7 +129,7 @@ void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
       fail("uninitialised: thread " + std::to_string(thread) + " reads " + place(address) +
            ", which nothing has written\n  at " + where(code));
     }
-    if (!before(cell.write) && !(kind == Kind::kAtomic && cell.write.atomic)) {
+    if (!before(cell.write, thread) && !(kind == Kind::kAtomic && cell.write.atomic)) {
       report_race(address, cell.write, "wrote", now, kind == Kind::kRead ? "reads" : "writes");
     }
     if (kind == Kind::kRead) {
@@ -135,7 +137,7 @@ void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
       continue;
     }
     for (const Access& read : cell.reads) {
-      if (!before(read)) report_race(address, read, "read", now, "writes");
+      if (!before(read, thread)) report_race(address, read, "read", now, "writes");
     }
     cell.write = now;
   }
@@ -148,7 +150,7 @@ void start_launch(size_t shared_bytes) {
   launch_epoch = ++epoch;
   if (pages.size() > kMaxPages) {
     pages.clear();
-    last_page = nullptr;
+    for (auto& last : recent) last = {};
   }
 }
 

@@ -229,6 +229,10 @@ void fail(const std::string& what) {
   std::abort();  // it is never resumed
 }
 
+void fail_absent(const char* what, int source) {
+  fail(std::string(what) + " reads lane " + std::to_string(source) + ", which takes no part in it");
+}
+
 int running() { return current; }
 
 bool on_stack(const void* address) {

@@ -37,6 +37,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const void* kernel, const s
 
 // Ends the launch: run() throws, with this message and where the kernel was.
 [[noreturn]] void fail(const std::string& what);
+[[noreturn]] void fail_absent(const char* what, int source);  // a lane that takes no part in the collective `what`
 
 // The same all life long, since each thread has a stack of its own.
 __attribute__((const)) uint3 thread_index();
