@@ -6,6 +6,7 @@ Environment:
 """
 
 import os
+import zlib
 from dataclasses import dataclass
 
 import pytest
@@ -117,6 +118,9 @@ def implementation(request, monkeypatch):
         with kdfast.fallback():
             yield Implementation(name)
     elif name == "simt":
+        if "KDFAST_SIMT_SEED" not in os.environ:  # each test has another order of threads, and keeps it
+            seed = zlib.crc32(request.node.nodeid.encode())
+            request.getfixturevalue("monkeypatch").setenv("KDFAST_SIMT_SEED", str(seed))
         with _kernels.override(_simt_kernels(request.config), ("CPU",)):
             yield Implementation(name)
     else:

@@ -1,7 +1,12 @@
-"""Builds csrc/*/cuda.cu as plain C++ over tests/simt/cuda_runtime.h, so that the CUDA kernels run without a GPU.
+"""Builds .cu sources as plain C++ over tests/simt/, so that the CUDA kernels run without a GPU.
 
-The scheduler there runs the threads of a block in random order and reports a deadlock; a missing barrier shows as a
-wrong number. Slow (tens of milliseconds per op, a millisecond per row), so tests give it few rows.
+There a scheduler runs the threads of a block in random order, and faults of a kernel are exceptions: see the headers
+of tests/simt/scheduler.cpp and memory.cpp. Slow (a millisecond per block), so tests give it few rows.
+
+Environment:
+    KDFAST_SIMT=VARIANT        one of VARIANTS below; by default "races"
+    KDFAST_SIMT_SEED=NUMBER    the order of threads; by default another one in each test
+    KDFAST_SIMT_CSRC=FOLDER    the sources, instead of csrc/
 """
 
 import functools
@@ -10,6 +15,8 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,13 +25,34 @@ from torch.utils import cpp_extension
 from kdfast import _kernels
 
 ROOT = Path(__file__).parents[1]
+RUNTIME = [ROOT / "tests/simt/scheduler.cpp", ROOT / "tests/simt/memory.cpp"]
 NAMESPACE = "kdfast_simt"  # KD_CUDA_LIBRARY of a KD_SIMT build
-FLAGS = [
-    *("-x", "c++", "-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"),
+FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g1"]
+RUNTIME_FLAGS = ["-O2"]
+KERNEL_FLAGS = [
+    *("-x", "c++", "-O1", "-DKD_SIMT", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
     # Like nvcc: products and sums contract to fused multiply-adds. That needs a processor that has them.
     *("-march=native", "-ffp-contract=fast"),
-    *("-DKD_SIMT", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
 ]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Flags for kernels, and for everything."""
+
+    kernels: tuple = ()
+    all: tuple = ()
+
+
+VARIANTS = {
+    "plain": Variant(),  # finds what random schedules and poisoned memory find, as every variant does
+    "races": Variant(kernels=("-fsanitize=thread",)),  # the sanitizer's runtime is memory.cpp
+    # Accesses out of bounds and undefined behaviour. The process must start as `sanitized` says, and ends at a fault.
+    "address": Variant(all=("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")),
+}
+
+
+FAMILIES = sorted(path.parent.name for path in ROOT.glob("csrc/*/cuda.cu"))
 
 
 class Unavailable(Exception):
@@ -46,10 +74,26 @@ def _compiler():
     return compiler
 
 
-def _digest(sources, command):
-    headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *ROOT.glob("tests/simt/*.h")]
+def sanitized():
+    """The environment of a process that runs the variant "address"."""
+    ask = [_compiler(), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        raise Unavailable("no address sanitizer")
+    return {
+        **os.environ,
+        # First of all, so that torch's tensors, too, have guarded ends; it looks for exceptions in libstdc++ at once.
+        "LD_PRELOAD": f"{runtime}:libstdc++.so.6",
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # neither Python nor fibers bear them
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "KDFAST_SIMT": "address",
+    }
+
+
+def _digest(csrc, command, inputs):
+    headers = [*csrc.glob("**/*.h"), *csrc.glob("**/*.cuh"), *ROOT.glob("tests/simt/*.h")]
     digest = hashlib.sha256(repr((command, torch.__version__, torch.__file__)).encode())
-    for path in sorted([*sources, *headers]):
+    for path in [*inputs, *sorted(headers)]:
         digest.update(path.read_bytes())
     cpuinfo = Path("/proc/cpuinfo")  # what -march=native means
     flags = re.search(r"^(flags|Features).*$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
@@ -57,28 +101,42 @@ def _digest(sources, command):
     return digest.hexdigest()[:16]
 
 
-def _build(folder):
-    """-> the library, compiled anew if a source, a header, a flag, torch or the processor changed."""
-    sources = sorted(ROOT.glob("csrc/*/cuda.cu"))
-    includes = [ROOT / "tests/simt", ROOT / "csrc", *cpp_extension.include_paths()]
-    command = [_compiler(), *FLAGS, *(f"-I{path}" for path in includes), *map(str, sources)]
-    command += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-ltorch_cpu", "-lc10"]
-    library = folder / f"simt-{_digest(sources, command)}.so"
-    if not library.exists():
-        partial = folder / f"{library.name}.{os.getpid()}"
-        done = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True)
+def _make(folder, name, suffix, csrc, command, inputs):
+    """-> what `command` makes of `inputs`, anew if one of them, a header, a flag, torch or the processor changed."""
+    made = folder / f"{name}-{_digest(csrc, command, inputs)}{suffix}"
+    if not made.exists():
+        partial = folder / f"{made.name}.{os.getpid()}"
+        done = subprocess.run([*command, *map(str, inputs), "-o", str(partial)], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"building the SIMT library failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
-        for stale in folder.glob("simt-*.so"):
+            raise RuntimeError(f"building {name} failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
+        for stale in folder.glob(f"{name}-*{suffix}"):
             stale.unlink(missing_ok=True)
-        os.replace(partial, library)
-    return library
+        os.replace(partial, made)
+    return made
+
+
+def build(folder, name, sources, variant, csrc=ROOT / "csrc"):
+    """-> a library of the .cu files `sources`, with the headers of `csrc`, each source compiled on its own."""
+    compiler, flags = _compiler(), VARIANTS[variant]
+    includes = [f"-I{path}" for path in (ROOT / "tests/simt", csrc, *cpp_extension.include_paths())]
+
+    def compile_source(source):
+        own = RUNTIME_FLAGS if source in RUNTIME else [*KERNEL_FLAGS, *flags.kernels, *includes]
+        stem = "-".join((name, variant, *source.with_suffix("").parts[-2:]))
+        return _make(folder, stem, ".o", csrc, [compiler, *FLAGS, *own, *flags.all, "-c"], [source])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_source, [*sources, *RUNTIME]))
+    link = [compiler, "-shared", "-Wl,-z,defs", *flags.all]
+    link += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    return _make(folder, f"{name}-{variant}", ".so", csrc, link, objects)
 
 
 @functools.lru_cache(maxsize=1)
 def kernels(folder):
     """-> op name -> the SIMT build of its CUDA kernel, for `kdfast._kernels.override`."""
-    torch.ops.load_library(str(_build(folder)))
+    variant, csrc = os.environ.get("KDFAST_SIMT", "races"), Path(os.environ.get("KDFAST_SIMT_CSRC", ROOT / "csrc"))
+    torch.ops.load_library(str(build(folder, "kernels", sorted(csrc.glob("*/cuda.cu")), variant, csrc)))
     library = torch.library.Library(NAMESPACE, "DEF")
     kernels.library = library  # a Library that is collected takes its ops with it
     for op in _kernels.OPS.values():

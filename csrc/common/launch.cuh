@@ -42,7 +42,7 @@ struct OnDevice {
 template <class... P, class... Q>
 void launch(const OnDevice&, Grid grid, void (*kernel)(P...), Q... args) {
   simt::run(dim3(static_cast<unsigned>(grid.blocks)), dim3(grid.threads), grid.shared_bytes,
-            [=] { kernel(static_cast<P>(args)...); });
+            reinterpret_cast<const void*>(kernel), [=] { kernel(static_cast<P>(args)...); });
 }
 
 #else

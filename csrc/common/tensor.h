@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -64,7 +65,12 @@ inline Tensor empty(const Tensor& like, ScalarType dtype, std::vector<int64_t> s
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
                                                   code, device_type, device_index, &handle));
   Tensor x(handle);
-  if (device_type == aoti_torch_device_type_cpu()) advise_huge_pages(x.data_ptr(), x.numel() * x.element_size());
+  const size_t bytes = x.numel() * x.element_size();
+#if defined(KD_SIMT)
+  if (bytes > 0) memset(x.data_ptr(), 0xff, bytes);  // NaN in every dtype: an element that no kernel writes shows
+#else
+  if (device_type == aoti_torch_device_type_cpu()) advise_huge_pages(x.data_ptr(), bytes);
+#endif
   return x;
 }
 

@@ -54,7 +54,7 @@ KD_HD float fast_log2(float x) {
 #else
   // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
   const int32_t n = (bits<int32_t>(x) - 0x3f3504f3) >> 23;
-  const float f = bits<float>(bits<int32_t>(x) - (n << 23)) - 1.0f;
+  const float f = bits<float>(bits<int32_t>(x) - n * (1 << 23)) - 1.0f;
   float p = 0.12583388f;
   p = p * f - 0.207261111f;
   p = p * f + 0.215712614f;

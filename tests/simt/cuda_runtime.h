@@ -1,175 +1,207 @@
-// Stands in for the CUDA runtime when a .cu source is compiled by a C++ compiler with -DKD_SIMT: every CUDA thread is a
-// fiber that runs until a barrier or a warp collective. A scheduler resumes runnable fibers in random order, so that a
-// missing barrier shows, and reports a block in which nothing can run.
+// Stands in for the CUDA runtime when a .cu source is compiled by a C++ compiler with -DKD_SIMT: the qualifiers, the
+// indices and the device functions that kernels may use. What a call means is in simt.h; numbers are computed in
+// functions of the C++ library, so that they are as good as CUDA's or better.
 #pragma once
 
-#include <ucontext.h>
-
 #include <algorithm>
-#include <cstdint>
-#include <cstdlib>
+#include <cmath>
 #include <cstring>
-#include <functional>
-#include <map>
-#include <memory>
-#include <random>
-#include <stdexcept>
-#include <vector>
+#include <type_traits>
 
-#define __global__
+#include "simt.h"
+#include "vector_types.h"
+
+// Everything is inlined, as nvcc does: g++ announces no store through the hidden pointer of a call that returns a
+// struct.
+#define __global__ __attribute__((flatten))
 #define __device__
 #define __host__
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
-};
+#define threadIdx (simt::thread_index())
+#define blockIdx (simt::block_index())
+#define blockDim (simt::block_size())
+#define gridDim (simt::grid_size())
+constexpr int warpSize = simt::kWarp;
 
+// ---- barriers
+// --------------------------------------------------------------------------------------------------------
+inline void __syncthreads(simt::Place at = simt::here()) { simt::block_barrier(at); }
+inline void __syncwarp(unsigned mask = ~0u, simt::Place at = simt::here()) { simt::warp_barrier(mask, at); }
+inline void __threadfence() { simt::fence(); }
+
+// ---- between the lanes of a warp
+// -------------------------------------------------------------------------------------
 namespace simt {
 
-constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 256 << 10;
-
-enum class Wait { kNothing, kWarp, kBlock, kDone };
-
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  Wait wait = Wait::kNothing;
-  uint64_t slot = 0;  // what the lane offers to its warp
-};
-
-struct Block {
-  ucontext_t scheduler;
-  std::vector<Fiber> fibers;
-  unsigned current = 0;
-  const std::function<void()>* body = nullptr;
-};
-
-// What a shared array is called, and by its address, which one it is.
-struct Shared {
-  const char* name;
-};
-
-// Shared memory of the running block. It starts as NaN: bits that are all 1 are one in every floating type.
-struct SharedMemory {
-  std::map<const Shared*, std::vector<char>> arrays;
-  std::vector<char> dynamic;
-};
-
-inline SharedMemory shared_memory;
-
-inline void* shared(const Shared& array, size_t bytes) {
-  return shared_memory.arrays.try_emplace(&array, bytes, char(0xff)).first->second.data();
+template <class To, class From>
+To bits(From from) {
+  static_assert(sizeof(From) <= sizeof(To) || sizeof(To) <= sizeof(From));
+  To to{};
+  memcpy(&to, &from, std::min(sizeof(to), sizeof(from)));
+  return to;
 }
 
-inline void* dynamic_shared() { return shared_memory.dynamic.data(); }
+inline int lane() { return thread_index().x % kWarp; }
 
-inline Block* block = nullptr;
-inline dim3 block_index, block_size, grid_size;
-
-struct ThreadIndex {
-  unsigned y = 0, z = 0;
-  struct X {
-    operator unsigned() const { return block->current; }
-  } x;
-};
-
-inline void yield(Wait wait) {
-  Fiber& fiber = block->fibers[block->current];
-  fiber.wait = wait;
-  swapcontext(&fiber.context, &block->scheduler);
-}
-
-inline void enter() {
-  (*block->body)();
-  yield(Wait::kDone);
-}
-
-// Fibers [begin, end) that all wait for `wait` (or are done) may go on; true if any does.
-inline bool release(unsigned begin, unsigned end, Wait wait) {
-  bool any = false;
-  for (unsigned i = begin; i < end; ++i) {
-    const Wait w = block->fibers[i].wait;
-    if (w != wait && w != Wait::kDone) return false;
-    any |= w == wait;
-  }
-  for (unsigned i = begin; any && i < end; ++i) {
-    if (block->fibers[i].wait == wait) block->fibers[i].wait = Wait::kNothing;
-  }
-  return any;
-}
-
-inline void run_block(unsigned threads, const std::function<void()>& body, std::mt19937& random) {
-  block->body = &body;
-  for (Fiber& fiber : block->fibers) {
-    fiber.wait = Wait::kNothing;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    makecontext(&fiber.context, enter, 0);
-  }
-  std::vector<unsigned> ready;
-  for (;;) {
-    ready.clear();
-    unsigned done = 0;
-    for (unsigned i = 0; i < threads; ++i) {
-      if (block->fibers[i].wait == Wait::kNothing) ready.push_back(i);
-      done += block->fibers[i].wait == Wait::kDone;
-    }
-    if (done == threads) return;
-    std::shuffle(ready.begin(), ready.end(), random);
-    for (unsigned i : ready) {
-      block->current = i;
-      swapcontext(&block->scheduler, &block->fibers[i].context);
-    }
-    bool released = false;
-    for (unsigned i = 0; i < threads; i += kWarp) released |= release(i, std::min(i + kWarp, threads), Wait::kWarp);
-    if (!released && ready.empty() && !release(0, threads, Wait::kBlock)) {
-      throw std::runtime_error("simt: deadlock: threads of one block wait at different barriers or collectives");
-    }
-  }
-}
-
-// Runs body() once for every thread of every block.
-inline void run(dim3 grid, dim3 threads, size_t shared_bytes, const std::function<void()>& body) {
-  const char* seed = std::getenv("KDFAST_SIMT_SEED");
-  std::mt19937 random(seed ? std::strtoul(seed, nullptr, 10) : 0);
-  Block state;
-  state.fibers.resize(threads.x);
-  block = &state;
-  block_size = threads;
-  grid_size = grid;
-  for (block_index.x = 0; block_index.x < grid.x; ++block_index.x) {
-    shared_memory = {{}, std::vector<char>(shared_bytes, char(0xff))};
-    run_block(threads.x, body, random);
-  }
-  block = nullptr;
-}
-
-// Every live lane of the warp offers `value`; the result is what lane `source` offered.
+// The value of lane `source` among `width` neighbours, where `inside` says that there is such a lane; else one's own.
 template <class T>
-T exchange(T value, unsigned source) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
-  const unsigned base = block->current / kWarp * kWarp;
-  memcpy(&block->fibers[block->current].slot, &value, sizeof(T));
-  yield(Wait::kWarp);
-  memcpy(&value, &block->fibers[base + source].slot, sizeof(T));
-  yield(Wait::kWarp);
+T shuffle(const char* what, unsigned mask, T value, int source, bool inside, Place at) {
+  static_assert(std::is_trivially_copyable<T>::value && sizeof(T) <= 8, "what CUDA shuffles: up to 8 bytes");
+  const Lanes& lanes = collective(what, mask, bits<uint64_t>(value), at);
+  if (!inside) return value;
+  if (!(lanes.present >> source & 1)) fail_absent(what, source);
+  return bits<T>(lanes.value[source]);
+}
+
+template <class T, class Op>
+T reduce(const char* what, unsigned mask, T value, Op op, Place at) {
+  static_assert(std::is_integral<T>::value && sizeof(T) == 4, "what CUDA reduces: 32-bit integers");
+  const Lanes& lanes = collective(what, mask, bits<uint64_t>(value), at);
+  for (int i = 0; i < int(kWarp); ++i) {
+    if (i != lane() && lanes.present >> i & 1) value = op(value, bits<T>(lanes.value[i]));
+  }
   return value;
 }
 
 }  // namespace simt
 
-inline const simt::ThreadIndex threadIdx;
-#define blockIdx simt::block_index
-#define blockDim simt::block_size
-#define gridDim simt::grid_size
-
-inline void __syncthreads() { simt::yield(simt::Wait::kBlock); }
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32, simt::Place at = simt::here()) {
+  const int first = simt::lane() / width * width;
+  return simt::shuffle("__shfl_sync", mask, value, first + (source & (width - 1)), true, at);
+}
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int lanes) {
-  return simt::exchange(value, (threadIdx.x % simt::kWarp) ^ lanes);
+T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, simt::Place at = simt::here()) {
+  const int source = simt::lane() - int(delta), first = simt::lane() / width * width;
+  return simt::shuffle("__shfl_up_sync", mask, value, source, source >= first, at);
 }
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, simt::Place at = simt::here()) {
+  const int source = simt::lane() + int(delta), end = (simt::lane() / width + 1) * width;
+  return simt::shuffle("__shfl_down_sync", mask, value, source, source < end, at);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, simt::Place at = simt::here()) {
+  const int source = simt::lane() ^ lane_mask, end = (simt::lane() / width + 1) * width;
+  return simt::shuffle("__shfl_xor_sync", mask, value, source, source < end, at);
+}
+
+inline unsigned __ballot_sync(unsigned mask, int predicate, simt::Place at = simt::here()) {
+  const unsigned bit = predicate ? 1u << simt::lane() : 0u;
+  return simt::reduce("__ballot_sync", mask, bit, [](unsigned a, unsigned b) { return a | b; }, at);
+}
+
+inline int __any_sync(unsigned mask, int predicate, simt::Place at = simt::here()) {
+  return simt::reduce("__any_sync", mask, int(predicate != 0), [](int a, int b) { return a | b; }, at);
+}
+
+inline int __all_sync(unsigned mask, int predicate, simt::Place at = simt::here()) {
+  return simt::reduce("__all_sync", mask, int(predicate != 0), [](int a, int b) { return a & b; }, at);
+}
+
+#define SIMT_REDUCE(name, expression)                                                      \
+  template <class T>                                                                       \
+  T name(unsigned mask, T value, simt::Place at = simt::here()) {                          \
+    return simt::reduce(#name, mask, value, [](T a, T b) -> T { return expression; }, at); \
+  }
+SIMT_REDUCE(__reduce_add_sync, a + b)
+SIMT_REDUCE(__reduce_min_sync, std::min(a, b))
+SIMT_REDUCE(__reduce_max_sync, std::max(a, b))
+SIMT_REDUCE(__reduce_and_sync, a& b)
+SIMT_REDUCE(__reduce_or_sync, a | b)
+SIMT_REDUCE(__reduce_xor_sync, a ^ b)
+#undef SIMT_REDUCE
+
+// ---- atomics: each returns the old value
+// -----------------------------------------------------------------------------
+namespace simt {
+
+template <class T>
+struct Same {
+  using type = T;
+};
+
+template <class T, class F>
+T update(T* at, F f) {
+  T old;
+  atomic_load(at, &old, sizeof(T));
+  const T value = f(old);
+  atomic_store(at, &value, sizeof(T));
+  return old;
+}
+
+}  // namespace simt
+
+#define SIMT_ATOMIC(name, condition, expression)                     \
+  template <class T>                                                 \
+  T name(T* at, typename simt::Same<T>::type value) {                \
+    static_assert(condition, #name " of this type is not CUDA's");   \
+    return simt::update(at, [=](T old) -> T { return expression; }); \
+  }
+SIMT_ATOMIC(atomicAdd, std::is_arithmetic<T>::value && sizeof(T) >= 4, old + value)
+SIMT_ATOMIC(atomicSub, std::is_integral<T>::value && sizeof(T) == 4, old - value)
+SIMT_ATOMIC(atomicExch, sizeof(T) == 4 || sizeof(T) == 8, value)
+SIMT_ATOMIC(atomicMin, std::is_integral<T>::value && sizeof(T) >= 4, std::min(old, value))
+SIMT_ATOMIC(atomicMax, std::is_integral<T>::value && sizeof(T) >= 4, std::max(old, value))
+SIMT_ATOMIC(atomicInc, (std::is_same<T, unsigned>::value), old >= value ? 0 : old + 1)
+SIMT_ATOMIC(atomicAnd, std::is_integral<T>::value && sizeof(T) >= 4, old& value)
+SIMT_ATOMIC(atomicOr, std::is_integral<T>::value && sizeof(T) >= 4, old | value)
+SIMT_ATOMIC(atomicXor, std::is_integral<T>::value && sizeof(T) >= 4, old ^ value)
+#undef SIMT_ATOMIC
+
+template <class T>
+T atomicCAS(T* at, typename simt::Same<T>::type expected, typename simt::Same<T>::type value) {
+  static_assert(std::is_integral<T>::value && sizeof(T) >= 4, "atomicCAS of this type is not CUDA's");
+  return simt::update(at, [=](T old) { return old == expected ? value : old; });
+}
+
+// ---- cached loads and stores
+// -----------------------------------------------------------------------------------------
+#define SIMT_LOAD(name) \
+  template <class T>    \
+  T name(const T* at) { \
+    return *at;         \
+  }
+SIMT_LOAD(__ldg)
+SIMT_LOAD(__ldcg)
+SIMT_LOAD(__ldcs)
+#undef SIMT_LOAD
+
+template <class T>
+void __stcs(T* at, typename simt::Same<T>::type value) {
+  *at = value;
+}
+
+// ---- numbers
+// ---------------------------------------------------------------------------------------------------------
+using std::max;
+using std::min;
+
+// glibc declares functions of these names, and has none.
+#define __expf expf
+#define __logf logf
+#define __log2f log2f
+#define __powf powf
+#define __sinf sinf
+#define __cosf cosf
+
+inline float __fdividef(float a, float b) { return a / b; }
+inline float __frcp_rn(float x) { return 1 / x; }
+inline float __fsqrt_rn(float x) { return std::sqrt(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __saturatef(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
+inline double rsqrt(double x) { return 1 / std::sqrt(x); }
+
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(x); }
+inline float __int_as_float(int x) { return simt::bits<float>(x); }
+inline int __float_as_int(float x) { return simt::bits<int>(x); }
+inline unsigned __float_as_uint(float x) { return simt::bits<unsigned>(x); }
+inline float __uint_as_float(unsigned x) { return simt::bits<float>(x); }

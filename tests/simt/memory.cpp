@@ -1,0 +1,239 @@
+// Shared memory, and what the accesses of kernels tell about races.
+//
+// Shared arrays come to life with each block, filled with NaN (bits that are all 1, in every floating type), each in an
+// allocation of its own, so that the address sanitizer sees where it ends.
+//
+// Kernels compiled with -fsanitize=thread call the __tsan_ functions below before each access; the sanitizer's own
+// runtime is not linked. Every byte that a kernel touches has a cell that knows who wrote it last and who has read it
+// since. Two accesses of different threads, one of them a write, must be ordered: by a barrier of the block or by
+// __syncwarp. The other collectives order nothing, as in CUDA. Blocks are never ordered; but a block that has called
+// __threadfence may touch what earlier blocks wrote: whether its handshake is right is not checked.
+#include <cstring>
+#include <memory>
+#include <unordered_map>
+#include <vector>
+
+#include "runtime.h"
+#include "simt.h"
+
+namespace simt {
+namespace {
+
+constexpr unsigned kThreads = 1024;
+constexpr size_t kPage = 256;           // bytes whose cells lie together
+constexpr size_t kMaxPages = 16 << 10;  // then those of finished launches are dropped
+
+struct Access {
+  uint32_t epoch = 0;  // 0: never
+  uint32_t thread : 10;
+  uint32_t clock : 21;
+  uint32_t atomic : 1;
+  const void* code;
+};
+
+struct Cell {
+  Access write, reads[2];
+};
+
+using Page = Cell[kPage];
+
+struct Array {
+  const Shared* declaration;
+  std::unique_ptr<char[]> data;
+  size_t bytes;
+};
+
+const Shared kDynamic{"dynamic shared memory"};
+
+std::vector<Array> arrays;  // of the running block
+size_t dynamic_bytes = 0;
+std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+struct {
+  uintptr_t number;
+  Page* page;
+} recent[64] = {};  // pages, each at its number modulo 64
+
+// Barriers of a block are counted through all blocks and launches. Within an epoch, only lanes of a warp may be
+// ordered: each counts its __syncwarps, and knows up to which count the accesses of each lane come before its own.
+uint32_t launch_epoch = 1, block_epoch = 1, epoch = 1;
+uint32_t known[kThreads][kWarp];
+bool watching = false;  // kernels announce their accesses
+bool fenced = false;
+
+uint32_t& own_clock(unsigned thread) { return known[thread][thread % kWarp]; }
+
+Cell& cell_of(uintptr_t address) {
+  const uintptr_t number = address / kPage;
+  auto& last = recent[number % 64];
+  if (!last.page || last.number != number) {
+    std::unique_ptr<Page>& page = pages[number];
+    if (!page) page.reset(new Page[1]);
+    last = {number, page.get()};
+  }
+  return (*last.page)[address % kPage];
+}
+
+// Whether `a` comes before what `thread`, the running one, does now.
+bool before(const Access& a, unsigned thread) {
+  if (a.epoch < launch_epoch) return true;
+  if (a.epoch < block_epoch) return fenced;
+  if (a.epoch < epoch || a.thread == thread) return true;
+  return a.thread / kWarp == thread / kWarp && known[thread][a.thread % kWarp] >= a.clock;
+}
+
+// A new read takes the place of one that it comes after. Of more than two at once, two of different warps are enough:
+// no write can come after one of them and not be seen to clash with the other.
+void remember(Access (&reads)[2], const Access& now) {
+  for (Access& read : reads) {
+    if (before(read, now.thread)) {
+      read = now;
+      return;
+    }
+  }
+  if (reads[0].thread / kWarp == reads[1].thread / kWarp) reads[1] = now;
+}
+
+const Array* array_at(uintptr_t address) {
+  for (const Array& array : arrays) {
+    if (address - reinterpret_cast<uintptr_t>(array.data.get()) < array.bytes) return &array;
+  }
+  return nullptr;
+}
+
+std::string place(uintptr_t address) {
+  const Array* array = array_at(address);
+  if (!array) return "global memory";
+  const uintptr_t offset = address - reinterpret_cast<uintptr_t>(array->data.get());
+  return "byte " + std::to_string(offset) + " of shared `" + array->declaration->name + "`";
+}
+
+[[noreturn]] void report_race(uintptr_t address, const Access& first, const char* did, const Access& now,
+                              const char* does) {
+  const bool other_block = first.epoch < block_epoch;
+  fail("race: thread " + std::to_string(now.thread) + " " + does + " " + place(address) + "\n  at " + where(now.code) +
+       "\n  after thread " + std::to_string(first.thread) + (other_block ? " of another block" : "") + " " + did +
+       " it\n  at " + where(first.code) + "\n  with no barrier in between");
+}
+
+enum class Kind { kRead, kWrite, kAtomic };
+
+void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
+  if (!watching || running() == kNone || on_stack(pointer)) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
+  const unsigned thread = running();
+  const Access now{epoch, thread, own_clock(thread), kind == Kind::kAtomic, code};
+  const bool is_shared = array_at(begin) != nullptr;
+  for (uintptr_t address = begin; address < begin + bytes; ++address) {
+    Cell& cell = cell_of(address);
+    if (is_shared && kind != Kind::kWrite && cell.write.epoch == 0) {
+      fail("uninitialised: thread " + std::to_string(thread) + " reads " + place(address) +
+           ", which nothing has written\n  at " + where(code));
+    }
+    if (!before(cell.write, thread) && !(kind == Kind::kAtomic && cell.write.atomic)) {
+      report_race(address, cell.write, "wrote", now, kind == Kind::kRead ? "reads" : "writes");
+    }
+    if (kind == Kind::kRead) {
+      remember(cell.reads, now);
+      continue;
+    }
+    for (const Access& read : cell.reads) {
+      if (!before(read, thread)) report_race(address, read, "read", now, "writes");
+    }
+    cell.write = now;
+  }
+}
+
+}  // namespace
+
+void start_launch(size_t shared_bytes) {
+  dynamic_bytes = shared_bytes;
+  launch_epoch = ++epoch;
+  if (pages.size() > kMaxPages) {
+    pages.clear();
+    for (auto& last : recent) last = {};
+  }
+}
+
+void start_block() {
+  arrays.clear();
+  fenced = false;
+  block_epoch = ++epoch;
+  for (unsigned i = 0; i < kThreads; ++i) own_clock(i) = std::max(own_clock(i), 1u);
+}
+
+void order_block() { ++epoch; }
+
+void order_warp(unsigned warp, uint32_t lanes) {
+  uint32_t all[kWarp] = {};
+  const auto each = [&](auto f) {
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (lanes >> lane & 1) f(warp * kWarp + lane);
+    }
+  };
+  each([&](unsigned thread) {
+    for (unsigned i = 0; i < kWarp; ++i) all[i] = std::max(all[i], known[thread][i]);
+  });
+  each([&](unsigned thread) {
+    memcpy(known[thread], all, sizeof(all));
+    ++own_clock(thread);
+  });
+}
+
+void fence() { fenced = true; }
+
+void* shared(const Shared& array, size_t bytes) {
+  for (const Array& a : arrays) {
+    if (a.declaration == &array) return a.data.get();
+  }
+  arrays.push_back({&array, std::unique_ptr<char[]>(new char[bytes]), bytes});
+  char* data = arrays.back().data.get();
+  memset(data, 0xff, bytes);
+  for (size_t i = 0; i < bytes; ++i) cell_of(reinterpret_cast<uintptr_t>(data) + i) = Cell{};
+  return data;
+}
+
+void* dynamic_shared() { return shared(kDynamic, dynamic_bytes); }
+
+void atomic_load(const void* from, void* to, size_t bytes) {
+  touch(from, bytes, Kind::kAtomic, __builtin_return_address(0));
+  memcpy(to, from, bytes);
+}
+
+void atomic_store(void* to, const void* from, size_t bytes) { memcpy(to, from, bytes); }
+
+}  // namespace simt
+
+// ---- what code compiled with -fsanitize=thread calls
+// -----------------------------------------------------------------
+extern "C" {
+
+#define SIMT_HOOK(size)                                                                                         \
+  void __tsan_read##size(void* at) { simt::touch(at, size, simt::Kind::kRead, __builtin_return_address(0)); }   \
+  void __tsan_write##size(void* at) { simt::touch(at, size, simt::Kind::kWrite, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##size(void* at) {                                                                  \
+    simt::touch(at, size, simt::Kind::kRead, __builtin_return_address(0));                                      \
+  }                                                                                                             \
+  void __tsan_unaligned_write##size(void* at) {                                                                 \
+    simt::touch(at, size, simt::Kind::kWrite, __builtin_return_address(0));                                     \
+  }
+SIMT_HOOK(1)
+SIMT_HOOK(2)
+SIMT_HOOK(4)
+SIMT_HOOK(8)
+SIMT_HOOK(16)
+
+void __tsan_read_range(void* at, size_t bytes) {
+  simt::touch(at, bytes, simt::Kind::kRead, __builtin_return_address(0));
+}
+void __tsan_write_range(void* at, size_t bytes) {
+  simt::touch(at, bytes, simt::Kind::kWrite, __builtin_return_address(0));
+}
+int __tsan_atomic32_fetch_add(volatile int* at, int value, int) {
+  return __atomic_fetch_add(at, value, __ATOMIC_ACQ_REL);
+}
+void __tsan_init() { simt::watching = true; }  // when such code is loaded
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_update(void**, void*) {}
+void __tsan_vptr_read(void**) {}
+}
