@@ -4,7 +4,7 @@ BIN = .venv/bin
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test sanitize lint format bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/kdfast doctor
@@ -12,6 +12,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	KDFAST_TEST_REQUIRE_KERNELS=1 $(BIN)/python -m pytest
+
+sanitize: .venv/installed
+	$(BIN)/python .ci/sanitize.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .

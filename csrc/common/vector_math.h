@@ -53,8 +53,8 @@ KD_HD float fast_log2(float x) {
   return ::log2f(x);
 #else
   // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-  const int32_t n = (bits<int32_t>(x) - 0x3f3504f3) >> 23;
-  const float f = bits<float>(bits<int32_t>(x) - (n << 23)) - 1.0f;
+  const int32_t n = static_cast<int32_t>(bits<uint32_t>(x) - 0x3f3504f3u) >> 23;
+  const float f = bits<float>(bits<uint32_t>(x) - (static_cast<uint32_t>(n) << 23)) - 1.0f;
   float p = 0.12583388f;
   p = p * f - 0.207261111f;
   p = p * f + 0.215712614f;
