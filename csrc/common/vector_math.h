@@ -1,6 +1,7 @@
 // exp2 and log2 that a compiler can vectorise on the host, and the device's own on CUDA.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,11 @@ KD_HD A infinity() {
 template <class A>
 KD_HD A not_a_number() {
   return static_cast<A>(NAN);
+}
+
+template <class A>
+KD_HD A smallest_normal() {
+  return static_cast<A>(sizeof(A) == 8 ? DBL_MIN : FLT_MIN);
 }
 
 template <class To, class From>
@@ -43,7 +49,7 @@ KD_HD float exp2(float x) {
   p = p * f + 6.93146978e-1f;
   p = p * f + 1.0f;
   const float y = bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));  // adds the integer to the exponent
-  return x < -125.5f ? 0.0f : y;
+  return x < -126.0f ? 0.0f : y;
 #endif
 }
 
