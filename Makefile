@@ -29,8 +29,9 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/kdfast bench
 
-gpu: .venv/installed
-	$(BIN)/python benchmarks/gpu.py
+# With the python3 that has a torch for the GPU; there may be no network to make .venv.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build *.egg-info kdfast/_C.* kdfast/_cuda.* kdfast/_build.json

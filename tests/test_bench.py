@@ -10,7 +10,7 @@ import torch
 from kdfast import bench
 
 pytest.importorskip("pytest_benchmark")
-report, harness, softmax_kl, gpu = (bench.load(name) for name in ("report", "harness", "bench_softmax_kl", "gpu"))
+report, harness, softmax_kl = (bench.load(name) for name in ("report", "harness", "bench_softmax_kl"))
 
 ROOT = Path(__file__).resolve().parent.parent
 MILLISECOND = 1e-3
@@ -228,9 +228,3 @@ def test_bench_rewrites_a_readme_without_measuring(results, tmp_path, monkeypatc
     assert bench.run(options("--readme", str(readme), "--out", str(tmp_path / "results"))) == 0
     assert report.readme_block(readme, path) in readme.read_text()
     assert bench.run(options("--readme", str(readme), "--out", str(tmp_path / "nothing"))) == 1
-
-
-def test_gpu_script_says_that_there_is_no_gpu(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu.main([]) == 2
-    assert "no GPU" in capsys.readouterr().out
