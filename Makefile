@@ -4,7 +4,7 @@ BIN = .venv/bin
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test sanitize lint format bench gpu clean
 
 demo: .venv/installed
 	$(BIN)/kdfast doctor
@@ -12,6 +12,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	KDFAST_TEST_REQUIRE_KERNELS=1 $(BIN)/python -m pytest
+
+sanitize: .venv/installed
+	$(BIN)/python .ci/sanitize.py
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -26,8 +29,9 @@ format: .venv/installed
 bench: .venv/installed
 	$(BIN)/kdfast bench
 
-gpu: .venv/installed
-	$(BIN)/python benchmarks/gpu.py
+# With the python3 that has a torch for the GPU; there may be no network to make .venv.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build *.egg-info kdfast/_C.* kdfast/_cuda.* kdfast/_build.json

@@ -1,11 +1,15 @@
 """Options of the benchmarks, and the jobs that they make of each bench file's cases."""
 
+import time
+
 import pytest
 import torch
 
 from . import harness
 
 SETTINGS = pytest.StashKey[harness.Settings]()
+END = pytest.StashKey[float]()
+NO_TIME = "no time left"
 
 
 def pytest_addoption(parser):
@@ -13,12 +17,14 @@ def pytest_addoption(parser):
     group.addoption("--bench-device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
     group.addoption("--bench-threads", type=int, help="CPU threads (default: torch's)")
     group.addoption("--bench-quick", action="store_true", help="the first shape of each loss, few rounds")
+    group.addoption("--bench-seconds", type=float, default=float("inf"), help="begin no figure after so many seconds")
     group.addoption("--bench-shape", action="append", default=[], metavar="ROWSxCOLS", help="this shape instead")
 
 
 def pytest_configure(config):
     if threads := config.getoption("bench_threads"):
         torch.set_num_threads(threads)
+    config.stash[END] = time.monotonic() + config.getoption("bench_seconds")
     config.stash[SETTINGS] = harness.Settings(config.getoption("bench_device"), config.getoption("bench_quick"))
 
 
@@ -35,11 +41,23 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Everything but the host's own overhead is timed on the GPU's clock."""
+    """The losses come last: they are what may be left out. All but the host's overhead is timed on the GPU's clock."""
+    items.sort(key=lambda item: "job" in getattr(item, "fixturenames", ()))
     if config.stash[SETTINGS].device == "cuda":
         for item in items:
             if "host_job" not in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.benchmark(timer=harness.device_clock))
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.stash[END]:
+        pytest.skip(NO_TIME)
+
+
+def pytest_terminal_summary(terminalreporter):
+    left_out = [report for report in terminalreporter.getreports("skipped") if NO_TIME in str(report.longrepr)]
+    if left_out:
+        terminalreporter.write_line(f"{len(left_out)} figures were left out: {NO_TIME}")
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):

@@ -7,14 +7,17 @@ the time of a call:
 - On a GPU the clock is a pair of CUDA events, and the stream sleeps until the host has queued the whole call: the
   figure is device time. What the host spends is measured on its own, on inputs so small that nothing else matters.
 - On a GPU the inputs rotate through more memory than the L2 cache holds; on a CPU they stay the same, as logits that
-  have just been computed do.
+  have just been computed do. A backward alone comes right after its forward, as in training, and may find in a cache
+  what that has read.
 """
 
 import contextlib
 import gc
+import importlib.metadata
 import itertools
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable
@@ -117,14 +120,15 @@ def importable(name):
 # ---- one implementation, ready to be called --------------------------------------------------------------------------
 @lru_cache(maxsize=1)
 def input_sets(case, device):
-    """The inputs of `case`: one set on a CPU, on a GPU as many as fill twice the L2 cache."""
+    """The inputs of `case`: one set on a CPU, on a GPU so many that the others fill the L2 cache twice."""
     torch.manual_seed(0)
     first = case.inputs(device)
     count = 1
     if device == "cuda":
         # The gradient that each set leaves behind fills the cache as well.
         size = sum(x.nbytes * (2 if x.requires_grad else 1) for x in first)
-        count = 1 + 2 * torch.cuda.get_device_properties(0).L2_cache_size // size
+        filling = -(-2 * torch.cuda.get_device_properties(0).L2_cache_size // size)
+        count = 1 + min(filling, ROUNDS[1])  # no more than there are rounds
     return [first, *(case.inputs(device) for _ in range(count - 1))]
 
 
@@ -307,7 +311,7 @@ def rounds_within(budget, seconds):
 def measure_host(benchmark, host_job, settings):
     """Time the host's share of a call: tiny inputs, one thread, many calls in a row, the host's own clock."""
     job, case = host_job, host_job.case
-    inputs = input_sets(case, settings.device)[0]
+    inputs = case.inputs(settings.device)
     function = function_of(case, job.implementation)
     call = Call(function, [inputs], job.phase, "cpu")
 
@@ -370,18 +374,42 @@ def machine(settings):
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "driver": driver() if cuda else None,
+        "liger": version("liger_kernel") if cuda else None,
         "python": platform.python_version(),
         "kdfast": kdfast.__version__,
         "commit": commit(),
     }
 
 
+def driver():
+    """The version of NVIDIA's driver, as far as the system tells."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.check_output(query, stderr=subprocess.DEVNULL, text=True).split()[0]
+    with contextlib.suppress(OSError), open("/proc/driver/nvidia/version") as lines:
+        return re.search(r"\d+\.\d+(\.\d+)?", lines.read())[0]
+
+
+def version(package):
+    """The installed version of a package; None where it is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+
+
 def commit():
-    """The commit that is measured, "-dirty" with uncommitted changes; None where this file is part of no checkout."""
+    """The commit that is measured, "-dirty" with uncommitted changes; None where nothing tells.
+
+    A copy without git's own files is told by KDFAST_COMMIT.
+    """
+    if os.environ.get("KDFAST_COMMIT"):
+        return os.environ["KDFAST_COMMIT"]
     folder = os.path.dirname(os.path.abspath(__file__))
 
     def git(*command):
-        return subprocess.check_output(["git", "-C", folder, *command], stderr=subprocess.DEVNULL, text=True).strip()
+        # Also where the checkout belongs to another user than the one who measures.
+        command = ["git", "-c", f"safe.directory={os.path.dirname(folder)}", "-C", folder, *command]
+        return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
 
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         git("ls-files", "--error-unmatch", os.path.basename(__file__))

@@ -192,14 +192,18 @@ def caption(results):
     machine = results["machine"]
     rates = {c["name"]: c for c in results["ceilings"]}
     copy = f", a large copy moves {rate(rates['copy'])}" if "copy" in rates else ""
-    product = f", a large matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
+    dtype = " bfloat16" if machine["kind"] == "cuda" else ""
+    product = f", a large{dtype} matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
     threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
+    liger = any(figure["implementation"] == "liger" for figure in results["figures"])
+    peer = f", liger-kernel {machine.get('liger')}" if liger else ""
+    driver = f"driver {machine['driver']}, " if machine.get("driver") else ""
     commit = f" at {machine['commit']}" if machine["commit"] else ""
     words = (
         "Forward + backward, float32 unless the shape says otherwise: median milliseconds of eager PyTorch, "
-        "torch.compile, kdfast's plain-PyTorch fallback and its kernels; how many times faster the kernels are; "
+        f"torch.compile, kdfast's plain-PyTorch fallback and its kernels{peer}; how many times faster the kernels are; "
         f"{SHARES[ceiling_of(results)]}; peak extra memory, eager / kdfast. "
-        f"Measured on {machine['device']}{threads}{copy}{product}; torch {machine['torch']}, "
+        f"Measured on {machine['device']}{threads}{copy}{product}; {driver}torch {machine['torch']}, "
         f"Python {machine['python']}, kdfast {machine['kdfast']}{commit}, {results['date']}."
     )
     return textwrap.fill(words, 110)

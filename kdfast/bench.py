@@ -26,6 +26,7 @@ def add_arguments(parser):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--quick", action="store_true", help="one shape a loss and few rounds: a look, not a result")
+    parser.add_argument("--seconds", type=float, metavar="N", help="leave out what has not begun by then")
     parser.add_argument(
         "--shape", action="append", default=[], metavar="ROWSxCOLS", help="measure this shape (repeatable)"
     )
@@ -76,6 +77,7 @@ def measure(family, options, raw):
     command += [f"--bench-device={options.device}", *(f"--bench-shape={shape}" for shape in options.shape)]
     command += ["--bench-quick"] * options.quick
     command += [f"--bench-threads={options.threads}"] if options.threads else []
+    command += [f"--bench-seconds={options.seconds}"] if options.seconds is not None else []
     command += ["-k", options.select] if options.select else []
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode

@@ -1,7 +1,8 @@
 """Implementations, the tolerance rule, and what the tests share.
 
 Environment:
-    KDFAST_TEST_REQUIRE_KERNELS=1  the compiled CPU kernels must be there: tests of "cpu" fail instead of being skipped
+    KDFAST_TEST_REQUIRE_KERNELS=1  the compiled CPU kernels must be there: tests of "cpu" fail instead of being skipped;
+                                   "cuda": on a machine with a GPU the CUDA kernels, too
     KDFAST_TEST_LARGE=1            runs the tests that need more than 12 GiB of memory
 """
 
@@ -94,20 +95,25 @@ def _missing(name):
     return lambda *args: pytest.fail(f"{name} has no CUDA kernel")
 
 
+def _missing_kernels(reason, required):
+    setting = os.environ.get("KDFAST_TEST_REQUIRE_KERNELS")
+    if setting in required:
+        pytest.fail(f"{reason} (KDFAST_TEST_REQUIRE_KERNELS={setting})")
+    pytest.skip(reason)
+
+
 def require_cpu_kernels():
     if _kernels.status()["_C"].loaded:
         return
     reason = f"the CPU kernels are not loaded: {_kernels.status()['_C'].reason}"
-    if os.environ.get("KDFAST_TEST_REQUIRE_KERNELS") == "1":
-        pytest.fail(f"{reason} (KDFAST_TEST_REQUIRE_KERNELS=1)")
-    pytest.skip(reason)
+    _missing_kernels(reason, required=("1", "cuda"))
 
 
 def require_cuda_kernels():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if not _kernels.status()["_cuda"].loaded:
-        pytest.skip(f"the CUDA kernels are not loaded: {_kernels.status()['_cuda'].reason}")
+        _missing_kernels(f"the CUDA kernels are not loaded: {_kernels.status()['_cuda'].reason}", required=("cuda",))
 
 
 @pytest.fixture(params=["fallback", "cpu", "simt", "cuda"])

@@ -1,5 +1,6 @@
 """The softmax-KL family: its ops against the formulas, on each implementation."""
 
+import math
 import os
 import subprocess
 import sys
@@ -447,6 +448,26 @@ def test_edges_teacher_underflow(implementation, name):
     data.student[3, 4] += 1000
     data.labels = torch.tensor([3, 3, 4, 0], device=data.labels.device)
     check(VARIANTS[name], data)
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.1, 1e-12])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_edges_mixture_underflow(implementation, dtype, beta):
+    """Probabilities down to the smallest number there is: a share of it is 0, but its logarithm must not count."""
+    deepest = math.log(torch.finfo(dtype).tiny * torch.finfo(dtype).eps)
+    logits = torch.zeros(128, 2, dtype=dtype, device=implementation.device)
+    logits[:, 1] = torch.linspace(deepest - 1, deepest + 8, 128)
+    none = logits.clone()
+    none[:, 1] *= 2
+    variant = Variant(
+        lambda o, d: o.softmax_kl(d.student, d.teacher, beta=beta, reduction="none"),
+        lambda d: oracles.sizes_kl(d.student, d.teacher),
+        each=True,
+        factor=lambda d: 1.0,
+    )
+    for other in (none, logits.flip(0)):
+        check(variant, Data(logits, other))
+        check(variant, Data(other, logits))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

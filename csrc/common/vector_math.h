@@ -1,6 +1,7 @@
 // exp2 and log2 that a compiler can vectorise on the host, and the device's own on CUDA.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -19,6 +20,11 @@ KD_HD A infinity() {
 template <class A>
 KD_HD A not_a_number() {
   return static_cast<A>(NAN);
+}
+
+template <class A>
+KD_HD A smallest_normal() {
+  return static_cast<A>(sizeof(A) == 8 ? DBL_MIN : FLT_MIN);
 }
 
 template <class To, class From>
@@ -43,7 +49,7 @@ KD_HD float exp2(float x) {
   p = p * f + 6.93146978e-1f;
   p = p * f + 1.0f;
   const float y = bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));  // adds the integer to the exponent
-  return x < -125.5f ? 0.0f : y;
+  return x < -126.0f ? 0.0f : y;
 #endif
 }
 
@@ -53,8 +59,8 @@ KD_HD float fast_log2(float x) {
   return ::log2f(x);
 #else
   // x = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)).
-  const int32_t n = (bits<int32_t>(x) - 0x3f3504f3) >> 23;
-  const float f = bits<float>(bits<int32_t>(x) - n * (1 << 23)) - 1.0f;
+  const int32_t n = static_cast<int32_t>(bits<uint32_t>(x) - 0x3f3504f3u) >> 23;
+  const float f = bits<float>(bits<uint32_t>(x) - (static_cast<uint32_t>(n) << 23)) - 1.0f;
   float p = 0.12583388f;
   p = p * f - 0.207261111f;
   p = p * f + 0.215712614f;

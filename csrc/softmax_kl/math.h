@@ -118,7 +118,9 @@ struct Mixture {
 
 template <class A>
 KD_HD Mixture<A> mixture(A p, A q, A log2_p, A log2_q, A beta) {
-  const A log2_m = fast_log2(beta * p + (1 - beta) * q);
+  // Where p and q are subnormal, m may be 0, and the ratios infinite.
+  const A m = beta * p + (1 - beta) * q, least = smallest_normal<A>();
+  const A log2_m = fast_log2(m < least ? least : m);
   const bool equal = log2_p == log2_q;
   return {p, q, equal ? A(0) : log2_p - log2_m, equal ? A(0) : log2_q - log2_m};
 }

@@ -12,6 +12,8 @@ A row's softmax is kept as its maximum and sum = sum_j exp((z_j - max) / T), so 
 A row that is -inf everywhere is an empty distribution, sum = 0: all its probabilities are 0.
 """
 
+import math
+
 import torch
 
 from kdfast._kernels import define
@@ -54,6 +56,8 @@ def mixture_ratios(log_p, log_q, beta):
     """log(p / m), log(q / m) with m = beta p + (1 - beta) q: exactly 0 where p = q, finite where p or q underflows."""
     d = log_p - log_q
     log_mix = torch.where(d > 0, (1 - beta) * torch.expm1(-d), beta * torch.expm1(d)).log1p()
+    # No less than the share of the larger one, which rounding may have made 0.
+    log_mix = log_mix.clamp(min=math.log(min(beta, 1 - beta)))
     return d.clamp(max=0) - log_mix, (-d).clamp(max=0) - log_mix
 
 

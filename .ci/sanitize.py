@@ -1,0 +1,84 @@
+"""Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the families' tests on them.
+
+Usage: python .ci/sanitize.py [PYTEST_ARGUMENT ...]. Needs g++ on Linux; the build lies in build/sanitized, beside the
+normal one. The first finding ends the run with its report; tests/test_sanitized.py plants some to see that it does.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "sanitized"
+sys.path.insert(0, str(ROOT))
+
+import setup  # noqa: E402
+
+CXX = shlex.split(os.environ.get("CXX") or "g++")
+# KD_ONE_VERSION: see macros.h. The last two: line numbers in the report, and no minute spent on optimising.
+FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DKD_ONE_VERSION", "-g1", "-O1"]
+ASAN_OPTIONS = "detect_leaks=0"  # Python and torch leave much behind when they end
+
+
+def start_compiling(extension, source):
+    """-> the object file of one source, and the process that writes it."""
+    target = BUILD / "objects" / f"{source.replace('/', '-')}.o"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    includes = [f"-I{path}" for path in extension.include_dirs]
+    command = [*CXX, *extension.extra_compile_args, *FLAGS, "-fPIC", *includes, "-c", source]
+    return target, subprocess.Popen([*command, "-o", str(target)], cwd=ROOT)
+
+
+def build():
+    """A copy of the package with the sanitized kdfast._C; -> the folder to import it from."""
+    from torch.utils import cpp_extension
+
+    extension = setup.cpu_extension(cpp_extension, {"cuda": None, "archs": []})
+    extension.include_dirs.append(sysconfig.get_path("include"))
+    started = [start_compiling(extension, source) for source in extension.sources]
+    if any([process.wait() for _, process in started]):
+        raise SystemExit("sanitize: compiling failed, see above")
+    package = BUILD / "lib" / "kdfast"
+    shutil.rmtree(package, ignore_errors=True)
+    shutil.copytree(ROOT / "kdfast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+    libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
+    library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    command = [*CXX, *FLAGS, "-shared", *(str(target) for target, _ in started), *libraries]
+    subprocess.run([*command, "-lc10", "-ltorch_python", "-o", str(library)], check=True)
+    return package.parent
+
+
+def runtime(name):
+    """Where the compiler keeps a sanitizer's library, which has to be loaded before everything else."""
+    path = subprocess.run([*CXX, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"sanitize: the compiler has no {name}")
+    return path
+
+
+def main(arguments):
+    folder = build()
+    families = sorted(path.parent.name for path in ROOT.glob("csrc/*/cpu.cpp"))
+    tests = [f"tests/test_{name}.py" for name in ["sanitized", *families, "fuzz"]]
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": ASAN_OPTIONS,
+        "PYTHONPATH": str(folder),
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
+        "KDFAST_TEST_REQUIRE_KERNELS": "1",
+        "KDFAST_TEST_SANITIZED": str(folder),
+    }
+    # Captured by pytest, the report of a process that a sanitizer ends would be lost: --capture=sys lets it through.
+    # Not `python -m pytest`: that would import the kdfast of this folder. Inductor's own C++ code is not ours to check.
+    code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
+    select = ["-k", "(cpu or sanitized or fuzz) and not inductor"]
+    command = [sys.executable, "-c", code, "-q", "--capture=sys", "-p", "no:cacheprovider", *select, *tests, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,234 @@
+"""Random shapes, strides, dtypes, parameters and extreme values through fallback and CPU kernel, against the oracles.
+
+Every run draws the same trials. A new family adds its function of a `draw` to FAMILIES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import oracles
+import pytest
+import torch
+from conftest import assert_close, require_cpu_kernels
+
+import kdfast
+from kdfast import ops
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+EXAMPLES = 300  # of each family: some 20 seconds
+INF = float("inf")
+# An exponential below the smallest normal number may be 0, before temperature, log-ratio and upstream multiply it.
+UNDERFLOW = 1e-26  # as a size: 1e-33 of tolerance, beside which no gradient matters
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclass
+class Trial:
+    """One drawn call: `call(ops or oracles, *inputs)` gives one value per row, or their sum if `reduced`.
+
+    `sizes(*inputs)` is the magnitude of what the call adds up, as in oracles.py: of each row [rows], and of the
+    gradient's entries [rows, cols].
+    """
+
+    inputs: list
+    call: Callable
+    sizes: Callable
+    reduced: bool
+    upstream: torch.Tensor
+
+
+# ---- tensors ---------------------------------------------------------------------------------------------------------
+def draw_matrix(draw, rows, cols, dtype):
+    """Numbers of any magnitude that the dtype can hold, some of them rows or columns of the same."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+    scale = draw(st.sampled_from([3.0, 1.0, 0.0, 1e-3, 40.0, 1e4, 6e4]), label="scale")
+    offset = draw(st.sampled_from([0.0, 0.0, 0.0, 100.0, -1e4, 1e6]), label="offset")
+    x = torch.randn(rows, cols, dtype=torch.float64, generator=generator)
+    x = (x.sign() if scale == 6e4 else x) * scale + offset
+    if rows > 1 and draw(st.booleans(), label="equal rows"):
+        x[-1] = x[0]
+    largest = torch.finfo(dtype).max
+    return x.clamp(-largest, largest).to(dtype)
+
+
+def lay_out(draw, x):
+    """The same numbers (of one row or column, where it is expanded) with drawn strides, and NaN between them.
+
+    The memory ends with the last element, so that a sanitizer sees what reads on.
+    """
+    rows, cols = x.shape
+    inner, gap, offset = (draw(st.integers(0, 3), label=name) for name in ("inner stride", "gap", "offset"))
+    order = draw(st.sampled_from(["rows", "rows", "columns", "one row", "one column"]), label="layout")
+    row_stride, col_stride = cols * (1 + inner) + gap, 1 + inner
+    if order == "columns":
+        row_stride, col_stride = 1 + inner, rows * (1 + inner) + gap
+    elif order == "one row":
+        x, row_stride = x[:1].expand_as(x), 0
+    elif order == "one column":
+        x, col_stride = x[:, :1].expand_as(x), 0
+    last = max(rows - 1, 0) * row_stride + (cols - 1) * col_stride
+    memory = torch.full((offset + last + 1,), float("nan"), dtype=x.dtype)
+    view = memory.as_strided((rows, cols), (row_stride, col_stride), offset)
+    memory[(torch.arange(rows)[:, None] * row_stride + torch.arange(cols) * col_stride + offset).flatten()] = (
+        x.flatten()
+    )
+    assert torch.equal(view, x)
+    return view
+
+
+def draw_column(draw, values):
+    """[rows] numbers, contiguous or every second element."""
+    step = draw(st.integers(1, 2), label="step")
+    return torch.stack([values] * step, 1)[:, -1]
+
+
+# ---- families --------------------------------------------------------------------------------------------------------
+def draw_logits(draw):
+    """A student and a teacher: unrelated, nearly equal or equal, with impossible classes in one or in both."""
+    rows = draw(st.integers(0, 6), label="rows")
+    cols = draw(st.one_of(st.integers(1, 40), st.sampled_from([1023, 1024, 1025, 2049])), label="cols")
+    dtype = draw(st.sampled_from(FLOATS), label="student dtype")
+    teacher_dtype = draw(st.sampled_from([dtype, *FLOATS]), label="teacher dtype")
+    student = draw_matrix(draw, rows, cols, dtype)
+    teacher = draw_matrix(draw, rows, cols, teacher_dtype)
+    relation = draw(st.sampled_from(["unrelated", "unrelated", "equal", "near"]), label="relation")
+    if relation != "unrelated":
+        noise = 0 if relation == "equal" else 1e-3 * torch.randn(rows, cols, generator=torch.Generator().manual_seed(0))
+        largest = torch.finfo(teacher_dtype).max
+        teacher = (student.double() + noise).clamp(-largest, largest).to(teacher_dtype)
+    for side, share in (("student", [student]), ("teacher", [teacher]), ("both", [student, teacher])):
+        where = draw(st.sampled_from([None, None, None, "a class", "classes of a row", "a row"]), label=f"-inf: {side}")
+        for x in share if rows and where else []:
+            if where == "a row":
+                x[rows // 2] = -INF
+            else:
+                x[rows // 2 if where == "classes of a row" else slice(None), cols // 3 :: 3] = -INF
+    return lay_out(draw, student), lay_out(draw, teacher)
+
+
+def draw_softmax_kl(draw):
+    student, teacher = draw_logits(draw)
+    rows, cols = student.shape
+    numbers = torch.Generator().manual_seed(rows + cols)
+    temperature = draw(st.sampled_from([1.0, 4.0, 0.5, 20.0, 0.05, 1e-3]), label="temperature")
+    reduction = draw(st.sampled_from(["none", "sum", "batchmean"]), label="reduction")
+    labels = draw_column(draw, torch.randint(cols, (rows,), generator=numbers))
+    op = draw(st.sampled_from(["softmax_kl", "cross_entropy_kl", "cross_entropy", "dkd"]), label="op")
+    mean = 1 / max(rows, 1)
+    share = mean if reduction == "batchmean" else 1.0
+    inputs = [student, teacher]
+
+    if op == "softmax_kl":
+        beta = draw(st.sampled_from([0.0, 1.0, 0.5, 0.1, 1e-3]), label="beta")
+        weight = draw(st.sampled_from([None, torch.float32, torch.float16]), label="weight")
+        if weight is not None:
+            weight = draw_column(draw, torch.rand(rows, generator=numbers).mul(3).floor().to(weight))
+
+        def call(o, s, t):
+            return o.softmax_kl(s, t, temperature, beta=beta, weight=weight, reduction=reduction)
+
+        def sizes(s, t):
+            factor = share * (torch.ones(rows) if weight is None else weight).double()
+            by_row, entries = oracles.sizes_kl(s, t, temperature)
+            return factor * by_row, factor[:, None] * entries
+
+    elif op == "dkd":
+        reduction = "batchmean"
+
+        def call(o, s, t):
+            return o.dkd(s, t, labels, temperature, alpha=1.0, beta=2.0)
+
+        def sizes(s, t):
+            return tuple(2 * mean * x for x in oracles.sizes_dkd(s, t, labels, temperature))
+
+    else:
+        smoothing = draw(st.sampled_from([0.0, 0.1, 1.0]), label="smoothing")
+        ignored = draw(st.booleans(), label="ignored rows")
+        if draw(st.booleans(), label="soft labels"):
+            labels = torch.rand(rows, cols, generator=numbers) ** 4
+            labels = lay_out(draw, (labels / labels.sum(1, keepdim=True)).to(student.dtype))
+            kept = rows
+        else:
+            if ignored:
+                labels[::2] = -100
+            kept = int((labels >= 0).sum())
+        options = {"label_smoothing": smoothing, "reduction": reduction}
+
+        def call(o, s, t):
+            if op == "cross_entropy":
+                return o.cross_entropy(s, labels, **options)
+            return o.cross_entropy_kl(s, t, labels, temperature, kl_weight=0.7, ce_weight=0.3, **options)
+
+        def sizes(s, t):
+            ce = [x / (max(kept, 1) if reduction == "batchmean" else 1) for x in oracles.sizes_ce(s, labels)]
+            if op == "cross_entropy":
+                return ce
+            return [share * kl + x for kl, x in zip(oracles.sizes_kl(s, t, temperature), ce, strict=True)]
+
+        inputs = inputs[: 1 if op == "cross_entropy" else 2]
+
+    reduced = reduction != "none"
+    scale = draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream")
+    upstream = torch.full(() if reduced else (rows,), scale)
+    return Trial(inputs, lambda o, s, t=None: call(o, s, t), lambda s, t=None: sizes(s, t), reduced, upstream)
+
+
+FAMILIES = {"softmax_kl": draw_softmax_kl}
+
+
+# ---- the check -------------------------------------------------------------------------------------------------------
+def run(trial, module, inputs):
+    """-> the value and the gradients in all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    value = trial.call(module, *leaves)
+    return value.detach(), *torch.autograd.grad(value, leaves, trial.upstream.to(value.dtype))
+
+
+def compare(got, want, size, cols, what):
+    """`got` against the oracle's `want` where that is a number, and one that the dtype of `got` can hold.
+
+    To float32's precision also where an op works in float64, as the oracle does, which loses digits itself: extreme
+    numbers cost the formulas more of them than the ops.
+    """
+    assert not got.isnan().any(), f"{what} has NaN"
+    size = size + UNDERFLOW
+    known = want.isfinite() & size.isfinite() & (want.abs() < 0.999 * torch.finfo(got.dtype).max)
+    assert_close(*(torch.where(known, x, 0) for x in (got, want, size.expand_as(want))), cols, torch.float32, what)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fuzz(family):
+    require_cpu_kernels()
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        report_multiple_bugs=False,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.data())
+    def check(data):
+        trial = FAMILIES[family](data.draw)
+        exact = run(trial, oracles, [x.double() for x in trial.inputs])
+        value_size, entries = trial.sizes(*trial.inputs)
+        sizes = [value_size.sum() if trial.reduced else value_size]
+        sizes += [trial.upstream.abs().double().expand(len(entries))[:, None] * entries] * len(trial.inputs)
+        with kdfast.fallback():
+            results = {"fallback": run(trial, ops, trial.inputs)}
+        results["kernel"] = run(trial, ops, trial.inputs)
+        cols = trial.inputs[0].shape[1]
+        for name, (value, *grads) in results.items():
+            told = ~exact[0].isnan()
+            assert torch.equal((value == INF)[told], (exact[0] == INF)[told]), f"{name}: {value}, expected {exact[0]}"
+            compare(value, exact[0], sizes[0], cols, f"{name}: value")
+            for index, (got, want, size) in enumerate(zip(grads, exact[1:], sizes[1:], strict=True)):
+                compare(got, want, size, cols, f"{name}: gradient in input {index}")
+        for one, other in zip(*results.values(), strict=True):
+            assert torch.equal(one.isinf(), other.isinf()), f"infinities of the fallback {one}, of the kernel {other}"
+
+    check()

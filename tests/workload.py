@@ -1,0 +1,88 @@
+"""Every op, forward and backward, on small inputs that cross the boundaries of the kernels.
+
+`python tests/workload.py` runs it once on the GPU: short enough for compute-sanitizer to watch. A new family adds its
+function to FAMILIES; test_workload.py tells if an op is missing.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kdfast import ops
+
+
+@dataclass
+class Call:
+    """One loss of leaf tensors."""
+
+    name: str
+    function: Callable
+    leaves: list
+
+    def run(self):
+        """-> the loss and the gradients in all leaves."""
+        loss = self.function(*self.leaves)
+        return [loss.detach(), *torch.autograd.grad(loss, self.leaves, torch.ones_like(loss))]
+
+
+# ---- families: device -> calls ---------------------------------------------------------------------------------------
+def softmax_kl(device):
+    shapes = [
+        (3, 7),  # less than the eight elements that a thread reads at once
+        (9, 33),  # one class more than a warp has lanes, one row more than a block has warps
+        (2, 2049),  # the first row that a whole block reads
+        (1, 16385),  # two blocks share the row's gradient
+    ]
+    for rows, cols in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            # On the CPU, so that on the GPU only kernels of kdfast compute. The rows lie apart, unaligned.
+            numbers = torch.Generator().manual_seed(cols)
+            wide = torch.randn(2, rows, cols + 3, generator=numbers).to(dtype).to(device)
+            leaves = [x[:, 1:-2].detach().requires_grad_() for x in wide]
+            labels = torch.randint(cols, (rows,), generator=numbers).to(device)
+            weight = torch.rand(rows, generator=numbers).to(device)
+            soft = torch.full((rows, cols), 1 / cols).to(device)
+            functions = {
+                "KL": lambda s, t: ops.softmax_kl(s, t, 4.0),
+                "JSD": lambda s, t, weight=weight: ops.softmax_kl(s, t, beta=0.3, weight=weight, reduction="none"),
+                "reverse KL": lambda s, t: ops.softmax_kl(s, t, beta=1.0),
+                "CE + KL": lambda s, t, y=labels: ops.cross_entropy_kl(s, t, y, 4.0, label_smoothing=0.1),
+                "soft CE + KL": lambda s, t, y=soft: ops.cross_entropy_kl(s, t, y),
+                "DKD": lambda s, t, y=labels: ops.dkd(s, t, y),
+            }
+            where = f"{rows} x {cols}, {str(dtype).removeprefix('torch.')}"
+            for name, function in functions.items():
+                yield Call(f"{name}, {where}", function, leaves)
+            yield Call(f"CE, {where}", lambda s, y=labels: ops.cross_entropy(s, y), leaves[:1])
+    many = torch.randn(8193, 3, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
+    ones = torch.ones(8193, dtype=torch.long).to(device)
+    yield Call("CE of more rows than a block adds up", lambda s: ops.cross_entropy(s, ones), [many])
+
+
+FAMILIES = {"softmax_kl": softmax_kl}
+
+
+def calls(device):
+    """All calls of all families."""
+    return [call for family in FAMILIES.values() for call in family(device)]
+
+
+def main():
+    if not torch.cuda.is_available():
+        print("no GPU")
+        return 2
+    count = 0
+    for call in calls("cuda"):
+        for result in call.run():
+            if not result.cpu().isfinite().all():  # on the CPU, see above
+                print(f"{call.name}: not finite")
+                return 1
+            count += 1
+    print(f"workload: {count} results, all finite")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
