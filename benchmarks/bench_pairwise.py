@@ -14,7 +14,7 @@ from .harness import Case
 FAMILY = "pairwise"
 SHAPES = [(rows, 512) for rows in (64, 128, 256, 512, 1024, 2048, 4096)]
 HOST_SHAPE = (4, 8)
-LARGEST_FALLBACK = 1024  # rows; beyond, plain PyTorch on a CPU takes a minute a call
+LARGEST_FALLBACK = 512  # rows; beyond, plain PyTorch on a CPU takes many seconds a call
 LARGEST_PHASES = 512  # rows; beyond, the backward is too small a part of a call to be timed by itself
 
 

@@ -126,7 +126,7 @@ def implementation(request, monkeypatch):
     elif name == "simt":
         if "KDFAST_SIMT_SEED" not in os.environ:  # each test has another order of threads, and keeps it
             seed = zlib.crc32(request.node.nodeid.encode())
-            request.getfixturevalue("monkeypatch").setenv("KDFAST_SIMT_SEED", str(seed))
+            monkeypatch.setenv("KDFAST_SIMT_SEED", str(seed))
         with _kernels.override(_simt_kernels(request.config), ("CPU",)):
             yield Implementation(name)
     else:

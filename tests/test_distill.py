@@ -458,7 +458,8 @@ def test_loss_rows(row):
 
 
 def test_rows_cover_the_losses_of_logits():
-    built = {type(row.build(None)) for row in losses.ROWS.values()}
+    features = {"student.embedding", "student.maps"}
+    built = {type(row.build(None)) for row in losses.ROWS.values() if not features & set(row.reads)}
     names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery")
     assert built == {getattr(kdfast, name) for name in names}
 

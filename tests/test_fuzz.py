@@ -176,7 +176,25 @@ def draw_softmax_kl(draw):
     return Trial(inputs, lambda o, s, t=None: call(o, s, t), lambda s, t=None: sizes(s, t), reduced, upstream)
 
 
-FAMILIES = {"softmax_kl": draw_softmax_kl}
+def draw_pairwise(draw):
+    rows = draw(st.one_of(st.integers(0, 9), st.sampled_from([31, 32, 33])), label="rows")
+    width = st.one_of(st.integers(1, 20), st.sampled_from([255, 257]))
+    student, teacher = (
+        lay_out(draw, draw_matrix(draw, rows, draw(width, label="width"), draw(st.sampled_from(FLOATS), label="dtype")))
+        for _ in range(2)
+    )
+    op = draw(st.sampled_from(["rkd_distance", "rkd_angle", "rkd"]), label="op")
+    upstream = torch.tensor(draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream"))
+
+    def sizes(student):
+        parts = [oracles.sizes_rkd_distance(student, teacher), oracles.sizes_rkd_angle(student, teacher)]
+        weights = {"rkd_distance": (1, 0), "rkd_angle": (0, 1), "rkd": (25, 50)}[op]
+        return [weights[0] * distance + weights[1] * angle for distance, angle in zip(*parts, strict=True)]
+
+    return Trial([student], lambda o, s: getattr(o, op)(s, teacher), sizes, True, upstream)
+
+
+FAMILIES = {"softmax_kl": draw_softmax_kl, "pairwise": draw_pairwise}
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def test_everything_goes_well(play, capsys):
     assert summary["machine"] == MACHINE and len(summary["steps"]) == len(commands)
     assert [results["family"] for results in summary["results"]] == gpu.families()
     figure = summary["results"][0]["figures"][0]
-    assert {"median", "q1", "q3", "rounds", "share_of_copy", "peak_bytes"} <= figure.keys()
+    assert {"median", "q1", "q3", "rounds", "rate", "share", "peak_bytes"} <= figure.keys()
     text = (folder / "gpu.md").read_text()
     assert "driver 580.1" in text and "commit 0123456789ab" in text and "| memcheck" in text and "| KD " in text
     shown = capsys.readouterr().out

@@ -61,7 +61,32 @@ def softmax_kl(device):
     yield Call("CE of more rows than a block adds up", lambda s: ops.cross_entropy(s, ones), [many])
 
 
-FAMILIES = {"softmax_kl": softmax_kl}
+def pairwise(device):
+    shapes = [
+        (2, 3),  # one pair
+        (17, 33),  # one row more than a block of angles takes, one column more than a tile of features
+        (33, 65),  # one row more than a block of distances takes, one column more than a block of gradients
+        (130, 20),  # more pairs than one block of a sum adds up
+    ]
+    for rows, cols in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            numbers = torch.Generator().manual_seed(rows)
+            x, y, teacher = (torch.randn(n, cols, generator=numbers) for n in (rows, rows + 3, rows))
+            x[1], teacher[-1] = x[0], teacher[0]  # equal rows
+            leaves = [z.to(dtype).to(device).requires_grad_() for z in (x, y)]
+            teacher = teacher.to(device)
+            functions = {
+                "distances of two sets": ops.pairwise_distance,
+                "RKD": lambda x, t=teacher: ops.rkd(x, t),
+                "RKD distance": lambda x, t=teacher: ops.rkd_distance(x, t),
+                "RKD angle": lambda x, t=teacher: ops.rkd_angle(x, t),
+            }
+            where = f"{rows} x {cols}, {str(dtype).removeprefix('torch.')}"
+            for index, (name, function) in enumerate(functions.items()):
+                yield Call(f"{name}, {where}", function, leaves[: 1 if index else 2])
+
+
+FAMILIES = {"softmax_kl": softmax_kl, "pairwise": pairwise}
 
 
 def calls(device):

@@ -26,13 +26,11 @@
 constexpr int warpSize = simt::kWarp;
 
 // ---- barriers
-// --------------------------------------------------------------------------------------------------------
 inline void __syncthreads(simt::Place at = simt::here()) { simt::block_barrier(at); }
 inline void __syncwarp(unsigned mask = ~0u, simt::Place at = simt::here()) { simt::warp_barrier(mask, at); }
 inline void __threadfence() { simt::fence(); }
 
 // ---- between the lanes of a warp
-// -------------------------------------------------------------------------------------
 namespace simt {
 
 template <class To, class From>
@@ -118,7 +116,6 @@ SIMT_REDUCE(__reduce_xor_sync, a ^ b)
 #undef SIMT_REDUCE
 
 // ---- atomics: each returns the old value
-// -----------------------------------------------------------------------------
 namespace simt {
 
 template <class T>
@@ -161,7 +158,6 @@ T atomicCAS(T* at, typename simt::Same<T>::type expected, typename simt::Same<T>
 }
 
 // ---- cached loads and stores
-// -----------------------------------------------------------------------------------------
 #define SIMT_LOAD(name) \
   template <class T>    \
   T name(const T* at) { \
@@ -178,7 +174,6 @@ void __stcs(T* at, typename simt::Same<T>::type value) {
 }
 
 // ---- numbers
-// ---------------------------------------------------------------------------------------------------------
 using std::max;
 using std::min;
 

@@ -12,7 +12,6 @@ constexpr unsigned kAll = 0xffffffffu;
 constexpr int kThreads = 64;
 
 // ---- memory
-// ----------------------------------------------------------------------------------------------------------
 template <bool kFault>
 __global__ void reads_global_out_of_bounds(const float* x, float* y, int n) {
   const int i = threadIdx.x;
@@ -68,7 +67,6 @@ __global__ void unwritten_output(const float* x, float* y, int n) {
 }
 
 // ---- races
-// -----------------------------------------------------------------------------------------------------------
 template <bool kFault>
 __global__ void missing_barrier(const float* x, float* y, int n) {
   KD_SHARED(float, tile, kThreads);
@@ -147,7 +145,6 @@ __global__ void blocks_overlap(const float* x, float* y, int n) {
 }
 
 // ---- barriers and collectives
-// ----------------------------------------------------------------------------------------
 template <bool kFault>
 __global__ void different_barriers(const float* x, float* y, int n) {
   const int i = threadIdx.x;

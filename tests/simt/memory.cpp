@@ -204,7 +204,6 @@ void atomic_store(void* to, const void* from, size_t bytes) { memcpy(to, from, b
 }  // namespace simt
 
 // ---- what code compiled with -fsanitize=thread calls
-// -----------------------------------------------------------------
 extern "C" {
 
 #define SIMT_HOOK(size)                                                                                         \
