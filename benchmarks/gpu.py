@@ -28,7 +28,10 @@ QUICK_BELOW = 120.0  # seconds left for a family under which most of its full be
 SHOWN_LINES = 25  # of a log, where its step failed
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Installing needs a network, and the SIMT build of the kernels stands in for a GPU.
-TESTS = ("-m", "pytest", "-q", "tests", "-m", "not install", "-k", "not simt")
+TESTS = {
+    name: ("-m", "pytest", "-q", "tests", "-p", "no:cacheprovider", "-m", "not install", "-k", select)
+    for name, select in (("tests-cuda", "cuda"), ("tests-other", "not cuda and not simt"))
+}
 MACHINE = "import json; from benchmarks import harness; print(json.dumps(harness.machine(harness.Settings('cuda', 0))))"
 
 
@@ -83,15 +86,12 @@ class Run:
         self.folder, self.end, self.steps = folder, time.monotonic() + seconds, []
         self.begin = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in [*folder.glob("*.log"), *folder.glob("gpu.*")]:
-            stale.unlink()
 
     def everything(self):
         if self.step("build", 300, "setup.py", "build_ext", "--inplace"):
             self.step("doctor", 60, "-m", "kdfast", "doctor")
             self.step("machine", 60, "-c", MACHINE)
-            self.step("tests", 200, *TESTS)
-            self.sanitize(120)
+            self.prove(240)
             self.measure()
         return self.report()
 
@@ -115,22 +115,24 @@ class Run:
             print("\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))
         return step.status == "ok"
 
-    def sanitize(self, limit):
-        """compute-sanitizer's tools on tests/workload.py, at the same time: most of it is one thread each."""
-        program = compute_sanitizer()
+    def prove(self, limit):
+        """All tests, and compute-sanitizer's tools on tests/workload.py, at the same time: each needs a core or two."""
+        commands = {name: (sys.executable, *command) for name, command in TESTS.items()}
+        if program := compute_sanitizer():
+            for tool in TOOLS:
+                commands[tool] = program, "--tool", tool, "--error-exitcode", "1", sys.executable, "tests/workload.py"
+
+        def run(name):
+            log = self.folder / f"{name}.log"
+            step = execute(log, name, min(limit, self.left()), *commands[name])
+            return judge(step, log) if name in TOOLS else step
+
+        with ThreadPoolExecutor(len(commands)) as pool:
+            for step in pool.map(run, commands):
+                self.finish(step)
         if not program:
             for tool in TOOLS:
                 self.finish(Step(tool, "not proved", 0.0, "compute-sanitizer is not installed"))
-            return
-
-        def watch(tool):
-            command = [program, "--tool", tool, "--error-exitcode", "1", sys.executable, "tests/workload.py"]
-            log = self.folder / f"{tool}.log"
-            return judge(execute(log, tool, min(limit, self.left()), *command), log)
-
-        with ThreadPoolExecutor(len(TOOLS)) as pool:
-            for step in pool.map(watch, TOOLS):
-                self.finish(step)
 
     def measure(self):
         """Every family's benchmarks, each with its share of the time that is left."""
@@ -154,7 +156,8 @@ class Run:
 
         written = [path for path in sorted(self.folder.glob("*/*.json")) if path.stat().st_mtime >= self.begin - 1]
         results = [json.loads(path.read_text()) for path in written]
-        machine = read_machine(self.folder / "machine.log")
+        known = any(step.name == "machine" for step in self.steps)
+        machine = read_machine(self.folder / "machine.log") if known else {}
         summary = {"machine": machine, "steps": [asdict(step) for step in self.steps], "results": results}
         (self.folder / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
         (self.folder / "gpu.md").write_text(markdown(summary, report))

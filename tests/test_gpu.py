@@ -133,7 +133,9 @@ def test_everything_goes_well(play, capsys):
     status, commands, folder = play()
     assert status == 0
     benches = [f"bench-{family}" for family in gpu.families()]
-    assert benches and list(commands) == ["build", "doctor", "machine", "tests", *gpu.TOOLS, *benches]
+    proofs = {"tests-cuda", "tests-other", *gpu.TOOLS}  # at the same time
+    before, during, after = (list(commands)[part] for part in (slice(3), slice(3, 9), slice(9, None)))
+    assert before == ["build", "doctor", "machine"] and set(during) == proofs and after == benches != []
     summary = json.loads((folder / "gpu.json").read_text())
     assert summary["machine"] == MACHINE and len(summary["steps"]) == len(commands)
     assert [results["family"] for results in summary["results"]] == gpu.families()
@@ -143,9 +145,8 @@ def test_everything_goes_well(play, capsys):
     assert "driver 580.1" in text and "commit 0123456789ab" in text and "| memcheck" in text and "| KD " in text
     shown = capsys.readouterr().out
     assert "7 figures were left out" in shown
-    assert (
-        shown.index("tests: ok") < shown.index("x eager") < shown.rindex(f"{len(commands)} of {len(commands)} steps ok")
-    )
+    all_ok = f"{len(commands)} of {len(commands)} steps ok"
+    assert shown.index("tests-cuda: ok") < shown.index("x eager") < shown.rindex(all_ok)
 
 
 def test_a_build_that_fails_ends_the_run(play):
@@ -154,7 +155,7 @@ def test_a_build_that_fails_ends_the_run(play):
     assert json.loads((folder / "gpu.json").read_text())["steps"][0]["status"] == "FAILED"
 
 
-@pytest.mark.parametrize("name", ["tests", "racecheck", "doctor"])
+@pytest.mark.parametrize("name", ["tests-cuda", "tests-other", "racecheck", "doctor"])
 def test_a_step_that_fails_hinders_no_other(play, capsys, name):
     status, commands, _ = play(fail=[name])
     assert status == 1 and f"bench-{gpu.families()[0]}" in commands
