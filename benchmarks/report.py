@@ -192,8 +192,7 @@ def caption(results):
     machine = results["machine"]
     rates = {c["name"]: c for c in results["ceilings"]}
     copy = f", a large copy moves {rate(rates['copy'])}" if "copy" in rates else ""
-    dtype = " bfloat16" if machine["kind"] == "cuda" else ""
-    product = f", a large{dtype} matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
+    product = f", a large float32 matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
     threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
     liger = any(figure["implementation"] == "liger" for figure in results["figures"])
     peer = f", liger-kernel {machine.get('liger')}" if liger else ""
