@@ -1,7 +1,7 @@
 """Builds .cu sources as plain C++ over tests/simt/, so that the CUDA kernels run without a GPU.
 
 There a scheduler runs the threads of a block in random order, and faults of a kernel are exceptions: see the headers
-of tests/simt/scheduler.cpp and memory.cpp. Slow (a millisecond per block), so tests give it few rows.
+of tests/simt/scheduler.cpp and memory.cpp. Slow (up to a millisecond per block), so tests give it few rows.
 
 Environment:
     KDFAST_SIMT=VARIANT        one of VARIANTS below; by default "races"
@@ -50,8 +50,6 @@ VARIANTS = {
     # Accesses out of bounds and undefined behaviour. The process must start as `sanitized` says, and ends at a fault.
     "address": Variant(all=("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")),
 }
-
-
 FAMILIES = sorted(path.parent.name for path in ROOT.glob("csrc/*/cuda.cu"))
 
 

@@ -11,9 +11,12 @@
 #include "simt.h"
 #include "vector_types.h"
 
-// Everything is inlined, as nvcc does: g++ announces no store through the hidden pointer of a call that returns a
-// struct.
+#if defined(__SANITIZE_THREAD__)
+// All is inlined: g++ announces no store of a struct that a called function returns.
 #define __global__ __attribute__((flatten))
+#else
+#define __global__
+#endif
 #define __device__
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))

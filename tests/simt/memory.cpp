@@ -4,8 +4,8 @@
 // allocation of its own, so that the address sanitizer sees where it ends.
 //
 // Kernels compiled with -fsanitize=thread call the __tsan_ functions below before each access; the sanitizer's own
-// runtime is not linked. Every byte that a kernel touches has a cell that knows who wrote it last and who has read it
-// since. Two accesses of different threads, one of them a write, must be ordered: by a barrier of the block or by
+// runtime is not linked. All that a kernel touches has a cell that knows who wrote it last and who has read it since.
+// Two accesses of different threads, one of them a write, must be ordered: by a barrier of the block or by
 // __syncwarp. The other collectives order nothing, as in CUDA. Blocks are never ordered; but a block that has called
 // __threadfence may touch what earlier blocks wrote: whether its handshake is right is not checked.
 #include <cstring>
@@ -21,6 +21,7 @@ namespace {
 
 constexpr unsigned kThreads = 1024;
 constexpr size_t kPage = 256;           // bytes whose cells lie together
+constexpr size_t kCell = 16;            // bytes of a cell, until a smaller access splits those of its page
 constexpr size_t kMaxPages = 16 << 10;  // then those of finished launches are dropped
 
 struct Access {
@@ -35,7 +36,19 @@ struct Cell {
   Access write, reads[2];
 };
 
-using Page = Cell[kPage];
+struct Page {
+  size_t cell_bytes = kCell;
+  std::vector<Cell> cells = std::vector<Cell>(kPage / kCell);
+
+  Cell& at(uintptr_t address) { return cells[address % kPage / cell_bytes]; }
+
+  void split(size_t bytes) {
+    std::vector<Cell> parts(kPage / bytes);
+    for (size_t i = 0; i < parts.size(); ++i) parts[i] = at(i * bytes);
+    cells = std::move(parts);
+    cell_bytes = bytes;
+  }
+};
 
 struct Array {
   const Shared* declaration;
@@ -47,7 +60,7 @@ const Shared kDynamic{"dynamic shared memory"};
 
 std::vector<Array> arrays;  // of the running block
 size_t dynamic_bytes = 0;
-std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+std::unordered_map<uintptr_t, Page> pages;
 struct {
   uintptr_t number;
   Page* page;
@@ -62,15 +75,13 @@ bool fenced = false;
 
 uint32_t& own_clock(unsigned thread) { return known[thread][thread % kWarp]; }
 
-Cell& cell_of(uintptr_t address) {
+// The page of an address, with cells of at most `unit` bytes.
+Page& page_of(uintptr_t address, size_t unit) {
   const uintptr_t number = address / kPage;
   auto& last = recent[number % 64];
-  if (!last.page || last.number != number) {
-    std::unique_ptr<Page>& page = pages[number];
-    if (!page) page.reset(new Page[1]);
-    last = {number, page.get()};
-  }
-  return (*last.page)[address % kPage];
+  if (!last.page || last.number != number) last = {number, &pages[number]};
+  if (unit < last.page->cell_bytes) last.page->split(unit);
+  return *last.page;
 }
 
 // Whether `a` comes before what `thread`, the running one, does now.
@@ -123,8 +134,11 @@ void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
   const unsigned thread = running();
   const Access now{epoch, thread, own_clock(thread), kind == Kind::kAtomic, code};
   const bool is_shared = array_at(begin) != nullptr;
-  for (uintptr_t address = begin; address < begin + bytes; ++address) {
-    Cell& cell = cell_of(address);
+  const size_t aligned = begin | bytes | kCell, unit = aligned & -aligned;  // the largest power of 2 that divides all
+  for (uintptr_t address = begin, step; address < begin + bytes; address += step) {
+    Page& page = page_of(address, unit);
+    Cell& cell = page.at(address);
+    step = page.cell_bytes;
     if (is_shared && kind != Kind::kWrite && cell.write.epoch == 0) {
       fail("uninitialised: thread " + std::to_string(thread) + " reads " + place(address) +
            ", which nothing has written\n  at " + where(code));
@@ -188,7 +202,12 @@ void* shared(const Shared& array, size_t bytes) {
   arrays.push_back({&array, std::unique_ptr<char[]>(new char[bytes]), bytes});
   char* data = arrays.back().data.get();
   memset(data, 0xff, bytes);
-  for (size_t i = 0; i < bytes; ++i) cell_of(reinterpret_cast<uintptr_t>(data) + i) = Cell{};
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(data);  // a multiple of kCell
+  for (uintptr_t at = begin, step; at < begin + bytes; at += step) {
+    Page& page = page_of(at, kCell);
+    page.at(at) = Cell{};
+    step = page.cell_bytes;
+  }
   return data;
 }
 
