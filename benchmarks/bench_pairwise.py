@@ -14,8 +14,9 @@ from .harness import Case
 FAMILY = "pairwise"
 SHAPES = [(rows, 512) for rows in (64, 128, 256, 512, 1024, 2048, 4096)]
 HOST_SHAPE = (4, 8)
-LARGEST_FALLBACK = 512  # rows; beyond, plain PyTorch on a CPU takes many seconds a call
-LARGEST_PHASES = 512  # rows; beyond, the backward is too small a part of a call to be timed by itself
+LARGEST_FALLBACK = 256  # rows; beyond, plain PyTorch on a CPU takes seconds a call
+LARGEST_BOTH_TERMS = 1024  # rows; beyond, RKD costs what its angles do
+LARGEST_PHASES = 128  # rows; beyond, the backward is too small a part of a call to be timed by itself
 
 
 # ---- the baselines ---------------------------------------------------------------------------------------------------
@@ -111,7 +112,12 @@ def case(name, rows, cols, device="cpu"):
 def cases(settings, shapes):
     """Every loss at all shapes; `shapes`, if any, replaces them."""
     shapes = shapes or (SHAPES[:1] if settings.quick else SHAPES)
-    return [case(name, *shape, settings.device) for name in LOSSES for shape in shapes]
+    return [
+        case(name, *shape, settings.device)
+        for name in LOSSES
+        for shape in shapes
+        if name != "RKD" or shape[0] <= LARGEST_BOTH_TERMS
+    ]
 
 
 def host_cases():
