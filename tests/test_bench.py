@@ -222,7 +222,7 @@ def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch):
         name: max(job.case.size for job in jobs if job.implementation == name and job.case.loss == "RKD angle")
         for name in ("eager", "compile", "fallback", "kdfast")
     }
-    assert angle == {"eager": 512, "compile": 512, "fallback": 1024, "kdfast": 4096}
+    assert angle == {"eager": 512, "compile": 512, "fallback": pairwise.LARGEST_FALLBACK, "kdfast": 4096}
     assert max(sizes["eager"]) == 4096  # distances alone fit
     left_out = next(job.case.left_out for job in jobs if job.case.size == 4096)
     assert left_out["eager"] == f"out of memory: {pairwise.eager_bytes('RKD angle', 4096, 512) / 1e9:.0f} GB"
