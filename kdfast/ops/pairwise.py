@@ -39,11 +39,13 @@ def squared_distances(x, y, dtype):
 
 
 def pairwise_distance_torch(x, y, squared):
+    """-> distances, or their squares, [n, m]."""
     p = squared_distances(x, x if y is None else y, accumulator(x, y))
     return p if squared else p.sqrt()
 
 
 def weighted_differences_torch(weights, x, y, factor):
+    """-> factor sum_j weights_ij (x_i - y_j) [n, D], in the dtype of x."""
     a = x.to(weights.dtype)
     b = a if y is None else y.to(weights.dtype)
     out = torch.empty_like(a, memory_format=torch.contiguous_format)
