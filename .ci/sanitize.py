@@ -45,6 +45,9 @@ def build():
     package = BUILD / "lib" / "kdfast"
     shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(ROOT / "kdfast", package, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_build.json"))
+    shutil.copytree(
+        ROOT / "benchmarks", package / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__")
+    )
     libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
     library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
     command = [*CXX, *FLAGS, "-shared", *(str(target) for target, _ in started), *libraries]
