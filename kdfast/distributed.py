@@ -80,9 +80,10 @@ def gather(x):
 
         loss = kdfast.RKD()(kdfast.distributed.gather(student), kdfast.distributed.gather(teacher))
 
-    Each rank then computes the loss of the whole batch. A rank's rows get the sum of the gradients of all ranks' losses,
-    so that the average over the ranks, which DDP takes, is the gradient of one process with the whole batch. Every rank
-    has to call it and its backward. B may differ between ranks, and may be 0. Without torch.distributed it returns `x`.
+    Each rank then computes the loss of the whole batch. A rank's rows get the sum of the gradients of all ranks'
+    losses, so that the average over the ranks, which DDP takes, is the gradient of one process with the whole batch.
+    Every rank has to call it and its backward. B may differ between ranks, and may be 0. Without torch.distributed it
+    returns `x`.
 
     Raises: TypeError for what is no tensor; ValueError, the same on every rank, where the ranks' shapes, dtypes or
     ``requires_grad`` do not fit together.
@@ -113,10 +114,11 @@ def _described(header):
 
 
 def ignore_banks(model):
-    """Keep DistributedDataParallel from sending the memory banks inside `model`; call it before wrapping. -> `model`.
+    """Keep DistributedDataParallel from sending the memory banks inside `model`; call it before wrapping it.
 
-    DDP copies every buffer from rank 0 in each step (gigabytes for banks), but for those on a list that it reads from the
-    module it wraps. A :class:`kdfast.CRD` that is wrapped by itself has that list already; its `sync` keeps banks equal.
+    DDP copies every buffer from rank 0 in each step (gigabytes for banks), but for those on a list that it reads from
+    the module it wraps. A :class:`kdfast.CRD` that is wrapped by itself has that list already; its `sync` keeps the
+    banks equal. Returns `model`.
     """
     names = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     for prefix, module in model.named_modules():

@@ -28,18 +28,19 @@ BUFFERS = (*BANKS, *CONSTANTS, "seed")
 class CRD(nn.Module):
     """CRD - Contrastive Representation Distillation (Tian, Krishnan and Isola, ICLR 2020).
 
-    With unit embeddings v of the student and of the teacher, banks M of those of all `n_data` samples, and K negatives,
+    With unit embeddings v of the student and of the teacher, banks M of those of all `n_data` samples, K negatives:
     ``-1/B sum_b [log P_b0 / (P_b0 + c) + sum_k log (K / n_data) / (P_bk + c)]`` with ``c = K / n_data + 1e-7`` and
     ``P_bk = exp(v_b . M_bk / temperature) / Z``, for the student's v on the teacher's bank plus the teacher's v on the
-    student's. Each Z is the mean of exp(.) over the first batch times `n_data`, then constant. After the scores the rows
-    of the batch move: ``M = unit(momentum M + (1 - momentum) v)``, in eval mode too; of a repeated sample the last row
-    counts. Shapes: student (B, student_dim), teacher (B, teacher_dim), more dimensions are flattened; index (B,) int64,
-    the samples' places in the data set; contrast_index (B, K + 1), the positive in column 0, or None to draw `negatives`
-    of them on the device; 0-d. Gradients flow to both networks' outputs and both embeddings, and stop at banks and Z.
+    student's. Each Z is the mean of exp(.) over the first batch times `n_data`, then constant. After the scores the
+    rows of the batch move: ``M = unit(momentum M + (1 - momentum) v)``, in eval mode too; of a repeated sample the last
+    row counts. Shapes: student (B, student_dim), teacher (B, teacher_dim), more dimensions are flattened; index (B,)
+    int64, the samples' places in the data set; contrast_index (B, K + 1) int64 with the positive in column 0, or None
+    to draw `negatives` of them on the device; 0-d. Gradients flow to both networks' outputs and both embeddings, and
+    stop at banks and Z.
 
-    `labels` (n_data,) leaves the positive's class out of the draws, as the official data set does. With `sync` all ranks
-    of torch.distributed score their own batches, then apply the same updates of the whole batch and the same Z: the
-    averaged gradients and the banks are those of one process. To wrap a model that contains CRD in DDP, see
+    `labels` (n_data,) leaves the positive's class out of the draws, as the official data set does. With `sync` all
+    ranks of torch.distributed score their own batches, then apply the same updates of the whole batch and the same Z:
+    the averaged gradients and the banks are those of one process. To wrap a model that contains CRD in DDP, see
     ``kdfast.distributed.ignore_banks``. All state, the seed of the draws too, is in the state_dict. The official code
     draws negatives in the data loader, reads Z on the host, and embeds a zero row as NaN (here: 0). The embeddings are
     linear layers in the inputs' accumulation type, and follow torch's setting for TF32. Op: ``nce``.
@@ -179,7 +180,7 @@ class CRD(nn.Module):
         for bank, rows in zip((self.bank_student, self.bank_teacher), moves.chunk(2, 1), strict=True):
             update_bank(bank, rows, index, self.momentum)
         for z, constant in zip(self._z(), constants, strict=True):
-            z.copy_(constant)
+            z.view(1).copy_(constant)  # torch.compile takes a 0-d float64 for a number, whose change would be lost
         if drawn:
             self.seed.add_(1)
 
@@ -192,17 +193,16 @@ class CRD(nn.Module):
             self._buffers[name] = z.to(self._buffers[name].device)
         return self
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+    def _load_from_state_dict(self, state_dict, prefix, *others):
         """Refuses a checkpoint of other sizes before anything of it is loaded."""
         for name in BANKS:
             saved, shape = state_dict.get(prefix + name), (self.n_data, self.feature_dim)
             if saved is not None and tuple(saved.shape) != shape:
-                errors.append(
+                raise RuntimeError(
                     f"{prefix}{name} of the checkpoint has n_data x feature_dim = {' x '.join(map(str, saved.shape))}, "
                     f"this CRD has {shape[0]} x {shape[1]}: make it with the checkpoint's sizes"
                 )
-                return
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, *others)
         self._shared = False
 
     def extra_repr(self):
@@ -212,11 +212,23 @@ class CRD(nn.Module):
 
 def _unit(x, linear):
     """Rows of x embedded and divided by their lengths, in the accumulation type; a zero row stays zero."""
-    dtype = accumulator(x, linear.weight)
+    dtype, rows = accumulator(x, linear.weight), x.shape[0]
+    x, weight = x.flatten(1).to(dtype), linear.weight.to(dtype)
+    if x.device.type == "cpu":
+        x, weight = _to_whole_tiles(x), _to_whole_tiles(weight)
     with torch.autocast(x.device.type, enabled=False):
-        x = nn.functional.linear(x.flatten(1).to(dtype), linear.weight.to(dtype), linear.bias.to(dtype))
+        x = (x @ weight.t())[:rows, : linear.out_features] + linear.bias.to(dtype)
     squares = fixed_sum(x * x)[:, None]
     return x / torch.where(squares > 0, squares, 1.0).sqrt()
+
+
+TILE = 64
+
+
+def _to_whole_tiles(x):
+    """With zeros up to multiples of 64: other matrix products of a CPU depend on the number of threads, as do the bits."""
+    rows, cols = (-size % TILE for size in x.shape)
+    return nn.functional.pad(x, (0, cols, 0, rows)) if rows or cols else x
 
 
 def _gather_batch(moves, index, log_sums, counts):

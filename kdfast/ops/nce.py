@@ -60,7 +60,7 @@ def _scores(anchors, bank, index, temperature):
 
 
 def _direction(anchors, bank, index, z, temperature, need_grad, scores):
-    """-> sum of both terms over the batch (float64), its gradient in the anchors; fills `scores` [B, K + 1] if given."""
+    """-> sum of the terms over the batch (float64), its gradient in the anchors; fills `scores` [B, K + 1] if given."""
     log_c, constant = _log_noise(index.shape[1] - 1, bank.shape[0])
     shift = (z.double().log() + log_c).to(anchors.dtype)
     total = anchors.new_full((), constant * (index.shape[1] - 1) * index.shape[0], dtype=torch.float64)
@@ -308,8 +308,8 @@ def nce(
 def update_bank(bank, rows, index, momentum=0.5):
     """``bank[index] = unit(momentum bank[index] + (1 - momentum) rows)``, in place and without a gradient.
 
-    Of equal indices the last row counts, on every device; all start from the old row. Where the new row has no direction
-    (zero, or not finite) the old one stays.
+    Of equal indices the last row counts, on every device; all start from the old row. Where the new row has no
+    direction (zero, or not finite) the old one stays.
 
     Args:
         bank: (N, D), contiguous; float32, float64, float16 or bfloat16.
@@ -335,8 +335,8 @@ def update_bank(bank, rows, index, momentum=0.5):
 def draw_negatives(index, k, n_data, seed, labels=None, table=None):
     """-> contrast_index (B, k + 1): `index` in column 0, then k rows drawn from all n_data with replacement.
 
-    A draw depends on (seed, the row in `index`, column) alone: the same on CPU and CUDA, on any number of ranks, and for
-    a row that is twice in the batch.
+    A draw depends on (seed, the row in `index`, column) alone: it is the same on CPU and CUDA, on any number of ranks,
+    and for a row that is twice in the batch.
 
     Args:
         index: (B,) int64, the positives.
@@ -438,7 +438,7 @@ def anchors_and_banks(student, teacher, bank_student, bank_teacher):
 
 
 def contrast_rows(name, index, batch, rows, columns=False):
-    """`index` is int64 (B,), or with `columns` (B, at least 1), on the device of `batch`; see `check_rows` for values."""
+    """`index` is int64 (B,), with `columns` (B, K + 1), on the device of `batch`; for its values see `check_rows`."""
     check.tensor(name, index)
     shape = f"({batch.shape[0]}, K + 1)" if columns else f"({batch.shape[0]},)"
     if index.dtype != torch.int64:
