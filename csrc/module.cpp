@@ -7,6 +7,8 @@ constexpr uint64_t kTorchTarget = TORCH_TARGET_VERSION;
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 
+#include "common/huge_pages.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -52,4 +54,8 @@ py::dict build_info() {
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "How this extension was built, and the instruction set it uses here.");
+  m.def(
+      "advise_huge_pages",
+      [](uintptr_t address, size_t bytes) { kdfast::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      "Asks for huge pages at memory that has not been touched yet.");
 }

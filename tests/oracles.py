@@ -141,6 +141,39 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
     return distance_weight * rkd_distance(student, teacher) + angle_weight * rkd_angle(student, teacher)
 
 
+def _nce_scores(anchors, bank, index, temperature):
+    return torch.einsum("bd,bkd->bk", anchors.double(), bank.double()[index]) / temperature
+
+
+def _nce_terms(anchors, bank, index, z, temperature):
+    """-log of both posteriors [B, K + 1] as the official code has them, with eps 1e-7."""
+    p = _nce_scores(anchors, bank, index, temperature).exp() / z
+    noise = (index.shape[1] - 1) / len(bank)
+    # log1p(x) for log(1 + x): without negatives the noise is 1e-7 of p, or less.
+    return torch.cat([((noise + 1e-7) / p[:, :1]).log1p(), ((p[:, 1:] + 1e-7) / noise).log1p()], 1)
+
+
+def nce(student, teacher, bank_student, bank_teacher, contrast_index, z_student, z_teacher, temperature=0.07):
+    terms = _nce_terms(student, bank_teacher, contrast_index, z_student, temperature)
+    return (terms + _nce_terms(teacher, bank_student, contrast_index, z_teacher, temperature)).sum() / max(
+        1, len(terms)
+    )
+
+
+def nce_constant(anchors, bank, index, temperature=0.07):
+    """Z of a first batch: the mean over positives and negatives times the number of samples."""
+    return _nce_scores(anchors, bank, index, temperature).exp().mean() * len(bank)
+
+
+def update_bank(bank, rows, index, momentum=0.5):
+    """-> the new bank; one row of the batch after the other, all from the old bank."""
+    new = bank.double().clone()
+    for row, at in zip(rows.double(), index.tolist(), strict=True):
+        moved = momentum * bank[at].double() + (1 - momentum) * row
+        new[at] = moved / moved.norm()
+    return new
+
+
 # ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
 def _pair_sizes(log_p, log_q):
     p, q = log_p.exp(), log_q.exp()
@@ -220,6 +253,22 @@ def sizes_rkd_angle(student, teacher):
     at_vertex = inverse * inverse.sum(1, keepdim=True) + rows * inverse**2
     weights = at_vertex + at_vertex.t() + inverse.t() @ inverse
     return 2 * slope.abs().mean() + SQUARED_ROUNDING, _weighted_sizes(2 * weights / rows**3, student, student)
+
+
+def sizes_nce(student, teacher, bank_student, bank_teacher, contrast_index, z_student, z_teacher, temperature=0.07):
+    """-> value, entries of the gradients in student and teacher. A logit v is off by the rounding of its products."""
+    value, entries = 0.0, []
+    log_c = math.log((contrast_index.shape[1] - 1) / len(bank_student) + 1e-7)
+    for anchors, bank, z in ((student, bank_teacher, z_student), (teacher, bank_student, z_teacher)):
+        anchors, rows = anchors.detach().double(), bank.double()[contrast_index]
+        shift = z.double().log() + log_c
+        off = 1 + (anchors[:, None] * rows).abs().sum(2) / temperature + shift.abs()
+        v = _nce_scores(anchors, bank, contrast_index, temperature) - shift
+        v[:, 0] *= -1
+        slopes = v.sigmoid()
+        value = value + (F.softplus(v) + slopes * off).sum() / max(1, len(anchors))
+        entries.append(((slopes * off)[..., None] * rows.abs()).sum(1) / temperature / max(1, len(anchors)))
+    return value, *entries
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------

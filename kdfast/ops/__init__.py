@@ -1,15 +1,20 @@
 """The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
 
+from kdfast.ops.nce import alias_table, draw_negatives, nce, update_bank
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
 
 __all__ = [
+    "alias_table",
     "cross_entropy",
     "cross_entropy_kl",
     "dkd",
+    "draw_negatives",
+    "nce",
     "pairwise_distance",
     "rkd",
     "rkd_angle",
     "rkd_distance",
     "softmax_kl",
+    "update_bank",
 ]

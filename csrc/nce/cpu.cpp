@@ -1,0 +1,409 @@
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+#include <unordered_map>
+
+#include "common/chunk.h"
+#include "common/lanes.h"
+#include "common/parallel.h"
+#include "nce/math.h"
+
+namespace kdfast {
+namespace nce {
+namespace {
+
+// Rows are scored in tiles that stay in the first-level cache until they have been added to the gradient; while one
+// tile is scored, the next one is on its way. A task is one anchor with some of its rows: their number, and with it the
+// order of every sum, depends on the shapes alone.
+constexpr int64_t kTile = 16;
+constexpr int64_t kPerTask = 2048;
+constexpr int64_t kLine = 64;  // bytes that come from memory at once
+
+// ---- one tile
+template <class A>
+struct Tile {
+  const A* rows[kTile];     // [dim], whole vectors; the last tile repeats a row
+  const char* next[kTile];  // the rows of the next tile, as they are in memory
+  int64_t count;            // rows that are not repeated
+  bool positive;            // row 0 is the positive
+};
+
+template <class A>
+KD_HD void dot_products(const Tile<A>& tile, const A* anchor, int64_t dim, int64_t bytes, A* dots) {
+  constexpr int64_t kAtOnce = 4;
+  for (int64_t r = 0; r < kTile; r += kAtOnce) {
+    Lanes<A> sum[kAtOnce] = {};
+    for (int64_t c = 0; c < dim; c += kLanesOf<A>) {
+      const Lanes<A> a = load(anchor + c);
+      for (int64_t q = 0; q < kAtOnce; ++q) sum[q] += a * load(tile.rows[r + q] + c);
+    }
+    for (int64_t q = 0; q < kAtOnce; ++q) {
+      for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(tile.next[r + q] + line);
+      dots[r + q] = lane_sum<A>(sum[q]);
+    }
+  }
+}
+
+// grad[c] += sum over the tile of weights[r] * rows[r][c], for kVectors vectors at c.
+template <int64_t kVectors, class A>
+KD_HD void add_rows(const Tile<A>& tile, const A* weights, int64_t c, A* grad) {
+  Lanes<A> sum[kVectors];
+  for (int64_t v = 0; v < kVectors; ++v) sum[v] = load(grad + c + v * kLanesOf<A>);
+  for (int64_t r = 0; r < kTile; ++r) {
+    const Lanes<A> weight = all(weights[r]);
+    for (int64_t v = 0; v < kVectors; ++v) sum[v] += weight * load(tile.rows[r] + c + v * kLanesOf<A>);
+  }
+  for (int64_t v = 0; v < kVectors; ++v) store(grad + c + v * kLanesOf<A>, sum[v]);
+}
+
+// -> the sum of the terms; adds slope * row to `grad`, if that is wanted, and leaves the dot products.
+template <class A>
+KD_MULTIVERSION A score_tile(const Tile<A>& tile, const A* anchor, int64_t dim, int64_t bytes, A rate, A shift, A* dots,
+                             A* grad) {
+  alignas(64) A weights[kTile], sign[kTile];
+  dot_products(tile, anchor, dim, bytes, dots);
+  for (int64_t r = 0; r < kTile; ++r) sign[r] = 1;
+  if (tile.positive) sign[0] = -1;
+  const int64_t count = tile.count;
+  A loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t r = 0; r < kTile; ++r) {
+    const Term<A> t = term(dots[r] * rate - shift, sign[r]);
+    loss += r < count ? t.loss : A(0);
+    weights[r] = r < count ? t.slope : A(0);
+  }
+  if (!grad) return loss;
+  int64_t c = 0;
+  for (; c + 8 * kLanesOf<A> <= dim; c += 8 * kLanesOf<A>) add_rows<8>(tile, weights, c, grad);
+  for (; c < dim; c += kLanesOf<A>) add_rows<1>(tile, weights, c, grad);
+  return loss;
+}
+
+template <class A>
+KD_MULTIVERSION void dot_tile(const Tile<A>& tile, const A* anchor, int64_t dim, int64_t bytes, A* dots) {
+  dot_products(tile, anchor, dim, bytes, dots);
+}
+
+// ---- the rows of a task, tile by tile
+struct Bank {
+  const char* data;
+  ScalarType dtype;
+  int64_t rows, dim, bytes;  // bytes of a row
+
+  explicit Bank(const Tensor& x)
+      : data(static_cast<const char*>(x.data_ptr())),
+        dtype(x.scalar_type()),
+        rows(x.size(0)),
+        dim(x.size(1)),
+        bytes(x.size(1) * static_cast<int64_t>(x.element_size())) {}
+};
+
+template <class A>
+int64_t whole_vectors(int64_t dim) {
+  return (dim + kLanesOf<A> - 1) / kLanesOf<A> * kLanesOf<A>;
+}
+
+// f(tile, first column) for the columns [begin, end) of one anchor's index.
+template <class A, class F>
+void for_tiles(const Bank& bank, const int64_t* index, int64_t begin, int64_t end, const F& f) {
+  const int64_t dim = whole_vectors<A>(bank.dim);
+  const bool in_place = bank.dtype == kDtype<A> && bank.dim == dim;
+  std::vector<A> copies(in_place ? 0 : kTile * dim + kLanesOf<A>);
+  const auto row_at = [&](int64_t column) { return bank.data + index[std::min(column, end - 1)] * bank.bytes; };
+  Tile<A> tile;
+  for (int64_t r = 0; r < kTile; ++r) {
+    tile.next[r] = row_at(begin + r);
+    for (int64_t line = 0; line < bank.bytes; line += kLine) __builtin_prefetch(tile.next[r] + line);
+  }
+  for (int64_t first = begin; first < end; first += kTile) {
+    const char* own[kTile];
+    for (int64_t r = 0; r < kTile; ++r) {
+      own[r] = tile.next[r];
+      tile.next[r] = row_at(first + kTile + r);
+      tile.rows[r] = in_place ? reinterpret_cast<const A*>(own[r]) : copies.data() + r * dim;
+    }
+    if (!in_place) {
+      dispatch_float(bank.dtype, [&](auto tag) {
+        using T = decltype(tag);
+        for (int64_t r = 0; r < kTile; ++r) {
+          widen(reinterpret_cast<const T*>(own[r]), 1, bank.dim, copies.data() + r * dim);  // zeros follow
+        }
+      });
+    }
+    tile.count = std::min(kTile, end - first);
+    tile.positive = first == 0;
+    f(tile, first);
+  }
+}
+
+// The anchors as A, with zeros up to whole vectors.
+template <class A>
+Tensor padded_anchors(const Tensor& x) {
+  const int64_t rows = x.size(0), cols = x.size(1), dim = whole_vectors<A>(cols);
+  Tensor out = empty(x, kDtype<A>, {rows, dim});
+  dispatch_float(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    for (int64_t i = 0; i < rows; ++i) {
+      A* to = static_cast<A*>(out.data_ptr()) + i * dim;
+      widen(static_cast<const T*>(x.data_ptr()) + i * x.stride(0), x.stride(1), cols, to);
+      std::fill(to + cols, to + dim, A(0));
+    }
+  });
+  return out;
+}
+
+// ---- checks
+template <class Position>
+void check_rows(const int64_t* index, int64_t n, int64_t rows, const char* name, const Position& position) {
+  constexpr int64_t kBlock = 1 << 16;
+  const int64_t blocks = (n + kBlock - 1) / kBlock;
+  std::vector<char> wrong(blocks);
+  for_each(blocks, 1, [&](int64_t block) {
+    const int64_t end = std::min(n, (block + 1) * kBlock);
+    bool outside = false;
+    for (int64_t i = block * kBlock; i < end; ++i) outside |= static_cast<uint64_t>(index[i]) >= uint64_t(rows);
+    wrong[block] = outside;
+  });
+  const int64_t block = std::find(wrong.begin(), wrong.end(), 1) - wrong.begin();
+  if (block == blocks) return;
+  int64_t i = block * kBlock;
+  while (static_cast<uint64_t>(index[i]) < uint64_t(rows)) ++i;
+  throw std::out_of_range(std::string(name) + "[" + position(i) + "] is " + std::to_string(index[i]) +
+                          ", expected a row from 0 to " + std::to_string(rows - 1));
+}
+
+void check_contrast_index(const Tensor& index, int64_t rows) {
+  const int64_t columns = index.size(1);
+  check_rows(static_cast<const int64_t*>(index.data_ptr()), index.numel(), rows, "contrast_index",
+             [&](int64_t i) { return std::to_string(i / columns) + ", " + std::to_string(i % columns); });
+}
+
+void check_index(const Tensor& index, int64_t rows) {
+  check_rows(static_cast<const int64_t*>(index.data_ptr()), index.numel(), rows, "index",
+             [](int64_t i) { return std::to_string(i); });
+}
+
+// ---- the ops
+struct Tasks {
+  int64_t anchors, columns, pieces;  // pieces: tasks of each anchor
+
+  explicit Tasks(const Tensor& index)
+      : anchors(index.size(0)), columns(index.size(1)), pieces((columns + kPerTask - 1) / kPerTask) {}
+
+  int64_t count() const { return anchors * pieces; }
+
+  // f(task, anchor, begin, end): the columns [begin, end) of the anchor.
+  template <class F>
+  void for_all(const F& f) const {
+    for_each(count(), 1, [&](int64_t task) {
+      const int64_t begin = task % pieces * kPerTask;
+      f(task, task / pieces, begin, std::min(begin + kPerTask, columns));
+    });
+  }
+};
+
+// One direction: -> the sum of the terms over the batch; the gradient of their mean in `grad` [B, D], the scores in
+// `scores` [B, K + 1], where these are not null.
+template <class A>
+double score(const Tensor& anchors, const Bank& bank, const Tensor& index, double z, double temperature, A* grad,
+             A* scores) {
+  const Tasks tasks(index);
+  const Direction direction(z, temperature, tasks.columns - 1, bank.rows);
+  const A rate = static_cast<A>(direction.rate), shift = static_cast<A>(direction.shift);
+  const int64_t dim = whole_vectors<A>(bank.dim);
+  const Tensor padded = padded_anchors<A>(anchors);
+  const Tensor parts = empty(anchors, kDtype<A>, {grad ? tasks.count() : 0, dim});
+  std::vector<double> losses(tasks.count());
+  tasks.for_all([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
+    const A* anchor = static_cast<const A*>(padded.data_ptr()) + b * dim;
+    const int64_t* own = static_cast<const int64_t*>(index.data_ptr()) + b * tasks.columns;
+    A* part = grad ? static_cast<A*>(parts.data_ptr()) + task * dim : nullptr;
+    if (part) std::fill(part, part + dim, A(0));
+    alignas(64) A dots[kTile];
+    double loss = 0;
+    for_tiles<A>(bank, own, begin, end, [&](const Tile<A>& tile, int64_t first) {
+      loss += score_tile(tile, anchor, dim, bank.bytes, rate, shift, dots, part);
+      for (int64_t r = 0; scores && r < tile.count; ++r) {
+        scores[b * tasks.columns + first + r] = dots[r] * static_cast<A>(1 / temperature);
+      }
+    });
+    losses[task] = loss;
+  });
+  const double scale = 1 / (temperature * std::max<int64_t>(tasks.anchors, 1));
+  for (int64_t b = 0; grad && b < tasks.anchors; ++b) {
+    for (int64_t c = 0; c < bank.dim; ++c) {
+      double sum = 0;
+      for (int64_t p = 0; p < tasks.pieces; ++p) {
+        sum += static_cast<const A*>(parts.data_ptr())[(b * tasks.pieces + p) * dim + c];
+      }
+      grad[b * bank.dim + c] = static_cast<A>(scale * sum);
+    }
+  }
+  double sum = direction.constant * static_cast<double>((tasks.columns - 1) * tasks.anchors);
+  for (double x : losses) sum += x;
+  return sum;
+}
+
+ScalarType accumulator(const Tensor& student, const Tensor& teacher, const Tensor& bank_student,
+                       const Tensor& bank_teacher) {
+  const bool wide = is_double(student) || is_double(teacher) || is_double(bank_student) || is_double(bank_teacher);
+  return wide ? ScalarType::Double : ScalarType::Float;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> nce_cpu(Tensor student, Tensor teacher, Tensor bank_student,
+                                                   Tensor bank_teacher, Tensor index, Tensor z_student,
+                                                   Tensor z_teacher, double temperature, bool need_grad,
+                                                   bool need_scores) {
+  check_contrast_index(index, bank_student.size(0));
+  const ScalarType dtype = accumulator(student, teacher, bank_student, bank_teacher);
+  const int64_t rows = index.size(0), columns = index.size(1), dim = student.size(1);
+  const auto grad = [&] { return need_grad ? empty(student, dtype, {rows, dim}) : empty(student, dtype, {0}); };
+  Tensor loss = empty(student, dtype, {}), student_grad = grad(), teacher_grad = grad();
+  Tensor scores = need_scores ? empty(student, dtype, {2, rows, columns}) : empty(student, dtype, {0});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const auto data = [](const Tensor& x, bool wanted) { return wanted ? static_cast<A*>(x.data_ptr()) : nullptr; };
+    A* out = data(scores, need_scores);
+    double sum = score<A>(student, Bank(bank_teacher), index, read<double>(column(z_student), 0), temperature,
+                          data(student_grad, need_grad), out);
+    sum += score<A>(teacher, Bank(bank_student), index, read<double>(column(z_teacher), 0), temperature,
+                    data(teacher_grad, need_grad), out ? out + rows * columns : nullptr);
+    *data(loss, true) = static_cast<A>(sum / std::max<int64_t>(rows, 1));
+  });
+  return {loss, student_grad, teacher_grad, scores};
+}
+
+template <class A>
+double log_sum(const Tensor& anchors, const Bank& bank, const Tensor& index, double temperature) {
+  const Tasks tasks(index);
+  const int64_t dim = whole_vectors<A>(bank.dim);
+  const double rate = kLog2E / temperature;
+  const Tensor padded = padded_anchors<A>(anchors);
+  std::vector<LogSum> sums(tasks.count());
+  tasks.for_all([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
+    const A* anchor = static_cast<const A*>(padded.data_ptr()) + b * dim;
+    const int64_t* own = static_cast<const int64_t*>(index.data_ptr()) + b * tasks.columns;
+    alignas(64) A dots[kTile];
+    for_tiles<A>(bank, own, begin, end, [&](const Tile<A>& tile, int64_t) {
+      dot_tile(tile, anchor, dim, bank.bytes, dots);
+      for (int64_t r = 0; r < tile.count; ++r) sums[task].add({dots[r] * rate, 1});
+    });
+  });
+  LogSum sum;
+  for (const LogSum& x : sums) sum.add(x);
+  return sum.nats();
+}
+
+Tensor nce_log_sums_cpu(Tensor student, Tensor teacher, Tensor bank_student, Tensor bank_teacher, Tensor index,
+                        Tensor z_student, Tensor z_teacher, double temperature) {
+  Tensor out = empty(student, ScalarType::Double, {2});
+  double* sums = static_cast<double*>(out.data_ptr());
+  const bool known[2] = {read<double>(column(z_student), 0) >= 0, read<double>(column(z_teacher), 0) >= 0};
+  sums[0] = sums[1] = 0;
+  if (known[0] && known[1]) return out;
+  check_contrast_index(index, bank_student.size(0));
+  dispatch_accumulator(accumulator(student, teacher, bank_student, bank_teacher), [&](auto tag) {
+    using A = decltype(tag);
+    if (!known[0]) sums[0] = log_sum<A>(student, Bank(bank_teacher), index, temperature);
+    if (!known[1]) sums[1] = log_sum<A>(teacher, Bank(bank_student), index, temperature);
+  });
+  return out;
+}
+
+// ---- the update of a bank
+// moved = momentum * old + (1 - momentum) * row -> the sum of its squares.
+template <class A>
+KD_MULTIVERSION A mix(const A* old, const A* row, int64_t n, A momentum, A* moved) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
+    moved[i] = momentum * old[i] + (1 - momentum) * row[i];
+    sum += moved[i] * moved[i];
+  }
+  return sum;
+}
+
+void update_bank_cpu(Tensor bank, Tensor rows, Tensor index, double momentum) {
+  check_index(index, bank.size(0));
+  const int64_t n = rows.size(0), dim = bank.size(1);
+  const int64_t* at = static_cast<const int64_t*>(index.data_ptr());
+  std::unordered_map<int64_t, int64_t> last;  // row of the bank -> the last row of the batch for it
+  for (int64_t i = 0; i < n; ++i) last[at[i]] = i;
+  dispatch_accumulator(kdfast::accumulator(bank, rows), [&](auto tag) {
+    using A = decltype(tag);
+    dispatch_float(bank.scalar_type(), [&](auto bank_tag) {
+      using T = decltype(bank_tag);
+      for_each(n, 64, [&](int64_t i) {
+        if (last.find(at[i])->second != i) return;
+        T* to = static_cast<T*>(bank.data_ptr()) + at[i] * dim;
+        std::vector<A> old(dim), row(dim), moved(dim);
+        widen(to, 1, dim, old.data());
+        dispatch_float(rows.scalar_type(), [&](auto row_tag) {
+          using R = decltype(row_tag);
+          widen(static_cast<const R*>(rows.data_ptr()) + i * rows.stride(0), rows.stride(1), dim, row.data());
+        });
+        const A norm = std::sqrt(mix(old.data(), row.data(), dim, static_cast<A>(momentum), moved.data()));
+        if (!(norm > 0 && norm < infinity<A>())) return;  // no direction: the row stays
+        for (A& x : moved) x /= norm;
+        narrow(moved.data(), dim, to);
+      });
+    });
+  });
+}
+
+// ---- drawing
+// The first draws of columns [begin, begin + n), in vectors.
+KD_MULTIVERSION void draw_first(const Source& source, int64_t positive, int64_t begin, int64_t n, int64_t* out) {
+  const Source own = source;
+  const uint64_t row = static_cast<uint64_t>(positive);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t w[4];
+    philox(own.key, static_cast<uint32_t>(begin + i), 0, row, w);
+    out[i] = own.pick(w);
+  }
+}
+
+Tensor draw_negatives_cpu(Tensor index, int64_t k, int64_t n_data, Tensor seed, std::optional<Tensor> labels,
+                          std::optional<Tensor> table) {
+  check_index(index, n_data);
+  constexpr int64_t kBlock = 1024;
+  const int64_t rows = index.size(0), pieces = (k + kBlock - 1) / kBlock;
+  const int64_t* positives = static_cast<const int64_t*>(index.data_ptr());
+  const auto data = [](const std::optional<Tensor>& x) {
+    return x ? static_cast<const int64_t*>(x->data_ptr()) : nullptr;
+  };
+  const Source source{*static_cast<const uint64_t*>(seed.data_ptr()), n_data, data(table), data(labels)};
+  Tensor out = empty(index, ScalarType::Long, {rows, k + 1});
+  std::vector<char> none(rows * pieces);
+  for_each(rows * pieces, 1, [&](int64_t task) {
+    const int64_t b = task / pieces, begin = task % pieces * kBlock, n = std::min(kBlock, k - begin);
+    int64_t* row = static_cast<int64_t*>(out.data_ptr()) + b * (k + 1);
+    if (begin == 0) row[0] = positives[b];
+    draw_first(source, positives[b], begin, n, row + 1 + begin);
+    for (int64_t i = begin; source.labels && i < begin + n; ++i) {
+      if (source.labels[row[1 + i]] != source.labels[positives[b]]) continue;
+      row[1 + i] = source.draw(positives[b], static_cast<uint32_t>(i));
+      none[task] |= row[1 + i] < 0;
+    }
+  });
+  const int64_t failed = std::find(none.begin(), none.end(), 1) - none.begin();
+  if (failed < rows * pieces) {
+    throw std::invalid_argument("labels has one class only, that of row " + std::to_string(positives[failed / pieces]) +
+                                ": there is no negative to draw");
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace nce
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  using namespace kdfast::nce;
+  m.impl("nce", TORCH_BOX(&nce_cpu));
+  m.impl("nce_log_sums", TORCH_BOX(&nce_log_sums_cpu));
+  m.impl("update_bank", TORCH_BOX(&update_bank_cpu));
+  m.impl("draw_negatives", TORCH_BOX(&draw_negatives_cpu));
+}

@@ -1,0 +1,302 @@
+"""Contrastive losses against memory banks. They run on the nce kernels."""
+
+import math
+import os
+
+import torch
+from torch import nn
+
+from kdfast import _kernels, distributed
+from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.nce import (
+    LARGEST_BANK,
+    check_rows,
+    class_labels,
+    contrast_rows,
+    draw_negatives,
+    nce,
+    nce_log_sums,
+    update_bank,
+)
+
+BANKS = ("bank_student", "bank_teacher")
+CONSTANTS = ("z_student", "z_teacher")
+BUFFERS = (*BANKS, *CONSTANTS, "seed")
+
+
+class CRD(nn.Module):
+    """CRD - Contrastive Representation Distillation (Tian, Krishnan and Isola, ICLR 2020).
+
+    With unit embeddings v of the student and of the teacher, banks M of those of all `n_data` samples, K negatives:
+    ``-1/B sum_b [log P_b0 / (P_b0 + c) + sum_k log (K / n_data) / (P_bk + c)]`` with ``c = K / n_data + 1e-7`` and
+    ``P_bk = exp(v_b . M_bk / temperature) / Z``, for the student's v on the teacher's bank plus the teacher's v on the
+    student's. Each Z is the mean of exp(.) over the first batch times `n_data`, then constant. After the scores the
+    rows of the batch move: ``M = unit(momentum M + (1 - momentum) v)``, in eval mode too; of a repeated sample the last
+    row counts. Shapes: student (B, student_dim), teacher (B, teacher_dim), more dimensions are flattened; index (B,)
+    int64, the samples' places in the data set; contrast_index (B, K + 1) int64 with the positive in column 0, or None
+    to draw `negatives` of them on the device; 0-d. Gradients flow to both networks' outputs and both embeddings, and
+    stop at banks and Z.
+
+    `labels` (n_data,) leaves the positive's class out of the draws, as the official data set does. With `sync` all
+    ranks of torch.distributed score their own batches, then apply the same updates of the whole batch and the same Z:
+    the averaged gradients and the banks are those of one process. To wrap a model that contains CRD in DDP, see
+    ``kdfast.distributed.ignore_banks``. All state, the seed of the draws too, is in the state_dict. The official code
+    draws negatives in the data loader, reads Z on the host, and embeds a zero row as NaN (here: 0). The embeddings are
+    linear layers in the inputs' accumulation type, and follow torch's setting for TF32. Op: ``nce``.
+    """
+
+    def __init__(
+        self,
+        student_dim,
+        teacher_dim,
+        n_data,
+        feature_dim=128,
+        negatives=16384,
+        temperature=0.07,
+        momentum=0.5,
+        bank_dtype=torch.float32,
+        sync=True,
+        labels=None,
+    ):
+        super().__init__()
+        sizes = dict(student_dim=student_dim, teacher_dim=teacher_dim, n_data=n_data, feature_dim=feature_dim)
+        for name, value in dict(**sizes, negatives=negatives).items():
+            check.count(name, value)
+        if n_data > LARGEST_BANK:
+            raise ValueError(f"n_data must be at most {LARGEST_BANK}, got {n_data}")
+        check.positive("temperature", temperature)
+        check.number("momentum", momentum, 0.0, 1.0)
+        if bank_dtype not in check.FLOATS:
+            raise TypeError(f"bank_dtype must be float32, float64, float16 or bfloat16, got {bank_dtype}")
+        if labels is not None:
+            class_labels("labels", labels, n_data)
+        self.student_dim = student_dim
+        self.teacher_dim = teacher_dim
+        self.n_data = n_data
+        self.feature_dim = feature_dim
+        self.negatives = negatives
+        self.temperature = temperature
+        self.momentum = momentum
+        self.sync = sync
+        self.embed_student = nn.Linear(student_dim, feature_dim)
+        self.embed_teacher = nn.Linear(teacher_dim, feature_dim)
+        _require_memory(n_data, feature_dim, bank_dtype)
+        for name in BANKS:
+            self.register_buffer(name, _random_bank(n_data, feature_dim, bank_dtype))
+        for name in CONSTANTS:
+            self.register_buffer(name, torch.tensor(-1.0, dtype=torch.float64))
+        self.register_buffer("seed", torch.randint(2**62, ()))
+        self.register_buffer("labels", None if labels is None else labels.detach().long().clone(), persistent=False)
+        # DDP would send them from rank 0 in each step.
+        self._ddp_params_and_buffers_to_ignore = [*BUFFERS, *(["labels"] if labels is not None else [])]
+        self._shared = False  # whether all ranks are known to have rank 0's state
+
+    def forward(self, student, teacher, index, contrast_index=None):
+        counts = self._checked(student, teacher, index, contrast_index)
+        anchors = _unit(student, self.embed_student), _unit(teacher, self.embed_teacher)
+        drawn = contrast_index is None
+        if drawn:
+            contrast_index = draw_negatives(index, self.negatives, self.n_data, self.seed, self.labels)
+        log_sums = self._log_sums(anchors, contrast_index)
+        moves = torch.cat(anchors, 1).detach()
+        if counts is not None:
+            moves, index_of_all, log_sums = _gather_batch(moves, index, log_sums, counts)
+        constants = self._constants(log_sums, contrast_index, counts)
+        loss = nce(*anchors, self.bank_student, self.bank_teacher, contrast_index, *constants, self.temperature)
+        if counts is not None:
+            # A mean over the rank's rows, to be averaged over the ranks: as if it were over all rows.
+            loss = loss * (len(counts) * len(index) / max(1, sum(counts)))
+            index = index_of_all
+        self._advance(moves, index, constants, drawn)
+        return loss
+
+    # ---- the parts of a step -----------------------------------------------------------------------------------------
+    def _checked(self, student, teacher, index, contrast_index):
+        """Checks the arguments; -> how many rows each rank has, or None if this is the only one."""
+        if not self.sync or torch.compiler.is_compiling() or distributed.world_size() == 1:
+            self._check(student, teacher, index, contrast_index)
+            return None
+        error, columns = None, 1 + self.negatives
+        try:
+            self._check(student, teacher, index, contrast_index)
+            for name, rows in (("index", index), ("contrast_index", contrast_index)):
+                if rows is not None and rows.device.type == "cpu":
+                    check_rows(name, rows, self.n_data)
+            columns = 1 + self.negatives if contrast_index is None else contrast_index.shape[1]
+        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
+            error = caught
+        width = torch.finfo(accumulator(student, self.embed_student.weight)).bits if error is None else 0
+        headers = distributed.exchange([error is not None, 0 if error else len(index), columns, width, self._shared])
+        if error is not None:
+            raise error
+        for rank, (failed, _, other_columns, other_width, _) in enumerate(headers):
+            if failed:
+                raise RuntimeError(f"rank {rank} could not score its batch: its own error says why")
+            if headers[0][2:4] != [other_columns, other_width]:
+                raise ValueError(
+                    "contrast_index must have as many columns, and the inputs the same precision, on every rank, got "
+                    f"{headers[0][2]} columns and {headers[0][3]} bits on rank 0, {other_columns} and {other_width} "
+                    f"on rank {rank}"
+                )
+        if not all(shared for *_, shared in headers):
+            for name in BUFFERS:
+                torch.distributed.broadcast(distributed.as_bytes(getattr(self, name)), 0)
+            self._shared = True
+        return [rows for _, rows, *_ in headers]
+
+    def _check(self, student, teacher, index, contrast_index):
+        for name, x, dim in (("student", student, self.student_dim), ("teacher", teacher, self.teacher_dim)):
+            check.embeddings(name, x)
+            if math.prod(x.shape[1:]) != dim:
+                raise ValueError(f"{name} must have {name}_dim = {dim} features, got shape {tuple(x.shape)}")
+        check.same_batch("teacher", teacher, student)
+        check.same_device("student", student, self.bank_student, of="the banks")
+        contrast_rows("index", index, student, self.n_data)
+        if contrast_index is not None:
+            contrast_rows("contrast_index", contrast_index, student, self.n_data, columns=True)
+
+    def _log_sums(self, anchors, contrast_index):
+        """log sum exp of all scores for each direction [2] where its Z is unset, else 0."""
+        student, teacher = (x.detach() for x in anchors)
+        return nce_log_sums(
+            *(student, teacher, self.bank_student, self.bank_teacher, contrast_index.contiguous()),
+            *(self.z_student, self.z_teacher, float(self.temperature)),
+        )
+
+    def _constants(self, log_sums, contrast_index, counts):
+        """Both Z: as they are, or from the first batch."""
+        rows = len(contrast_index) if counts is None else sum(counts)
+        means = (log_sums - math.log(max(1, rows * contrast_index.shape[1]))).exp() * self.n_data
+        first = [(z < 0) & mean.isfinite() & (mean > 0) for z, mean in zip(self._z(), means, strict=True)]
+        return [torch.where(f, mean, z) for f, mean, z in zip(first, means, self._z(), strict=True)]
+
+    def _z(self):
+        return self.z_student, self.z_teacher
+
+    @torch.no_grad()
+    def _advance(self, moves, index, constants, drawn):
+        """The state after the step. Whatever can fail has been done, or fails in the first line."""
+        for bank, rows in zip((self.bank_student, self.bank_teacher), moves.chunk(2, 1), strict=True):
+            update_bank(bank, rows, index, self.momentum)
+        for z, constant in zip(self._z(), constants, strict=True):
+            z.view(1).copy_(constant)  # torch.compile takes a 0-d float64 for a number, whose change would be lost
+        if drawn:
+            self.seed.add_(1)
+
+    # ---- state -------------------------------------------------------------------------------------------------------
+    def _apply(self, fn, *args, **kwargs):
+        """Z stays float64 in whatever type the rest is: it may be as large as exp(1 / temperature) n_data."""
+        before = self._z()
+        super()._apply(fn, *args, **kwargs)
+        for name, z in zip(CONSTANTS, before, strict=True):
+            self._buffers[name] = z.to(self._buffers[name].device)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *others):
+        """Refuses a checkpoint of other sizes before anything of it is loaded."""
+        for name in BANKS:
+            saved, shape = state_dict.get(prefix + name), (self.n_data, self.feature_dim)
+            if saved is not None and tuple(saved.shape) != shape:
+                raise RuntimeError(
+                    f"{prefix}{name} of the checkpoint has n_data x feature_dim = {' x '.join(map(str, saved.shape))}, "
+                    f"this CRD has {shape[0]} x {shape[1]}: make it with the checkpoint's sizes"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self._shared = False
+
+    def extra_repr(self):
+        names = ("student_dim", "teacher_dim", "n_data", "feature_dim", "negatives", "temperature", "momentum", "sync")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names) + f", bank_dtype={self.bank_student.dtype}"
+
+
+def _unit(x, linear):
+    """Rows of x embedded and divided by their lengths, in the accumulation type; a zero row stays zero."""
+    dtype, rows = accumulator(x, linear.weight), x.shape[0]
+    x, weight = x.flatten(1).to(dtype), linear.weight.to(dtype)
+    if x.device.type == "cpu":
+        x, weight = _to_whole_tiles(x), _to_whole_tiles(weight)
+    with torch.autocast(x.device.type, enabled=False):
+        x = (x @ weight.t())[:rows, : linear.out_features] + linear.bias.to(dtype)
+    squares = fixed_sum(x * x)[:, None]
+    return x / torch.where(squares > 0, squares, 1.0).sqrt()
+
+
+TILE = 64
+
+
+def _to_whole_tiles(x):
+    """With zeros up to multiples of 64: other matrix products of a CPU depend on the number of threads, as do the bits."""
+    rows, cols = (-size % TILE for size in x.shape)
+    return nn.functional.pad(x, (0, cols, 0, rows)) if rows or cols else x
+
+
+def _gather_batch(moves, index, log_sums, counts):
+    """-> anchors and indices of all ranks' rows, and the log-sums over all ranks."""
+    rows = torch.cat([moves.contiguous().view(torch.uint8), index[:, None].contiguous().view(torch.uint8)], 1)
+    rows = distributed.gather_rows(rows, counts)
+    moves_bytes = moves.shape[1] * moves.element_size()
+    log_sums = distributed.gather_rows(log_sums[None], [1] * len(counts))
+    everything = rows[:, :moves_bytes].contiguous().view(moves.dtype), rows[:, moves_bytes:].contiguous()
+    return everything[0], everything[1].view(torch.int64)[:, 0], log_sums.logsumexp(0)
+
+
+def _random_bank(rows, cols, dtype):
+    """Uniform rows of length about 1, as in the official code."""
+    bank = torch.empty(rows, cols, dtype=dtype)
+    if bank.device.type == "cpu" and _kernels.status()["_C"].loaded:
+        from kdfast import _C
+
+        _C.advise_huge_pages(bank.data_ptr(), bank.nbytes)
+    bound = 1 / math.sqrt(cols / 3)
+    return bank.uniform_(-bound, bound)
+
+
+def _available_memory(device):
+    """Bytes that can be allocated on `device`; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        return math.inf
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+        return math.prod(map(os.sysconf, names)) if set(names) <= set(os.sysconf_names) else math.inf
+
+
+def _require_memory(n_data, feature_dim, dtype):
+    needed, available = 2 * n_data * feature_dim * dtype.itemsize, _available_memory(torch.get_default_device())
+    if needed > available:
+        raise MemoryError(
+            f"n_data = {n_data} rows of feature_dim = {feature_dim} in {dtype} need {needed} bytes for both banks, and "
+            f"{available} are available: take a smaller bank_dtype (torch.bfloat16) or feature_dim"
+        )
+
+
+# ---- the official checkpoints ----------------------------------------------------------------------------------------
+def load_repdistiller_crd(module, state_dict):
+    """Fill the CRD `module` from the state_dict of RepDistiller's CRDLoss: both embeddings, both banks and Z.
+
+    Temperature, momentum and the number of negatives stay the constructor's. Raises KeyError naming a missing key, and
+    ValueError naming an entry of another size, before anything is changed.
+    """
+    names = {
+        f"embed_{side[0]}.linear.{part}": getattr(getattr(module, f"embed_{side}"), part)
+        for side in ("student", "teacher")
+        for part in ("weight", "bias")
+    }
+    names |= {"contrast.memory_v1": module.bank_student, "contrast.memory_v2": module.bank_teacher}
+    for name in (*names, "contrast.params"):
+        if name not in state_dict:
+            raise KeyError(f"state_dict has no {name}, which RepDistiller's CRDLoss saves")
+        shape = tuple(names[name].shape) if name in names else (5,)
+        if tuple(state_dict[name].shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} like the module, got {tuple(state_dict[name].shape)}")
+    with torch.no_grad():
+        for name, target in names.items():
+            target.copy_(state_dict[name])
+        for z, saved in zip((module.z_student, module.z_teacher), state_dict["contrast.params"][2:4], strict=True):
+            z.copy_(saved)
+    module._shared = False
