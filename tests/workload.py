@@ -86,7 +86,33 @@ def pairwise(device):
                 yield Call(f"{name}, {where}", function, leaves[: 1 if index else 2])
 
 
-FAMILIES = {"softmax_kl": softmax_kl, "pairwise": pairwise}
+def nce(device):
+    shapes = [
+        (3, 5, 9, 7),  # rows shorter than a vector, more draws than rows
+        (2, 300, 20, 50),  # more rows than a warp takes for one anchor
+        (2, 5, 1030, 6),  # more features than a warp keeps in registers
+    ]
+    for batch, negatives, dim, rows in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            numbers = torch.Generator().manual_seed(dim)
+            anchors = torch.randn(2, batch, dim, generator=numbers).div(dim**0.5).to(device)
+            banks = torch.randn(2, rows, dim, generator=numbers).div(dim**0.5).to(dtype).to(device)
+            index = torch.arange(batch).to(device)
+            seed, unset, z = (torch.tensor(x).to(device) for x in (1, -1.0, 50.0))
+
+            def step(s, t, banks=banks, index=index, seed=seed, unset=unset, z=z, k=negatives):
+                """A step of CRD: draw, score, move a copy of a bank, so that every step is the same."""
+                drawn = ops.draw_negatives(index, k, banks.shape[1], seed)
+                torch.ops.kdfast.nce_log_sums(s.detach(), t.detach(), *banks, drawn, unset, unset, 0.1)
+                loss = ops.nce(s, t, *banks, drawn, z, z, 0.1)
+                ops.update_bank(banks[0].clone(), s.detach(), index)
+                return loss
+
+            where = f"{batch} x {negatives} x {dim}, {str(dtype).removeprefix('torch.')}"
+            yield Call(f"CRD, {where}", step, [x.detach().requires_grad_() for x in anchors])
+
+
+FAMILIES = {"softmax_kl": softmax_kl, "pairwise": pairwise, "nce": nce}
 
 
 def calls(device):

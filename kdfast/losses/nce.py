@@ -226,7 +226,7 @@ TILE = 64
 
 
 def _to_whole_tiles(x):
-    """With zeros up to multiples of 64: other matrix products of a CPU depend on the number of threads, as do the bits."""
+    """With zeros up to multiples of 64: the bits of other matrix products depend on a CPU's number of threads."""
     rows, cols = (-size % TILE for size in x.shape)
     return nn.functional.pad(x, (0, cols, 0, rows)) if rows or cols else x
 

@@ -1,0 +1,129 @@
+"""Batches spread over processes give the banks, losses and gradients of one process with the whole batch."""
+
+import pytest
+import torch
+
+import kdfast
+from kdfast import distributed
+
+dist = pytest.importorskip("torch.distributed")
+if not (dist.is_available() and dist.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+N_DATA, STEPS = 50, 2
+SPLITS = [(4, 4), (3, 5), (2, 3, 1, 2)]  # rows of each rank
+EQUAL = {"rtol": 1e-6, "atol": 1e-9}
+
+
+def make_crd():
+    torch.manual_seed(0)
+    return kdfast.CRD(6, 5, N_DATA, feature_dim=16, negatives=20).double()
+
+
+def batches(rows):
+    """STEPS times student, teacher, index, contrast_index; an index is repeated, and negatives are drawn last."""
+    numbers = torch.Generator().manual_seed(1)
+    for step in range(STEPS):
+        student, teacher = (torch.randn(rows, dim, generator=numbers, dtype=torch.float64) for dim in (6, 5))
+        index = torch.randint(N_DATA, (rows,), generator=numbers)
+        index[-1] = index[0]
+        contrast = torch.cat([index[:, None], torch.randint(N_DATA, (rows, 20), generator=numbers)], 1)
+        yield student, teacher, index, None if step else contrast
+
+
+def train(model, rows, mine=slice(None)):
+    """-> loss and gradients of both embeddings and of the student's rows, step by step."""
+    seen = []
+    for student, teacher, index, contrast in batches(rows):
+        student = student[mine].requires_grad_()
+        loss = model(student, teacher[mine], index[mine], None if contrast is None else contrast[mine])
+        parameters = list(model.parameters())
+        seen.append([loss.detach(), *torch.autograd.grad(loss, [student, *parameters])])
+    return seen
+
+
+def relations(student, teacher):
+    student.requires_grad_()
+    loss = kdfast.RKD()(distributed.gather(student), distributed.gather(teacher))
+    return loss.detach(), torch.autograd.grad(loss, student)[0]
+
+
+def worker(rank, split, folder, job):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(split))
+    try:
+        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+        torch.save(job(rank, split, mine), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def crd_job(rank, split, mine):
+    model = make_crd()
+    if rank:  # rank 0 has the banks that count
+        model.bank_student.mul_(0.5)
+    return train(model, sum(split), mine), model.state_dict()
+
+
+def relations_job(rank, split, mine):
+    student, teacher, *_ = next(batches(sum(split)))
+    return relations(student[mine], teacher[mine])
+
+
+def unequal_job(rank, split, mine):
+    messages = []
+    student, teacher, index, _ = next(batches(sum(split)))
+    with pytest.raises(ValueError, match="x must have one dtype, requires_grad and shape"):
+        distributed.gather(student[:, : 3 + rank])
+    index = index[mine].clone()
+    if rank == 1:
+        index[0] = N_DATA
+    try:
+        make_crd()(student[mine], teacher[mine], index)
+    except (IndexError, RuntimeError) as error:
+        messages.append(str(error))
+    return messages
+
+
+def run(split, folder, job):
+    """-> what `job` gave on each rank."""
+    torch.multiprocessing.spawn(worker, (split, str(folder), job), nprocs=len(split))
+    return [torch.load(f"{folder}/{rank}.pt") for rank in range(len(split))]
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_crd_is_that_of_one_process(split, tmp_path):
+    model = make_crd()
+    want = train(model, sum(split))
+    ranks = run(split, tmp_path, crd_job)
+    for _, state in ranks:
+        for name, x in model.state_dict().items():
+            assert torch.equal(state[name], ranks[0][1][name]), f"{name} differs between the ranks"
+            torch.testing.assert_close(state[name], x, **EQUAL)
+    for step, (loss, student_grad, *grads) in enumerate(want):
+        steps = [seen[step] for seen, _ in ranks]
+        torch.testing.assert_close(sum(s[0] for s in steps) / len(split), loss, **EQUAL)
+        torch.testing.assert_close(torch.cat([s[1] for s in steps]) / len(split), student_grad, **EQUAL)
+        for i, grad in enumerate(grads, 2):
+            torch.testing.assert_close(sum(s[i] for s in steps) / len(split), grad, **EQUAL)
+
+
+@pytest.mark.parametrize("split", SPLITS[1:], ids=str)
+def test_gathered_relations_are_those_of_one_process(split, tmp_path):
+    student, teacher, *_ = next(batches(sum(split)))
+    loss, grad = relations(student, teacher)
+    ranks = run(split, tmp_path, relations_job)
+    for got, _ in ranks:
+        torch.testing.assert_close(got, loss, **EQUAL)
+    torch.testing.assert_close(torch.cat([g for _, g in ranks]) / len(split), grad, **EQUAL)
+
+
+def test_an_error_reaches_every_rank(tmp_path):
+    ranks = run((2, 3), tmp_path, unequal_job)
+    assert ranks[0] == ["rank 1 could not score its batch: its own error says why"]
+    assert ranks[1] == [f"index[0] is {N_DATA}, expected a row from 0 to {N_DATA - 1}"]
+
+
+def test_alone_nothing_is_gathered():
+    x = torch.randn(3, 2)
+    assert distributed.gather(x) is x and distributed.world_size() == 1
