@@ -1,10 +1,12 @@
 """The losses, one nn.Module per paper."""
 
+from kdfast.losses.attention import AT
 from kdfast.losses.composite import DIST
 from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
 __all__ = [
+    "AT",
     "DIST",
     "DKD",
     "HardDarkRank",

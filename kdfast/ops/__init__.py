@@ -1,9 +1,11 @@
 """The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
 
+from kdfast.ops.attention import attention_transfer
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
 
 __all__ = [
+    "attention_transfer",
     "cross_entropy",
     "cross_entropy_kl",
     "dkd",
