@@ -141,6 +141,16 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
     return distance_weight * rkd_distance(student, teacher) + angle_weight * rkd_angle(student, teacher)
 
 
+def _unit_map(x, power):
+    """-> the map of each sample [B, N], normalised."""
+    return F.normalize(x.double().pow(power).mean(1).flatten(1))
+
+
+def attention_transfer(student, teacher, power=2):
+    gap = _unit_map(student, power) - _unit_map(teacher, power)
+    return gap.pow(2).sum() / max(gap.numel(), 1)
+
+
 # ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
 def _pair_sizes(log_p, log_q):
     p, q = log_p.exp(), log_q.exp()
@@ -220,6 +230,24 @@ def sizes_rkd_angle(student, teacher):
     at_vertex = inverse * inverse.sum(1, keepdim=True) + rows * inverse**2
     weights = at_vertex + at_vertex.t() + inverse.t() @ inverse
     return 2 * slope.abs().mean() + SQUARED_ROUNDING, _weighted_sizes(2 * weights / rows**3, student, student)
+
+
+def sizes_attention(student, teacher, power=2):
+    """A map is off by a rounding of the sum of |x|^p, the terms of which cancel where p is odd."""
+    student, teacher = student.detach().double(), teacher.detach().double()
+    norms, terms, units = [], [], []
+    for x in (student, teacher):
+        norms.append(x.pow(power).sum(1).flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-12 * x.shape[1]))
+        terms.append(x.abs().pow(power).sum(1).flatten(1) / norms[-1])
+        units.append(_unit_map(x, power))
+    gap, size = (units[0] - units[1]).abs(), terms[0] + terms[1]
+    value = (2 * gap * size).mean() + SQUARED_ROUNDING * size.pow(2).mean()
+    gradients = []
+    for x, q, t, norm in zip((student, teacher), units, terms, norms, strict=True):
+        along = (q.abs() * size).sum(1, keepdim=True) + (t * gap).sum(1, keepdim=True)
+        slope = 2 * power / gap.numel() * (size + t * along) / norm
+        gradients.append(slope.view(len(x), 1, *x.shape[2:]) * x.abs().pow(power - 1))
+    return value, *gradients
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -357,10 +385,31 @@ def IRG(student, teacher, vertex_weight=0.1, edge_weight=5.0, transformation_wei
     return vertex_weight * vertex + edge_weight / 3 * edges + transformation_weight * transformation
 
 
+def _to_smaller_square(a, b):
+    """RepDistiller: the map of greater height is pooled to a square of the smaller height."""
+    height = min(a.shape[2], b.shape[2])
+    return (
+        x.double()
+        if a.shape[2] == b.shape[2] or x.shape[2] == height
+        else F.adaptive_avg_pool2d(x.double(), (height, height))
+        for x in (a, b)
+    )
+
+
+def _layers(student, teacher):
+    return zip(student, teacher, strict=True) if isinstance(student, list) else [(student, teacher)]
+
+
+def AT(student, teacher, p=2):
+    """Zagoruyko and Komodakis 2017, as their code has it: the mean of squares in place of the norm in eq. 2."""
+    return sum(attention_transfer(*_to_smaller_square(s, t), p) for s, t in _layers(student, teacher))
+
+
 LOSSES = {
     f.__name__: f
     for f in (
         *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
+        AT,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
     )
 }

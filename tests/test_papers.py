@@ -23,6 +23,9 @@ PUBLIC = [
 
 # Parameters other than the defaults, and the kinds of the inputs, see `inputs`.
 CASES = [
+    ("AT", {}, "mn"),
+    ("AT", {"p": 1}, "mn"),
+    ("AT", {"p": 3}, "MN"),
     ("DIST", {}, "st"),
     ("DIST", {"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, "st"),
     ("DKD", {}, "sty"),
@@ -106,11 +109,25 @@ OFFICIAL = {
         tuple(tuple(f"{layer}_{side}" for layer in LAYERS) for side in "st"),
     ),
 }
+
+
+def _maps(build):
+    """Official code on one list of maps per network, s0, s1 ... and t0, t1 ...: all that the file has."""
+    return Official(build, ("s*", "t*"), softmax=False)
+
+
+OFFICIAL |= {
+    "at_official": _maps(lambda p: kdfast.AT()),
+    "at_rep": _maps(lambda p: kdfast.AT(p["p"])),
+}
 FILES = sorted(GOLDEN.glob("*.npz"))
 
 
 def inputs(kinds, device, rows=6, cols=11):
-    """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them."""
+    """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them;
+
+    maps m and n of two networks, M and N lists of them, of unlike heights too.
+    """
 
     def normal(*shape):
         return torch.randn(rows, *shape, dtype=torch.float64)
@@ -124,6 +141,10 @@ def inputs(kinds, device, rows=6, cols=11):
         "P": lambda: torch.softmax(normal(cols), 1),
         "e": lambda: normal(cols),
         "f": lambda: normal(7),
+        "m": lambda: normal(4, 5, 3),
+        "n": lambda: normal(7, 5, 3),
+        "M": lambda: [normal(4, 7, 6), normal(3, 4, 3)],
+        "N": lambda: [normal(5, 3, 3), normal(3, 4, 3)],
         "E": lambda: [normal(2, 7, 4), normal(4, 3, 4), normal(9), normal(cols)],  # pooled, in windows that overlap
         "F": lambda: [normal(3, 4, 4), normal(3, 4, 4), normal(5), normal(cols)],
     }
@@ -187,14 +208,19 @@ def test_matches_official_code(implementation, path, dtype):
             leaves[name] = x.requires_grad_()
         return x
 
-    arguments = [[tensor(n) for n in name] if isinstance(name, tuple) else tensor(name) for name in official.inputs]
+    def argument(name):
+        if name.endswith("*"):
+            return [tensor(key[3:]) for key in sorted(arrays) if re.fullmatch(f"in_{name[0]}[0-9]", key)]
+        return tensor(name)
+
+    arguments = [[tensor(n) for n in name] if isinstance(name, tuple) else argument(name) for name in official.inputs]
     loss = official.build(parameters)(*arguments)
     assert loss.shape == () and loss.dtype == dtype
     wide = dtype == torch.float64
     temperature = max([1.0, *(v for k, v in parameters.items() if k in ("T", "temperature", "tau", "reg_temperature"))])
     rows = len(arguments[0]) if parameters.get("size_average") is False else 1
     weight = parameters.get("loss_weight", 1.0)
-    want = float(arrays["loss"]) / weight
+    want = arrays["loss"].sum() / weight  # its parts are the layers
     floor = 1e-14 if wide else 2e-7 * temperature**2 * rows * official.softmax
     assert abs(loss.item() - want) <= (1e-9 if wide else 2e-5) * abs(want) + floor
     grads = torch.autograd.grad(loss, list(leaves.values()))

@@ -87,6 +87,13 @@ _TABLE = [
         _kdfast("RKD", distance_weight=25.0, angle_weight=50.0),
         ("student.embedding", "teacher.embedding"),
     ),
+    LossRow(
+        "at",
+        "attention maps of every stage",
+        _kdfast("AT", p=2),
+        ("student.maps", "teacher.maps"),
+        weight=1000.0,
+    ),
     LossRow("dist", "correlations between and within classes", _kdfast("DIST", beta=1.0, gamma=1.0), _LOGITS),
     LossRow(
         "tfkd-self",

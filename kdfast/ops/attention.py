@@ -93,9 +93,7 @@ class _AttentionTransfer(torch.autograd.Function):
         loss, slope_s, slope_t = _attention_transfer(
             student.flatten(2), teacher.flatten(2), power, need_student, need_teacher
         )
-        ctx.save_for_backward(
-            student if need_student else None, slope_s, teacher if need_teacher else None, slope_t
-        )
+        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
         ctx.power = power
         return loss
 

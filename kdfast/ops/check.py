@@ -108,7 +108,9 @@ def layers(student, teacher, each):
     elif len(student) != len(teacher) or not student:
         raise ValueError(f"student and teacher must have as many layers, got {len(student)} and {len(teacher)}")
     else:
-        pairs = [(f"student[{i}]", s, f"teacher[{i}]", t) for i, (s, t) in enumerate(zip(student, teacher, strict=True))]
+        pairs = [
+            (f"student[{i}]", s, f"teacher[{i}]", t) for i, (s, t) in enumerate(zip(student, teacher, strict=True))
+        ]
     for name_s, s, name_t, t in pairs:
         each(name_s, s)
         each(name_t, t)
