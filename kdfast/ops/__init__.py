@@ -1,10 +1,14 @@
 """The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
 
 from kdfast.ops.attention import attention_transfer
+from kdfast.ops.gram import affinity, gram_distance, inner_products
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
 
 __all__ = [
+    "affinity",
+    "gram_distance",
+    "inner_products",
     "attention_transfer",
     "cross_entropy",
     "cross_entropy_kl",
