@@ -278,8 +278,75 @@ class _InnerProducts(torch.autograd.Function):
         if b is None:
             return _weighted_sums(grad + grad.transpose(1, 2), a, None), None
         need_a, need_b = ctx.needs_input_grad
-        a_grad = _weighted_sums(grad, b, None).to(a.dtype) if need_a else None
-        return a_grad, _weighted_sums(grad.transpose(1, 2), a, None).to(b.dtype) if need_b else None
+        # The sums come in the dtype of what is summed.
+        x, y = (a, b) if a.dtype == b.dtype else (a.to(grad.dtype), b.to(grad.dtype))
+        a_grad = _weighted_sums(grad, y, None).to(a.dtype) if need_a else None
+        return a_grad, _weighted_sums(grad.transpose(1, 2), x, None).to(b.dtype) if need_b else None
+
+
+class _Selectivity(torch.autograd.Function):
+    """|S^T S / C - T^T T / C'|^2 of unit channels S [C, N] and T [C', N], a mean over the batch."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, need_student, need_teacher):
+        dtype = accumulator(student, teacher)
+        s, t = (x.to(dtype) * _inverse_lengths(x, dtype) for x in (student, teacher))
+        few_positions = 2 * s.shape[2] <= s.shape[1] + t.shape[1]
+        slopes = _Selectivity.by_positions if few_positions else _Selectivity.by_channels
+        loss, slope_s, slope_t = slopes(s, t, need_student, need_teacher)
+        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        return loss
+
+    @staticmethod
+    def by_positions(s, t, need_student, need_teacher):
+        """-> loss; dL/dS, dL/dT through k(s, t) [B, C, N]; from products of positions [B, N, N]."""
+        rows = max(s.shape[0], 1)
+        s, t = (x.transpose(1, 2).contiguous() for x in (s, t))
+        gram, other = (_inner_products(x, None) / x.shape[2] for x in (s, t))
+        gap = gram - other
+        loss = fixed_sum(fixed_sum(fixed_sum(gap.square()))) / rows
+        slope_s = _weighted_sums(gap * (4 / (rows * s.shape[2])), s, None) if need_student else None
+        slope_t = _weighted_sums(gram * (-4 / (rows * t.shape[2])), t, None) if need_teacher else None
+        return loss, *(None if x is None else x.transpose(1, 2) for x in (slope_s, slope_t))
+
+    @staticmethod
+    def by_channels(s, t, need_student, need_teacher):
+        """The same from products of channels [B, C, C], [B, C', C'] and [B, C, C']."""
+        rows, (own, other) = max(s.shape[0], 1), (s.shape[1], t.shape[1])
+        k_s, k_t, k_st = _inner_products(s, None), _inner_products(t, None), _inner_products(s, t)
+        terms = [(k / c).double().square() for k, c in ((k_s, own), (k_t, other), (k_st, (own * other) ** 0.5))]
+        if own == other:  # entry by entry, which is exactly 0 for equal networks
+            loss = fixed_sum(fixed_sum(fixed_sum(terms[0] + terms[1] - 2 * terms[2])))
+        else:
+            sums = [fixed_sum(fixed_sum(fixed_sum(x))) for x in terms]
+            loss = sums[0] + sums[1] - 2 * sums[2]
+        slope_s = slope_t = None
+        if need_student:
+            slope_s = _weighted_sums(k_s * (4 / (rows * own**2)), s, None)
+            slope_s = slope_s - _weighted_sums(k_st * (4 / (rows * own * other)), t, None)
+        if need_teacher:
+            slope_t = _weighted_sums(k_st.transpose(1, 2) * (-4 / (rows * own * other)), s, None)
+        return (loss / rows).to(s.dtype), slope_s, slope_t
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("selectivity")
+        student, slope_s, teacher, slope_t = ctx.saved_tensors
+
+        def gradient(x, slope):
+            inverse = _inverse_lengths(x, slope.dtype)
+            unit = x.to(slope.dtype) * inverse
+            return (grad * inverse * (slope - unit * fixed_sum(unit * slope)[..., None])).to(x.dtype)
+
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = gradient(student, slope_s) if need_student else None
+        return student_grad, gradient(teacher, slope_t) if need_teacher else None, None, None
+
+
+def _inverse_lengths(x, dtype):
+    """1 / |x_bc| [B, C, 1] of channels over their positions; 0 of a channel that is 0."""
+    length = fixed_sum(x.to(dtype).square()).sqrt()[..., None]
+    return torch.where(length > 0, 1 / length.clamp(min=FLOOR), 0.0)
 
 
 def _needs(*tensors):
@@ -340,6 +407,14 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     check.same_device("teacher", teacher, student)
     s, t = (x if x.dim() == 3 else x[None] for x in (student, teacher))
     return _GramDistance.apply(s, t, kind, float(eps), [float(x) for x in coefficients], *_needs(student, teacher))
+
+
+def selectivity(student, teacher):
+    """``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2`` over unit channels; a mean over the batch.
+
+    student (B, C, N), teacher (B, C', N). Gradients flow to both, to the teacher through k(s, t) alone.
+    """
+    return _Selectivity.apply(student, teacher, *_needs(student, teacher))
 
 
 def affinity(student, teacher, *, eps=1e-8):
