@@ -26,10 +26,17 @@ CASES = [
     ("AT", {}, "mn"),
     ("AT", {"p": 1}, "mn"),
     ("AT", {"p": 3}, "MN"),
+    ("CCKD", {}, "ef"),
+    ("CCKD", {"gamma": 1.0, "order": 3}, "ef"),
+    ("CCKD", {"kernel": "bilinear"}, "ef"),
     ("DIST", {}, "st"),
     ("DIST", {"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, "st"),
     ("DKD", {}, "sty"),
     ("DKD", {"temperature": 1.0, "alpha": 0.5, "beta": 2.0}, "sty"),
+    ("FAKD", {}, "MO"),
+    ("FAKD", {"affinity": "channel"}, "mm"),
+    ("FAKD", {"affinity": "instance"}, "MN"),
+    ("FSP", {}, "QQ"),
     ("HardDarkRank", {}, "ef"),
     ("HardDarkRank", {"alpha": 0.2, "beta": 1.5, "permute_len": 2}, "ef"),
     ("HardDarkRank", {"alpha": 0.2, "beta": 1.0, "permute_len": 9}, "ef"),  # more than there are
@@ -49,9 +56,17 @@ CASES = [
     ("KD", {"alpha": 0.0, "temperature": 2.0, "reduction": "sum"}, "sty"),
     ("KD", {"alpha": 0.3, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "mean"}, "sty"),
     ("KD", {"alpha": 0.3, "ignore_index": 2, "reduction": "none"}, "sty"),
+    ("LKD", {"patches": 2}, "MN"),
+    ("LKD", {"patches": 3, "intra_weight": 2.0, "inter_weight": 0.5, "cross_weight": 0.25}, "mn"),
+    ("LKD", {}, "qq"),
     ("LabelRefinery", {}, "sP"),
     ("LabelRefinery", {"reduction": "sum"}, "sP"),
     ("LabelRefinery", {"reduction": "none"}, "sP"),
+    ("NST", {}, "MN"),
+    ("NST", {}, "mm"),
+    ("NST", {}, "qq"),
+    ("PKT", {}, "ef"),
+    ("PKT", {"eps": 1e-3}, "ef"),
     ("RKD", {}, "ef"),
     ("RKD", {"distance_weight": 1.0, "angle_weight": 2.0}, "ef"),
     ("RKD", {"distance_weight": 0.0, "angle_weight": -2.0}, "ef"),
@@ -59,6 +74,8 @@ CASES = [
     ("RKDDistance", {}, "ef"),
     ("ReverseKD", {}, "st"),
     ("ReverseKD", {"temperature": 5.0}, "st"),
+    ("SP", {}, "MN"),
+    ("SP", {}, "ef"),
     ("TfKDReg", {}, "sy"),
     ("TfKDReg", {"temperature": 1.0, "alpha": 0.5, "multiplier": 10.0}, "sy"),
     ("TfKDSelf", {}, "sty"),
@@ -118,6 +135,14 @@ def _maps(build):
 
 OFFICIAL |= {
     "at_official": _maps(lambda p: kdfast.AT()),
+    "sp_rep": _maps(lambda p: kdfast.SP()),
+    "nst_rep": _maps(lambda p: kdfast.NST()),
+    "fsp_rep": _maps(lambda p: kdfast.FSP()),
+    "fakd_sa": _maps(lambda p: kdfast.FAKD()),
+    "fakd_ca": _maps(lambda p: kdfast.FAKD("channel")),
+    "fakd_ia": _maps(lambda p: kdfast.FAKD("instance")),
+    "pkt": _relation(lambda p: kdfast.PKT(p["eps"]), "st"),
+    "cc_zoo_gaussian": _relation(lambda p: kdfast.CCKD("gaussian", p["gamma"], p["P_order"]), "st"),
     "at_rep": _maps(lambda p: kdfast.AT(p["p"])),
 }
 FILES = sorted(GOLDEN.glob("*.npz"))
@@ -126,7 +151,7 @@ FILES = sorted(GOLDEN.glob("*.npz"))
 def inputs(kinds, device, rows=6, cols=11):
     """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them;
 
-    maps m and n of two networks, M and N lists of them, of unlike heights too.
+    maps m and n of two networks, M and N lists of them, of unlike heights too, O of M's sizes; Q for FSP; q of many positions.
     """
 
     def normal(*shape):
@@ -144,6 +169,9 @@ def inputs(kinds, device, rows=6, cols=11):
         "m": lambda: normal(4, 5, 3),
         "n": lambda: normal(7, 5, 3),
         "M": lambda: [normal(4, 7, 6), normal(3, 4, 3)],
+        "O": lambda: [normal(5, 7, 6), normal(4, 4, 3)],
+        "Q": lambda: [normal(4, 7, 6), normal(3, 4, 4), normal(5, 4, 4)],
+        "q": lambda: normal(3, 4, 5),
         "N": lambda: [normal(5, 3, 3), normal(3, 4, 3)],
         "E": lambda: [normal(2, 7, 4), normal(4, 3, 4), normal(9), normal(cols)],  # pooled, in windows that overlap
         "F": lambda: [normal(3, 4, 4), normal(3, 4, 4), normal(5), normal(cols)],

@@ -29,7 +29,7 @@ struct Batch {
         row_stride(x.stride(1)),
         col_stride(x.stride(2)) {}
 
-  Batch transposed() const {
+  KD_HD Batch transposed() const {
     Batch t = *this;
     t.rows = cols;
     t.cols = rows;
@@ -61,14 +61,14 @@ __device__ void fetch(const Batch& x, int64_t z, int64_t row0, int64_t k0, A* to
 }
 
 // sum[u][v] += x_i . y_j of kDepth terms, i = a + kAcross u, j = b + kAcross v.
-template <class A>
-__device__ void add_terms(const A* x, const A* y, int depth, A (&sum)[kPer][kPer]) {
+template <class X, class A>
+__device__ void add_terms(const X* x, const A* y, int depth, A (&sum)[kPer][kPer]) {
   const int a = threadIdx.x / kAcross, b = threadIdx.x % kAcross;
 #pragma unroll 4
   for (int k = 0; k < depth; ++k) {
     A own[kPer], other[kPer];
 #pragma unroll
-    for (int u = 0; u < kPer; ++u) own[u] = x[k * kRow + a + kAcross * u];
+    for (int u = 0; u < kPer; ++u) own[u] = static_cast<A>(x[k * kRow + a + kAcross * u]);
 #pragma unroll
     for (int v = 0; v < kPer; ++v) other[v] = y[k * kRow + b + kAcross * v];
 #pragma unroll
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(kThreads, 1) affinity_kernel(Batch student, Ba
   const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kTile;
   KD_SHARED(A, own, kDepth * kRow);
   KD_SHARED(A, other, kDepth * kRow);
-  KD_SHARED(A, signs, kTile * kRow);  // [j][i]
+  KD_SHARED(float, signs, kTile* kRow);  // [j][i]
   double loss = 0;
   for (int64_t j0 = need_s || need_t ? 0 : i0; j0 < n; j0 += kTile) {
     A products[2][kPer][kPer] = {};
@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(kThreads, 1) affinity_kernel(Batch student, Ba
       for (int v = 0; v < kPer; ++v) {
         const A gap = products[0][u][v] - products[1][u][v];
         sum += std::abs(gap);
-        signs[(threadIdx.x % kAcross + kAcross * v) * kRow + threadIdx.x / kAcross + kAcross * u] = sign(gap);
+        signs[(threadIdx.x % kAcross + kAcross * v) * kRow + threadIdx.x / kAcross + kAcross * u] =
+            static_cast<float>(sign(gap));
       }
     }
     loss += need_s || need_t || j0 == i0 ? sum : 2 * sum;

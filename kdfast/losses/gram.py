@@ -149,7 +149,7 @@ class FSP(nn.Module):
 
 
 class NST(nn.Module):
-    """NST - Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang and Wang, arXiv 2017).
+    """NST - Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang and Wang, 2017).
 
     ``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2``, over the channels s and t of a sample, each
     a unit vector of N = H W positions: that is ``|S^T S / C - T^T T / C'|^2``, here from matrices of positions or of

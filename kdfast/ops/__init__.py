@@ -1,7 +1,7 @@
 """The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
 
 from kdfast.ops.attention import attention_transfer
-from kdfast.ops.gram import affinity, gram_distance, inner_products
+from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
 
@@ -17,5 +17,6 @@ __all__ = [
     "rkd",
     "rkd_angle",
     "rkd_distance",
+    "selectivity",
     "softmax_kl",
 ]
