@@ -57,9 +57,7 @@ def check(function, oracle, sizes, student, teacher, upstream=1.0, **options):
 
 
 def check_distance(student, teacher, name, upstream=1.0):
-    check(
-        ops.gram_distance, oracles.gram_distance, oracles.sizes_gram, student, teacher, upstream, **VARIANTS[name]
-    )
+    check(ops.gram_distance, oracles.gram_distance, oracles.sizes_gram, student, teacher, upstream, **VARIANTS[name])
 
 
 def check_affinity(student, teacher, upstream=1.0):
@@ -243,7 +241,7 @@ def test_double_backward_raises(implementation, loss):
     behaviour.check_refuses_second_derivative(LAYERWISE[loss](*leaves), leaves[0])
 
 
-@every_loss
+@pytest.mark.parametrize("loss", [name for name in LAYERWISE if name != "LKD"])  # that one works on its patches, a copy
 def test_inplace_change_raises(implementation, loss):
     behaviour.check_refuses_changed_input(LAYERWISE[loss], _pair(implementation), 0)
 
@@ -261,10 +259,18 @@ ERRORS = [
     (lambda s, t: kdfast.CCKD(order=0), ValueError, "order must be at least 1"),
     (lambda s, t: kdfast.PKT(0), ValueError, "eps must be finite and above 0"),
     (lambda s, t: kdfast.FAKD("rows"), ValueError, "affinity must be 'spatial', 'channel' or 'instance'"),
-    (lambda s, t: kdfast.FAKD("channel")(s[..., None, None], t[..., None, None]), ValueError, "the student's 9 channels"),
+    (
+        lambda s, t: kdfast.FAKD("channel")(s[..., None, None], t[..., None, None]),
+        ValueError,
+        "the student's 9 channels",
+    ),
     (lambda s, t: kdfast.FSP()(s, t), ValueError, "student must be a list of at least two maps, got Tensor"),
     (lambda s, t: kdfast.FSP()([s[..., None, None]] * 2, [t[..., None, None]] * 2), ValueError, "the 9 channels"),
-    (lambda s, t: kdfast.LKD()(s[..., None, None], t[..., None, None]), ValueError, "at least 4 positions high and wide"),
+    (
+        lambda s, t: kdfast.LKD()(s[..., None, None], t[..., None, None]),
+        ValueError,
+        "at least 4 positions high and wide",
+    ),
     (lambda s, t: kdfast.SP()(s, t[1:]), ValueError, "teacher must have student's batch size 5"),
 ]
 

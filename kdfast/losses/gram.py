@@ -145,7 +145,7 @@ class FSP(nn.Module):
     def flow(bottom, top):
         """Inner products of the channels of two layers over their positions [B, C_top, C_bottom], averaged."""
         bottom, top = to_smaller_square(bottom, top)
-        return inner_products(top.flatten(2), bottom.flatten(2)) / top[0, 0].numel()
+        return inner_products(top.flatten(2), bottom.flatten(2)) / (top.shape[2] * top.shape[3])
 
 
 class NST(nn.Module):

@@ -231,11 +231,10 @@ _affinity_gradient = define(
 class _GramDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, kind, eps, coefficients, need_student, need_teacher):
-        gram_s, gram_t = _inner_products(student, None), _inner_products(teacher, None)
         dtype = accumulator(student, teacher)
-        loss, m_s, m_t = _compare_grams(
-            gram_s.to(dtype), gram_t.to(dtype), kind, eps, coefficients, need_student, need_teacher
-        )
+        # float64 on one side makes the other side's sums float64, too.
+        grams = (_inner_products(x if accumulator(x) == dtype else x.to(dtype), None) for x in (student, teacher))
+        loss, m_s, m_t = _compare_grams(*grams, kind, eps, coefficients, need_student, need_teacher)
         ctx.save_for_backward(student if need_student else None, m_s, teacher if need_teacher else None, m_t)
         return loss
 
@@ -398,8 +397,9 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     if (kind == "polynomial") != bool(coefficients):
         raise ValueError(f"coefficients belong to kind 'polynomial', got {coefficients!r} with kind {kind!r}")
     for name, x in (("student", student), ("teacher", teacher)):
-        check.embeddings(name, x)
-        if x.dim() > 3:
+        check.tensor(name, x)
+        check.floating(name, x)
+        if x.dim() not in (2, 3) or x.shape[-1] == 0:
             raise ValueError(f"{name} must be (rows, features) or (batches, rows, features), got {tuple(x.shape)}")
     if teacher.shape[:-1] != student.shape[:-1]:
         want, got = tuple(student.shape[:-1]), tuple(teacher.shape)
@@ -410,15 +410,15 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
 
 
 def selectivity(student, teacher):
-    """``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2`` over unit channels; a mean over the batch.
+    """``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2`` over unit channels.
 
-    student (B, C, N), teacher (B, C', N). Gradients flow to both, to the teacher through k(s, t) alone.
+    A mean over the batch of student (B, C, N) and teacher (B, C', N). Gradients flow to both, to the teacher through k(s, t) alone.
     """
     return _Selectivity.apply(student, teacher, *_needs(student, teacher))
 
 
 def affinity(student, teacher, *, eps=1e-8):
-    """``1 / (B N^2) sum_bij |u_bi . u_bj - u'_bi . u'_bj|``: u the positions of a map, x / (|x| + eps) over the channels.
+    """``1 / (B N^2) sum_bij |u_bi . u_bj - u'_bi . u'_bj|``: u the positions of a map, x / (|x| + eps).
 
     Args:
         student, teacher: maps (B, C, H, W) and (B, C', H, W), N = H W positions, float32, float64, float16 or bfloat16,
