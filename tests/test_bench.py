@@ -11,7 +11,7 @@ from kdfast import bench
 
 pytest.importorskip("pytest_benchmark")
 report, harness, gpu = (bench.load(name) for name in ("report", "harness", "gpu"))
-softmax_kl, pairwise = (bench.load(f"bench_{family}") for family in bench.FAMILIES)
+softmax_kl, pairwise = (bench.load(f"bench_{family}") for family in ("softmax_kl", "pairwise"))
 
 ROOT = Path(__file__).resolve().parent.parent
 MILLISECOND = 1e-3

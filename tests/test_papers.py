@@ -151,7 +151,8 @@ FILES = sorted(GOLDEN.glob("*.npz"))
 def inputs(kinds, device, rows=6, cols=11):
     """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them;
 
-    maps m and n of two networks, M and N lists of them, of unlike heights too, O of M's sizes; Q for FSP; q of many positions.
+    maps m and n of two networks, M and N lists of them, of unlike heights too, O of M's sizes;
+    Q for FSP; q of many positions.
     """
 
     def normal(*shape):

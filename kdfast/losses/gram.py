@@ -82,11 +82,11 @@ class CCKD(nn.Module):
 class FAKD(nn.Module):
     """FAKD - Feature-Affinity Based Knowledge Distillation for Super-Resolution (He et al., ICIP 2020).
 
-    The mean of ``|s_ij - s'_ij|``, s' the teacher's. Spatial: ``s_ij = u_i . u_j``, u the positions of each map over their
-    norm across channels (plus 1e-8), without a matrix of positions; channel: the same of the channels of each map;
-    instance: ``s_i = G_i / |G_i|``, ``G_ij = x_i . x_j`` among the batch's samples. Summed over layers. Shapes: student (B, C, H, W), teacher (B, C', H, W) maps, or
-    equally long lists; channel needs C = C', instance compares any sizes; 0-d. Gradients flow to both; a vector that is
-    0 gets none (official: NaN). Ops: ``affinity``, ``gram_distance``.
+    The mean of ``|s_ij - s'_ij|``, s' the teacher's. Spatial: ``s_ij = u_i . u_j``, u the positions of each map over
+    their norm across channels (plus 1e-8), without a matrix of positions; channel: the same of the channels of each map;
+    instance: ``s_i = G_i / |G_i|``, ``G_ij = x_i . x_j`` among the batch's samples. Summed over layers. Shapes: student
+    (B, C, H, W), teacher (B, C', H, W) maps, or equally long lists; channel needs C = C', instance compares any sizes;
+    0-d. Gradients flow to both; a vector that is 0 gets none (official: NaN). Ops: ``affinity``, ``gram_distance``.
     """
 
     def __init__(self, affinity="spatial"):
@@ -151,12 +151,12 @@ class FSP(nn.Module):
 class NST(nn.Module):
     """NST - Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang and Wang, 2017).
 
-    ``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2``, over the channels s and t of a sample, each
-    a unit vector of N = H W positions: that is ``|S^T S / C - T^T T / C'|^2``, here from matrices of positions or of
-    channels, whichever are smaller, never of both; mean over the batch, summed over layers. Shapes: student (B, C, H, W),
-    teacher (B, C', H, W) maps or equally long lists; 0-d. Maps of different heights are average-pooled to a square of the
-    smaller height. The gradient reaches the teacher through k(s, t) alone, as in RepDistiller's code; a channel that is
-    0 gets none. Ops: ``inner_products``, ``weighted_sums``.
+    ``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2``, over the channels s and t of a sample,
+    each a unit vector of N = H W positions: that is ``|S^T S / C - T^T T / C'|^2``, here from matrices of positions or of
+    channels, whichever are smaller, never of both; mean over the batch, summed over layers. Shapes: student
+    (B, C, H, W), teacher (B, C', H, W) maps or equally long lists; 0-d. Maps of different heights are average-pooled to a
+    square of the smaller height. The gradient reaches the teacher through k(s, t) alone, as in RepDistiller's code; a
+    channel that is 0 gets none. Op: ``selectivity``.
     """
 
     def forward(self, student, teacher):
@@ -175,15 +175,15 @@ def _patch_vectors(x, patches):
 
 
 class LKD(nn.Module):
-    """LKD - Local Correlation Consistency for Knowledge Distillation, its relations (Li, Wu, Fang, Liang and Sun, ECCV 2020).
+    """LKD - Local Correlation Consistency for Knowledge Distillation, its relations (Li et al., ECCV 2020).
 
     With c the cosines among all patches of a batch, ``patches`` x ``patches`` to a map and each flattened with its
     channels, c' the teacher's: ``intra_weight mean (c - c')^2`` over pairs of patches of one sample, plus
-    ``inter_weight`` times the mean over pairs at one place in two samples (or the same), plus ``cross_weight`` times the
-    mean over pairs at two places in two samples. Summed over layers. Shapes: student (B, C, H, W), teacher
+    ``inter_weight`` times the mean over pairs at one place in two samples (or the same), plus ``cross_weight`` times
+    the mean over pairs at two places in two samples. Summed over layers. Shapes: student (B, C, H, W), teacher
     (B, C', H', W') maps or equally long lists; 0-d. Gradients flow to both.
-    No code of the authors is public, so this is a choice: cosines, means of squares and equal weights; a map whose height
-    or width is no multiple of ``patches`` is average-pooled to the next smaller multiple; the paper's class-aware
+    No code of the authors is public, so this is a choice: cosines, means of squares and equal weights; a map whose
+    height or width is no multiple of ``patches`` is average-pooled to the next smaller multiple; the paper's class-aware
     attention is left to the caller, who multiplies the maps with it. Op: ``gram_distance``.
     """
 

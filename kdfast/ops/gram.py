@@ -4,7 +4,8 @@ With G_ij = x_i . x_j of the rows of one network, G' of the other, c_ij = G_ij /
 
     gram_distance     rows          1/B^2 sum_ij (q_ij - q'_ij)^2,   q_i = G_i / |G_i|
                       rows_absolute 1/B^2 sum_ij |q_ij - q'_ij|
-                      distribution  1/B^2 sum_ij p'_ij log((p'_ij + eps) / (p_ij + eps)),   p_i = (1 + c_i) / sum_j (1 + c_ij)
+                      distribution  1/B^2 sum_ij p'_ij log((p'_ij + eps) / (p_ij + eps)),
+                                    p_i = (1 + c_i) / sum_j (1 + c_ij)
                       polynomial    1/B^2 sum_ij (K(c_ij) - K(c'_ij))^2,   K(c) = sum_k coefficient_k c^k
                       absolute      1/B^2 sum_ij |c_ij - c'_ij|
     affinity          absolute, of the positions of a map, with nothing of size positions^2
@@ -114,8 +115,9 @@ def compare_cosines(gram, other, scale, eps, coefficients):
     inverse, inverse_t = inverse_norms(gram, eps), inverse_norms(other, eps)
     c, t = cosines(gram, inverse), cosines(other, inverse_t)
     if coefficients:
-        (k, k_slope), (l, l_slope) = (polynomial(x, coefficients) for x in (c, t))
-        terms, slope, slope_t = scale * (k - l).square(), 2 * scale * (k - l) * k_slope, 2 * scale * (l - k) * l_slope
+        (k, k_slope), (k_t, k_t_slope) = (polynomial(x, coefficients) for x in (c, t))
+        gap = k - k_t
+        terms, slope, slope_t = scale * gap.square(), 2 * scale * gap * k_slope, -2 * scale * gap * k_t_slope
     else:
         terms, slope = scale * (c - t).abs(), scale * (c - t).sign()
         slope_t = -slope
@@ -140,7 +142,10 @@ def compare_grams_torch(student, teacher, kind, eps, coefficients, need_student,
 def affinity_torch(student, teacher, eps, need_student, need_teacher):
     """-> loss; dL/du [B, N, C] of the sides that need it, u the unit positions."""
     units = [unit_positions(x, eps, accumulator(student, teacher)) for x in (student, teacher)]
-    grads = [torch.zeros_like(u) if need else u.new_empty(0) for u, need in zip(units, (need_student, need_teacher))]
+    grads = [
+        torch.zeros_like(u) if need else u.new_empty(0)
+        for u, need in zip(units, (need_student, need_teacher), strict=True)
+    ]
     batch, positions = student.shape[0], student.shape[2]
     scale = 1 / max(batch * positions**2, 1)
     loss = units[0].new_zeros(())
@@ -412,8 +417,23 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
 def selectivity(student, teacher):
     """``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2`` over unit channels.
 
-    A mean over the batch of student (B, C, N) and teacher (B, C', N). Gradients flow to both, to the teacher through k(s, t) alone.
+    Args:
+        student, teacher: channels (B, C, N) and (B, C', N) of N positions, float32, float64, float16 or bfloat16, any
+            strides; dtypes may differ.
+
+    Returns: 0-d, a mean over the batch, in the accumulation type: float64 if an input is float64, else float32.
+
+    Gradients flow to both, to the teacher through k(s, t) alone; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
     """
+    for name, x in (("student", student), ("teacher", teacher)):
+        check.embeddings(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be (batch, channels, positions), got shape {tuple(x.shape)}")
+    check.same_batch("teacher", teacher, student)
+    if student.shape[2] != teacher.shape[2]:
+        raise ValueError(f"teacher must have the student's {student.shape[2]} positions, got {teacher.shape[2]}")
     return _Selectivity.apply(student, teacher, *_needs(student, teacher))
 
 
