@@ -174,6 +174,52 @@ def update_bank(bank, rows, index, momentum=0.5):
     return new
 
 
+def _unit_map(x, power):
+    """-> the map of each sample [B, N], normalised."""
+    return F.normalize(x.double().pow(power).mean(1).flatten(1))
+
+
+def attention_transfer(student, teacher, power=2):
+    gap = _unit_map(student, power) - _unit_map(teacher, power)
+    return gap.pow(2).sum() / max(gap.numel(), 1)
+
+
+def _cosines_of_rows(x, eps):
+    norm = _root(x.pow(2).sum(-1, keepdim=True))
+    return (unit := x / torch.where(norm > 0, norm + eps, 1.0)) @ unit.transpose(-1, -2)
+
+
+def _normal_rows(x):
+    """Rows of the Gram matrix, normalised."""
+    return F.normalize(x @ x.transpose(-1, -2), dim=-1)
+
+
+def _power_series(c, coefficients):
+    return sum(a * c**k for k, a in enumerate(coefficients))
+
+
+def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
+    s, t = student.double(), teacher.double()
+    if kind in ("rows", "rows_absolute"):
+        gap = _normal_rows(s) - _normal_rows(t)
+        terms = gap.pow(2) if kind == "rows" else gap.abs()
+    elif kind == "distribution":
+        p, q = ((1 + _cosines_of_rows(x, eps)) / 2 for x in (s, t))
+        p, q = (x / x.sum(-1, keepdim=True) for x in (p, q))
+        terms = q * ((q + eps) / (p + eps)).log()
+    else:
+        c, d = (_cosines_of_rows(x, eps) for x in (s, t))
+        terms = (
+            (_power_series(c, coefficients) - _power_series(d, coefficients)).pow(2) if coefficients else (c - d).abs()
+        )
+    return terms.sum() / max(terms.numel(), 1)
+
+
+def affinity(student, teacher, *, eps=1e-8):
+    s, t = (_cosines_of_rows(x.double().flatten(2).transpose(1, 2), eps) for x in (student, teacher))
+    return (s - t).abs().sum() / max(s.numel(), 1)
+
+
 # ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
 def _pair_sizes(log_p, log_q):
     p, q = log_p.exp(), log_q.exp()
@@ -269,6 +315,83 @@ def sizes_nce(student, teacher, bank_student, bank_teacher, contrast_index, z_st
         value = value + (F.softplus(v) + slopes * off).sum() / max(1, len(anchors))
         entries.append(((slopes * off)[..., None] * rows.abs()).sum(1) / temperature / max(1, len(anchors)))
     return value, *entries
+
+
+def sizes_attention(student, teacher, power=2):
+    """A map is off by a rounding of the sum of |x|^p, the terms of which cancel where p is odd."""
+    student, teacher = student.detach().double(), teacher.detach().double()
+    norms, terms, units = [], [], []
+    for x in (student, teacher):
+        norms.append(x.pow(power).sum(1).flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-12 * x.shape[1]))
+        terms.append(x.abs().pow(power).sum(1).flatten(1) / norms[-1])
+        units.append(_unit_map(x, power))
+    gap, size = (units[0] - units[1]).abs(), terms[0] + terms[1]
+    value = (2 * gap * size).mean() + SQUARED_ROUNDING * size.pow(2).mean()
+    gradients = []
+    for x, q, t, norm in zip((student, teacher), units, terms, norms, strict=True):
+        along = (q.abs() * size).sum(1, keepdim=True) + (t * gap).sum(1, keepdim=True)
+        slope = 2 * power / gap.numel() * (size + t * along) / norm
+        gradients.append(slope.view(len(x), 1, *x.shape[2:]) * x.abs().pow(power - 1))
+    return value, *gradients
+
+
+def sizes_gram(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
+    """-> value, entries of both gradients: a cosine is off by a rounding of 1, an entry of G by one of |x_i| |x_j|.
+
+    Where slopes are signs, an entry that rounding turns around counts as one that is off by itself.
+    """
+    pair = [x.detach().double() for x in (student, teacher)]
+    norms = [x.norm(dim=-1, keepdim=True) for x in pair]
+    scale = 1 / max(pair[0].shape[-2] * pair[0][..., 0].numel(), 1)
+    inverse = [torch.where(n > 0, 1 / (n + eps), 0.0) for n in norms]
+
+    def outer(x):
+        return x @ x.transpose(-1, -2)
+
+    if kind in ("rows", "rows_absolute"):
+        grams, sizes = [outer(x) for x in pair], [outer(n) for n in norms]
+        lengths = [g.norm(dim=-1, keepdim=True).clamp(min=1e-12) for g in grams]
+        q, of_q = ([x / n for x, n in zip(y, lengths, strict=True)] for y in (grams, sizes))
+        gap, of_gap = (q[0] - q[1]).abs(), of_q[0] + of_q[1]
+        if kind == "rows":
+            value, slope, of_slope = 2 * gap * of_gap + SQUARED_ROUNDING * of_gap**2, 2 * gap, 2 * of_gap
+        else:
+            value, slope, of_slope = of_gap, torch.ones_like(gap), torch.ones_like(gap)
+        shares = [
+            (of_slope + y * (x.abs() * of_slope + y * slope).sum(-1, keepdim=True)) / n
+            for x, y, n in zip(q, of_q, lengths, strict=True)
+        ]
+    else:
+        c, d = (_cosines_of_rows(x, eps) for x in pair)
+        if kind == "distribution":
+            totals = [(1 + x).sum(-1, keepdim=True) / 2 for x in (c, d)]
+            p, t = ((1 + x) / 2 / n for x, n in zip((c, d), totals, strict=True))
+            of_gap = 1 / totals[0] + 1 / totals[1]
+            ratio = (t - p).abs() / (p + eps)
+            value = (1 + ratio) * of_gap
+            slope = (1 + ratio) * of_gap / (p.clamp(max=t) + eps)
+            shares = [(slope + 1 + (1 + slope) * x) / (2 * n) for x, n in zip((p, t), totals, strict=True)]
+            shares = [x + x.mean(-1, keepdim=True) for x in shares]
+        elif coefficients:
+            k, k_slope = sum(abs(a) for a in coefficients), sum(i * abs(a) for i, a in enumerate(coefficients))
+            gap = (_power_series(c, coefficients) - _power_series(d, coefficients)).abs()
+            value = 2 * gap * k + SQUARED_ROUNDING * k**2
+            curve = sum(i * i * abs(a) for i, a in enumerate(coefficients))
+            shares = [2 * (k * k_slope + gap * curve)] * 2
+        else:
+            value, shares = torch.ones_like(c), [torch.ones_like(c)] * 2
+        shares = [x * outer(r) for x, r in zip(shares, inverse, strict=True)]
+    entries = []
+    for x, n, r, share in zip(pair, norms, inverse, shares, strict=True):
+        m = share + share.transpose(-1, -2)
+        entries.append(scale * (m @ x.abs() + (m @ n) * r * x.abs()))
+    return scale * value.sum(), *entries
+
+
+def sizes_affinity(student, teacher, *, eps=1e-8):
+    rows = [x.detach().flatten(2).transpose(1, 2) for x in (student, teacher)]
+    value, *entries = sizes_gram(*rows, "absolute", eps=eps)
+    return value, *(e.transpose(1, 2).unflatten(2, student.shape[2:]) for e in entries)
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -406,10 +529,100 @@ def IRG(student, teacher, vertex_weight=0.1, edge_weight=5.0, transformation_wei
     return vertex_weight * vertex + edge_weight / 3 * edges + transformation_weight * transformation
 
 
+def _to_smaller_square(a, b):
+    """RepDistiller: the map of greater height is pooled to a square of the smaller height."""
+    height = min(a.shape[2], b.shape[2])
+    return (
+        x.double()
+        if a.shape[2] == b.shape[2] or x.shape[2] == height
+        else F.adaptive_avg_pool2d(x.double(), (height, height))
+        for x in (a, b)
+    )
+
+
+def _layers(student, teacher):
+    return zip(student, teacher, strict=True) if isinstance(student, list) else [(student, teacher)]
+
+
+def AT(student, teacher, p=2):
+    """Zagoruyko and Komodakis 2017, as their code has it: the mean of squares in place of the norm in eq. 2."""
+    return sum(attention_transfer(*_to_smaller_square(s, t), p) for s, t in _layers(student, teacher))
+
+
+def SP(student, teacher):
+    """Tung and Mori 2019, eq. 1 to 4."""
+    return sum(gram_distance(s.flatten(1), t.flatten(1)) for s, t in _layers(student, teacher))
+
+
+def PKT(student, teacher, eps=1e-7):
+    """Passalis and Tefas 2018, eq. 4 to 8 with the cosine kernel, as their code has it."""
+    return gram_distance(student, teacher, "distribution", eps=eps)
+
+
+def CCKD(student, teacher, kernel="gaussian", gamma=0.4, order=2):
+    """Peng et al. 2019, eq. 5 to 9, on unit rows."""
+    series = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(order + 1)]
+    coefficients = series if kernel == "gaussian" else [0.0, 1.0]
+    return gram_distance(student, teacher, "polynomial", coefficients=coefficients)
+
+
+def FAKD(student, teacher, affinity="spatial"):
+    """He et al. 2020, eq. 3 and 4, with the code's other affinities."""
+
+    def of(x):
+        x = x.double().flatten(2)
+        if affinity == "instance":
+            return _normal_rows(x.flatten(1))
+        return _cosines_of_rows(x if affinity == "channel" else x.transpose(1, 2), 1e-8)
+
+    return sum((of(s) - of(t)).abs().mean() for s, t in _layers(student, teacher))
+
+
+def FSP(student, teacher):
+    """Yim et al. 2017, eq. 1 and 2, as a mean."""
+
+    def flow(bottom, top):
+        bottom, top = _to_smaller_square(bottom, top)
+        return torch.einsum("bihw,bjhw->bij", top, bottom) / top[0, 0].numel()
+
+    flows = [[flow(a, b) for a, b in zip(x, x[1:], strict=False)] for x in (student, teacher)]
+    return sum(F.mse_loss(s, t) for s, t in zip(*flows, strict=True))
+
+
+def NST(student, teacher):
+    """Huang and Wang 2017, eq. 4 with the polynomial kernel of degree 2; k(t, t) is a constant."""
+    loss = 0.0
+    for s, t in _layers(student, teacher):
+        s, t = (F.normalize(x.flatten(2), dim=2) for x in _to_smaller_square(s, t))
+        k_tt, k_ss, k_st = ((a @ b.transpose(1, 2)).pow(2).mean() for a, b in ((t, t), (s, s), (s, t)))
+        loss = loss + k_tt.detach() + k_ss - 2 * k_st
+    return loss
+
+
+def LKD(student, teacher, patches=4, intra_weight=1.0, inter_weight=1.0, cross_weight=1.0):
+    """The relations of Li et al. 2020 as kdfast chooses them: pair by pair."""
+    loss = 0.0
+    for s, t in _layers(student, teacher):
+        vectors = []
+        for x in (s.double(), t.double()):
+            height, width = (size // patches * patches for size in x.shape[2:])
+            x = F.adaptive_avg_pool2d(x, (height, width))
+            rows = [band.chunk(patches, 3) for band in x.chunk(patches, 2)]
+            vectors.append(torch.stack([p.flatten(1) for band in rows for p in band], 1))
+        (c, d), (batch, places) = (_cosines_of_rows(v.flatten(0, 1), 0.0) for v in vectors), vectors[0].shape[:2]
+        error = (c - d).pow(2)
+        sample, place = torch.arange(batch * places, device=c.device) // places, torch.arange(batch * places) % places
+        one_sample, one_place = sample[:, None] == sample, (place[:, None] == place).to(c.device)
+        loss = loss + intra_weight * error[one_sample].mean() + inter_weight * error[one_place].mean()
+        loss = loss + cross_weight * error[~one_sample & ~one_place].mean()
+    return loss
+
+
 LOSSES = {
     f.__name__: f
     for f in (
         *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
+        *(AT, CCKD, FAKD, FSP, LKD, NST, PKT, SP),
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
     )
 }

@@ -25,10 +25,20 @@ WITH_STATE = {"CRD": lambda: kdfast.CRD(student_dim=11, teacher_dim=7, n_data=20
 
 # Parameters other than the defaults, and the kinds of the inputs, see `inputs`.
 CASES = [
+    ("AT", {}, "mn"),
+    ("AT", {"p": 1}, "mn"),
+    ("AT", {"p": 3}, "MN"),
+    ("CCKD", {}, "ef"),
+    ("CCKD", {"gamma": 1.0, "order": 3}, "ef"),
+    ("CCKD", {"kernel": "bilinear"}, "ef"),
     ("DIST", {}, "st"),
     ("DIST", {"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, "st"),
     ("DKD", {}, "sty"),
     ("DKD", {"temperature": 1.0, "alpha": 0.5, "beta": 2.0}, "sty"),
+    ("FAKD", {}, "MO"),
+    ("FAKD", {"affinity": "channel"}, "mm"),
+    ("FAKD", {"affinity": "instance"}, "MN"),
+    ("FSP", {}, "QQ"),
     ("HardDarkRank", {}, "ef"),
     ("HardDarkRank", {"alpha": 0.2, "beta": 1.5, "permute_len": 2}, "ef"),
     ("HardDarkRank", {"alpha": 0.2, "beta": 1.0, "permute_len": 9}, "ef"),  # more than there are
@@ -48,9 +58,17 @@ CASES = [
     ("KD", {"alpha": 0.0, "temperature": 2.0, "reduction": "sum"}, "sty"),
     ("KD", {"alpha": 0.3, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "mean"}, "sty"),
     ("KD", {"alpha": 0.3, "ignore_index": 2, "reduction": "none"}, "sty"),
+    ("LKD", {"patches": 2}, "MN"),
+    ("LKD", {"patches": 3, "intra_weight": 2.0, "inter_weight": 0.5, "cross_weight": 0.25}, "mn"),
+    ("LKD", {}, "qq"),
     ("LabelRefinery", {}, "sP"),
     ("LabelRefinery", {"reduction": "sum"}, "sP"),
     ("LabelRefinery", {"reduction": "none"}, "sP"),
+    ("NST", {}, "MN"),
+    ("NST", {}, "mm"),
+    ("NST", {}, "qq"),
+    ("PKT", {}, "ef"),
+    ("PKT", {"eps": 1e-3}, "ef"),
     ("RKD", {}, "ef"),
     ("RKD", {"distance_weight": 1.0, "angle_weight": 2.0}, "ef"),
     ("RKD", {"distance_weight": 0.0, "angle_weight": -2.0}, "ef"),
@@ -58,6 +76,8 @@ CASES = [
     ("RKDDistance", {}, "ef"),
     ("ReverseKD", {}, "st"),
     ("ReverseKD", {"temperature": 5.0}, "st"),
+    ("SP", {}, "MN"),
+    ("SP", {}, "ef"),
     ("TfKDReg", {}, "sy"),
     ("TfKDReg", {"temperature": 1.0, "alpha": 0.5, "multiplier": 10.0}, "sy"),
     ("TfKDSelf", {}, "sty"),
@@ -108,11 +128,34 @@ OFFICIAL = {
         tuple(tuple(f"{layer}_{side}" for layer in LAYERS) for side in "st"),
     ),
 }
+
+
+def _maps(build):
+    """Official code on one list of maps per network, s0, s1 ... and t0, t1 ...: all that the file has."""
+    return Official(build, ("s*", "t*"), softmax=False)
+
+
+OFFICIAL |= {
+    "at_official": _maps(lambda p: kdfast.AT()),
+    "sp_rep": _maps(lambda p: kdfast.SP()),
+    "nst_rep": _maps(lambda p: kdfast.NST()),
+    "fsp_rep": _maps(lambda p: kdfast.FSP()),
+    "fakd_sa": _maps(lambda p: kdfast.FAKD()),
+    "fakd_ca": _maps(lambda p: kdfast.FAKD("channel")),
+    "fakd_ia": _maps(lambda p: kdfast.FAKD("instance")),
+    "pkt": _relation(lambda p: kdfast.PKT(p["eps"]), "st"),
+    "cc_zoo_gaussian": _relation(lambda p: kdfast.CCKD("gaussian", p["gamma"], p["P_order"]), "st"),
+    "at_rep": _maps(lambda p: kdfast.AT(p["p"])),
+}
 FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith("crd_"))
 
 
 def inputs(kinds, device, rows=6, cols=11):
-    """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them."""
+    """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them;
+
+    maps m and n of two networks, M and N lists of them, of unlike heights too, O of M's sizes;
+    Q for FSP; q of many positions.
+    """
 
     def normal(*shape):
         return torch.randn(rows, *shape, dtype=torch.float64)
@@ -126,6 +169,13 @@ def inputs(kinds, device, rows=6, cols=11):
         "P": lambda: torch.softmax(normal(cols), 1),
         "e": lambda: normal(cols),
         "f": lambda: normal(7),
+        "m": lambda: normal(4, 5, 3),
+        "n": lambda: normal(7, 5, 3),
+        "M": lambda: [normal(4, 7, 6), normal(3, 4, 3)],
+        "O": lambda: [normal(5, 7, 6), normal(4, 4, 3)],
+        "Q": lambda: [normal(4, 7, 6), normal(3, 4, 4), normal(5, 4, 4)],
+        "q": lambda: normal(3, 4, 5),
+        "N": lambda: [normal(5, 3, 3), normal(3, 4, 3)],
         "E": lambda: [normal(2, 7, 4), normal(4, 3, 4), normal(9), normal(cols)],  # pooled, in windows that overlap
         "F": lambda: [normal(3, 4, 4), normal(3, 4, 4), normal(5), normal(cols)],
     }
@@ -189,14 +239,19 @@ def test_matches_official_code(implementation, path, dtype):
             leaves[name] = x.requires_grad_()
         return x
 
-    arguments = [[tensor(n) for n in name] if isinstance(name, tuple) else tensor(name) for name in official.inputs]
+    def argument(name):
+        if name.endswith("*"):
+            return [tensor(key[3:]) for key in sorted(arrays) if re.fullmatch(f"in_{name[0]}[0-9]", key)]
+        return tensor(name)
+
+    arguments = [[tensor(n) for n in name] if isinstance(name, tuple) else argument(name) for name in official.inputs]
     loss = official.build(parameters)(*arguments)
     assert loss.shape == () and loss.dtype == dtype
     wide = dtype == torch.float64
     temperature = max([1.0, *(v for k, v in parameters.items() if k in ("T", "temperature", "tau", "reg_temperature"))])
     rows = len(arguments[0]) if parameters.get("size_average") is False else 1
     weight = parameters.get("loss_weight", 1.0)
-    want = float(arrays["loss"]) / weight
+    want = arrays["loss"].sum() / weight  # its parts are the layers
     floor = 1e-14 if wide else 2e-7 * temperature**2 * rows * official.softmax
     assert abs(loss.item() - want) <= (1e-9 if wide else 2e-5) * abs(want) + floor
     grads = torch.autograd.grad(loss, list(leaves.values()))

@@ -4,6 +4,7 @@
 function to FAMILIES; test_workload.py tells if an op is missing.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -112,7 +113,40 @@ def nce(device):
             yield Call(f"CRD, {where}", step, [x.detach().requires_grad_() for x in anchors])
 
 
-FAMILIES = {"softmax_kl": softmax_kl, "pairwise": pairwise, "nce": nce}
+def maps(device):
+    """Of two families: attention maps, and inner products."""
+    shapes = [
+        (2, 3, 1, 5),  # fewer positions and channels than a vector
+        (3, 33, 5, 7),  # one channel more than a tile
+        (2, 20, 6, 11),  # positions of three tiles
+    ]
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            numbers = torch.Generator().manual_seed(shape[1])
+            student, teacher = (torch.randn(shape, generator=numbers).to(dtype).to(device) for _ in range(2))
+            rows = [x.flatten(1).requires_grad_() for x in (student, teacher)]
+            leaves = [student.requires_grad_(), teacher.requires_grad_()]
+            where = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
+            for name, function in {
+                "AT": ops.attention_transfer,
+                "AT of odd power": lambda s, t: ops.attention_transfer(s, t, 3),
+                "affinity": lambda s, t: ops.affinity(s.flatten(2), t.flatten(2)),
+                "selectivity": lambda s, t: ops.selectivity(s.flatten(2), t.flatten(2)),
+                "inner products": lambda s, t: ops.inner_products(s.flatten(2), t.flatten(2)),
+            }.items():
+                yield Call(f"{name}, {where}", function, leaves)
+            for kind, options in {
+                "rows": {},
+                "rows_absolute": {},
+                "distribution": {"eps": 1e-7},
+                "polynomial": {"coefficients": (0.5, 0.3, 0.1)},
+                "absolute": {"eps": 1e-8},
+            }.items():
+                compare = functools.partial(ops.gram_distance, kind=kind, **options)
+                yield Call(f"Gram, {kind}, {where}", compare, [x.detach().requires_grad_() for x in rows])
+
+
+FAMILIES = {"softmax_kl": softmax_kl, "pairwise": pairwise, "nce": nce, "attention and gram": maps}
 
 
 def calls(device):

@@ -6,6 +6,7 @@ from torch import nn
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
+from kdfast.ops.pool import average_pool
 
 
 class RKDDistance(nn.Module):
@@ -181,13 +182,6 @@ class IRGTransformation(nn.Module):
         return fixed_sum(error.square()) / 2
 
 
-def _averages(size, bins, like):
-    """Adaptive average pooling from `size` to `bins` positions as a matrix [bins, size]."""
-    position, bin_ = torch.arange(size, device=like.device), torch.arange(bins, device=like.device)[:, None]
-    inside = (position >= bin_ * size // bins) & (position < ((bin_ + 1) * size + bins - 1) // bins)
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
-
-
 def _movement(early, late):
     """|pooled early - channel-averaged late|^2 per sample [B] of two maps."""
     dtype = accumulator(early, late)
@@ -195,10 +189,7 @@ def _movement(early, late):
     if early.shape[1] < late.shape[1]:
         late = late.unflatten(1, (-1, 2)).mean(2)
     if early.shape[2:] != late.shape[2:]:
-        # As matrix products, because the gradient of torch's own pooling has no fixed order on a GPU.
-        with torch.autocast(early.device.type, enabled=False):
-            down, across = (_averages(early.shape[dim], late.shape[dim], early) for dim in (2, 3))
-            early = down @ early @ across.t()
+        early = average_pool(early, *late.shape[2:])
     return _RowDistance.apply(early, late)
 
 

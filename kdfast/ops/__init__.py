@@ -1,20 +1,27 @@
 """The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
 
+from kdfast.ops.attention import attention_transfer
+from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
 from kdfast.ops.nce import alias_table, draw_negatives, nce, update_bank
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
 
 __all__ = [
+    "affinity",
     "alias_table",
+    "attention_transfer",
     "cross_entropy",
     "cross_entropy_kl",
     "dkd",
     "draw_negatives",
+    "gram_distance",
+    "inner_products",
     "nce",
     "pairwise_distance",
     "rkd",
     "rkd_angle",
     "rkd_distance",
+    "selectivity",
     "softmax_kl",
     "update_bank",
 ]

@@ -87,6 +87,37 @@ def same_shape(name, x, other, of="the student"):
     same_device(name, x, other, of)
 
 
+def maps(name, x):
+    """`x` is a floating-point (B, C, H, W) map with at least one channel and position."""
+    embeddings(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(x.shape)}")
+
+
+def layers(student, teacher, each):
+    """-> pairs (student, teacher) of one batch, one per layer: two tensors, or equally long lists of tensors.
+
+    `each(name, x)` checks a tensor.
+    """
+    lists = [isinstance(x, (list, tuple)) for x in (student, teacher)]
+    if lists[0] != lists[1]:
+        kinds = " and ".join(type(x).__name__ for x in (student, teacher))
+        raise TypeError(f"student and teacher must be two tensors, or two lists with one per layer, got {kinds}")
+    if not lists[0]:
+        pairs = [("student", student, "teacher", teacher)]
+    elif len(student) != len(teacher) or not student:
+        raise ValueError(f"student and teacher must have as many layers, got {len(student)} and {len(teacher)}")
+    else:
+        pairs = [
+            (f"student[{i}]", s, f"teacher[{i}]", t) for i, (s, t) in enumerate(zip(student, teacher, strict=True))
+        ]
+    for name_s, s, name_t, t in pairs:
+        each(name_s, s)
+        each(name_t, t)
+        same_batch(name_t, t, s, of=name_s)
+    return [(s, t) for _, s, _, t in pairs]
+
+
 def class_indices(labels, student, ignore_index=None):
     """(B,) integer labels on the student's device, as int64; values are the kernel's to check, see `label_range`."""
     tensor("labels", labels)

@@ -1,0 +1,195 @@
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include <vector>
+
+#include "attention/math.h"
+#include "common/chunk.h"
+#include "common/parallel.h"
+
+namespace kdfast {
+namespace attention {
+namespace {
+
+// ---- maps. A task is one sample's piece of positions, whose sums stay in the first-level cache over all channels.
+template <int P, class A>
+KD_MULTIVERSION void add_powers(const A* x, int64_t n, int64_t p, A* sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] += power<P>(x[i], p);
+}
+
+template <int P, class A>
+KD_MULTIVERSION A sum_powers(const A* x, int64_t n, int64_t p) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += power<P>(x[i], p);
+  return sum;
+}
+
+// One sample of x [B, C, N] as a matrix of channels, or (`last`) of positions.
+Matrix sample(const Tensor& x, int64_t b, bool last) {
+  const int64_t offset = b * x.stride(0) * static_cast<int64_t>(x.element_size());
+  return {static_cast<char*>(x.data_ptr()) + offset, x.scalar_type(), x.stride(last ? 2 : 1), x.stride(last ? 1 : 2)};
+}
+
+bool channels_last(const Tensor& x) { return x.stride(1) == 1 && x.stride(2) != 1; }
+
+template <class A, class F>
+void for_chunks(const Matrix& m, int64_t row, int64_t begin, int64_t end, A* buffer, const F& f) {
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const int64_t n = std::min(kChunk, end - at), whole = n / kLanes * kLanes;
+    if (whole) f(read(m, row, at, whole, A(0), buffer), at, whole);
+    if (whole < n) f(read(m, row, at + whole, n - whole, A(0), buffer), at + whole, n - whole);
+  }
+}
+
+// sums [B, N] = sum over channels of x^p.
+template <class A>
+void write_maps(const Tensor& x, int64_t p, A* sums) {
+  const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
+  const bool last = channels_last(x);
+  const int64_t piece = last ? std::max<int64_t>(1, 16384 / channels) : 2 * kChunk;
+  const int64_t pieces = (positions + piece - 1) / piece;
+  for_each(batch * pieces, 1, [&](int64_t task) {
+    const int64_t b = task / pieces, begin = task % pieces * piece, end = std::min(begin + piece, positions);
+    const Matrix m = sample(x, b, last);
+    alignas(64) A buffer[kChunk];
+    A* sum = sums + b * positions;
+    std::fill(sum + begin, sum + end, A(0));
+    dispatch_power(p, [&](auto exponent) {
+      constexpr int kP = decltype(exponent)::value;
+      if (last) {
+        for (int64_t n = begin; n < end; ++n) {
+          for_chunks(m, n, 0, channels, buffer,
+                     [&](const A* from, int64_t, int64_t width) { sum[n] += sum_powers<kP>(from, width, p); });
+        }
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          for_chunks(m, c, begin, end, buffer,
+                     [&](const A* from, int64_t at, int64_t width) { add_powers<kP>(from, width, p, sum + at); });
+        }
+      }
+    });
+  });
+}
+
+// ---- the loss of one sample, and its slopes in place of the maps
+template <class A>
+KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum;
+}
+
+struct GapSums {
+  double loss, along_s, along_t;  // sums of gap^2, q_s gap, q_t gap
+};
+
+template <class A>
+KD_MULTIVERSION GapSums sum_gaps(const A* m_s, const A* m_t, int64_t n, Norms<A> norms) {
+  double loss = 0, along_s = 0, along_t = 0;
+#pragma omp simd reduction(+ : loss, along_s, along_t)
+  for (int64_t i = 0; i < n; ++i) {
+    const double gap = norms.gap(m_s[i], m_t[i]);
+    loss += gap * gap;
+    along_s += gap * static_cast<double>(m_s[i] * norms.inverse_s);
+    along_t += gap * static_cast<double>(m_t[i] * norms.inverse_t);
+  }
+  return {loss, along_s, along_t};
+}
+
+template <class A>
+KD_MULTIVERSION void write_slopes(const A* m_s, const A* m_t, int64_t n, Norms<A> norms, A along_s, A along_t, A factor,
+                                  A* slope_s, A* slope_t) {
+  for (int64_t i = 0; i < n; ++i) {
+    const A gap = norms.gap(m_s[i], m_t[i]), q_s = m_s[i] * norms.inverse_s, q_t = m_t[i] * norms.inverse_t;
+    if (slope_s) slope_s[i] = factor * slope(q_s, gap, along_s, norms.inverse_s);
+    if (slope_t) slope_t[i] = -factor * slope(q_t, gap, along_t, norms.inverse_t);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_transfer_cpu(Tensor student, Tensor teacher, int64_t p, bool need_student,
+                                                          bool need_teacher) {
+  const int64_t batch = student.size(0), positions = student.size(2);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {});
+  Tensor maps_s = empty(student, dtype, {batch, positions}), maps_t = empty(student, dtype, {batch, positions});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    A *s = static_cast<A*>(maps_s.data_ptr()), *t = static_cast<A*>(maps_t.data_ptr());
+    write_maps(student, p, s);
+    write_maps(teacher, p, t);
+    const double entries = std::max<double>(1, static_cast<double>(batch) * static_cast<double>(positions));
+    std::vector<double> of_sample(batch);
+    for_each(batch, std::max<int64_t>(1, 16384 / positions), [&](int64_t b) {
+      A *m_s = s + b * positions, *m_t = t + b * positions;
+      const Norms<A> norms(sum_squares(m_s, positions), sum_squares(m_t, positions), student.size(1), teacher.size(1));
+      const GapSums sums = sum_gaps(m_s, m_t, positions, norms);
+      of_sample[b] = sums.loss;
+      const double along_s = norms.floored_s ? 0 : sums.along_s, along_t = norms.floored_t ? 0 : sums.along_t;
+      write_slopes(m_s, m_t, positions, norms, static_cast<A>(along_s), static_cast<A>(along_t),
+                   static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student ? m_s : nullptr,
+                   need_teacher ? m_t : nullptr);
+    });
+    double sum = 0;
+    for (double x : of_sample) sum += x;
+    *static_cast<A*>(loss.data_ptr()) = static_cast<A>(sum / entries);
+  });
+  const auto kept = [&](bool need, const Tensor& slopes) { return need ? slopes : empty(student, dtype, {0}); };
+  return {loss, kept(need_student, maps_s), kept(need_teacher, maps_t)};
+}
+
+// ---- the gradient: slope_n x_cn^(p-1), in pieces of rows of channels or (channels last) of positions
+template <int P, class A>
+KD_MULTIVERSION void scale_by_slopes(const A* x, const A* slopes, int64_t n, int64_t p, A grad, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = grad * slopes[i] * power<P>(x[i], p);
+}
+
+template <int P, class A>
+KD_MULTIVERSION void scale_by_slope(const A* x, int64_t n, int64_t p, A slope, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = slope * power<P>(x[i], p);
+}
+
+Tensor attention_gradient_cpu(Tensor grad, Tensor slope, Tensor x, int64_t p) {
+  const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
+  const bool last = channels_last(x);
+  const int64_t rows = last ? positions : channels, cols = last ? channels : positions;
+  const Tensor memory = empty(x, x.scalar_type(), {batch, rows, cols});
+  const Matrix out{memory.data_ptr(), x.scalar_type(), cols, 1};
+  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    const A upstream = read<A>(column(grad), 0);
+    const A* slopes = static_cast<const A*>(slope.data_ptr());
+    for_each(batch * rows, std::max<int64_t>(1, 16384 / cols), [&](int64_t row) {
+      const int64_t b = row / rows;
+      const A* of_sample = slopes + b * positions;
+      alignas(64) A buffer[kChunk], result[kChunk];
+      for_chunks(sample(x, b, last), row % rows, 0, cols, buffer, [&](const A* from, int64_t at, int64_t n) {
+        A* to = target(out, row, at, n, result);
+        dispatch_power(p - 1, [&](auto exponent) {
+          constexpr int kP = decltype(exponent)::value;
+          if (last) {
+            scale_by_slope<kP>(from, n, p - 1, upstream * of_sample[row % rows], to);
+          } else {
+            scale_by_slopes<kP>(from, of_sample + at, n, p - 1, upstream, to);
+          }
+        });
+        write(out, row, at, n, to);
+      });
+    });
+  });
+  return last ? torch::stable::transpose(memory, 1, 2) : memory;
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  using namespace kdfast::attention;
+  m.impl("attention_transfer", TORCH_BOX(&attention_transfer_cpu));
+  m.impl("attention_gradient", TORCH_BOX(&attention_gradient_cpu));
+}

@@ -1,0 +1,212 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "attention/math.h"
+#include "common/group.cuh"
+#include "common/sum.cuh"
+
+namespace kdfast {
+namespace attention {
+namespace {
+
+constexpr int kThreads = 256, kWarps = kThreads / kWarp;
+constexpr int kWide = kWarp * kStep;  // neighbours in memory that a warp reads at once
+
+// A tensor x [B, C, N].
+struct Maps {
+  void* data;
+  ScalarType dtype;
+  int64_t batch, channels, positions, batch_stride, channel_stride, position_stride;
+
+  explicit Maps(const Tensor& x)
+      : data(x.data_ptr()),
+        dtype(x.scalar_type()),
+        batch(x.size(0)),
+        channels(x.size(1)),
+        positions(x.size(2)),
+        batch_stride(x.stride(0)),
+        channel_stride(x.stride(1)),
+        position_stride(x.stride(2)) {}
+
+  bool channels_last() const { return channel_stride == 1 && position_stride != 1; }
+
+  // kStep positions of a channel, or (along channels) kStep channels of a position.
+  template <class A>
+  __device__ void read(int64_t b, int64_t c, int64_t n, bool along_channels, A (&to)[kStep]) const {
+    const int64_t row = along_channels ? n : c, col = along_channels ? c : n;
+    Matrix m{data, dtype, along_channels ? position_stride : channel_stride,
+             along_channels ? channel_stride : position_stride};
+    const int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
+    m.data = static_cast<char*>(data) + b * batch_stride * bytes;
+    kdfast::read(m, row, col, along_channels ? channels : positions, A(0), to);
+  }
+};
+
+// sums [B, N] = sum over channels of x^p. A block has kWide positions, its warps take turns on the channels.
+template <int P, class A>
+__global__ void __launch_bounds__(kThreads, 1) sum_channels_kernel(Maps x, int64_t p, A* sums) {
+  const int64_t pieces = (x.positions + kWide - 1) / kWide, b = blockIdx.x / pieces;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t n = blockIdx.x % pieces * kWide + lane * kStep;
+  KD_SHARED(A, of_warp, kWarps * kWide);
+  A sum[kStep] = {};
+  if (n < x.positions) {
+#pragma unroll 2
+    for (int64_t c = warp; c < x.channels; c += kWarps) {
+      A value[kStep];
+      x.read(b, c, n, false, value);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) sum[i] += power<P>(value[i], p);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) of_warp[warp * kWide + i * kWarp + lane] = sum[i];
+  __syncthreads();
+  // Thread t ends the sum of position t of the block.
+  const int64_t own = blockIdx.x % pieces * kWide + threadIdx.x;
+  if (own >= x.positions) return;
+  A total = 0;
+  for (int w = 0; w < kWarps; ++w) total += of_warp[w * kWide + threadIdx.x % kStep * kWarp + threadIdx.x / kStep];
+  sums[b * x.positions + own] = total;
+}
+
+// The same where channels are neighbours: a warp has a position.
+template <int P, class A>
+__global__ void __launch_bounds__(kThreads, 1) sum_neighbours_kernel(Maps x, int64_t p, A* sums) {
+  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  if (row >= x.batch * x.positions) return;
+  A sum = 0;
+  for (int64_t c = threadIdx.x % kWarp * kStep; c < x.channels; c += kWide) {
+    A value[kStep];
+    x.read(row / x.positions, c, row % x.positions, true, value);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) sum += c + i < x.channels ? power<P>(value[i], p) : A(0);
+  }
+  sum = group_reduce<kWarp>(sum, Add{});
+  if (threadIdx.x % kWarp == 0) sums[row] = sum;
+}
+
+template <class A>
+void write_maps(const OnDevice& device, const Tensor& tensor, int64_t p, A* sums) {
+  const Maps x(tensor);
+  dispatch_power(p, [&](auto exponent) {
+    constexpr int kP = decltype(exponent)::value;
+    if (x.channels_last()) {
+      launch(device, {blocks_for(x.batch * x.positions, kWarps), kThreads}, sum_neighbours_kernel<kP, A>, x, p, sums);
+    } else {
+      launch(device, {x.batch * blocks_for(x.positions, kWide), kThreads}, sum_channels_kernel<kP, A>, x, p, sums);
+    }
+  });
+}
+
+// The loss of one sample, a block's, and its slopes in place of the maps.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 1)
+    compare_kernel(A* maps_s, A* maps_t, int64_t positions, int64_t channels_s, int64_t channels_t, A factor,
+                   bool need_student, bool need_teacher, double* losses) {
+  A *m_s = maps_s + blockIdx.x * positions, *m_t = maps_t + blockIdx.x * positions;
+  double square_s = 0, square_t = 0;
+  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+    square_s += static_cast<double>(m_s[n]) * m_s[n];
+    square_t += static_cast<double>(m_t[n]) * m_t[n];
+  }
+  square_s = group_reduce<kThreads>(square_s, Add{});
+  square_t = group_reduce<kThreads>(square_t, Add{});
+  const Norms<A> norms(square_s, square_t, channels_s, channels_t);
+  double loss = 0, along_s = 0, along_t = 0;
+  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+    const double gap = norms.gap(m_s[n], m_t[n]);
+    loss += gap * gap;
+    along_s += gap * (m_s[n] * norms.inverse_s);
+    along_t += gap * (m_t[n] * norms.inverse_t);
+  }
+  loss = group_reduce<kThreads>(loss, Add{});
+  along_s = norms.floored_s ? 0 : group_reduce<kThreads>(along_s, Add{});
+  along_t = norms.floored_t ? 0 : group_reduce<kThreads>(along_t, Add{});
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+    const A gap = norms.gap(m_s[n], m_t[n]), q_s = m_s[n] * norms.inverse_s, q_t = m_t[n] * norms.inverse_t;
+    if (need_student) m_s[n] = factor * slope(q_s, gap, static_cast<A>(along_s), norms.inverse_s);
+    if (need_teacher) m_t[n] = -factor * slope(q_t, gap, static_cast<A>(along_t), norms.inverse_t);
+  }
+}
+
+template <class A>
+__global__ void loss_kernel(const double* sum, double entries, A* loss) {
+  *loss = static_cast<A>(*sum / entries);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_transfer_cuda(Tensor student, Tensor teacher, int64_t p, bool need_student,
+                                                           bool need_teacher) {
+  const OnDevice device(student);
+  const int64_t batch = student.size(0), positions = student.size(2);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {});
+  Tensor maps_s = empty(student, dtype, {batch, positions}), maps_t = empty(student, dtype, {batch, positions});
+  if (batch == 0) torch::stable::zero_(loss);
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    if (batch == 0) return;
+    A *s = static_cast<A*>(maps_s.data_ptr()), *t = static_cast<A*>(maps_t.data_ptr());
+    write_maps(device, student, p, s);
+    write_maps(device, teacher, p, t);
+    Tensor sums = empty(student, ScalarType::Double, {batch + 1});
+    double* each = static_cast<double*>(sums.data_ptr());
+    const double entries = static_cast<double>(batch) * static_cast<double>(positions);
+    launch(device, {batch, kThreads}, compare_kernel<A>, s, t, positions, student.size(1), teacher.size(1),
+           static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student, need_teacher, each);
+    sum_of(device, sums, Partial{each}, batch, each + batch);
+    launch(device, {1, 1}, loss_kernel<A>, each + batch, entries, static_cast<A*>(loss.data_ptr()));
+  });
+  const auto kept = [&](bool need, const Tensor& slopes) { return need ? slopes : empty(student, dtype, {0}); };
+  return {loss, kept(need_student, maps_s), kept(need_teacher, maps_t)};
+}
+
+// slope_n x_cn^(p-1). A thread has kStep neighbours in memory; out [B, rows, cols] lies as x does.
+template <int P, class A>
+__global__ void __launch_bounds__(kThreads, 1)
+    gradient_kernel(Maps x, Column grad, const A* slopes, int64_t p, bool last, Matrix out) {
+  const int64_t rows = last ? x.positions : x.channels, cols = last ? x.channels : x.positions;
+  const int64_t pieces = (cols + kStep - 1) / kStep, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (at >= x.batch * rows * pieces) return;
+  const int64_t row = at / pieces, col = at % pieces * kStep, b = row / rows, r = row % rows;
+  const A upstream = read<A>(grad, 0);
+  const A* of_sample = slopes + b * x.positions;
+  A value[kStep];
+  x.read(b, last ? col : r, last ? r : col, last, value);
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) {
+    const int64_t n = last ? r : col + i < cols ? col + i : col;
+    value[i] = upstream * of_sample[n] * power<P>(value[i], p);
+  }
+  write(out, row, col, cols, value);
+}
+
+Tensor attention_gradient_cuda(Tensor grad, Tensor slope, Tensor x, int64_t p) {
+  const OnDevice device(x);
+  const Maps maps(x);
+  const bool last = maps.channels_last();
+  const int64_t rows = last ? maps.positions : maps.channels, cols = last ? maps.channels : maps.positions;
+  const Tensor memory = empty(x, x.scalar_type(), {maps.batch, rows, cols});
+  const Matrix out{memory.data_ptr(), x.scalar_type(), cols, 1};
+  const int64_t blocks = blocks_for(maps.batch * rows * blocks_for(cols, kStep), kThreads);
+  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    dispatch_power(p - 1, [&](auto exponent) {
+      constexpr int kP = decltype(exponent)::value;
+      if (blocks == 0) return;
+      launch(device, {blocks, kThreads}, gradient_kernel<kP, A>, maps, column(grad),
+             static_cast<const A*>(slope.data_ptr()), p - 1, last, out);
+    });
+  });
+  return last ? torch::stable::transpose(memory, 1, 2) : memory;
+}
+
+}  // namespace
+}  // namespace attention
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
+  using namespace kdfast::attention;
+  m.impl("attention_transfer", TORCH_BOX(&attention_transfer_cuda));
+  m.impl("attention_gradient", TORCH_BOX(&attention_gradient_cuda));
+}

@@ -1,0 +1,565 @@
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "common/chunk.h"
+#include "common/lanes.h"
+#include "common/parallel.h"
+#include "gram/math.h"
+
+namespace kdfast {
+namespace gram {
+namespace {
+
+constexpr int64_t kTile = 4;     // rows whose sums are in registers at once
+constexpr int64_t kVectors = 4;  // vectors of columns, likewise
+
+int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
+
+// One matrix of a batch [Z, n, m].
+Matrix matrix_of(const Tensor& x, int64_t z) {
+  const int64_t offset = z * x.stride(0) * static_cast<int64_t>(x.element_size());
+  return {static_cast<char*>(x.data_ptr()) + offset, x.scalar_type(), x.stride(1), x.stride(2)};
+}
+
+// Some rows and columns of a matrix as A, in whole tiles and vectors: in place, or copied with zeros beyond its end.
+template <class A>
+struct Panel {
+  const A* data;
+  int64_t stride;
+};
+
+// Rows [row, row + height) of `rows`, columns [col, col + width); `filled` rows and `stride` columns of the buffer.
+template <class A>
+Panel<A> panel(const Matrix& m, int64_t rows, int64_t row, int64_t filled, int64_t col, int64_t width, int64_t stride,
+               A* buffer) {
+  const int64_t offset = row * m.row_stride + col * m.col_stride;
+  if (m.dtype == kDtype<A> && m.col_stride == 1 && row + filled <= rows && width % kLanesOf<A> == 0) {
+    return {static_cast<const A*>(m.data) + offset, m.row_stride};
+  }
+  const int64_t end = (width + kLanesOf<A> - 1) / kLanesOf<A> * kLanesOf<A>;
+  dispatch_float(m.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const T* from = static_cast<const T*>(m.data) + offset;
+    for (int64_t r = 0; r < filled; ++r) {
+      const int64_t there = row + r < rows ? width : 0;
+      if (there) widen(from + r * m.row_stride, m.col_stride, there, buffer + r * stride);
+      std::fill(buffer + r * stride + there, buffer + r * stride + end, A(0));
+    }
+  });
+  return {buffer, stride};
+}
+
+// ---- inner products of rows
+constexpr int64_t kBlock = 32, kDepth = 1024;  // rows of a block; columns of a panel
+
+// block[i][j] += x[i] . y[j] over n columns; with `upper` only of tiles on and above the diagonal.
+template <class A>
+KD_MULTIVERSION void add_inner(Panel<A> x, Panel<A> y, int64_t n, bool upper, A* block) {
+  for (int64_t i = 0; i < kBlock; i += kTile) {
+    for (int64_t j = upper ? i : 0; j < kBlock; j += kTile) {
+      Lanes<A> sum[kTile][kTile] = {};
+      for (int64_t c = 0; c < n; c += kLanesOf<A>) {
+        Lanes<A> own[kTile];
+        for (int64_t a = 0; a < kTile; ++a) own[a] = load(x.data + (i + a) * x.stride + c);
+        for (int64_t b = 0; b < kTile; ++b) {
+          const Lanes<A> other = load(y.data + (j + b) * y.stride + c);
+          for (int64_t a = 0; a < kTile; ++a) sum[a][b] += own[a] * other;
+        }
+      }
+      for (int64_t a = 0; a < kTile; ++a) {
+        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += lane_sum<A>(sum[a][b]);
+      }
+    }
+  }
+}
+
+// out [n, m] = x_i . y_j; without y, of x with itself: half of the work.
+template <class A>
+void write_inner(const Tensor& x, const Tensor* y, A* out) {
+  const int64_t n = x.size(1), m = y ? y->size(1) : n, dim = x.size(2);
+  const int64_t down = blocks_of(n, kBlock), across = blocks_of(m, kBlock);
+  const int64_t each = y ? down * across : down * (down + 1) / 2;
+  for_each(x.size(0) * each, 1, [&](int64_t task) {
+    const int64_t z = task / each;
+    int64_t i = task % each, j = 0;
+    if (y) {
+      j = i % across;
+      i /= across;
+    } else {  // the i-th pair of blocks i <= j, row by row
+      while (i > j) i -= ++j;
+    }
+    const int64_t i0 = i * kBlock, j0 = j * kBlock;
+    const Matrix own = matrix_of(x, z), other = y ? matrix_of(*y, z) : own;
+    std::vector<A> buffer;
+    alignas(64) A block[kBlock * kBlock] = {};
+    A* to = out + z * n * m;
+    for (int64_t c = 0, width; c < dim; c += width) {
+      width = std::min(kDepth, dim - c);
+      if (width > kLanesOf<A>) width = width / kLanesOf<A> * kLanesOf<A>;  // the rest is a panel of its own
+      const bool copies = own.dtype != kDtype<A> || other.dtype != kDtype<A> || own.col_stride != 1 ||
+                          other.col_stride != 1 || i0 + kBlock > n || j0 + kBlock > m || width < kLanesOf<A>;
+      if (copies && buffer.empty()) buffer.resize(2 * kBlock * kDepth);
+      const Panel<A> a = panel(own, n, i0, kBlock, c, width, kDepth, buffer.data());
+      const Panel<A> b =
+          !y && i == j ? a : panel(other, m, j0, kBlock, c, width, kDepth, buffer.data() + kBlock * kDepth);
+      add_inner(a, b, width, !y && i == j, block);
+    }
+    for (int64_t r = i0; r < std::min(i0 + kBlock, n); ++r) {
+      for (int64_t s = j0; s < std::min(j0 + kBlock, m); ++s) {
+        const bool mirrored = !y && s < r;  // in a tile below the diagonal
+        out[z * n * m + r * m + s] = mirrored ? block[(s - j0) * kBlock + r - i0] : block[(r - i0) * kBlock + s - j0];
+      }
+    }
+    if (y || i == j) return;
+    for (int64_t s = j0; s < std::min(j0 + kBlock, m); ++s) {
+      for (int64_t r = i0; r < std::min(i0 + kBlock, n); ++r) to[s * m + r] = block[(r - i0) * kBlock + s - j0];
+    }
+  });
+}
+
+// ---- weighted sums of rows
+
+// out[i] += sum over n rows j of w[i][j] x[j], for kTile rows i and kV vectors of columns.
+template <class A, int64_t kV>
+KD_HD void add_weighted_tile(const A* const (&w)[kTile], int64_t col_stride, const A* x, int64_t x_stride, int64_t n,
+                             A* out, int64_t out_stride) {
+  Lanes<A> sum[kTile][kV];
+  for (int64_t a = 0; a < kTile; ++a) {
+    for (int64_t v = 0; v < kV; ++v) sum[a][v] = load(out + a * out_stride + v * kLanesOf<A>);
+  }
+  for (int64_t j = 0; j < n; ++j) {
+    Lanes<A> row[kV];
+    for (int64_t v = 0; v < kV; ++v) row[v] = load(x + j * x_stride + v * kLanesOf<A>);
+    for (int64_t a = 0; a < kTile; ++a) {
+      const Lanes<A> weight = all(w[a][j * col_stride]);
+      for (int64_t v = 0; v < kV; ++v) sum[a][v] += weight * row[v];
+    }
+  }
+  for (int64_t a = 0; a < kTile; ++a) {
+    for (int64_t v = 0; v < kV; ++v) store(out + a * out_stride + v * kLanesOf<A>, sum[a][v]);
+  }
+}
+
+// The same for `rows` rows i, of which there are whole tiles in `out` but not in the weights, and `width` columns in
+// whole vectors.
+template <class A>
+KD_MULTIVERSION void add_weighted(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, const A* x,
+                                  int64_t x_stride, int64_t n, int64_t width, A* out, int64_t out_stride) {
+  constexpr int64_t kWide = kVectors * kLanesOf<A>;
+  for (int64_t c = 0; c < width;) {
+    const bool wide = c + kWide <= width;
+    for (int64_t i = 0; i < rows; i += kTile) {
+      const A* w[kTile];
+      for (int64_t a = 0; a < kTile; ++a) w[a] = weights + std::min(i + a, rows - 1) * row_stride;
+      A* to = out + i * out_stride + c;
+      if (wide) {
+        add_weighted_tile<A, kVectors>(w, col_stride, x + c, x_stride, n, to, out_stride);
+      } else {
+        add_weighted_tile<A, 1>(w, col_stride, x + c, x_stride, n, to, out_stride);
+      }
+    }
+    c += wide ? kWide : kLanesOf<A>;
+  }
+}
+
+constexpr int64_t kTall = 64, kAcross = 256;  // rows of the result and of x, and columns, that are worked on at once
+
+template <class A>
+void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tensor& out) {
+  const int64_t batch = weights.size(0), n = weights.size(1), m = weights.size(2), dim = x.size(2);
+  const int64_t down = blocks_of(n, kTall), across = blocks_of(dim, kAcross);
+  for_each(batch * down * across, 1, [&](int64_t task) {
+    const int64_t z = task / (down * across), i0 = task / across % down * kTall, c0 = task % across * kAcross;
+    const int64_t rows = std::min(kTall, n - i0), width = std::min(kAcross, dim - c0);
+    const int64_t filled = (width + kLanesOf<A> - 1) / kLanesOf<A> * kLanesOf<A>;
+    const Matrix from = matrix_of(x, z);
+    const A* w = static_cast<const A*>(weights.data_ptr()) + z * weights.stride(0) + i0 * weights.stride(1);
+    std::vector<A> buffer(kTall * kAcross), sums(kTall * kAcross);
+    for (int64_t j0 = 0; j0 < m; j0 += kTall) {
+      const int64_t height = std::min(kTall, m - j0);
+      const Panel<A> p = panel(from, m, j0, height, c0, width, kAcross, buffer.data());
+      add_weighted(w + j0 * weights.stride(2), weights.stride(1), weights.stride(2), rows, p.data, p.stride, height,
+                   filled, sums.data(), kAcross);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      A* sum = sums.data() + i * kAcross;
+      for (int64_t c = 0; c < width; ++c) sum[c] *= factor;
+      write(matrix_of(out, z), i0 + i, c0, width, sum);
+    }
+  });
+}
+
+// ---- comparisons
+template <class A>
+KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
+  return sum;
+}
+
+// Each fills the statistics of row i and gives its loss; g and h are the row in both matrices.
+template <class A, bool kAbsolute>
+KD_MULTIVERSION double compare_row(const Rows<A, kAbsolute>& f, const A* g, const A* h, int64_t i, int64_t n,
+                                   Stats<A> stats) {
+  using F = Rows<A, kAbsolute>;
+  f.norms(sum_squares(g, n), sum_squares(h, n), i, stats);
+  const A inverse_s = stats.get(F::kInverseS, i), inverse_t = stats.get(F::kInverseT, i);
+  double loss = 0, along_s = 0, along_t = 0;
+#pragma omp simd reduction(+ : loss, along_s, along_t)
+  for (int64_t j = 0; j < n; ++j) {
+    const A gap = f.gap(g[j], h[j], i, stats), slope = f.slope(gap);
+    loss += f.entry(gap);
+    along_s += slope * (g[j] * inverse_s);
+    along_t -= slope * (h[j] * inverse_t);
+  }
+  const bool floored_s = inverse_s * A(kSmallestNorm) >= 1, floored_t = inverse_t * A(kSmallestNorm) >= 1;
+  stats.put(F::kAlongS, i, floored_s ? A(0) : static_cast<A>(along_s));
+  stats.put(F::kAlongT, i, floored_t ? A(0) : static_cast<A>(along_t));
+  return loss;
+}
+
+template <class A>
+KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A* h, int64_t i, int64_t n,
+                                   Stats<A> stats) {
+  using F = Distribution<A>;
+  double total_s = 0, total_t = 0;
+#pragma omp simd reduction(+ : total_s, total_t)
+  for (int64_t j = 0; j < n; ++j) {
+    total_s += f.sum_term(kStudent, g[j], i, j, stats);
+    total_t += f.sum_term(kTeacher, h[j], i, j, stats);
+  }
+  const A over_s = static_cast<A>(1 / total_s), over_t = static_cast<A>(1 / total_t);
+  double loss = 0, along_s = 0, along_t = 0;
+#pragma omp simd reduction(+ : loss, along_s, along_t)
+  for (int64_t j = 0; j < n; ++j) {
+    const A p = f.sum_term(kStudent, g[j], i, j, stats) * over_s, t = f.sum_term(kTeacher, h[j], i, j, stats) * over_t;
+    A slope_s, slope_t;
+    loss += f.entry(p, t, slope_s, slope_t);
+    along_s += slope_s * p;
+    along_t += slope_t * t;
+  }
+  stats.put(F::kOverS, i, over_s);
+  stats.put(F::kOverT, i, over_t);
+  stats.put(F::kAlongS, i, static_cast<A>(along_s));
+  stats.put(F::kAlongT, i, static_cast<A>(along_t));
+  return loss;
+}
+
+template <class A>
+KD_MULTIVERSION double compare_row(const Cosines<A>& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats) {
+  double loss = 0;
+#pragma omp simd reduction(+ : loss)
+  for (int64_t j = 0; j < n; ++j) {
+    A slope_s, slope_t;
+    loss += f.entry(g[j], h[j], i, j, stats, slope_s, slope_t);
+  }
+  return loss;
+}
+
+template <class A, class F>
+KD_MULTIVERSION void weigh_row(const F& f, Side side, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats,
+                               A* weights) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) weights[j] = f.weight(side, g[j], h[j], i, j, stats);
+}
+
+template <class A>
+KD_MULTIVERSION double dot(const A* x, const A* y, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(y[j]);
+  return sum;
+}
+
+template <class A, class F>
+double compare(const F& f, const Tensor& student, const Tensor& teacher, A* const (&weights)[2]) {
+  const int64_t n = student.size(1), rows = student.size(0) * n,
+                grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(n, 1));
+  Tensor memory = empty(student, kDtype<A>, {kStats, rows});
+  const A* grams[2] = {static_cast<const A*>(student.data_ptr()), static_cast<const A*>(teacher.data_ptr())};
+  const auto stats_of = [&](int64_t row) { return Stats<A>{static_cast<A*>(memory.data_ptr()), rows, row / n * n}; };
+  if constexpr (F::kCosines) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int side = 0; side < 2; ++side) {
+        stats_of(0).put(F::kInverseS + side, row, inverse_norm(grams[side][row * n + row % n], f.eps));
+      }
+    }
+  }
+  std::vector<double> losses(rows);
+  for_each(rows, grain, [&](int64_t row) {
+    losses[row] = compare_row(f, grams[0] + row * n, grams[1] + row * n, row % n, n, stats_of(row));
+  });
+  for_each(rows, grain, [&](int64_t row) {
+    for (const Side side : {kStudent, kTeacher}) {
+      A* to = weights[side] + row * n;
+      if (!weights[side]) continue;
+      weigh_row(f, side, grams[0] + row * n, grams[1] + row * n, row % n, n, stats_of(row), to);
+      if constexpr (F::kCosines) {
+        const A* g = grams[side] + row * n;
+        const A norm = norm_of(g[row % n]), inverse = stats_of(row).get(F::kInverseS + side, row % n);
+        if (norm > 0) to[row % n] -= static_cast<A>(dot(to, g, n)) * inverse / norm;
+      }
+    }
+  });
+  double loss = 0;
+  for (double x : losses) loss += x;
+  return f.scale * loss;
+}
+
+// ---- affinity of positions. Blocks of positions are compared pair by pair; a task adds to both blocks' gradients.
+constexpr int64_t kPositions = 64;
+
+// One network: unit positions u, channel by channel [B, channels, padded positions] and position by position
+// [B, padded positions, padded channels], and their gradient (or null) in the second order.
+template <class A>
+struct Network {
+  int64_t channels, padded_channels, positions, padded_positions;
+  A *by_channel, *by_position, *grad;
+
+  A* channel_rows(int64_t b) const { return by_channel + b * channels * padded_positions; }
+  A* position_rows(A* base, int64_t b, int64_t n) const { return base + (b * padded_positions + n) * padded_channels; }
+};
+
+// x[c] of `stride` positions each -> |x| of n of them.
+template <class A>
+KD_MULTIVERSION void position_norms(const A* x, int64_t stride, int64_t channels, int64_t n, A* norms) {
+  A sum[kPositions] = {};
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < n; ++i) sum[i] += x[c * stride + i] * x[c * stride + i];
+  }
+  for (int64_t i = 0; i < n; ++i) norms[i] = std::sqrt(sum[i]);
+}
+
+template <class A>
+void write_units(const Tensor& x, A eps, const Network<A>& net) {
+  const int64_t blocks = net.padded_positions / kPositions;
+  for_each(x.size(0) * blocks, 1, [&](int64_t task) {
+    const int64_t b = task / blocks, n0 = task % blocks * kPositions, n = std::min(kPositions, net.positions - n0);
+    const Matrix from = matrix_of(x, b);
+    A* rows = net.channel_rows(b) + n0;
+    dispatch_float(from.dtype, [&](auto tag) {
+      using T = decltype(tag);
+      const T* data = static_cast<const T*>(from.data) + n0 * from.col_stride;
+      for (int64_t c = 0; c < net.channels; ++c) {
+        widen(data + c * from.row_stride, from.col_stride, n, rows + c * net.padded_positions);
+        std::fill(rows + c * net.padded_positions + n, rows + c * net.padded_positions + kPositions, A(0));
+      }
+    });
+    A norms[kPositions];
+    position_norms(rows, net.padded_positions, net.channels, kPositions, norms);
+    for (A& norm : norms) norm = 1 / (norm + (norm > 0 ? eps : A(1)));
+    for (int64_t c = 0; c < net.channels; ++c) {
+      for (int64_t i = 0; i < kPositions; ++i) rows[c * net.padded_positions + i] *= norms[i];
+    }
+    if (!net.grad) return;
+    for (int64_t i = 0; i < kPositions; ++i) {
+      A* to = net.position_rows(net.by_position, b, n0 + i);
+      for (int64_t c = 0; c < net.channels; ++c) to[c] = rows[c * net.padded_positions + i];
+      std::fill(to + net.channels, to + net.padded_channels, A(0));
+    }
+  });
+}
+
+// gaps := signs; -> sum |gap|
+template <class A>
+KD_MULTIVERSION A take_signs(const A* s, const A* t, A* signs) {
+  A sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < kPositions * kPositions; ++i) {
+    const A gap = s[i] - t[i];
+    sum += std::abs(gap);
+    signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
+  }
+  return sum;
+}
+
+template <class A>
+double affinity_block(const Network<A> (&nets)[2], int64_t b, int64_t i0, int64_t j0) {
+  alignas(64) A products[2][kPositions * kPositions], signs[kPositions * kPositions];
+  for (int side = 0; side < 2; ++side) {
+    const Network<A>& net = nets[side];
+    const A* u = net.channel_rows(b);
+    std::fill(products[side], products[side] + kPositions * kPositions, A(0));
+    add_weighted(u + i0, 1, net.padded_positions, kPositions, u + j0, net.padded_positions, net.channels, kPositions,
+                 products[side], kPositions);
+  }
+  const double loss = take_signs(products[0], products[1], signs);
+  for (const Network<A>& net : nets) {
+    if (!net.grad) continue;
+    const int64_t width = net.padded_channels;
+    A *u_i = net.position_rows(net.by_position, b, i0), *u_j = net.position_rows(net.by_position, b, j0);
+    A *grad_i = net.position_rows(net.grad, b, i0), *grad_j = net.position_rows(net.grad, b, j0);
+    add_weighted(signs, kPositions, 1, kPositions, u_j, width, kPositions, width, grad_i, width);
+    if (i0 != j0) add_weighted(signs, 1, kPositions, kPositions, u_i, width, kPositions, width, grad_j, width);
+  }
+  return i0 == j0 ? loss : 2 * loss;
+}
+
+// The sum of |gap| over all pairs of positions. In each round no block is met twice (a round-robin tournament, of which
+// the diagonal is the first round), so that what is added to a block's gradient comes in one order, whatever the
+// threads.
+template <class A>
+double affinity_sum(const Network<A> (&nets)[2], int64_t batch) {
+  const int64_t blocks = nets[0].padded_positions / kPositions, players = blocks + blocks % 2;
+  std::vector<double> losses(batch * blocks * blocks);
+  const auto meet = [&](int64_t b, int64_t i, int64_t j) {
+    losses[(b * blocks + i) * blocks + j] = affinity_block(nets, b, i * kPositions, j * kPositions);
+  };
+  for_each(batch * blocks, 1, [&](int64_t task) { meet(task / blocks, task % blocks, task % blocks); });
+  for (int64_t round = 0; round < players - 1; ++round) {
+    for_each(batch * (players / 2), 1, [&](int64_t task) {
+      const int64_t m = task % (players / 2), i = (round + m) % (players - 1);
+      const int64_t j = m == 0 ? players - 1 : (round - m + players - 1) % (players - 1);
+      if (std::max(i, j) < blocks) meet(task / (players / 2), std::min(i, j), std::max(i, j));
+    });
+  }
+  double sum = 0;
+  for (double x : losses) sum += x;
+  return sum;
+}
+
+// ---- the ops
+Tensor inner_products_cpu(Tensor a, std::optional<Tensor> b) {
+  const ScalarType dtype = accumulator(a, b);
+  Tensor out = empty(a, dtype, {a.size(0), a.size(1), b ? b->size(1) : a.size(1)});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    write_inner(a, b ? &*b : nullptr, static_cast<A*>(out.data_ptr()));
+  });
+  return out;
+}
+
+Tensor weighted_sums_cpu(Tensor weights, Tensor x, std::optional<Tensor> factor) {
+  Tensor out = empty(x, x.scalar_type(), {weights.size(0), weights.size(1), x.size(2)});
+  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    write_weighted<A>(weights, x, factor ? read<A>(column(*factor), 0) : A(1), out);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> compare_grams_cpu(Tensor student, Tensor teacher, std::string kind, double eps,
+                                                     std::vector<double> coefficients, bool need_student,
+                                                     bool need_teacher) {
+  const std::vector<int64_t> shape{student.size(0), student.size(1), student.size(2)}, none{0};
+  const ScalarType dtype = student.scalar_type();
+  Tensor loss = empty(student, dtype, {});
+  Tensor weights_s = empty(student, dtype, need_student ? shape : none);
+  Tensor weights_t = empty(student, dtype, need_teacher ? shape : none);
+  const double scale = 1 / std::max<double>(1, student.numel());
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    A* const weights[2] = {need_student ? static_cast<A*>(weights_s.data_ptr()) : nullptr,
+                           need_teacher ? static_cast<A*>(weights_t.data_ptr()) : nullptr};
+    dispatch_comparison<A>(kind, scale, eps, coefficients, [&](const auto& f) {
+      *static_cast<A*>(loss.data_ptr()) = static_cast<A>(compare<A>(f, student, teacher, weights));
+    });
+  });
+  return {loss, weights_s, weights_t};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affinity_cpu(Tensor student, Tensor teacher, double eps, bool need_student,
+                                                bool need_teacher) {
+  const int64_t batch = student.size(0), positions = student.size(2);
+  const int64_t padded_positions = blocks_of(positions, kPositions) * kPositions;
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {});
+  std::vector<Tensor> slopes;
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    std::vector<Tensor> memory;
+    const auto room = [&](std::vector<int64_t> shape) {
+      memory.push_back(empty(student, dtype, shape));
+      return static_cast<A*>(memory.back().data_ptr());
+    };
+    Network<A> nets[2];
+    for (int side = 0; side < 2; ++side) {
+      const Tensor& x = side ? teacher : student;
+      const int64_t channels = x.size(1), width = blocks_of(channels, kLanesOf<A>) * kLanesOf<A>;
+      A* rows = room({batch, channels, padded_positions});
+      A *units = nullptr, *grad = nullptr;
+      if (side ? need_teacher : need_student) {
+        units = room({batch, padded_positions, width});
+        grad = room({batch, padded_positions, width});
+        std::fill(grad, grad + batch * padded_positions * width, A(0));
+      }
+      nets[side] = {channels, width, positions, padded_positions, rows, units, grad};
+      write_units(x, static_cast<A>(eps), nets[side]);
+    }
+    const double scale = 1 / std::max<double>(1, static_cast<double>(batch) * positions * positions);
+    *static_cast<A*>(loss.data_ptr()) = static_cast<A>(scale * affinity_sum(nets, batch));
+    for (int side = 0; side < 2; ++side) {
+      const Network<A>& net = nets[side];
+      slopes.push_back(net.grad ? empty(student, dtype, {batch, positions, net.channels}) : empty(student, dtype, {0}));
+      A* out = static_cast<A*>(slopes.back().data_ptr());
+      // s_ij and s_ji are the same number.
+      const A factor = static_cast<A>(side ? -2 * scale : 2 * scale);
+      for_each(net.grad ? batch * positions : 0, 256, [&](int64_t row) {
+        const A* grad = net.position_rows(net.grad, row / positions, row % positions);
+        for (int64_t c = 0; c < net.channels; ++c) out[row * net.channels + c] = factor * grad[c];
+      });
+    }
+  });
+  return {loss, slopes[0], slopes[1]};
+}
+
+// grad / (|x| + eps) (slope - (slope . x) / ((|x| + eps) |x|) x) of n positions; x and out channel by channel.
+template <class A>
+KD_MULTIVERSION void finish_positions(const A* slope, A* x, int64_t channels, int64_t n, A eps, A grad) {
+  A norms[kPositions], along[kPositions] = {}, inverse[kPositions];
+  position_norms(x, kPositions, channels, n, norms);
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < n; ++i) along[i] += slope[i * channels + c] * x[c * kPositions + i];
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const bool some = norms[i] > 0;
+    inverse[i] = some ? 1 / (norms[i] + eps) : A(0);
+    along[i] = some ? along[i] * inverse[i] / norms[i] : A(0);
+    inverse[i] *= grad;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < n; ++i) {
+      x[c * kPositions + i] = inverse[i] * (slope[i * channels + c] - along[i] * x[c * kPositions + i]);
+    }
+  }
+}
+
+Tensor affinity_gradient_cpu(Tensor grad, Tensor slope, Tensor x, double eps) {
+  const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
+  Tensor out = empty(x, x.scalar_type(), {batch, channels, positions});
+  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    const int64_t blocks = blocks_of(positions, kPositions);
+    for_each(batch * blocks, 1, [&](int64_t task) {
+      const int64_t b = task / blocks, n0 = task % blocks * kPositions, n = std::min(kPositions, positions - n0);
+      const Matrix from = matrix_of(x, b), to = matrix_of(out, b);
+      std::vector<A> own(channels * kPositions);
+      for (int64_t c = 0; c < channels; ++c) {
+        dispatch_float(from.dtype, [&](auto type) {
+          using T = decltype(type);
+          const T* data = static_cast<const T*>(from.data) + c * from.row_stride + n0 * from.col_stride;
+          widen(data, from.col_stride, n, own.data() + c * kPositions);
+        });
+      }
+      const A* slopes = static_cast<const A*>(slope.data_ptr()) + (b * positions + n0) * channels;
+      finish_positions(slopes, own.data(), channels, n, static_cast<A>(eps), read<A>(column(grad), 0));
+      for (int64_t c = 0; c < channels; ++c) write(to, c, n0, n, own.data() + c * kPositions);
+    });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace gram
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  using namespace kdfast::gram;
+  m.impl("inner_products", TORCH_BOX(&inner_products_cpu));
+  m.impl("weighted_sums", TORCH_BOX(&weighted_sums_cpu));
+  m.impl("compare_grams", TORCH_BOX(&compare_grams_cpu));
+  m.impl("affinity", TORCH_BOX(&affinity_cpu));
+  m.impl("affinity_gradient", TORCH_BOX(&affinity_gradient_cpu));
+}

@@ -1,0 +1,456 @@
+#include <torch/csrc/stable/ops.h>
+
+#include "common/group.cuh"
+#include "common/sum.cuh"
+#include "gram/math.h"
+
+namespace kdfast {
+namespace gram {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kTile = 64, kDepth = 16;  // a block has kTile x kTile results, a thread 4 x 4; kDepth terms at a time
+constexpr int kRow = kTile + 1;         // padded, so that a column is read without bank conflicts
+constexpr int kPer = 4, kAcross = kTile / kPer;
+
+// A batch of matrices [Z, rows, cols] of any strides.
+struct Batch {
+  void* data;
+  ScalarType dtype;
+  int64_t count, rows, cols, batch_stride, row_stride, col_stride;
+
+  explicit Batch(const Tensor& x)
+      : data(x.data_ptr()),
+        dtype(x.scalar_type()),
+        count(x.size(0)),
+        rows(x.size(1)),
+        cols(x.size(2)),
+        batch_stride(x.stride(0)),
+        row_stride(x.stride(1)),
+        col_stride(x.stride(2)) {}
+
+  KD_HD Batch transposed() const {
+    Batch t = *this;
+    t.rows = cols;
+    t.cols = rows;
+    t.row_stride = col_stride;
+    t.col_stride = row_stride;
+    return t;
+  }
+
+  template <class A>
+  __device__ A get(int64_t z, int64_t i, int64_t j) const {
+    if (i >= rows || j >= cols) return A(0);
+    return read_one<A>(data, dtype, z * batch_stride + i * row_stride + j * col_stride);
+  }
+
+  template <class A>
+  __device__ void put(int64_t z, int64_t i, int64_t j, A value) const {
+    write_one(Matrix{data, dtype, 1, 0}, z * batch_stride + i * row_stride + j * col_stride, 0, value);
+  }
+};
+
+// to[k][r] = x[row0 + r][k0 + k] for kTile rows and kDepth columns; neighbouring threads read neighbours in memory.
+template <class A>
+__device__ void fetch(const Batch& x, int64_t z, int64_t row0, int64_t k0, A* to) {
+  for (int e = threadIdx.x; e < kTile * kDepth; e += kThreads) {
+    const bool along = x.col_stride <= x.row_stride;
+    const int r = along ? e / kDepth : e % kTile, k = along ? e % kDepth : e / kTile;
+    to[k * kRow + r] = x.get<A>(z, row0 + r, k0 + k);
+  }
+}
+
+// sum[u][v] += x_i . y_j of kDepth terms, i = a + kAcross u, j = b + kAcross v.
+template <class X, class A>
+__device__ void add_terms(const X* x, const A* y, int depth, A (&sum)[kPer][kPer]) {
+  const int a = threadIdx.x / kAcross, b = threadIdx.x % kAcross;
+#pragma unroll 4
+  for (int k = 0; k < depth; ++k) {
+    A own[kPer], other[kPer];
+#pragma unroll
+    for (int u = 0; u < kPer; ++u) own[u] = static_cast<A>(x[k * kRow + a + kAcross * u]);
+#pragma unroll
+    for (int v = 0; v < kPer; ++v) other[v] = y[k * kRow + b + kAcross * v];
+#pragma unroll
+    for (int u = 0; u < kPer; ++u) {
+#pragma unroll
+      for (int v = 0; v < kPer; ++v) sum[u][v] += own[u] * other[v];
+    }
+  }
+}
+
+// f(i, j, sum) of a thread's results that exist.
+template <class A, class F>
+__device__ void for_results(int64_t i0, int64_t j0, int64_t n, int64_t m, const A (&sum)[kPer][kPer], const F& f) {
+#pragma unroll
+  for (int u = 0; u < kPer; ++u) {
+#pragma unroll
+    for (int v = 0; v < kPer; ++v) {
+      const int64_t i = i0 + threadIdx.x / kAcross + kAcross * u, j = j0 + threadIdx.x % kAcross + kAcross * v;
+      if (i < n && j < m) f(i, j, sum[u][v]);
+    }
+  }
+}
+
+// out_ij = factor x_i . y_j, rows of each. `self`: y is x, so that tiles below the diagonal are mirrored.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 1) product_kernel(Batch x, Batch y, bool self, Column factor, Batch out) {
+  const int64_t down = (x.rows + kTile - 1) / kTile, across = (y.rows + kTile - 1) / kTile;
+  const int64_t z = blockIdx.x / (down * across), i0 = blockIdx.x / across % down * kTile,
+                j0 = blockIdx.x % across * kTile;
+  if (self && j0 < i0) return;
+  KD_SHARED(A, own, kDepth * kRow);
+  KD_SHARED(A, other, kDepth * kRow);
+  A sum[kPer][kPer] = {};
+  for (int64_t k0 = 0; k0 < x.cols; k0 += kDepth) {
+    __syncthreads();  // the previous terms have been used
+    fetch(x, z, i0, k0, own);
+    fetch(y, z, j0, k0, other);
+    __syncthreads();
+    add_terms(own, other, kDepth, sum);
+  }
+  const A scale = factor.data ? read<A>(factor, 0) : A(1);
+  for_results(i0, j0, x.rows, y.rows, sum, [&](int64_t i, int64_t j, A s) {
+    out.put(z, i, j, scale * s);
+    if (self && j0 > i0) out.put(z, j, i, scale * s);
+  });
+}
+
+template <class A>
+void write_products(const OnDevice& device, const Batch& x, const Batch& y, bool self, const Column& factor,
+                    const Tensor& out) {
+  const int64_t blocks = x.count * blocks_for(x.rows, kTile) * blocks_for(y.rows, kTile);
+  if (blocks) launch(device, {blocks, kThreads}, product_kernel<A>, x, y, self, factor, Batch(out));
+}
+
+// ---- comparisons: a block has a row
+template <class A>
+__global__ void inverse_norms_kernel(const A* student, const A* teacher, int64_t n, A eps, Stats<A> stats) {
+  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (row >= stats.rows) return;
+  stats.put(0, row, inverse_norm(student[row * n + row % n], eps));
+  stats.put(1, row, inverse_norm(teacher[row * n + row % n], eps));
+}
+
+template <class F>
+__device__ double sum_over(int64_t n, const F& f) {
+  double sum = 0;
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) sum += f(j);
+  return group_reduce<kThreads>(sum, Add{});
+}
+
+// Each fills the statistics of row i and gives its loss, to every thread.
+template <class A, bool kAbsolute>
+__device__ double compare_row(const Rows<A, kAbsolute>& f, const A* g, const A* h, int64_t i, int64_t n,
+                              const Stats<A>& stats) {
+  using F = Rows<A, kAbsolute>;
+  const double square_s = sum_over(n, [&](int64_t j) { return static_cast<double>(g[j]) * g[j]; });
+  const double square_t = sum_over(n, [&](int64_t j) { return static_cast<double>(h[j]) * h[j]; });
+  if (threadIdx.x == 0) f.norms(square_s, square_t, i, stats);
+  __syncthreads();
+  const A inverse_s = stats.get(F::kInverseS, i), inverse_t = stats.get(F::kInverseT, i);
+  const auto gap = [&](int64_t j) { return f.gap(g[j], h[j], i, stats); };
+  const double along_s = sum_over(n, [&](int64_t j) { return double(f.slope(gap(j)) * (g[j] * inverse_s)); });
+  const double along_t = sum_over(n, [&](int64_t j) { return double(-f.slope(gap(j)) * (h[j] * inverse_t)); });
+  if (threadIdx.x == 0) {
+    stats.put(F::kAlongS, i, inverse_s * A(kSmallestNorm) >= 1 ? A(0) : static_cast<A>(along_s));
+    stats.put(F::kAlongT, i, inverse_t * A(kSmallestNorm) >= 1 ? A(0) : static_cast<A>(along_t));
+  }
+  return sum_over(n, [&](int64_t j) { return double(f.entry(gap(j))); });
+}
+
+template <class A>
+__device__ double compare_row(const Distribution<A>& f, const A* g, const A* h, int64_t i, int64_t n,
+                              const Stats<A>& stats) {
+  using F = Distribution<A>;
+  const A over_s =
+      static_cast<A>(1 / sum_over(n, [&](int64_t j) { return double(f.sum_term(kStudent, g[j], i, j, stats)); }));
+  const A over_t =
+      static_cast<A>(1 / sum_over(n, [&](int64_t j) { return double(f.sum_term(kTeacher, h[j], i, j, stats)); }));
+  double loss = 0, along_s = 0, along_t = 0;
+  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+    const A p = f.sum_term(kStudent, g[j], i, j, stats) * over_s, t = f.sum_term(kTeacher, h[j], i, j, stats) * over_t;
+    A slope_s, slope_t;
+    loss += f.entry(p, t, slope_s, slope_t);
+    along_s += slope_s * p;
+    along_t += slope_t * t;
+  }
+  along_s = group_reduce<kThreads>(along_s, Add{});
+  along_t = group_reduce<kThreads>(along_t, Add{});
+  if (threadIdx.x == 0) {
+    stats.put(F::kOverS, i, over_s);
+    stats.put(F::kOverT, i, over_t);
+    stats.put(F::kAlongS, i, static_cast<A>(along_s));
+    stats.put(F::kAlongT, i, static_cast<A>(along_t));
+  }
+  return group_reduce<kThreads>(loss, Add{});
+}
+
+template <class A>
+__device__ double compare_row(const Cosines<A>& f, const A* g, const A* h, int64_t i, int64_t n,
+                              const Stats<A>& stats) {
+  return sum_over(n, [&](int64_t j) {
+    A slope_s, slope_t;
+    return double(f.entry(g[j], h[j], i, j, stats, slope_s, slope_t));
+  });
+}
+
+template <class A, class F>
+__global__ void __launch_bounds__(kThreads, 1)
+    compare_kernel(F f, const A* student, const A* teacher, int64_t n, Stats<A> stats, double* losses) {
+  const int64_t row = blockIdx.x;
+  stats.first = row / n * n;
+  const double loss = compare_row(f, student + row * n, teacher + row * n, row % n, n, stats);
+  if (threadIdx.x == 0) losses[row] = loss;
+}
+
+template <class A, class F>
+__global__ void __launch_bounds__(kThreads, 1)
+    weigh_kernel(F f, Side side, const A* student, const A* teacher, int64_t n, Stats<A> stats, A* weights) {
+  const int64_t row = blockIdx.x, i = row % n;
+  stats.first = row / n * n;
+  const A *g = student + row * n, *h = teacher + row * n, *own = side == kStudent ? g : h;
+  A* to = weights + row * n;
+  const double along = sum_over(n, [&](int64_t j) {
+    to[j] = f.weight(side, g[j], h[j], i, j, stats);
+    return static_cast<double>(to[j]) * own[j];
+  });
+  if constexpr (F::kCosines) {
+    const A norm = norm_of(own[i]);
+    __syncthreads();  // to[i] is another thread's
+    if (threadIdx.x == 0 && norm > 0) to[i] -= static_cast<A>(along) * stats.get(F::kInverseS + side, i) / norm;
+  }
+}
+
+template <class A>
+__global__ void loss_kernel(const double* sum, double scale, A* loss) {
+  *loss = static_cast<A>(*sum * scale);
+}
+
+// ---- affinity. A block has kTile positions i of one sample, meets all positions j, and so owns the gradients of its
+// positions: no sum crosses blocks but the loss.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 1) affinity_kernel(Batch student, Batch teacher, Batch grad_s, Batch grad_t,
+                                                               bool need_s, bool need_t, double* losses) {
+  const int64_t n = student.rows, down = (n + kTile - 1) / kTile;
+  const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kTile;
+  KD_SHARED(A, own, kDepth * kRow);
+  KD_SHARED(A, other, kDepth * kRow);
+  KD_SHARED(float, signs, kTile* kRow);  // [j][i]
+  double loss = 0;
+  for (int64_t j0 = need_s || need_t ? 0 : i0; j0 < n; j0 += kTile) {
+    A products[2][kPer][kPer] = {};
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const Batch& u = side ? teacher : student;
+      for (int64_t k0 = 0; k0 < u.cols; k0 += kDepth) {
+        __syncthreads();
+        fetch(u, b, i0, k0, own);
+        fetch(u, b, j0, k0, other);
+        __syncthreads();
+        add_terms(own, other, kDepth, products[side]);
+      }
+    }
+    A sum = 0;
+#pragma unroll
+    for (int u = 0; u < kPer; ++u) {
+#pragma unroll
+      for (int v = 0; v < kPer; ++v) {
+        const A gap = products[0][u][v] - products[1][u][v];
+        sum += std::abs(gap);
+        signs[(threadIdx.x % kAcross + kAcross * v) * kRow + threadIdx.x / kAcross + kAcross * u] =
+            static_cast<float>(sign(gap));
+      }
+    }
+    loss += need_s || need_t || j0 == i0 ? sum : 2 * sum;
+    for (int side = 0; side < 2; ++side) {
+      if (!(side ? need_t : need_s)) continue;
+      const Batch &u = side ? teacher : student, &grad = side ? grad_t : grad_s;
+      const Batch by_channel = u.transposed();
+      for (int64_t c0 = 0; c0 < u.cols; c0 += kTile) {
+        A part[kPer][kPer] = {};
+        for (int k0 = 0; k0 < kTile; k0 += kDepth) {
+          __syncthreads();  // signs are there; the previous terms have been used
+          fetch(by_channel, b, c0, j0 + k0, other);
+          __syncthreads();
+          add_terms(signs + k0 * kRow, other, kDepth, part);
+        }
+        for_results(i0, c0, n, u.cols, part,
+                    [&](int64_t i, int64_t c, A s) { grad.put(b, i, c, j0 == 0 ? s : grad.get<A>(b, i, c) + s); });
+      }
+    }
+    __syncthreads();  // the signs have been used
+  }
+  loss = group_reduce<kThreads>(loss, Add{});
+  if (threadIdx.x == 0) losses[blockIdx.x] = loss;
+}
+
+// Unit positions [B, N, C] of x [B, C, N], contiguous; a warp has a position.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 1) unit_kernel(Batch x, A eps, A* units) {
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= x.count * x.cols) return;
+  const int64_t b = row / x.cols, n = row % x.cols;
+  A square = 0;
+  for (int64_t c = threadIdx.x % kWarp; c < x.rows; c += kWarp) {
+    const A v = x.get<A>(b, c, n);
+    square += v * v;
+  }
+  const A inverse = inverse_norm(group_reduce<kWarp>(square, Add{}), eps);
+  for (int64_t c = threadIdx.x % kWarp; c < x.rows; c += kWarp) units[row * x.rows + c] = x.get<A>(b, c, n) * inverse;
+}
+
+// slope [B, N, C] times factor: s_ij and s_ji are the same number.
+template <class A>
+__global__ void scale_kernel(A* x, int64_t n, A factor) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) x[i] *= factor;
+}
+
+// dL/dx [B, C, N] from slope = dL/du [B, N, C]; a warp has a position.
+template <class A>
+__global__ void __launch_bounds__(kThreads, 1)
+    affinity_gradient_kernel(Batch x, Batch slope, A eps, Column upstream, Batch out) {
+  const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  if (row >= x.count * x.cols) return;
+  const int64_t b = row / x.cols, n = row % x.cols;
+  A square = 0, along = 0;
+  for (int64_t c = threadIdx.x % kWarp; c < x.rows; c += kWarp) {
+    const A v = x.get<A>(b, c, n);
+    square += v * v;
+    along += v * slope.get<A>(b, n, c);
+  }
+  square = group_reduce<kWarp>(square, Add{});
+  along = group_reduce<kWarp>(along, Add{});
+  const A norm = norm_of(square), inverse = inverse_norm(square, eps);
+  along = norm > 0 ? along * inverse / norm : A(0);
+  const A scale = read<A>(upstream, 0) * inverse;
+  for (int64_t c = threadIdx.x % kWarp; c < x.rows; c += kWarp) {
+    out.put(b, c, n, scale * (slope.get<A>(b, n, c) - along * x.get<A>(b, c, n)));
+  }
+}
+
+// ---- the ops
+Tensor inner_products_cuda(Tensor a, std::optional<Tensor> b) {
+  const OnDevice device(a);
+  const ScalarType dtype = accumulator(a, b);
+  Tensor out = empty(a, dtype, {a.size(0), a.size(1), b ? b->size(1) : a.size(1)});
+  dispatch_accumulator(
+      dtype, [&](auto tag) { write_products<decltype(tag)>(device, Batch(a), Batch(b ? *b : a), !b, Column{}, out); });
+  return out;
+}
+
+Tensor weighted_sums_cuda(Tensor weights, Tensor x, std::optional<Tensor> factor) {
+  const OnDevice device(x);
+  Tensor out = empty(x, x.scalar_type(), {weights.size(0), weights.size(1), x.size(2)});
+  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
+    write_products<decltype(tag)>(device, Batch(weights), Batch(x).transposed(), false,
+                                  factor ? column(*factor) : Column{}, out);
+  });
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> compare_grams_cuda(Tensor student, Tensor teacher, std::string kind, double eps,
+                                                      std::vector<double> coefficients, bool need_student,
+                                                      bool need_teacher) {
+  const OnDevice device(student);
+  const std::vector<int64_t> shape{student.size(0), student.size(1), student.size(2)}, none{0};
+  const ScalarType dtype = student.scalar_type();
+  Tensor loss = empty(student, dtype, {});
+  Tensor weights_s = empty(student, dtype, need_student ? shape : none);
+  Tensor weights_t = empty(student, dtype, need_teacher ? shape : none);
+  const int64_t n = student.size(1), rows = student.size(0) * n;
+  const double scale = rows ? 1 / static_cast<double>(student.numel()) : 1;
+  if (rows == 0) torch::stable::zero_(loss);
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    if (rows == 0) return;
+    Tensor memory = empty(student, dtype, {kStats, rows}), sums = empty(student, ScalarType::Double, {rows + 1});
+    const Stats<A> stats{static_cast<A*>(memory.data_ptr()), rows, 0};
+    const A *g = static_cast<const A*>(student.data_ptr()), *h = static_cast<const A*>(teacher.data_ptr());
+    double* losses = static_cast<double*>(sums.data_ptr());
+    dispatch_comparison<A>(kind, scale, eps, coefficients, [&](const auto& f) {
+      using F = std::decay_t<decltype(f)>;
+      if constexpr (F::kCosines) {
+        launch(device, {blocks_for(rows, kThreads), kThreads}, inverse_norms_kernel<A>, g, h, n, f.eps, stats);
+      }
+      launch(device, {rows, kThreads}, compare_kernel<A, F>, f, g, h, n, stats, losses);
+      for (const Side side : {kStudent, kTeacher}) {
+        const Tensor& weights = side == kStudent ? weights_s : weights_t;
+        if (!(side == kStudent ? need_student : need_teacher)) continue;
+        launch(device, {rows, kThreads}, weigh_kernel<A, F>, f, side, g, h, n, stats,
+               static_cast<A*>(weights.data_ptr()));
+      }
+    });
+    sum_of(device, sums, Partial{losses}, rows, losses + rows);
+    launch(device, {1, 1}, loss_kernel<A>, losses + rows, scale, static_cast<A*>(loss.data_ptr()));
+  });
+  return {loss, weights_s, weights_t};
+}
+
+std::tuple<Tensor, Tensor, Tensor> affinity_cuda(Tensor student, Tensor teacher, double eps, bool need_student,
+                                                 bool need_teacher) {
+  const OnDevice device(student);
+  const int64_t batch = student.size(0), positions = student.size(2);
+  const ScalarType dtype = accumulator(student, teacher);
+  Tensor loss = empty(student, dtype, {});
+  std::vector<Tensor> units, slopes;
+  for (const Tensor& x : {student, teacher}) {
+    const bool need = units.empty() ? need_student : need_teacher;
+    units.push_back(empty(x, dtype, {batch, positions, x.size(1)}));
+    slopes.push_back(empty(x, dtype, {need ? batch : 0, positions, x.size(1)}));
+  }
+  if (batch == 0) torch::stable::zero_(loss);
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    if (batch == 0) return;
+    for (int side = 0; side < 2; ++side) {
+      launch(device, {blocks_for(batch * positions, kThreads / kWarp), kThreads}, unit_kernel<A>,
+             Batch(side ? teacher : student), static_cast<A>(eps), static_cast<A*>(units[side].data_ptr()));
+    }
+    const int64_t blocks = batch * blocks_for(positions, kTile);
+    Tensor sums = empty(student, ScalarType::Double, {blocks + 1});
+    double* losses = static_cast<double*>(sums.data_ptr());
+    launch(device, {blocks, kThreads}, affinity_kernel<A>, Batch(units[0]), Batch(units[1]), Batch(slopes[0]),
+           Batch(slopes[1]), need_student, need_teacher, losses);
+    const double scale = 1 / (static_cast<double>(batch) * positions * positions);
+    sum_of(device, sums, Partial{losses}, blocks, losses + blocks);
+    launch(device, {1, 1}, loss_kernel<A>, losses + blocks, scale, static_cast<A*>(loss.data_ptr()));
+    for (int side = 0; side < 2; ++side) {
+      const int64_t n = slopes[side].numel();
+      if (n == 0) continue;
+      launch(device, {blocks_for(n, kThreads), kThreads}, scale_kernel<A>, static_cast<A*>(slopes[side].data_ptr()), n,
+             static_cast<A>(side ? -2 * scale : 2 * scale));
+    }
+  });
+  for (int side = 0; side < 2; ++side) {
+    if (!(side ? need_teacher : need_student)) slopes[side] = empty(student, dtype, {0});
+  }
+  return {loss, slopes[0], slopes[1]};
+}
+
+Tensor affinity_gradient_cuda(Tensor grad, Tensor slope, Tensor x, double eps) {
+  const OnDevice device(x);
+  Tensor out = empty(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
+  const int64_t blocks = blocks_for(x.size(0) * x.size(2), kThreads / kWarp);
+  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    if (blocks == 0) return;
+    launch(device, {blocks, kThreads}, affinity_gradient_kernel<A>, Batch(x), Batch(slope), static_cast<A>(eps),
+           column(grad), Batch(out));
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace gram
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
+  using namespace kdfast::gram;
+  m.impl("inner_products", TORCH_BOX(&inner_products_cuda));
+  m.impl("weighted_sums", TORCH_BOX(&weighted_sums_cuda));
+  m.impl("compare_grams", TORCH_BOX(&compare_grams_cuda));
+  m.impl("affinity", TORCH_BOX(&affinity_cuda));
+  m.impl("affinity_gradient", TORCH_BOX(&affinity_gradient_cuda));
+}

@@ -1,0 +1,32 @@
+"""Losses on attention maps: where a network looks. They run on the attention kernels."""
+
+from torch import nn
+
+from kdfast.ops import check
+from kdfast.ops.attention import attention_transfer
+from kdfast.ops.pool import to_smaller_square
+
+
+class AT(nn.Module):
+    """AT - Paying More Attention to Attention (Zagoruyko and Komodakis, ICLR 2017).
+
+    ``1 / (B N) sum_bn (q_bn - q'_bn)^2`` with ``q = m / |m|_2`` and ``m = mean_c x_c^p`` of a sample, N = H W, q' the
+    teacher's; summed over layers. Shapes: student (B, C, H, W), teacher (B, C', H, W) maps or equally long lists of
+    them; 0-d. Maps of different heights are average-pooled to a square of the smaller height first. Gradients flow to
+    both. The paper's eq. 2 takes the norm of each sample's difference; its code, which this follows, the mean of
+    squares. An odd p keeps the sign of x, as RepDistiller's code does. Op: ``attention_transfer``.
+    """
+
+    def __init__(self, p=2):
+        super().__init__()
+        check.count("p", p)
+        self.p = p
+
+    def forward(self, student, teacher):
+        loss = 0
+        for s, t in check.layers(student, teacher, check.maps):
+            loss = loss + attention_transfer(*to_smaller_square(s, t), self.p)
+        return loss
+
+    def extra_repr(self):
+        return f"p={self.p}"

@@ -1,0 +1,136 @@
+"""Attention maps: where in a feature map the channels are active, normalised and compared.
+
+    m_n = sum_c x_cn^p,    q = m / max(|m|_2, 1e-12 C),    loss = 1 / (B N) sum_bn (q_bn - q'_bn)^2
+
+with x [C, N] one sample of the student, q' the teacher's. The forward keeps the slopes dL/dm [B, N] only; a gradient is
+slope_n p x_cn^(p-1), one more read of x. The maps are compared as they are: 1 - cos would lose all digits of a small
+difference. A map that is 0 has q = 0.
+"""
+
+import torch
+
+from kdfast._kernels import define
+from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
+
+EPS = 1e-12  # the smallest norm of the mean over channels, as in torch.nn.functional.normalize
+
+
+# ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
+def map_slope(own, other, norm, factor, floored):
+    """dL/dm [B, N] of one side; own and other are q and q', factor is p 2 / (B N)."""
+    grad = factor * (own - other)
+    along = torch.where(floored, 0.0, fixed_sum(own * grad))
+    return (grad - own * along[:, None]) / norm[:, None]
+
+
+def attention_transfer_torch(student, teacher, power, need_student, need_teacher):
+    """-> loss; slopes [B, N], p dL/dm, of the sides that need them."""
+    dtype = accumulator(student, teacher)
+    sides = []
+    for x in (student, teacher):
+        # Channels are added in blocks, which keeps the temporary x^p small beside x.
+        m = sum((part.to(dtype) ** power).sum(1) for part in x.split(64, 1))
+        norm, floor = fixed_sum(m.double().square()).sqrt().to(dtype), EPS * x.shape[1]
+        sides.append((m / norm.clamp(min=floor)[:, None], norm.clamp(min=floor), norm <= floor))
+    (q_s, *rest_s), (q_t, *rest_t) = sides
+    entries = max(q_s.numel(), 1)
+    loss = fixed_sum(fixed_sum((q_s - q_t).square())) / entries
+    slope_s = map_slope(q_s, q_t, rest_s[0], 2 * power / entries, rest_s[1]) if need_student else q_s.new_empty(0)
+    slope_t = map_slope(q_t, q_s, rest_t[0], 2 * power / entries, rest_t[1]) if need_teacher else q_t.new_empty(0)
+    return loss, slope_s, slope_t
+
+
+def attention_gradient_torch(grad, slope, x, power):
+    """grad slope_bn x_bcn^(p-1) in x's dtype."""
+    out = (grad * slope)[:, None] * x.to(slope.dtype) ** (power - 1)
+    return _gradient_like(x).copy_(out)
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+def _gradient_like(x):
+    """An uninitialised gradient [B, C, N] that lies in memory as x does: channels last where its channels are next."""
+    batch, channels, positions = x.shape
+    if channels_last(x):
+        return x.new_empty(batch, positions, channels).transpose(1, 2)
+    return x.new_empty(batch, channels, positions)
+
+
+def channels_last(x):
+    """Whether the channels of x [B, C, N] are neighbours in memory and the positions are not."""
+    return x.stride(1) == 1 and x.stride(2) != 1
+
+
+def _attention_transfer_fake(student, teacher, power, need_student, need_teacher):
+    dtype = accumulator(student, teacher)
+    shape = (student.shape[0], student.shape[2])
+    slopes = (student.new_empty(shape if need else 0, dtype=dtype) for need in (need_student, need_teacher))
+    return student.new_empty((), dtype=dtype), *slopes
+
+
+def _attention_gradient_fake(grad, slope, x, power):
+    return _gradient_like(x)
+
+
+_attention_transfer = define(
+    "attention",
+    "attention_transfer(Tensor student, Tensor teacher, int power, bool need_student, bool need_teacher) "
+    "-> (Tensor, Tensor, Tensor)",
+    attention_transfer_torch,
+    _attention_transfer_fake,
+)
+_attention_gradient = define(
+    "attention",
+    "attention_gradient(Tensor grad, Tensor slope, Tensor x, int power) -> Tensor",
+    attention_gradient_torch,
+    _attention_gradient_fake,
+)
+
+
+class _AttentionTransfer(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, power, need_student, need_teacher):
+        loss, slope_s, slope_t = _attention_transfer(
+            student.flatten(2), teacher.flatten(2), power, need_student, need_teacher
+        )
+        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        ctx.power = power
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("attention_transfer")
+        student, slope_s, teacher, slope_t = ctx.saved_tensors
+
+        def gradient(x, slope):
+            return _attention_gradient(grad, slope, x.flatten(2), ctx.power).unflatten(2, x.shape[2:])
+
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = gradient(student, slope_s) if need_student else None
+        return student_grad, gradient(teacher, slope_t) if need_teacher else None, None, None, None
+
+
+def attention_transfer(student, teacher, power=2):
+    """``1 / (B N) sum_bn (q_bn - q'_bn)^2``: q is the map ``sum_c x_c^power`` of a sample, divided by its norm.
+
+    Args:
+        student, teacher: maps (B, C, H, W) and (B, C', H, W), float32, float64, float16 or bfloat16; dtypes may differ.
+            Contiguous and channels_last maps are read as they lie; others are copied.
+        power: an int of at least 1; an odd power keeps the sign of x.
+
+    Returns: 0-d in the accumulation type: float64 if an input is float64, else float32. Exactly 0 for equal maps.
+
+    Gradients flow to both, in their memory format; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    check.maps("student", student)
+    check.maps("teacher", teacher)
+    check.same_batch("teacher", teacher, student)
+    if student.shape[2:] != teacher.shape[2:]:
+        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
+        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
+    check.count("power", power)
+    recording = torch.is_grad_enabled()
+    need_student, need_teacher = (recording and x.requires_grad for x in (student, teacher))
+    return _AttentionTransfer.apply(student, teacher, power, need_student, need_teacher)

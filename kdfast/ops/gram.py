@@ -1,0 +1,462 @@
+"""Matrices of inner products (Gram matrices), compared without what surrounds them in memory.
+
+With G_ij = x_i . x_j of the rows of one network, G' of the other, c_ij = G_ij / (n_i n_j), n_i = |x_i| + eps:
+
+    gram_distance     rows          1/B^2 sum_ij (q_ij - q'_ij)^2,   q_i = G_i / |G_i|
+                      rows_absolute 1/B^2 sum_ij |q_ij - q'_ij|
+                      distribution  1/B^2 sum_ij p'_ij log((p'_ij + eps) / (p_ij + eps)),
+                                    p_i = (1 + c_i) / sum_j (1 + c_ij)
+                      polynomial    1/B^2 sum_ij (K(c_ij) - K(c'_ij))^2,   K(c) = sum_k coefficient_k c^k
+                      absolute      1/B^2 sum_ij |c_ij - c'_ij|
+    affinity          absolute, of the positions of a map, with nothing of size positions^2
+
+Each comparison gives its gradient as one symmetric matrix M with dL/dx_i = sum_j M_ij x_j. A row that is 0 has no
+direction: its cosines and its gradient are 0.
+
+The products are kdfast's own: an order of sums that no number of threads changes, and no setting for products of
+float32 (TF32, torch.set_float32_matmul_precision, autocast) reaches them. Plain PyTorch takes them in float64 for that.
+"""
+
+import torch
+
+from kdfast._kernels import define
+from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
+
+KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
+FLOOR = 1e-12  # smallest norm of a row of G, as in torch.nn.functional.normalize
+BLOCK = 2**20  # elements of a temporary of the affinity
+
+
+# ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
+def inner_products_torch(a, b):
+    """a_zi . b_zj [Z, n, m]."""
+    return (a.double() @ (a if b is None else b).double().transpose(1, 2)).to(accumulator(a, b))
+
+
+def weighted_sums_torch(weights, x, factor):
+    """factor sum_j w_zij x_zj [Z, n, D] in x's dtype."""
+    out = weights.double() @ x.double()
+    return (out if factor is None else out * factor).to(x.dtype)
+
+
+def inverse_norms(gram, eps):
+    """1 / (|x_i| + eps) [Z, n] from the diagonal; 0 of a row that is 0."""
+    norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    return torch.where(norm > 0, 1 / (norm + eps), 0.0)
+
+
+def cosines(gram, inverse):
+    return (gram * (inverse[:, :, None] * inverse[:, None, :])).clamp(max=1)
+
+
+def through_cosines(slope, gram, inverse):
+    """M from slope = dL/dc [Z, n, n]."""
+    weights = (slope + slope.transpose(1, 2)) * (inverse[:, :, None] * inverse[:, None, :])
+    # A row's norm moves all of its cosines.
+    norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    along = torch.where(norm > 0, fixed_sum(weights * gram) * inverse / norm, 0.0)
+    weights.diagonal(dim1=1, dim2=2).sub_(along)
+    return weights
+
+
+def compare_rows(gram, other, scale, absolute):
+    """-> terms of the loss, M of the first; also where a row's norm is the floor, a constant."""
+
+    def unit(g):
+        norm = fixed_sum(g.double().square()).sqrt().to(g.dtype)[..., None]
+        return g / norm.clamp(min=FLOOR), norm
+
+    (q, norm), (p, _) = unit(gram), unit(other)
+    gap = q - p
+    slope = gap.sign() if absolute else 2 * gap
+    along = torch.where(norm > FLOOR, fixed_sum(q * slope)[..., None], 0.0)
+    slope = scale * (slope - q * along) / norm.clamp(min=FLOOR)
+    # A row of G that is 0 is a sample that is 0, without a direction.
+    slope = torch.where(norm > 0, slope, 0.0)
+    return scale * (gap.abs() if absolute else gap.square()), slope + slope.transpose(1, 2)
+
+
+def compare_distributions(gram, other, scale, eps):
+    """-> terms of the loss, M of the student (first), M of the teacher."""
+
+    def shares(g):
+        inverse = inverse_norms(g, eps)
+        c = (1 + cosines(g, inverse)) / 2
+        total = fixed_sum(c)[..., None]
+        return c / total, total, inverse
+
+    (p, total_s, inverse_s), (t, total_t, inverse_t) = shares(gram), shares(other)
+    gap = t - p
+    log_ratio = (gap / (p + eps)).log1p()
+    # A row's gaps sum to 0: taking them away leaves terms that are as small as their sum.
+    terms = scale * (t * log_ratio - gap)
+    # Likewise a constant added to a row's slopes in p or t changes nothing, as these sum to 1.
+    slope_s, slope_t = (eps - gap) / (p + eps), log_ratio - eps / (t + eps)
+
+    def weights(slope, share, total, g, inverse):
+        slope = scale / 2 * (slope - fixed_sum(slope * share)[..., None]) / total
+        return through_cosines(slope, g, inverse)
+
+    return terms, weights(slope_s, p, total_s, gram, inverse_s), weights(slope_t, t, total_t, other, inverse_t)
+
+
+def polynomial(c, coefficients):
+    """-> K(c), K'(c)."""
+    value, slope = torch.zeros_like(c), torch.zeros_like(c)
+    for coefficient in reversed(coefficients):
+        slope = slope * c + value
+        value = value * c + coefficient
+    return value, slope
+
+
+def compare_cosines(gram, other, scale, eps, coefficients):
+    """-> terms of the loss, M of the first, M of the second: squares of K's differences, or without K absolute ones."""
+    inverse, inverse_t = inverse_norms(gram, eps), inverse_norms(other, eps)
+    c, t = cosines(gram, inverse), cosines(other, inverse_t)
+    if coefficients:
+        (k, k_slope), (k_t, k_t_slope) = (polynomial(x, coefficients) for x in (c, t))
+        gap = k - k_t
+        terms, slope, slope_t = scale * gap.square(), 2 * scale * gap * k_slope, -2 * scale * gap * k_t_slope
+    else:
+        terms, slope = scale * (c - t).abs(), scale * (c - t).sign()
+        slope_t = -slope
+    return terms, through_cosines(slope, gram, inverse), through_cosines(slope_t, other, inverse_t)
+
+
+def compare_grams_torch(student, teacher, kind, eps, coefficients, need_student, need_teacher):
+    """-> loss; M [Z, n, n] of the sides that need it."""
+    scale = 1 / max(student.numel(), 1)
+    if kind in ("rows", "rows_absolute"):
+        absolute = kind == "rows_absolute"
+        terms, m_s = compare_rows(student, teacher, scale, absolute)
+        m_t = compare_rows(teacher, student, scale, absolute)[1] if need_teacher else None
+    elif kind == "distribution":
+        terms, m_s, m_t = compare_distributions(student, teacher, scale, eps)
+    else:
+        terms, m_s, m_t = compare_cosines(student, teacher, scale, eps, coefficients)
+    loss = fixed_sum(fixed_sum(fixed_sum(terms)))
+    return loss, m_s if need_student else student.new_empty(0), m_t if need_teacher else student.new_empty(0)
+
+
+def affinity_torch(student, teacher, eps, need_student, need_teacher):
+    """-> loss; dL/du [B, N, C] of the sides that need it, u the unit positions."""
+    units = [unit_positions(x, eps, accumulator(student, teacher)) for x in (student, teacher)]
+    grads = [
+        torch.zeros_like(u) if need else u.new_empty(0)
+        for u, need in zip(units, (need_student, need_teacher), strict=True)
+    ]
+    batch, positions = student.shape[0], student.shape[2]
+    scale = 1 / max(batch * positions**2, 1)
+    loss = units[0].new_zeros(())
+    step = max(1, BLOCK // max(1, batch * positions))
+    for start in range(0, positions, step):
+        rows = slice(start, start + step)
+        gap = torch.sub(*(inner_products_torch(u[:, rows], u) for u in units))
+        loss = loss + scale * fixed_sum(fixed_sum(fixed_sum(gap.abs())))
+        for u, grad, sign in zip(units, grads, (2, -2), strict=True):
+            if grad.numel():
+                grad[:, rows] = weighted_sums_torch(sign * scale * gap.sign(), u, None)
+    return loss, *grads
+
+
+def unit_positions(x, eps, dtype):
+    """x [B, C, N] as positions [B, N, C] over (their norm + eps); a position that is 0 stays 0."""
+    x = x.to(dtype).transpose(1, 2)
+    return (x / (fixed_sum(x.square()).sqrt() + eps)[..., None]).contiguous()
+
+
+def affinity_gradient_torch(grad, slope, x, eps):
+    """dL/dx [B, C, N] from slope = dL/du [B, N, C], u = x / (|x| + eps); 0 where x is 0."""
+    y = x.to(slope.dtype).transpose(1, 2)
+    norm = fixed_sum(y.square()).sqrt()[..., None]
+    inverse = torch.where(norm > 0, 1 / (norm + eps), 0.0)
+    along = torch.where(norm > 0, fixed_sum(slope * y)[..., None] * inverse / norm, 0.0)
+    return (grad * inverse * (slope - along * y)).transpose(1, 2).to(x.dtype).contiguous()
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+def _inner_products_fake(a, b):
+    return a.new_empty((*a.shape[:2], (a if b is None else b).shape[1]), dtype=accumulator(a, b))
+
+
+def _weighted_sums_fake(weights, x, factor):
+    return x.new_empty((*weights.shape[:2], x.shape[2]))
+
+
+def _compare_grams_fake(student, teacher, kind, eps, coefficients, need_student, need_teacher):
+    weights = (x.new_empty(x.shape if need else 0) for x, need in ((student, need_student), (teacher, need_teacher)))
+    return student.new_empty(()), *weights
+
+
+def _affinity_fake(student, teacher, eps, need_student, need_teacher):
+    dtype = accumulator(student, teacher)
+    grads = (
+        x.new_empty((x.shape[0], x.shape[2], x.shape[1]) if need else 0, dtype=dtype)
+        for x, need in ((student, need_student), (teacher, need_teacher))
+    )
+    return student.new_empty((), dtype=dtype), *grads
+
+
+def _affinity_gradient_fake(grad, slope, x, eps):
+    return x.new_empty(x.shape)
+
+
+_inner_products = define(
+    "gram", "inner_products(Tensor a, Tensor? b) -> Tensor", inner_products_torch, _inner_products_fake
+)
+_weighted_sums = define(
+    "gram",
+    "weighted_sums(Tensor weights, Tensor x, Tensor? factor) -> Tensor",
+    weighted_sums_torch,
+    _weighted_sums_fake,
+)
+_compare_grams = define(
+    "gram",
+    "compare_grams(Tensor student, Tensor teacher, str kind, float eps, float[] coefficients, bool need_student, "
+    "bool need_teacher) -> (Tensor, Tensor, Tensor)",
+    compare_grams_torch,
+    _compare_grams_fake,
+)
+_affinity = define(
+    "gram",
+    "affinity(Tensor student, Tensor teacher, float eps, bool need_student, bool need_teacher) "
+    "-> (Tensor, Tensor, Tensor)",
+    affinity_torch,
+    _affinity_fake,
+)
+_affinity_gradient = define(
+    "gram",
+    "affinity_gradient(Tensor grad, Tensor slope, Tensor x, float eps) -> Tensor",
+    affinity_gradient_torch,
+    _affinity_gradient_fake,
+)
+
+
+class _GramDistance(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, kind, eps, coefficients, need_student, need_teacher):
+        dtype = accumulator(student, teacher)
+        # float64 on one side makes the other side's sums float64, too.
+        grams = (_inner_products(x if accumulator(x) == dtype else x.to(dtype), None) for x in (student, teacher))
+        loss, m_s, m_t = _compare_grams(*grams, kind, eps, coefficients, need_student, need_teacher)
+        ctx.save_for_backward(student if need_student else None, m_s, teacher if need_teacher else None, m_t)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("gram_distance")
+        student, m_s, teacher, m_t = ctx.saved_tensors
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = _weighted_sums(m_s, student, grad) if need_student else None
+        return student_grad, _weighted_sums(m_t, teacher, grad) if need_teacher else None, *[None] * 5
+
+
+class _Affinity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, eps, need_student, need_teacher):
+        loss, slope_s, slope_t = _affinity(student, teacher, eps, need_student, need_teacher)
+        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        ctx.eps = eps
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("affinity")
+        student, slope_s, teacher, slope_t = ctx.saved_tensors
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = _affinity_gradient(grad, slope_s, student, ctx.eps) if need_student else None
+        return student_grad, _affinity_gradient(grad, slope_t, teacher, ctx.eps) if need_teacher else None, *[None] * 3
+
+
+class _InnerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return _inner_products(a, b)
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("inner_products")
+        a, b = ctx.saved_tensors
+        if b is None:
+            return _weighted_sums(grad + grad.transpose(1, 2), a, None), None
+        need_a, need_b = ctx.needs_input_grad
+        # The sums come in the dtype of what is summed.
+        x, y = (a, b) if a.dtype == b.dtype else (a.to(grad.dtype), b.to(grad.dtype))
+        a_grad = _weighted_sums(grad, y, None).to(a.dtype) if need_a else None
+        return a_grad, _weighted_sums(grad.transpose(1, 2), x, None).to(b.dtype) if need_b else None
+
+
+class _Selectivity(torch.autograd.Function):
+    """|S^T S / C - T^T T / C'|^2 of unit channels S [C, N] and T [C', N], a mean over the batch."""
+
+    @staticmethod
+    def forward(ctx, student, teacher, need_student, need_teacher):
+        dtype = accumulator(student, teacher)
+        s, t = (x.to(dtype) * _inverse_lengths(x, dtype) for x in (student, teacher))
+        few_positions = 2 * s.shape[2] <= s.shape[1] + t.shape[1]
+        slopes = _Selectivity.by_positions if few_positions else _Selectivity.by_channels
+        loss, slope_s, slope_t = slopes(s, t, need_student, need_teacher)
+        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        return loss
+
+    @staticmethod
+    def by_positions(s, t, need_student, need_teacher):
+        """-> loss; dL/dS, dL/dT through k(s, t) [B, C, N]; from products of positions [B, N, N]."""
+        rows = max(s.shape[0], 1)
+        s, t = (x.transpose(1, 2).contiguous() for x in (s, t))
+        gram, other = (_inner_products(x, None) / x.shape[2] for x in (s, t))
+        gap = gram - other
+        loss = fixed_sum(fixed_sum(fixed_sum(gap.square()))) / rows
+        slope_s = _weighted_sums(gap * (4 / (rows * s.shape[2])), s, None) if need_student else None
+        slope_t = _weighted_sums(gram * (-4 / (rows * t.shape[2])), t, None) if need_teacher else None
+        return loss, *(None if x is None else x.transpose(1, 2) for x in (slope_s, slope_t))
+
+    @staticmethod
+    def by_channels(s, t, need_student, need_teacher):
+        """The same from products of channels [B, C, C], [B, C', C'] and [B, C, C']."""
+        rows, (own, other) = max(s.shape[0], 1), (s.shape[1], t.shape[1])
+        k_s, k_t, k_st = _inner_products(s, None), _inner_products(t, None), _inner_products(s, t)
+        terms = [(k / c).double().square() for k, c in ((k_s, own), (k_t, other), (k_st, (own * other) ** 0.5))]
+        if own == other:  # entry by entry, which is exactly 0 for equal networks
+            loss = fixed_sum(fixed_sum(fixed_sum(terms[0] + terms[1] - 2 * terms[2])))
+        else:
+            sums = [fixed_sum(fixed_sum(fixed_sum(x))) for x in terms]
+            loss = sums[0] + sums[1] - 2 * sums[2]
+        slope_s = slope_t = None
+        if need_student:
+            slope_s = _weighted_sums(k_s * (4 / (rows * own**2)), s, None)
+            slope_s = slope_s - _weighted_sums(k_st * (4 / (rows * own * other)), t, None)
+        if need_teacher:
+            slope_t = _weighted_sums(k_st.transpose(1, 2) * (-4 / (rows * own * other)), s, None)
+        return (loss / rows).to(s.dtype), slope_s, slope_t
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("selectivity")
+        student, slope_s, teacher, slope_t = ctx.saved_tensors
+
+        def gradient(x, slope):
+            inverse = _inverse_lengths(x, slope.dtype)
+            unit = x.to(slope.dtype) * inverse
+            return (grad * inverse * (slope - unit * fixed_sum(unit * slope)[..., None])).to(x.dtype)
+
+        need_student, need_teacher = ctx.needs_input_grad[:2]
+        student_grad = gradient(student, slope_s) if need_student else None
+        return student_grad, gradient(teacher, slope_t) if need_teacher else None, None, None
+
+
+def _inverse_lengths(x, dtype):
+    """1 / |x_bc| [B, C, 1] of channels over their positions; 0 of a channel that is 0."""
+    length = fixed_sum(x.to(dtype).square()).sqrt()[..., None]
+    return torch.where(length > 0, 1 / length.clamp(min=FLOOR), 0.0)
+
+
+def _needs(*tensors):
+    return [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+
+
+def inner_products(a, b=None):
+    """``a_zi . b_zj`` [Z, n, m] of rows (Z, n, D) and (Z, m, D), of `a` with itself if `b` is absent.
+
+    float32, float64, float16 or bfloat16, any strides. Sums and result in the accumulation type: float64 if an input is
+    float64, else float32, whatever torch's settings for products of float32 are.
+
+    Gradients flow to a and b; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    check.tensor("a", a)
+    check.floating("a", a)
+    if a.dim() != 3:
+        raise ValueError(f"a must be (batches, rows, features), got shape {tuple(a.shape)}")
+    if b is not None:
+        check.tensor("b", b)
+        check.floating("b", b)
+        if b.dim() != 3 or (b.shape[0], b.shape[2]) != (a.shape[0], a.shape[2]):
+            raise ValueError(f"b must be ({a.shape[0]}, rows, {a.shape[2]}) as a is, got shape {tuple(b.shape)}")
+        check.same_device("b", b, a, of="a")
+    return _InnerProducts.apply(a, b)
+
+
+def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
+    """How the inner products among the student's rows differ from those among the teacher's: see the module's formulas.
+
+    Args:
+        student, teacher: rows (n, D) and (n, D'), or batches of them (Z, n, D) and (Z, n, D') over which the mean goes,
+            too; float32, float64, float16 or bfloat16, any strides; dtypes may differ.
+        kind: "rows", "rows_absolute", "distribution", "polynomial" or "absolute".
+        eps: added to the rows' norms, and to the shares of "distribution".
+        coefficients: of the polynomial, from c^0 on.
+
+    Returns: 0-d in the accumulation type: float64 if an input is float64, else float32. Exactly 0 for equal inputs.
+
+    Gradients flow to both; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check.number("eps", eps, low=0.0)
+    if (kind == "polynomial") != bool(coefficients):
+        raise ValueError(f"coefficients belong to kind 'polynomial', got {coefficients!r} with kind {kind!r}")
+    for name, x in (("student", student), ("teacher", teacher)):
+        check.tensor(name, x)
+        check.floating(name, x)
+        if x.dim() not in (2, 3) or x.shape[-1] == 0:
+            raise ValueError(f"{name} must be (rows, features) or (batches, rows, features), got {tuple(x.shape)}")
+    if teacher.shape[:-1] != student.shape[:-1]:
+        want, got = tuple(student.shape[:-1]), tuple(teacher.shape)
+        raise ValueError(f"teacher must have the student's rows {want}, got shape {got}")
+    check.same_device("teacher", teacher, student)
+    s, t = (x if x.dim() == 3 else x[None] for x in (student, teacher))
+    return _GramDistance.apply(s, t, kind, float(eps), [float(x) for x in coefficients], *_needs(student, teacher))
+
+
+def selectivity(student, teacher):
+    """``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2`` over unit channels.
+
+    Args:
+        student, teacher: channels (B, C, N) and (B, C', N) of N positions, float32, float64, float16 or bfloat16, any
+            strides; dtypes may differ.
+
+    Returns: 0-d, a mean over the batch, in the accumulation type: float64 if an input is float64, else float32.
+
+    Gradients flow to both, to the teacher through k(s, t) alone; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    for name, x in (("student", student), ("teacher", teacher)):
+        check.embeddings(name, x)
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be (batch, channels, positions), got shape {tuple(x.shape)}")
+    check.same_batch("teacher", teacher, student)
+    if student.shape[2] != teacher.shape[2]:
+        raise ValueError(f"teacher must have the student's {student.shape[2]} positions, got {teacher.shape[2]}")
+    return _Selectivity.apply(student, teacher, *_needs(student, teacher))
+
+
+def affinity(student, teacher, *, eps=1e-8):
+    """``1 / (B N^2) sum_bij |u_bi . u_bj - u'_bi . u'_bj|``: u the positions of a map, x / (|x| + eps).
+
+    Args:
+        student, teacher: maps (B, C, H, W) and (B, C', H, W), N = H W positions, float32, float64, float16 or bfloat16,
+            any strides; dtypes may differ.
+        eps: added to the norm of a position.
+
+    Returns: 0-d in the accumulation type: float64 if an input is float64, else float32. Exactly 0 for equal maps.
+
+    Gradients flow to both, and are 0 at positions that are 0; memory of the size of the maps. There is no second
+    derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    check.maps("student", student)
+    check.maps("teacher", teacher)
+    check.same_batch("teacher", teacher, student)
+    check.number("eps", eps, low=0.0)
+    if student.shape[2:] != teacher.shape[2:]:
+        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
+        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
+    return _Affinity.apply(student.flatten(2), teacher.flatten(2), float(eps), *_needs(student, teacher))
