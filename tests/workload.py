@@ -130,7 +130,7 @@ def maps(device):
             for name, function in {
                 "AT": ops.attention_transfer,
                 "AT of odd power": lambda s, t: ops.attention_transfer(s, t, 3),
-                "affinity": lambda s, t: ops.affinity(s.flatten(2), t.flatten(2)),
+                "affinity": ops.affinity,
                 "selectivity": lambda s, t: ops.selectivity(s.flatten(2), t.flatten(2)),
                 "inner products": lambda s, t: ops.inner_products(s.flatten(2), t.flatten(2)),
             }.items():

@@ -53,7 +53,7 @@ class CCKD(nn.Module):
     ``1 / B^2 sum_ij (K(c_ij) - K(c'_ij))^2``, c the cosines among the student's samples, c' the teacher's. Gaussian:
     the Taylor series of exp(-gamma |u_i - u_j|^2), ``K(c) = exp(-2 gamma) sum_p<=order (2 gamma)^p / p! c^p``;
     bilinear: ``K(c) = c``. Shapes: student (B, D), teacher (B, D') embeddings, more dimensions are flattened; 0-d.
-    Gradients flow to both. RepDistiller's loss of this name is another formula, which depends on the order of the batch;
+    Gradients flow to both. RepDistiller's loss of this name is another formula, which the order of the batch changes;
     torchdistill normalises no rows and takes the root. Op: ``gram_distance``.
     """
 
