@@ -48,12 +48,14 @@ def relations(student, teacher):
     return loss.detach(), torch.autograd.grad(loss, student)[0]
 
 
-def worker(rank, split, folder, job):
+def worker(rank, split, folder, job, port):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(split))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(split))
     try:
         mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
         torch.save(job(rank, split, mine), f"{folder}/{rank}.pt")
+        dist.barrier()  # a rank that leaves while another still listens would abort that one
     finally:
         dist.destroy_process_group()
 
@@ -87,7 +89,8 @@ def unequal_job(rank, split, mine):
 
 def run(split, folder, job):
     """-> what `job` gave on each rank."""
-    torch.multiprocessing.spawn(worker, (split, str(folder), job), nprocs=len(split))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
+    torch.multiprocessing.spawn(worker, (split, str(folder), job, store.port), nprocs=len(split))
     return [torch.load(f"{folder}/{rank}.pt") for rank in range(len(split))]
 
 
