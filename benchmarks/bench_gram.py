@@ -166,13 +166,4 @@ def host_cases():
 
 
 # ---- the measurements ------------------------------------------------------------------------------------------------
-def test_ceiling(benchmark, ceiling, settings):
-    harness.measure_ceiling(benchmark, ceiling, settings)
-
-
-def test_loss(benchmark, job, settings):
-    harness.measure(benchmark, job, settings)
-
-
-def test_host(benchmark, host_job, settings):
-    harness.measure_host(benchmark, host_job, settings)
+test_ceiling, test_loss, test_host = harness.measure_ceiling, harness.measure_loss, harness.measure_host

@@ -46,7 +46,7 @@ class Case:
     eager: Callable
     kdfast: Callable
     floor: dict  # phase -> the work that no implementation can avoid, in the unit of `ceiling`
-    ceiling: str = "copy"  # what bounds that work: "copy" counts bytes, "matmul" operations
+    ceiling: str = "copy"  # what bounds that work: "copy" and "gather" count bytes, "matmul" operations
     dtype: str = "float32"
     liger: Callable | None = None
     phases: tuple = PHASES
@@ -337,11 +337,14 @@ def host_jobs(cases, settings, family):
     return [Job(case, name, phase) for case, phase, name in itertools.product(cases, ("both", "forward"), names)]
 
 
-CEILINGS = ("copy", "matmul")
+CEILINGS = ("copy", "matmul", "gather")
 
 
 def measure_ceiling(benchmark, ceiling, settings):
-    """Time a copy far larger than any cache, or a matrix product in float32 (torch's default: without TF32)."""
+    """Time a copy far larger than any cache, a matrix product in float32 (torch's default: without TF32), or a read.
+
+    The read is of rows of 512 bytes at random places of a table far larger than any cache.
+    """
     cuda = settings.device == "cuda"
     if ceiling == "copy":
         source = torch.rand(2**30 if cuda else 2**26, device=settings.device)
@@ -350,6 +353,14 @@ def measure_ceiling(benchmark, ceiling, settings):
 
         def run():
             target.copy_(source)
+    elif ceiling == "gather":
+        rows = 2**21 if cuda else 2**19
+        table = torch.rand(rows, 128, device=settings.device)
+        bags = torch.randint(rows, (rows // 128, 128), device=settings.device)
+        work, unit = bags.numel() * 512, "B/s"
+
+        def run():
+            torch.nn.functional.embedding_bag(bags, table, mode="sum")
     else:
         size = 8192 if cuda else 2048
         a, b = (torch.randn(size, size, device=settings.device) for _ in range(2))

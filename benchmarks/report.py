@@ -18,11 +18,13 @@ SHORT_DTYPES = {"float32": "", "bfloat16": " bf16", "float16": " fp16"}
 UNSTEADY = 0.25
 FITTED = 4  # sizes to which an exponent is fitted: the smallest are all overhead
 COLOURS = {"eager": "#9aa5b1", "compile": "#d98e32", "fallback": "#5a9367", "kdfast": "#2f6f9f", "liger": "#8a5a9b"}
-UNITS = {"copy": "B/s", "matmul": "FLOP/s"}
+UNITS = {"copy": "B/s", "matmul": "FLOP/s", "gather": "B/s"}
 SHARES = {
     "copy": "the bytes the work has to move at least, per second, as a share of a large copy (over 100 % where a cache "
     "holds the tensors)",
     "matmul": "the operations the work takes at least, per second, as a share of a large matrix product",
+    "gather": "the bytes of the rows the work has to read, per second, as a share of reading random rows of a large "
+    "table (over 100 % where a cache holds the banks)",
 }
 STATISTICS = ("median", "q1", "q3", "rounds")
 
@@ -132,7 +134,7 @@ def host_rows(results):
 
 
 def ceiling_of(results):
-    """What bounds the work of this family: "copy" or "matmul"."""
+    """What bounds the work of this family: a name of harness.CEILINGS."""
     return results["figures"][0]["ceiling"]
 
 
@@ -193,6 +195,7 @@ def caption(results):
     rates = {c["name"]: c for c in results["ceilings"]}
     copy = f", a large copy moves {rate(rates['copy'])}" if "copy" in rates else ""
     product = f", a large float32 matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
+    product += f", random rows are read at {rate(rates['gather'])}" if "gather" in rates else ""
     threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
     liger = any(figure["implementation"] == "liger" for figure in results["figures"])
     peer = f", liger-kernel {machine.get('liger')}" if liger else ""

@@ -303,6 +303,16 @@ def test_bench_measures_all_families_by_default(monkeypatch, capsys):
     assert capsys.readouterr().err.count("was measured") == len(bench.FAMILIES)
 
 
+@pytest.mark.parametrize("family", bench.FAMILIES)
+def test_every_family_is_measured(family):
+    """By the harness, in each of its three ways, at every shape and at a small one of the host's."""
+    module = bench.load(f"bench_{family}")
+    ways = harness.measure_ceiling, harness.measure_loss, harness.measure_host
+    assert (module.test_ceiling, module.test_loss, module.test_host) == ways and module.FAMILY == family
+    for case in [*module.cases(harness.Settings("cpu", quick=False), []), *module.host_cases()]:
+        assert set(case.floor) == set(harness.PHASES) and case.floor["both"] > 0 and case.ceiling in harness.CEILINGS
+
+
 def test_bench_names_the_missing_extra(monkeypatch, capsys):
     monkeypatch.setattr(bench, "installed", lambda name: name != "pytest_benchmark")
     assert bench.run(options()) == 2

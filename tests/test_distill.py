@@ -443,7 +443,7 @@ def example_batch():
     torch.manual_seed(0)
     pictures, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
     student, teacher = (models.ConvNet(1, 3, widths)(pictures) for widths in (models.STUDENT, models.TEACHER))
-    return train.Batch(student, teacher, pictures, labels, torch.arange(6), 6)
+    return train.Batch(student, teacher, pictures, labels, torch.arange(6), 6, labels)
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")

@@ -2,7 +2,8 @@
 
 A row's ``reads`` are the arguments of the loss in their order, as attributes of `train.Batch`:
 ``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), the same of ``teacher``,
-``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in the training set).
+``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in the training set). A builder may also look at
+``samples`` and ``train_labels``, the size and the labels of the training set.
 """
 
 from collections.abc import Callable
@@ -55,6 +56,15 @@ def _cross_entropy(example):
     from torch import nn
 
     return nn.CrossEntropyLoss()
+
+
+def _crd(example):
+    """CRD with its official settings: negatives of other classes, as many as a third of the training set at most."""
+    import kdfast
+
+    dims = example.student.embedding.shape[1], example.teacher.embedding.shape[1]
+    negatives = min(16384, max(1, example.samples // 3))
+    return kdfast.CRD(*dims, example.samples, negatives=negatives, labels=example.train_labels)
 
 
 _LOGITS = ("student.logits", "teacher.logits")
@@ -135,6 +145,13 @@ _TABLE = [
         _kdfast("LKD", patches=2),
         ("student.maps", "teacher.maps"),
         weight=1.0,
+    ),
+    LossRow(
+        "crd",
+        "contrast with memory banks of embeddings",
+        _crd,
+        ("student.embedding", "teacher.embedding", "index"),
+        weight=0.8,
     ),
     LossRow("dist", "correlations between and within classes", _kdfast("DIST", beta=1.0, gamma=1.0), _LOGITS),
     LossRow(

@@ -38,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss may read in one step; `samples` is the size of the training set."""
+    """What a loss may read in one step; `samples` and `train_labels` are of the whole training set."""
 
     student: Outputs
     teacher: Outputs | None
@@ -46,6 +46,7 @@ class Batch:
     labels: torch.Tensor
     index: torch.Tensor
     samples: int
+    train_labels: torch.Tensor
 
 
 class Objective(nn.Module):
@@ -124,7 +125,8 @@ class Trainer:
         images = self.data.train_images[index]
         with torch.no_grad():
             teacher = self.teacher(images) if self.teacher is not None else None
-        return Batch(self.network(images), teacher, images, self.data.train_labels[index], index, self.samples)
+        labels = self.data.train_labels
+        return Batch(self.network(images), teacher, images, labels[index], index, self.samples, labels)
 
     def step(self, index):
         """One optimizer step on the training images at `index`; returns the detached loss."""
