@@ -11,7 +11,7 @@ if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 N_DATA, STEPS = 50, 2
-SPLITS = [(4, 4), (3, 5), (2, 3, 1, 2)]  # rows of each rank
+SPLITS = [(4, 4), (3, 5), (2, 3, 1, 2), (1, 4, 0, 3)]  # rows of each rank
 EQUAL = {"rtol": 1e-6, "atol": 1e-9}
 
 
@@ -42,6 +42,16 @@ def train(model, rows, mine=slice(None)):
     return seen
 
 
+def descend(model, rows, mine=slice(None)):
+    """STEPS of gradient descent -> the module's state."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for student, teacher, index, _ in batches(rows):
+        optimizer.zero_grad()
+        model(student[mine], teacher[mine], index[mine]).backward()
+        optimizer.step()
+    return getattr(model, "module", model).state_dict()
+
+
 def relations(student, teacher):
     student.requires_grad_()
     loss = kdfast.RKD()(distributed.gather(student), distributed.gather(teacher))
@@ -67,6 +77,26 @@ def crd_job(rank, split, mine):
     return train(model, sum(split), mine), model.state_dict()
 
 
+def ddp_job(rank, split, mine):
+    """-> the state after some steps under DDP, and which buffers DDP leaves alone and sends."""
+    wrapped = torch.nn.parallel.DistributedDataParallel(make_crd())
+    state = descend(wrapped, sum(split), mine)
+    nested = torch.nn.ModuleDict({"crd": make_crd(), "norm": torch.nn.BatchNorm1d(3)})
+    nested = torch.nn.parallel.DistributedDataParallel(distributed.ignore_banks(nested))
+    return state, [(sorted(x.parameters_to_ignore), len(x.modules_buffers)) for x in (wrapped, nested)]
+
+
+def loaded_job(rank, split, mine):
+    """One rank alone loads a state in the middle of training."""
+    model = make_crd()
+    first = {name: x.clone() for name, x in model.state_dict().items()}
+    train(model, sum(split), mine)
+    if rank == 0:
+        model.load_state_dict(first)
+    train(model, sum(split), mine)
+    return model.state_dict()
+
+
 def relations_job(rank, split, mine):
     student, teacher, *_ = next(batches(sum(split)))
     return relations(student[mine], teacher[mine])
@@ -75,8 +105,18 @@ def relations_job(rank, split, mine):
 def unequal_job(rank, split, mine):
     messages = []
     student, teacher, index, _ = next(batches(sum(split)))
-    with pytest.raises(ValueError, match="x must have one dtype, requires_grad and shape"):
-        distributed.gather(student[:, : 3 + rank])
+    for wrong in (
+        student[:, : 3 + rank],
+        student.to(torch.float64 if rank else torch.float32),
+        student.clone().requires_grad_(rank == 0),
+    ):
+        with pytest.raises(ValueError, match="x must have one dtype, requires_grad and shape .* on rank 1"):
+            distributed.gather(wrong)
+    with pytest.raises(ValueError, match="x must be a tensor of 1 to 8 dimensions on every rank; on rank 1 it is not"):
+        distributed.gather([1.0] if rank == 1 else student)
+    contrast = torch.zeros(split[rank], 3 + rank, dtype=torch.int64)
+    with pytest.raises(ValueError, match="contrast_index must have as many columns.*3 columns.*on rank 0, 4"):
+        make_crd()(student[mine], teacher[mine], index[mine], contrast)
     index = index[mine].clone()
     if rank == 1:
         index[0] = N_DATA
@@ -109,6 +149,24 @@ def test_crd_is_that_of_one_process(split, tmp_path):
         torch.testing.assert_close(torch.cat([s[1] for s in steps]) / len(split), student_grad, **EQUAL)
         for i, grad in enumerate(grads, 2):
             torch.testing.assert_close(sum(s[i] for s in steps) / len(split), grad, **EQUAL)
+
+
+def test_ddp_averages_to_one_process_and_sends_no_bank(tmp_path):
+    model = make_crd()
+    want = descend(model, 8)
+    own = ["bank_student", "bank_teacher", "seed", "z_student", "z_teacher"]
+    for state, ddp in run((3, 5), tmp_path, ddp_job):
+        for name, x in want.items():
+            torch.testing.assert_close(state[name], x, **EQUAL)
+        assert ddp == [(own, 0), ([f"crd.{name}" for name in own], 3)]  # three of the batch norm
+
+
+def test_a_loaded_state_reaches_every_rank(tmp_path):
+    model = make_crd()
+    train(model, 8)
+    for state in run((4, 4), tmp_path, loaded_job):
+        for name, x in model.state_dict().items():
+            torch.testing.assert_close(state[name], x, **EQUAL)
 
 
 @pytest.mark.parametrize("split", SPLITS[1:], ids=str)
