@@ -19,7 +19,7 @@ from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransform
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
 # Layers that are trained beside a loss.
-LAYERS = ["HintRegressor", "OFDConnector", "Paraphraser", "Translator"]
+LAYERS = (HintRegressor, OFDConnector, Paraphraser, Translator)
 __all__ = [
     "DIST",
     "DKD",
@@ -44,5 +44,8 @@ __all__ = [
     "FitNets",
     "JacobianMatching",
     "ofd_margin",
-    *LAYERS,
+    "HintRegressor",
+    "OFDConnector",
+    "Paraphraser",
+    "Translator",
 ]

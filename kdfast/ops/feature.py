@@ -9,8 +9,8 @@ With s and t one element of the student's and the teacher's map, and m the margi
     normalized_error       mean of |s / |s| - t / |t||^p, |s| being the norm of the whole sample
     pyramid_error          mean squared errors of the maps, and of their averages over 4 x 4, 2 x 2 and 1 x 1 windows
 
-Raw ops take maps (B, C, N) of any strides, all positions in the last dimension, and those of pyramid_error (B, C, H, W).
-A gradient lies in memory as its map does: position after position where the channels of a position are neighbours
+Raw ops take maps (B, C, N) of any strides, all positions in the last dimension; pyramid_error (B, C, H, W). Gradients
+lie in memory as the student's map does: position after position where the channels of a position are neighbours
 (channels_last), else channel after channel. Sums are of the accumulation type: float64 if an input is float64, else
 float32.
 """
@@ -30,18 +30,18 @@ LEVELS = (4, 2, 1)  # windows of the pyramid in each direction; level k of those
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def _like(x):
+def _memory(x, student):
     """Uninitialised memory for the gradient of a map (B, C, ...)."""
     batch, channels, *positions = x.shape
-    if channels > 1 and math.prod(positions) > 1 and x.stride(1) == 1:
+    if channels > 1 and math.prod(positions) > 1 and student.stride(1) == 1:
         return x.new_empty((batch, *positions, channels)).movedim(-1, 1)
     return x.new_empty(x.shape)
 
 
 def _gradients(student_grad, student, teacher_grad, teacher, need_student, need_teacher):
-    """Both gradients in the types and layouts of their maps; an empty tensor for one that is not needed."""
+    """Both gradients in the types of their maps; an empty tensor for one that is not needed."""
     return tuple(
-        _like(x).copy_(grad) if need else x.new_empty(0)
+        _memory(x, student).copy_(grad) if need else x.new_empty(0)
         for grad, x, need in ((student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
     )
 
@@ -184,7 +184,8 @@ def _pyramid_error_fake(student, teacher):
 
 def _backward_fake(grad, student, teacher, *args):
     need_student, need_teacher = args[-2:]
-    return tuple(_like(x) if need else x.new_empty(0) for x, need in ((student, need_student), (teacher, need_teacher)))
+    sides = ((student, need_student), (teacher, need_teacher))
+    return tuple(_memory(x, student) if need else x.new_empty(0) for x, need in sides)
 
 
 _feature_error = define(
