@@ -61,7 +61,7 @@ every_variant = pytest.mark.parametrize("name", VARIANTS)
 def make(implementation, shape, dtype=torch.float64, teacher_dtype=None):
     """Student, teacher, margins below zero that have few digits."""
     student, teacher = (torch.randn(shape, dtype=torch.float64) for _ in range(2))
-    margin = -torch.arange(1, shape[1] + 1, dtype=torch.float64) % 7 / 4 - 0.25
+    margin = -(torch.arange(1, shape[1] + 1, dtype=torch.float64) % 7) / 4 - 0.25
     return [
         x.to(t).to(implementation.device)
         for x, t in ((student, dtype), (teacher, teacher_dtype or dtype), (margin, torch.float32))
@@ -133,7 +133,7 @@ def test_mixed_dtypes(implementation, name, student, teacher):
 
 @every_variant
 def test_gradcheck(implementation, name):
-    student, teacher, margin = make(implementation, (2, 3, 5, 3))
+    student, teacher, margin = make(implementation, (2, 2, 5, 2))
     leaves = behaviour.leaves_of([student, teacher] if VARIANTS[name].teacher else [student])
     assert torch.autograd.gradcheck(lambda *x: VARIANTS[name].call(ops, *(x + (teacher,))[:2], margin), leaves)
 
@@ -253,11 +253,11 @@ def test_gradient_paths(implementation, name):
     both = torch.autograd.grad(variant.call(ops, *leaves).sum(), leaves, allow_unused=True)
     assert both[2] is None and (both[1] is not None) == variant.teacher
     alone = variant.call(ops, leaves[0], teacher, margin)
-    assert torch.equal(torch.autograd.grad(alone.sum(), leaves[0])[0], both[0])
+    torch.testing.assert_close(torch.autograd.grad(alone.sum(), leaves[0])[0], both[0])
     other = variant.call(ops, student, leaves[1], margin)
     assert other.requires_grad == variant.teacher
     if variant.teacher:
-        assert torch.equal(torch.autograd.grad(other.sum(), leaves[1])[0], both[1])
+        torch.testing.assert_close(torch.autograd.grad(other.sum(), leaves[1])[0], both[1])
 
 
 def test_reductions(implementation):
@@ -303,7 +303,8 @@ def test_edges_zero_sample(implementation, power, dtype):
     assert_close(loss, oracles.normalized_error(student, teacher, power), 1.0, 150, loss.dtype)
     student_grad, teacher_grad = torch.autograd.grad(loss, leaves)
     assert not student_grad[[0, 2]].any() and not teacher_grad[[1, 2]].any()
-    assert student_grad[1].any() and teacher_grad[0].any()
+    if power == 1:  # a unit vector's own length has no slope
+        assert student_grad[1].any() and teacher_grad[0].any()
     assert student_grad.isfinite().all() and teacher_grad.isfinite().all()
 
 
@@ -677,9 +678,9 @@ def test_factors():
     """A paraphraser learns to copy; both factors have one shape."""
     paraphraser, translator = kdfast.Paraphraser(6, 3), kdfast.Translator(4, 3)
     maps = torch.randn(8, 6, 5, 5)
-    optimizer = torch.optim.Adam(paraphraser.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(paraphraser.parameters(), 1e-2)
     errors = []
-    for _ in range(30):
+    for _ in range(60):
         error = ops.squared_error(paraphraser.reconstruct(maps), maps)
         optimizer.zero_grad()
         error.backward()

@@ -360,9 +360,7 @@ class JacobianMatching(nn.Module):
 
 def _jacobian(name, logits, images, chosen, create_graph):
     """d (each row's chosen logit) / d images, of the images' shape."""
-    message = (
-        f"{name} must be logits that depend on images, with the graph from them kept (no torch.no_grad, no detach)"
-    )
+    message = f"{name} must be logits with their graph from images (no torch.no_grad, no detach in between)"
     if not logits.requires_grad:
         raise ValueError(message)
     with torch.enable_grad():
