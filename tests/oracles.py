@@ -220,6 +220,48 @@ def affinity(student, teacher, *, eps=1e-8):
     return (s - t).abs().sum() / max(s.numel(), 1)
 
 
+# ---- feature maps
+def squared_error(student, teacher):
+    return F.mse_loss(student.double(), teacher.double())
+
+
+def channel_squared_error(student, teacher):
+    return (student.double() - teacher.double()).square().transpose(0, 1).flatten(1).sum(1)
+
+
+def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):
+    s, active = student.double(), teacher > 0
+    values = active * F.relu(margin - s).square() + ~active * F.relu(s + margin).square()
+    return _reduce(values.flatten(1).sum(1), reduction)
+
+
+def partial_squared_error(student, teacher, margin, *, reduction="sum"):
+    s = student.double()
+    m = margin.detach().double().flatten().view(-1, *[1] * (s.dim() - 2))
+    target = torch.maximum(teacher.double(), m.expand_as(s))
+    values = (s - target).square() * ((s > target) | (target > 0))
+    return _reduce(values.flatten(1).sum(1), reduction)
+
+
+def _units(student, teacher):
+    return [F.normalize(x.double().flatten(1), dim=1) for x in (student, teacher)]
+
+
+def normalized_error(student, teacher, power=1):
+    s, t = _units(student, teacher)
+    return (s - t).abs().pow(power).mean()
+
+
+def pyramid_error(student, teacher):
+    s, t = student.double(), teacher.double()
+    parts, weights = [F.mse_loss(s, t)], [1.0]
+    for bins in (4, 2, 1):
+        if bins < s.shape[2]:
+            parts.append(F.mse_loss(*(F.adaptive_avg_pool2d(x, bins) for x in (s, t))))
+            weights.append(weights[-1] / 2)
+    return sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
+
+
 # ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
 def _pair_sizes(log_p, log_q):
     p, q = log_p.exp(), log_q.exp()
@@ -392,6 +434,30 @@ def sizes_affinity(student, teacher, *, eps=1e-8):
     rows = [x.detach().flatten(2).transpose(1, 2) for x in (student, teacher)]
     value, *entries = sizes_gram(*rows, "absolute", eps=eps)
     return value, *(e.transpose(1, 2).unflatten(2, student.shape[2:]) for e in entries)
+
+
+def sizes_normalized(student, teacher, power=1):
+    """-> value, entries of both gradients; a unit vector's entry is off by a rounding of itself."""
+    s, t = _units(student.detach(), teacher.detach())
+    both, elements = s.abs() + t.abs(), s.numel()
+    if power == 1:
+        value, slope = both.mean(), torch.ones_like(s)
+    else:
+        value, slope = (2 * (s - t).abs() * both + both.square() * SQUARED_ROUNDING).mean(), 2 * both
+    entries = [
+        (slope + unit.abs() * (slope * unit.abs()).sum(1, keepdim=True))
+        / (x.double().flatten(1).norm(dim=1, keepdim=True) * elements)
+        for unit, x in ((s, student.detach()), (t, teacher.detach()))
+    ]
+    return value, *(e.view(x.shape) for e, x in zip(entries, (student, teacher), strict=True))
+
+
+def sizes_pyramid(student, teacher):
+    """Averages of differences without sign, as the value and its gradient take them."""
+    leaf = (student.detach().double() - teacher.detach().double()).abs().requires_grad_()
+    value = pyramid_error(leaf, torch.zeros_like(leaf))
+    (entries,) = torch.autograd.grad(value, leaf)
+    return value.detach(), entries, entries
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -618,11 +684,69 @@ def LKD(student, teacher, patches=4, intra_weight=1.0, inter_weight=1.0, cross_w
     return loss
 
 
+def _each(loss, *arguments):
+    """The sum over layers of a loss of one."""
+    if isinstance(arguments[0], torch.Tensor):
+        return loss(*arguments)
+    return sum(loss(*layer) for layer in zip(*arguments, strict=True))
+
+
+def FitNets(student, teacher):
+    """Romero et al. 2015, eq. 3, with the mean over all elements of RepDistiller."""
+    return _each(squared_error, student, teacher)
+
+
+def FT(student_factor, teacher_factor):
+    """Kim et al. 2018, eq. 2 with p = 1."""
+    return _each(normalized_error, student_factor, teacher_factor)
+
+
+def AB(student, teacher, margin=1.0, reduction="sum"):
+    """Heo et al. 2019, eq. 5."""
+    return _each(lambda s, t: activation_boundary(s, t, margin, reduction=reduction), student, teacher)
+
+
+def OFD(student, teacher, margin, reduction="sum"):
+    """Heo et al. 2019 (overhaul), eq. 2 and 4."""
+    return _each(lambda s, t, m: partial_squared_error(s, t, m, reduction=reduction), student, teacher, margin)
+
+
+def VID(student, teacher, *, weights, eps=1e-5, **_):
+    """Ahn et al. 2019, eq. 5 and 6; the map of the larger height is pooled."""
+    s, t = student.double(), teacher.double()
+    if s.shape[2] > t.shape[2]:
+        s = F.adaptive_avg_pool2d(s, t.shape[2])
+    elif t.shape[2] > s.shape[2]:
+        t = F.adaptive_avg_pool2d(t, s.shape[2])
+    for index in (0, 2, 4):
+        s = F.conv2d(F.relu(s) if index else s, weights[f"regressor.{index}.weight"].double())
+    variance = (weights["log_scale"].double().exp() + 1).log()[:, None, None] + eps
+    return ((s - t).square() / variance + variance.log()).mean() / 2
+
+
+def JacobianMatching(student, teacher, images, labels):
+    """Srinivas and Fleuret 2018, section 4, normalised; one backward for each sample."""
+    units = []
+    for logits in (student, teacher):
+        rows = [
+            torch.autograd.grad(logits[b, label], images, create_graph=True)[0][b]
+            for b, label in enumerate(labels.tolist())
+        ]
+        units.append(F.normalize(torch.stack(rows).double().flatten(1), dim=1))
+    return (units[0] - units[1].detach()).square().mean()
+
+
+def HCL(student, teacher):
+    """Chen et al. 2021, section 3.3, as the official code weighs it."""
+    return _each(pyramid_error, student, teacher)
+
+
 LOSSES = {
     f.__name__: f
     for f in (
         *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
         *(AT, CCKD, FAKD, FSP, LKD, NST, PKT, SP),
+        *(AB, FT, HCL, OFD, VID, FitNets, JacobianMatching),
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
     )
 }

@@ -2,12 +2,29 @@
 
 from kdfast.losses.attention import AT
 from kdfast.losses.composite import DIST
+from kdfast.losses.feature import (
+    AB,
+    FT,
+    HCL,
+    OFD,
+    VID,
+    FitNets,
+    HintRegressor,
+    JacobianMatching,
+    OFDConnector,
+    Paraphraser,
+    Translator,
+    ofd_margin,
+)
 from kdfast.losses.gram import CCKD, FAKD, FSP, LKD, NST, PKT, SP
 from kdfast.losses.nce import CRD
 from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
+# Layers that are trained beside a loss.
+LAYERS = (HintRegressor, OFDConnector, Paraphraser, Translator)
 __all__ = [
+    "AB",
     "AT",
     "CCKD",
     "CRD",
@@ -15,16 +32,24 @@ __all__ = [
     "DKD",
     "FAKD",
     "FSP",
+    "FT",
+    "FitNets",
+    "HCL",
     "HardDarkRank",
+    "HintRegressor",
     "IRG",
     "IRGEdge",
     "IRGTransformation",
     "JSD",
+    "JacobianMatching",
     "KD",
     "LKD",
     "LabelRefinery",
     "NST",
+    "OFD",
+    "OFDConnector",
     "PKT",
+    "Paraphraser",
     "RKD",
     "RKDAngle",
     "RKDDistance",
@@ -32,4 +57,7 @@ __all__ = [
     "SP",
     "TfKDReg",
     "TfKDSelf",
+    "Translator",
+    "VID",
+    "ofd_margin",
 ]

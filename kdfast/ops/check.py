@@ -118,6 +118,16 @@ def layers(student, teacher, each):
     return [(s, t) for _, s, _, t in pairs]
 
 
+def channel_values(name, values, maps):
+    """`values` has one floating-point number for each channel of `maps`, as (C,) or (1, C, 1, 1), on its device."""
+    tensor(name, values)
+    floating(name, values)
+    channels = maps.shape[1]
+    if values.shape not in ((channels,), (1, channels), (1, channels, 1), (1, channels, 1, 1)):
+        raise ValueError(f"{name} must be ({channels},) or (1, {channels}, 1, 1), got shape {tuple(values.shape)}")
+    same_device(name, values, maps)
+
+
 def class_indices(labels, student, ignore_index=None):
     """(B,) integer labels on the student's device, as int64; values are the kernel's to check, see `label_range`."""
     tensor("labels", labels)

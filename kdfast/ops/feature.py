@@ -1,0 +1,380 @@
+"""Feature maps compared element by element: hints, activation boundaries, factors, pooled differences.
+
+With s and t one element of the student's and the teacher's map, and m the margin of its channel:
+
+    squared_error          mean of (s - t)^2
+    channel_squared_error  the same, summed for each channel
+    activation_boundary    sum of max(0, m - s)^2 where t > 0, of max(0, s + m)^2 elsewhere; one m for all
+    partial_squared_error  sum of (s - u)^2, u = max(t, m), but for s <= u <= 0
+    normalized_error       mean of |s / |s| - t / |t||^p, |s| being the norm of the whole sample
+    pyramid_error          mean squared errors of the maps, and of their averages over 4 x 4, 2 x 2 and 1 x 1 windows
+
+Raw ops take maps (B, C, N) of any strides, all positions in the last dimension; pyramid_error (B, C, H, W). Gradients
+lie in memory as the student's map does: position after position where the channels of a position are neighbours
+(channels_last), else channel after channel. Sums are of the accumulation type: float64 if an input is float64, else
+float32.
+"""
+
+import math
+
+import torch
+
+from kdfast._kernels import define
+from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
+
+SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
+TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
+SMALLEST = 1e-12  # norms are clamped from below
+LEVELS = (4, 2, 1)  # windows of the pyramid in each direction; level k of those used weighs 1 / 2^k
+
+
+# ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
+def _memory(x, student):
+    """Uninitialised memory for the gradient of a map (B, C, ...)."""
+    batch, channels, *positions = x.shape
+    if channels > 1 and math.prod(positions) > 1 and student.stride(1) == 1:
+        return x.new_empty((batch, *positions, channels)).movedim(-1, 1)
+    return x.new_empty(x.shape)
+
+
+def _gradients(student_grad, student, teacher_grad, teacher, need_student, need_teacher):
+    """Both gradients in the types of their maps; an empty tensor for one that is not needed."""
+    return tuple(
+        _memory(x, student).copy_(grad) if need else x.new_empty(0)
+        for grad, x, need in ((student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+    )
+
+
+def _sample_sum(x):
+    """Sum [B] over all but the first dimension, in a fixed order."""
+    return fixed_sum(x.flatten(1))
+
+
+def _terms(student, teacher, margin, kind, boundary):
+    """-> each element's value, its derivatives in student and teacher."""
+    dtype = accumulator(student, teacher)
+    s, t = student.to(dtype), teacher.to(dtype)
+    if kind == SQUARE:
+        gap = s - t
+        return gap * gap, 2 * gap, -2 * gap
+    if kind == BOUNDARY:
+        active = t > 0
+        gap = torch.where(active, boundary - s, s + boundary).clamp(min=0)
+        return gap * gap, torch.where(active, -2 * gap, 2 * gap), torch.zeros_like(s)
+    m = margin.to(dtype)[:, None]
+    u = torch.maximum(t, m)
+    gap = torch.where((s <= u) & (u <= 0), 0.0, s - u)
+    # Where teacher and margin are equal, each is half of the maximum.
+    return gap * gap, 2 * gap, gap * torch.where(t == m, -1.0, torch.where(t < m, 0.0, -2.0))
+
+
+def feature_error_torch(student, teacher, margin, kind, boundary, over, scale):
+    values = _terms(student, teacher, margin, kind, boundary)[0]
+    if over == CHANNEL:
+        return scale * _sample_sum(values.transpose(0, 1))
+    samples = _sample_sum(values)
+    return scale * (samples if over == SAMPLE else fixed_sum(samples))
+
+
+def feature_error_backward_torch(
+    grad, student, teacher, margin, kind, boundary, over, scale, need_student, need_teacher
+):
+    _, student_grad, teacher_grad = _terms(student, teacher, margin, kind, boundary)
+    factor = scale * grad.to(student_grad.dtype)
+    factor = factor.view({TOTAL: (1, 1, 1), SAMPLE: (-1, 1, 1), CHANNEL: (1, -1, 1)}[over])
+    return _gradients(factor * student_grad, student, factor * teacher_grad, teacher, need_student, need_teacher)
+
+
+def _normalized(student, teacher, norm_student, norm_teacher):
+    """-> s / |s|, t / |t| and their difference, which is exactly 0 between equal samples."""
+    dtype = accumulator(student, teacher)
+    norm_student, norm_teacher = (x.clamp(min=SMALLEST)[:, None, None] for x in (norm_student, norm_teacher))
+    s, t = student.to(dtype) / norm_student, teacher.to(dtype) / norm_teacher
+    return s, t, s - t
+
+
+def _power(gap, power):
+    """-> |gap|^power, and its derivative."""
+    return (gap.abs(), gap.sign()) if power == 1 else (gap * gap, 2 * gap)
+
+
+def normalized_error_torch(student, teacher, power):
+    """-> loss, stats [4, B]: norms of the samples, and products of the slopes with the unit samples, of both sides."""
+    dtype = accumulator(student, teacher)
+    norms = [_sample_sum(x.to(dtype).square()).sqrt() for x in (student, teacher)]
+    s, t, gap = _normalized(student, teacher, *norms)
+    values, slopes = _power(gap, power)
+    loss = fixed_sum(_sample_sum(values)) / max(student.numel(), 1)
+    return loss, torch.stack([*norms, _sample_sum(slopes * s), _sample_sum(slopes * t)])
+
+
+def normalized_error_backward_torch(grad, student, teacher, stats, power, need_student, need_teacher):
+    s, t, gap = _normalized(student, teacher, *stats[:2])
+    slopes = _power(gap, power)[1]
+    grads = []
+    for unit, norm, dot, sign in ((s, stats[0], stats[2], 1), (t, stats[1], stats[3], -1)):
+        # A clamped norm is a constant. A zero sample has no direction to turn to.
+        dot = torch.where(norm > SMALLEST, dot, 0.0)[:, None, None]
+        scale = torch.where(norm > 0, sign / norm.clamp(min=SMALLEST), 0.0)[:, None, None]
+        grads.append(grad * (scale / max(student.numel(), 1)) * (slopes - unit * dot))
+    return _gradients(grads[0], student, grads[1], teacher, need_student, need_teacher)
+
+
+def _windows(size, bins):
+    """Adaptive average pooling, `size` positions to `bins`, as lists of [begin, end)."""
+    return [(i * size // bins, ((i + 1) * size + bins - 1) // bins) for i in range(bins)]
+
+
+def _pyramid(shape):
+    """-> weight of the squared differences, and for each window (rows, columns, its size, weight of its average)."""
+    batch, channels, height, width = shape
+    levels = [level for level in LEVELS if level < height]
+    maps = max(batch * channels, 1)
+    total = maps * (2 - 0.5 ** len(levels))
+    windows = [
+        (slice(*rows), slice(*columns), (rows[1] - rows[0]) * (columns[1] - columns[0]), 0.5**k / (total * bins * bins))
+        for k, bins in enumerate(levels, 1)
+        for rows in _windows(height, bins)
+        for columns in _windows(width, bins)
+    ]
+    return 1 / (total * height * width), windows
+
+
+def _window_average(gap, rows, columns, size):
+    return fixed_sum(gap[:, :, rows, columns].flatten(2)) / size
+
+
+def pyramid_error_torch(student, teacher):
+    dtype = accumulator(student, teacher)
+    gap = student.to(dtype) - teacher.to(dtype)
+    own, windows = _pyramid(gap.shape)
+    loss = own * fixed_sum(_sample_sum(gap * gap))
+    for *window, weight in windows:
+        average = _window_average(gap, *window)
+        loss = loss + weight * fixed_sum((average * average).flatten())
+    return loss
+
+
+def pyramid_error_backward_torch(grad, student, teacher, need_student, need_teacher):
+    gap = student.to(grad.dtype) - teacher.to(grad.dtype)
+    own, windows = _pyramid(gap.shape)
+    slopes = 2 * own * gap
+    for *window, weight in windows:
+        rows, columns, size = window
+        slopes[:, :, rows, columns] += (2 * weight / size * _window_average(gap, *window))[:, :, None, None]
+    slopes *= grad
+    return _gradients(slopes, student, -slopes, teacher, need_student, need_teacher)
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+def _feature_error_fake(student, teacher, margin, kind, boundary, over, scale):
+    shape = {TOTAL: (), SAMPLE: student.shape[:1], CHANNEL: student.shape[1:2]}[over]
+    return student.new_empty(shape, dtype=accumulator(student, teacher))
+
+
+def _normalized_error_fake(student, teacher, power):
+    dtype = accumulator(student, teacher)
+    return student.new_empty((), dtype=dtype), student.new_empty((4, student.shape[0]), dtype=dtype)
+
+
+def _pyramid_error_fake(student, teacher):
+    return student.new_empty((), dtype=accumulator(student, teacher))
+
+
+def _backward_fake(grad, student, teacher, *args):
+    need_student, need_teacher = args[-2:]
+    sides = ((student, need_student), (teacher, need_teacher))
+    return tuple(_memory(x, student) if need else x.new_empty(0) for x, need in sides)
+
+
+_feature_error = define(
+    "feature",
+    "feature_error(Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, int over, float scale) "
+    "-> Tensor",
+    feature_error_torch,
+    _feature_error_fake,
+)
+_feature_error_backward = define(
+    "feature",
+    "feature_error_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, "
+    "int over, float scale, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    feature_error_backward_torch,
+    _backward_fake,
+)
+_normalized_error = define(
+    "feature",
+    "normalized_error(Tensor student, Tensor teacher, int power) -> (Tensor, Tensor)",
+    normalized_error_torch,
+    _normalized_error_fake,
+)
+_normalized_error_backward = define(
+    "feature",
+    "normalized_error_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, int power, "
+    "bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    normalized_error_backward_torch,
+    _backward_fake,
+)
+_pyramid_error = define(
+    "feature",
+    "pyramid_error(Tensor student, Tensor teacher) -> Tensor",
+    pyramid_error_torch,
+    _pyramid_error_fake,
+)
+_pyramid_error_backward = define(
+    "feature",
+    "pyramid_error_backward(Tensor grad, Tensor student, Tensor teacher, bool need_student, bool need_teacher) "
+    "-> (Tensor, Tensor)",
+    pyramid_error_backward_torch,
+    _backward_fake,
+)
+
+
+def _needed(grads, needs):
+    """The gradients of an op's two maps as autograd takes them."""
+    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+
+
+class _FeatureError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, margin, *settings):
+        ctx.save_for_backward(student, teacher, margin)
+        ctx.settings = settings
+        return _feature_error(student, teacher, margin, *settings)
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("feature_error")
+        needs = ctx.needs_input_grad[:2]
+        grads = _feature_error_backward(grad, *ctx.saved_tensors, *ctx.settings, *needs)
+        return *_needed(grads, needs), None, None, None, None, None
+
+
+class _NormalizedError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher, power):
+        loss, stats = _normalized_error(student, teacher, power)
+        ctx.save_for_backward(student, teacher, stats)
+        ctx.power = power
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("normalized_error")
+        needs = ctx.needs_input_grad[:2]
+        return *_needed(_normalized_error_backward(grad, *ctx.saved_tensors, ctx.power, *needs), needs), None
+
+
+class _PyramidError(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, teacher):
+        ctx.save_for_backward(student, teacher)
+        return _pyramid_error(student, teacher)
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("pyramid_error")
+        needs = ctx.needs_input_grad[:2]
+        return _needed(_pyramid_error_backward(grad, *ctx.saved_tensors, *needs), needs)
+
+
+def _maps(x):
+    """(B, C) or (B, C, ...) as (B, C, N); of channels_last memory, too, without a copy."""
+    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
+
+
+def _pair(student, teacher):
+    check.embeddings("student", student)
+    check.same_shape("teacher", teacher, student)
+    return _maps(student), _maps(teacher)
+
+
+def _reduced(student, teacher, margin, kind, boundary, reduction):
+    check.reduction(reduction)
+    scale = 1 / max(student.shape[0], 1) if reduction in ("mean", "batchmean") else 1.0
+    over = SAMPLE if reduction == "none" else TOTAL
+    return _FeatureError.apply(student, teacher, margin, kind, boundary, over, scale)
+
+
+def squared_error(student, teacher):
+    """``mean (s - t)^2`` over all elements.
+
+    Args:
+        student, teacher: maps of one shape (B, C, ...) or (B, C), float32, float64, float16 or bfloat16, any strides;
+            dtypes may differ. Maps that share their memory format (NCHW or channels_last) are read fastest.
+
+    Returns: 0-d in the accumulation type: float64 if an input is float64, else float32.
+
+    Gradients flow to both; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    student, teacher = _pair(student, teacher)
+    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, TOTAL, 1 / max(student.numel(), 1))
+
+
+def channel_squared_error(student, teacher):
+    """``sum (s - t)^2`` over all samples and positions, (C,).
+
+    Shapes, gradients and errors are those of :func:`squared_error`.
+    """
+    student, teacher = _pair(student, teacher)
+    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, CHANNEL, 1.0)
+
+
+def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):
+    """``max(0, margin - s)^2`` where t > 0, ``max(0, s + margin)^2`` elsewhere, summed over a sample's elements.
+
+    Args:
+        student, teacher: pre-activations, as in :func:`squared_error`; there is no gradient to the teacher.
+        margin: a number.
+        reduction: "sum", "none" (one value per sample, (B,)), "mean" or "batchmean" (the sum over B).
+
+    Returns, errors: as in :func:`squared_error`.
+    """
+    check.number("margin", margin)
+    student, teacher = _pair(student, teacher)
+    return _reduced(student, teacher.detach(), None, BOUNDARY, float(margin), reduction)
+
+
+def partial_squared_error(student, teacher, margin, *, reduction="sum"):
+    """``(s - u)^2`` with ``u = max(t, margin)``, but 0 where ``s <= u <= 0``, summed over a sample's elements.
+
+    Args:
+        student, teacher: pre-activations, as in :func:`squared_error`; gradients flow to both.
+        margin: one number per channel, (C,) or (1, C, 1, 1); no gradient.
+        reduction: "sum", "none" (one value per sample, (B,)), "mean" or "batchmean" (the sum over B).
+
+    Returns, errors: as in :func:`squared_error`.
+    """
+    student, teacher = _pair(student, teacher)
+    check.channel_values("margin", margin, student)
+    return _reduced(student, teacher, margin.detach().flatten(), PARTIAL, 0.0, reduction)
+
+
+def normalized_error(student, teacher, power=1):
+    """``mean |s / max(|s|, 1e-12) - t / max(|t|, 1e-12)|^power`` over all elements; |s| is the norm of a sample.
+
+    `power` is 1 or 2. Gradients flow to both maps, none to a sample that is all zeros. Shapes, gradients and errors are
+    those of :func:`squared_error`.
+    """
+    if power not in (1, 2):
+        raise ValueError(f"power must be 1 or 2, got {power!r}")
+    return _NormalizedError.apply(*_pair(student, teacher), power)
+
+
+def pyramid_error(student, teacher):
+    """Mean squared error of two maps and of their averages over 4 x 4, 2 x 2 and 1 x 1 windows, with weights.
+
+    The weights are 1, 1/2, 1/4 and 1/8, divided by their sum. A level of as many windows as the map has rows, or more,
+    is left out. Windows are those of adaptive average pooling.
+
+    Args:
+        student, teacher: maps (B, C, H, W), as in :func:`squared_error`.
+
+    Returns, gradients, errors: as in :func:`squared_error`.
+    """
+    for name, x in (("student", student), ("teacher", teacher)):
+        check.maps(name, x)
+    check.same_shape("teacher", teacher, student)
+    return _PyramidError.apply(student, teacher)
