@@ -399,7 +399,7 @@ ERRORS = [
     ),
     (lambda s, t: ops.partial_squared_error(s, t, -1.0), TypeError, "margin must be a torch.Tensor, got float"),
     (lambda s, t: ops.normalized_error(s, t, 3), ValueError, "power must be 1 or 2, got 3"),
-    (lambda s, t: ops.pyramid_error(s[0], t[0]), ValueError, r"student must be a map \(batch, channels, height, width"),
+    (lambda s, t: ops.pyramid_error(s[0], t[0]), ValueError, r"student must be \(batch, channels, height, width"),
     (lambda s, t: kdfast.FitNets()([s, s], [t]), ValueError, "teacher must have as many layers as student, 2, got 1"),
     (lambda s, t: kdfast.FitNets()([], []), ValueError, "student must have at least one layer"),
     (lambda s, t: kdfast.FitNets()(s, 1.0), TypeError, "teacher must be a tensor or a list of tensors, .*, got float"),
