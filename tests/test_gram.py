@@ -271,7 +271,7 @@ ERRORS = [
         ValueError,
         "at least 4 positions high and wide",
     ),
-    (lambda s, t: kdfast.SP()(s, t[1:]), ValueError, "teacher must have student's batch size 5"),
+    (lambda s, t: kdfast.SP()(s, t[1:]), ValueError, "teacher must have the student's batch size 5"),
 ]
 
 

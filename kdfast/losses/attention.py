@@ -3,6 +3,7 @@
 from torch import nn
 
 from kdfast.ops import check
+from kdfast.ops.accumulate import total
 from kdfast.ops.attention import attention_transfer
 from kdfast.ops.pool import to_smaller_square
 
@@ -23,10 +24,8 @@ class AT(nn.Module):
         self.p = p
 
     def forward(self, student, teacher):
-        loss = 0
-        for s, t in check.layers(student, teacher, check.maps):
-            loss = loss + attention_transfer(*to_smaller_square(s, t), self.p)
-        return loss
+        pairs = check.layers(student, teacher, check.maps)
+        return total(attention_transfer(*to_smaller_square(s, t), self.p) for s, t in pairs)
 
     def extra_repr(self):
         return f"p={self.p}"

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kdfast.ops import check
-from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.feature import (
     activation_boundary,
     channel_squared_error,
@@ -16,35 +16,6 @@ from kdfast.ops.feature import (
     squared_error,
 )
 from kdfast.ops.pool import to_smaller_square
-
-
-def _layers(name, x):
-    """One tensor or a list of them as a list."""
-    if isinstance(x, torch.Tensor):
-        return [x]
-    if not isinstance(x, (list, tuple)):
-        raise TypeError(f"{name} must be a tensor or a list of tensors, one per layer, got {type(x).__name__}")
-    if not x:
-        raise ValueError(f"{name} must have at least one layer, got an empty list")
-    return list(x)
-
-
-def _each(loss, student, teacher, *more):
-    """The sum of `loss` over the layers; `more` are (name, tensor or list) pairs of further arguments per layer."""
-    lists = [(name, _layers(name, x)) for name, x in (("student", student), ("teacher", teacher), *more)]
-    count = len(lists[0][1])
-    for name, x in lists[1:]:
-        if len(x) != count:
-            raise ValueError(f"{name} must have as many layers as student, {count}, got {len(x)}")
-    parts = []
-    for index, layer in enumerate(zip(*(x for _, x in lists), strict=True)):
-        try:
-            parts.append(loss(*layer))
-        except (TypeError, ValueError) as error:
-            if count == 1:
-                raise
-            raise type(error)(f"layer {index}: {error}") from error
-    return sum(parts[1:], parts[0])
 
 
 class FitNets(nn.Module):
@@ -57,7 +28,7 @@ class FitNets(nn.Module):
     """
 
     def forward(self, student, teacher):
-        return _each(squared_error, student, teacher)
+        return total(squared_error(s, t) for s, t in check.layers(student, teacher, check.embeddings, check.same_shape))
 
 
 def _shape(name, shape):
@@ -104,7 +75,8 @@ class FT(nn.Module):
     """
 
     def forward(self, student_factor, teacher_factor):
-        return _each(normalized_error, student_factor, teacher_factor)
+        pairs = check.layers(student_factor, teacher_factor, check.embeddings, check.same_shape)
+        return total(normalized_error(s, t) for s, t in pairs)
 
 
 def _convolutions(kind, *channels):
@@ -172,7 +144,8 @@ class AB(nn.Module):
         self.reduction = reduction
 
     def forward(self, student, teacher):
-        return _each(lambda s, t: activation_boundary(s, t, self.margin, reduction=self.reduction), student, teacher)
+        pairs = check.layers(student, teacher, check.embeddings, check.same_shape)
+        return total(activation_boundary(s, t, self.margin, reduction=self.reduction) for s, t in pairs)
 
     def extra_repr(self):
         return f"margin={self.margin}, reduction={self.reduction!r}"
@@ -195,12 +168,8 @@ class OFD(nn.Module):
         self.reduction = reduction
 
     def forward(self, student, teacher, margin):
-        return _each(
-            lambda s, t, m: partial_squared_error(s, t, m, reduction=self.reduction),
-            student,
-            teacher,
-            ("margin", margin),
-        )
+        layers = check.layers(student, teacher, check.embeddings, check.same_shape, margin=margin)
+        return total(partial_squared_error(*layer, reduction=self.reduction) for layer in layers)
 
     def extra_repr(self):
         return f"reduction={self.reduction!r}"
@@ -271,6 +240,10 @@ class VID(nn.Module):
         check.positive("init_variance", init_variance)
         if init_variance <= eps:
             raise ValueError(f"init_variance must be above eps={eps}, got {init_variance}")
+        self.student_channels = student_channels
+        self.mid_channels = mid_channels
+        self.teacher_channels = teacher_channels
+        self.init_variance = init_variance
         self.eps = eps
         self.regressor = nn.Sequential(
             nn.Conv2d(student_channels, mid_channels, 1, bias=False),
@@ -284,17 +257,15 @@ class VID(nn.Module):
         self.log_scale = nn.Parameter(torch.full((teacher_channels,), start + math.log(-math.expm1(-start))))
 
     def forward(self, student, teacher):
-        return _each(self._layer, student, teacher)
+        return total(self.of_layer(s, t) for s, t in check.layers(student, teacher, self.check_maps))
 
-    def _layer(self, student, teacher):
-        for name, x, channels in (
-            ("student", student, self.regressor[0].in_channels),
-            ("teacher", teacher, self.regressor[4].out_channels),
-        ):
-            check.maps(name, x)
-            if x.shape[1] != channels:
-                raise ValueError(f"{name} must have {name}_channels={channels} channels, got shape {tuple(x.shape)}")
-        check.same_batch("teacher", teacher, student)
+    def check_maps(self, name, x):
+        check.maps(name, x)
+        side = "student_channels" if name.startswith("student") else "teacher_channels"
+        if x.shape[1] != getattr(self, side):
+            raise ValueError(f"{name} must have {side}={getattr(self, side)} channels, got shape {tuple(x.shape)}")
+
+    def of_layer(self, student, teacher):
         student, teacher = to_smaller_square(student, teacher)
         with torch.autocast(student.device.type, enabled=False):
             mean = self.regressor(student.to(self.log_scale.dtype))
@@ -304,6 +275,10 @@ class VID(nn.Module):
         variance = scale.clamp(min=0) + torch.log1p(torch.exp(-scale.abs())) + self.eps
         channels = variance.numel()
         return fixed_sum(errors / variance * (1 / max(teacher.numel(), 1)) + variance.log() / channels) / 2
+
+    def extra_repr(self):
+        sizes = ("student_channels", "mid_channels", "teacher_channels", "init_variance", "eps")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
 
 
 class JacobianMatching(nn.Module):
@@ -363,4 +338,5 @@ class HCL(nn.Module):
     """
 
     def forward(self, student, teacher):
-        return _each(pyramid_error, student, teacher)
+        pairs = check.layers(student, teacher, check.maps, check.same_shape)
+        return total(pyramid_error(s, t) for s, t in pairs)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from kdfast.ops import check
-from kdfast.ops.accumulate import fixed_sum
+from kdfast.ops.accumulate import fixed_sum, total
 from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
 from kdfast.ops.pairwise import _flat
 from kdfast.ops.pool import average_pool, to_smaller_square
@@ -21,7 +21,7 @@ class SP(nn.Module):
     """
 
     def forward(self, student, teacher):
-        return sum(gram_distance(_flat(s), _flat(t)) for s, t in check.layers(student, teacher, check.embeddings))
+        return total(gram_distance(_flat(s), _flat(t)) for s, t in check.layers(student, teacher, check.embeddings))
 
 
 class PKT(nn.Module):
@@ -97,7 +97,7 @@ class FAKD(nn.Module):
 
     def forward(self, student, teacher):
         of_layer = {"spatial": affinity, "channel": self.channel, "instance": self.instance}[self.affinity]
-        return sum(of_layer(s, t) for s, t in check.layers(student, teacher, check.maps))
+        return total(of_layer(s, t) for s, t in check.layers(student, teacher, check.maps))
 
     @staticmethod
     def channel(student, teacher):
@@ -160,10 +160,8 @@ class NST(nn.Module):
     """
 
     def forward(self, student, teacher):
-        loss = 0
-        for s, t in check.layers(student, teacher, check.maps):
-            loss = loss + selectivity(*(x.flatten(2) for x in to_smaller_square(s, t)))
-        return loss
+        pairs = check.layers(student, teacher, check.maps)
+        return total(selectivity(*(x.flatten(2) for x in to_smaller_square(s, t))) for s, t in pairs)
 
 
 def _patch_vectors(x, patches):
@@ -199,7 +197,7 @@ class LKD(nn.Module):
         self.cross_weight = cross_weight
 
     def forward(self, student, teacher):
-        return sum(self.of_layer(s, t) for s, t in check.layers(student, teacher, self.check_maps))
+        return total(self.of_layer(s, t) for s, t in check.layers(student, teacher, self.check_maps))
 
     def check_maps(self, name, x):
         check.maps(name, x)

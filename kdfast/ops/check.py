@@ -94,28 +94,37 @@ def maps(name, x):
         raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(x.shape)}")
 
 
-def layers(student, teacher, each):
-    """-> pairs (student, teacher) of one batch, one per layer: two tensors, or equally long lists of tensors.
+def layers(student, teacher, each, fit=same_batch, **per_channel):
+    """-> tuples (student, teacher, *per_channel), one per layer: of tensors, or of equally long lists of tensors.
 
-    `each(name, x)` checks a tensor.
+    `each(name, x)` checks a map, `fit(name, teacher, student, of)` the two maps of a layer, `channel_values` the rest.
     """
-    lists = [isinstance(x, (list, tuple)) for x in (student, teacher)]
-    if lists[0] != lists[1]:
-        kinds = " and ".join(type(x).__name__ for x in (student, teacher))
-        raise TypeError(f"student and teacher must be two tensors, or two lists with one per layer, got {kinds}")
-    if not lists[0]:
-        pairs = [("student", student, "teacher", teacher)]
-    elif len(student) != len(teacher) or not student:
-        raise ValueError(f"student and teacher must have as many layers, got {len(student)} and {len(teacher)}")
+    arguments = {"student": student, "teacher": teacher, **per_channel}
+    lists = [isinstance(x, (list, tuple)) for x in arguments.values()]
+    if any(lists) and not all(lists):
+        kinds = _listed(type(x).__name__ for x in arguments.values())
+        raise TypeError(f"{_listed(arguments)} must all be tensors, or all lists with one per layer, got {kinds}")
+    if not any(lists):
+        named = [arguments]
+    elif len({len(x) for x in arguments.values()}) > 1 or not student:
+        lengths = _listed(str(len(x)) for x in arguments.values())
+        raise ValueError(f"{_listed(arguments)} must have as many layers, and at least one, got {lengths}")
     else:
-        pairs = [
-            (f"student[{i}]", s, f"teacher[{i}]", t) for i, (s, t) in enumerate(zip(student, teacher, strict=True))
-        ]
-    for name_s, s, name_t, t in pairs:
+        named = [{f"{name}[{i}]": x[i] for name, x in arguments.items()} for i in range(len(student))]
+    for layer in named:
+        (name_s, s), (name_t, t), *others = layer.items()
         each(name_s, s)
         each(name_t, t)
-        same_batch(name_t, t, s, of=name_s)
-    return [(s, t) for _, s, _, t in pairs]
+        fit(name_t, t, s, of=name_s if any(lists) else "the student")
+        for name, values in others:
+            channel_values(name, values, s)
+    return [tuple(layer.values()) for layer in named]
+
+
+def _listed(words):
+    """The words as a sentence has them: a, b and c."""
+    *first, last = words
+    return f"{', '.join(first)} and {last}"
 
 
 def channel_values(name, values, maps):
