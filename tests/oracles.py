@@ -713,15 +713,15 @@ def OFD(student, teacher, margin, reduction="sum"):
 
 def VID(student, teacher, *, weights, eps=1e-5, **_):
     """Ahn et al. 2019, eq. 5 and 6; the map of the larger height is pooled."""
-    s, t = student.double(), teacher.double()
-    if s.shape[2] > t.shape[2]:
-        s = F.adaptive_avg_pool2d(s, t.shape[2])
-    elif t.shape[2] > s.shape[2]:
-        t = F.adaptive_avg_pool2d(t, s.shape[2])
-    for index in (0, 2, 4):
-        s = F.conv2d(F.relu(s) if index else s, weights[f"regressor.{index}.weight"].double())
-    variance = (weights["log_scale"].double().exp() + 1).log()[:, None, None] + eps
-    return ((s - t).square() / variance + variance.log()).mean() / 2
+
+    def layer(student, teacher):
+        s, t = _to_smaller_square(student.double(), teacher.double())
+        for index in (0, 2, 4):
+            s = F.conv2d(F.relu(s) if index else s, weights[f"regressor.{index}.weight"].double())
+        variance = (weights["log_scale"].double().exp() + 1).log()[:, None, None] + eps
+        return ((s - t).square() / variance + variance.log()).mean() / 2
+
+    return _each(layer, student, teacher)
 
 
 def JacobianMatching(student, teacher, images, labels):

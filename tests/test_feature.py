@@ -1,8 +1,10 @@
 """The feature family: its ops against the formulas, on each implementation."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import behaviour
+import numpy as np
 import oracles
 import pytest
 import torch
@@ -14,6 +16,7 @@ from kdfast import ops
 from kdfast.ops.feature import _maps
 
 raw = torch.ops.kdfast
+GOLDEN = Path(__file__).parent / "golden"
 
 CASES = [  # B, C, H, W
     (1, 1, 1, 1),
@@ -651,6 +654,17 @@ def test_margin():
         torch.testing.assert_close(m, want, rtol=1e-4, atol=0)
     assert margin[5:].tolist() == [0, -0.7, 0]
     assert kdfast.ofd_margin(weight.half(), bias.float()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("ofd_margin__*.npz")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_margin_of_official_code(path, dtype):
+    """Each channel to 1e-7: the official margins are float32."""
+    with np.load(path) as stored:
+        weight, bias, want = (torch.from_numpy(stored[name]) for name in ("in_bnw", "in_bnb", "loss"))
+    margin = kdfast.ofd_margin(weight.to(dtype), bias.to(dtype))
+    assert margin.dtype == dtype
+    torch.testing.assert_close(margin.double(), want, rtol=1e-7 if dtype == torch.float64 else 2e-7, atol=0)
 
 
 @pytest.mark.parametrize("log_scale", [-30.0, -8.5, 0.0, 100.0])
