@@ -11,7 +11,7 @@ from kdfast import bench
 
 pytest.importorskip("pytest_benchmark")
 report, harness = (bench.load(name) for name in ("report", "harness"))
-softmax_kl, pairwise = (bench.load(f"bench_{family}") for family in ("softmax_kl", "pairwise"))
+softmax_kl, pairwise, feature = (bench.load(f"bench_{family}") for family in ("softmax_kl", "pairwise", "feature"))
 
 ROOT = Path(__file__).resolve().parent.parent
 MILLISECOND = 1e-3
@@ -193,6 +193,7 @@ def test_readme_shows_the_committed_results():
 
 # ---- what is compared ------------------------------------------------------------------------------------------------
 CASES = [module.case(name, 5, 16) for module in (softmax_kl, pairwise) for name in module.LOSSES]
+CASES += [feature.case(name, 3, 4, 9, 7) for name in feature.LOSSES]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

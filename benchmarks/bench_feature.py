@@ -1,0 +1,112 @@
+"""Losses on feature maps, element by element, against their official code's maths, eager and through torch.compile.
+
+`kdfast bench` runs this file and makes tables of it; `pytest benchmarks/bench_feature.py` shows the raw figures.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+import kdfast
+
+from . import harness
+from .harness import Case
+
+FAMILY = "feature"
+SHAPES = [(64, 256, 14, 14), (64, 256, 56, 56)]
+HOST_SHAPE = (2, 4, 2, 2)
+
+
+# ---- the baselines ---------------------------------------------------------------------------------------------------
+def eager_ab(student, teacher, margin=1.0):
+    inactive = (student + margin) ** 2 * ((student > -margin) & (teacher <= 0)).float()
+    active = (student - margin) ** 2 * ((student <= margin) & (teacher > 0)).float()
+    return torch.abs(inactive + active).sum()
+
+
+def eager_ofd(student, teacher, margin):
+    target = torch.max(teacher, margin[None, :, None, None])
+    error = F.mse_loss(student, target, reduction="none")
+    return (error * ((student > target) | (target > 0)).float()).sum()
+
+
+def eager_fitnets(student, teacher):
+    return F.mse_loss(student, teacher)
+
+
+def eager_ft(student, teacher):
+    return F.l1_loss(*(F.normalize(x.view(x.size(0), -1)) for x in (student, teacher)))
+
+
+def eager_vid(student, teacher, log_scale):
+    variance = (torch.log(1 + torch.exp(log_scale)) + 1e-5).view(1, -1, 1, 1)
+    return (0.5 * ((student - teacher) ** 2 / variance + torch.log(variance))).mean()
+
+
+def eager_hcl(student, teacher):
+    loss, weight, total = F.mse_loss(student, teacher), 1.0, 1.0
+    for bins in (4, 2, 1):
+        if bins < student.shape[2]:
+            weight /= 2
+            loss = loss + weight * F.mse_loss(*(F.adaptive_avg_pool2d(x, (bins, bins)) for x in (student, teacher)))
+            total += weight
+    return loss / total
+
+
+# ---- kdfast ----------------------------------------------------------------------------------------------------------
+@functools.lru_cache
+def likelihood(channels, device):
+    """VID without its regressor, whose convolutions cost either side the same, and more than what is compared."""
+    vid = kdfast.VID(channels, 1, channels).to(device)
+    vid.regressor = torch.nn.Identity()
+    return vid
+
+
+def ours_vid(student, teacher, log_scale):
+    return likelihood(student.shape[1], student.device)(student, teacher)
+
+
+# ---- the cases -------------------------------------------------------------------------------------------------------
+LOSSES = {  # name -> eager, kdfast
+    "AB": (eager_ab, kdfast.AB()),
+    "OFD": (eager_ofd, kdfast.OFD()),
+    "FitNets": (eager_fitnets, kdfast.FitNets()),
+    "FT": (eager_ft, kdfast.FT()),
+    "VID": (eager_vid, ours_vid),
+    "HCL": (eager_hcl, kdfast.HCL()),
+}
+OF_CHANNELS = {  # name -> what the loss takes beside the maps, made from the number of channels and the device
+    "OFD": lambda channels, device: -torch.rand(channels, device=device),
+    "VID": lambda channels, device: likelihood(channels, device).log_scale,
+}
+
+
+def case(name, *shape):
+    """`name` of LOSSES on maps of `shape`; fewer dimensions are (batch, channels)."""
+    eager, ours = LOSSES[name]
+    shape = (*shape, 1, 1)[:4]
+
+    def inputs(device):
+        student, teacher = (torch.randn(shape, device=device) for _ in range(2))
+        more = [OF_CHANNELS[name](shape[1], student.device)] if name in OF_CHANNELS else []
+        return student.requires_grad_(), teacher, *more
+
+    # Each direction reads both maps; backward writes the student's gradient.
+    maps = 4 * torch.Size(shape).numel()
+    floor = {"forward": 2 * maps, "backward": 3 * maps, "both": 5 * maps}
+    return Case(name, " x ".join(map(str, shape)), inputs, eager, ours, floor)
+
+
+def cases(settings, shapes):
+    """Every loss at all shapes; `shapes`, if any, replaces them."""
+    return [case(name, *shape) for name in LOSSES for shape in shapes or (SHAPES[:1] if settings.quick else SHAPES)]
+
+
+def host_cases():
+    """Every loss on maps so small that only the host's overhead is left."""
+    return [case(name, *HOST_SHAPE) for name in LOSSES]
+
+
+# ---- the measurements ------------------------------------------------------------------------------------------------
+test_ceiling, test_loss, test_host = harness.measure_ceiling, harness.measure_loss, harness.measure_host
