@@ -30,7 +30,7 @@ class Trial:
     """One drawn call: `call(ops or oracles, *inputs)` gives one value per row, or their sum if `reduced`.
 
     `sizes(*inputs)` is the magnitude of what the call adds up, as in oracles.py: of each row [rows], and of the
-    gradient's entries [rows, cols].
+    gradient's entries [rows, cols], for each input or for all. What is not finite there is not compared.
     """
 
     inputs: list
@@ -194,7 +194,77 @@ def draw_pairwise(draw):
     return Trial([student], lambda o, s: getattr(o, op)(s, teacher), sizes, True, upstream)
 
 
-FAMILIES = {"softmax_kl": draw_softmax_kl, "pairwise": draw_pairwise}
+# The ops of maps: call(ops or oracles, student, teacher, margin, reduction).
+FEATURES = {
+    "squared_error": lambda o, s, t, m, r: o.squared_error(s, t),
+    "channel_squared_error": lambda o, s, t, m, r: o.channel_squared_error(s, t).sum(),
+    "activation_boundary": lambda o, s, t, m, r: o.activation_boundary(s, t, 0.5, reduction=r),
+    "partial_squared_error": lambda o, s, t, m, r: o.partial_squared_error(s, t, m, reduction=r),
+    "normalized_error": lambda o, s, t, m, r: o.normalized_error(s, t),
+    "normalized_error, 2": lambda o, s, t, m, r: o.normalized_error(s, t, 2),
+    "pyramid_error": lambda o, s, t, m, r: o.pyramid_error(s, t),
+}
+
+
+def draw_feature(draw):
+    """Maps that lie as rows, channel after channel or position after position."""
+    rows = draw(st.integers(0, 4), label="rows")
+    channels = draw(st.one_of(st.integers(1, 5), st.just(33)), label="channels")
+    height, width = (draw(st.integers(1, 9), label=name) for name in ("height", "width"))
+    dtype = draw(st.sampled_from(FLOATS), label="student dtype")
+    teacher_dtype = draw(st.sampled_from([dtype, *FLOATS]), label="teacher dtype")
+    student, teacher = (draw_matrix(draw, rows, channels * height * width, d) for d in (dtype, teacher_dtype))
+    if draw(st.booleans(), label="near"):
+        noise = 1e-3 * torch.randn(student.shape, generator=torch.Generator().manual_seed(0))
+        largest = torch.finfo(teacher_dtype).max
+        teacher = (student.double() + noise).clamp(-largest, largest).to(teacher_dtype)
+    by_channel = draw(st.booleans(), label="channels_last")
+    margin = -torch.rand(channels, generator=torch.Generator().manual_seed(rows))
+    name = draw(st.sampled_from(list(FEATURES)), label="op")
+    reduction = draw(st.sampled_from(["none", "sum", "mean"]), label="reduction")
+    if name not in ("activation_boundary", "partial_squared_error"):
+        reduction = "sum"
+
+    def maps(x):
+        if by_channel:
+            return x.unflatten(1, (height, width, channels)).movedim(-1, 1)
+        return x.unflatten(1, (channels, height, width))
+
+    def as_rows(x):
+        return (x.movedim(1, -1) if by_channel else x).flatten(1)
+
+    def call(o, s, t):
+        return FEATURES[name](o, maps(s), maps(t), margin, reduction)
+
+    def sizes(s, t):
+        leaves = [x.detach().double().requires_grad_() for x in (s, t)]
+        if name == "pyramid_error":
+            value, *entries = oracles.sizes_pyramid(*map(maps, leaves))
+        elif name.startswith("normalized_error"):
+            power = 1 if name == "normalized_error" else 2
+            value, *entries = oracles.sizes_normalized(*map(maps, leaves), power)
+        else:  # each term is exact up to a rounding of itself
+            value = call(oracles, *leaves)
+            grads = torch.autograd.grad(value.sum(), leaves, allow_unused=True)
+            return value.detach(), *(g.abs() for g in grads if g is not None)
+        entries = [as_rows(x) for x in entries]
+        if name == "normalized_error":
+            # The sign of a difference that is smaller than its rounding may be any, and all of a sample depend on it.
+            units = [torch.nn.functional.normalize(x.detach(), dim=1) for x in leaves]
+            unclear = (units[0] - units[1]).abs() <= 1e-5 * (units[0].abs() + units[1].abs())
+            entries = [x.masked_fill(unclear.any(1, keepdim=True), INF) for x in entries]
+        return value, *entries
+
+    student, teacher = lay_out(draw, student), lay_out(draw, teacher)
+    scale = draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream")
+    upstream = torch.full((rows,) if reduction == "none" else (), scale)
+    reduced = reduction != "none"
+    if name == "activation_boundary":  # no gradient to the teacher
+        return Trial([student], lambda o, s: call(o, s, teacher), lambda s: sizes(s, teacher), reduced, upstream)
+    return Trial([student, teacher], call, sizes, reduced, upstream)
+
+
+FAMILIES = {"softmax_kl": draw_softmax_kl, "pairwise": draw_pairwise, "feature": draw_feature}
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
@@ -233,9 +303,10 @@ def test_fuzz(family):
     def check(data):
         trial = FAMILIES[family](data.draw)
         exact = run(trial, oracles, [x.double() for x in trial.inputs])
-        value_size, entries = trial.sizes(*trial.inputs)
+        value_size, *entries = trial.sizes(*trial.inputs)
         sizes = [value_size.sum() if trial.reduced else value_size]
-        sizes += [trial.upstream.abs().double().expand(len(entries))[:, None] * entries] * len(trial.inputs)
+        for each in entries if len(entries) == len(trial.inputs) else entries * len(trial.inputs):
+            sizes.append(trial.upstream.abs().double().expand(len(each))[:, None] * each)
         with kdfast.fallback():
             results = {"fallback": run(trial, ops, trial.inputs)}
         results["kernel"] = run(trial, ops, trial.inputs)

@@ -146,7 +146,42 @@ def maps(device):
                 yield Call(f"Gram, {kind}, {where}", compare, [x.detach().requires_grad_() for x in rows])
 
 
-FAMILIES = {"softmax_kl": softmax_kl, "pairwise": pairwise, "nce": nce, "attention and gram": maps}
+def feature(device):
+    shapes = [
+        (2, 3, 1, 5),  # less than the elements that a thread reads at once
+        (3, 33, 5, 7),  # one channel more than a warp has lanes, windows that overlap
+        (5, 130, 8, 8),  # more elements of a sample, and more positions, than a block takes
+    ]
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                numbers = torch.Generator().manual_seed(shape[1])
+                margin = -torch.rand(shape[1], generator=numbers).to(device)
+                pair = (torch.randn(shape, generator=numbers).to(dtype) for _ in range(2))
+                leaves = [x.to(device, memory_format=memory_format).requires_grad_() for x in pair]
+                functions = {
+                    "squared error": ops.squared_error,
+                    "squared error per channel": ops.channel_squared_error,
+                    "partial squared error": lambda s, t, m=margin: ops.partial_squared_error(s, t, m),
+                    "partial, none": lambda s, t, m=margin: ops.partial_squared_error(s, t, m, reduction="none"),
+                    "normalized error": ops.normalized_error,
+                    "normalized squared error": lambda s, t: ops.normalized_error(s, t, 2),
+                    "pyramid": ops.pyramid_error,
+                }
+                where = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}, {memory_format}"
+                for name, function in functions.items():
+                    yield Call(f"{name}, {where}", function, leaves)
+                boundary = functools.partial(ops.activation_boundary, teacher=leaves[1].detach())
+                yield Call(f"boundary, {where}", boundary, leaves[:1])
+
+
+FAMILIES = {
+    "softmax_kl": softmax_kl,
+    "pairwise": pairwise,
+    "nce": nce,
+    "attention and gram": maps,
+    "feature": feature,
+}
 
 
 def calls(device):
