@@ -1,7 +1,10 @@
 """The losses, one nn.Module per paper."""
 
 from kdfast.losses.attention import AT
+from kdfast.losses.born_again import CWTM, DKPP
 from kdfast.losses.composite import DIST
+from kdfast.losses.dirichlet import EnDD, TemperatureAnnealing, ensemble_uncertainty
+from kdfast.losses.diversity import DiversityCooperation
 from kdfast.losses.feature import (
     AB,
     FT,
@@ -28,8 +31,12 @@ __all__ = [
     "AT",
     "CCKD",
     "CRD",
+    "CWTM",
     "DIST",
     "DKD",
+    "DKPP",
+    "DiversityCooperation",
+    "EnDD",
     "FAKD",
     "FSP",
     "FT",
@@ -55,9 +62,11 @@ __all__ = [
     "RKDDistance",
     "ReverseKD",
     "SP",
+    "TemperatureAnnealing",
     "TfKDReg",
     "TfKDSelf",
     "Translator",
     "VID",
+    "ensemble_uncertainty",
     "ofd_margin",
 ]
