@@ -189,7 +189,7 @@ FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith
 
 
 def inputs(kinds, device, rows=6, cols=11):
-    """Logits s and t, labels y, probabilities P; z a list of three networks' logits, Z one tensor of them, R permutations;
+    """Logits s and t, labels y, probabilities P; z three networks' logits in a list, Z in one tensor; R permutations;
 
     embeddings e and f of two networks, E and F what IRG reads of them;
 
