@@ -2,6 +2,21 @@
 
 from kdfast.losses.attention import AT
 from kdfast.losses.composite import DIST
+from kdfast.losses.ensemble import (
+    AEKD,
+    DML,
+    FFL,
+    KDCL,
+    ONE,
+    Codistillation,
+    CollaborativeLearning,
+    EnD,
+    FusionModule,
+    OKDDip,
+    OKDDipAttention,
+    ONEGate,
+    rescale_gradient,
+)
 from kdfast.losses.feature import (
     AB,
     FT,
@@ -22,18 +37,25 @@ from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransform
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
 # Layers that are trained beside a loss.
-LAYERS = (HintRegressor, OFDConnector, Paraphraser, Translator)
+LAYERS = (FusionModule, HintRegressor, OFDConnector, OKDDipAttention, ONEGate, Paraphraser, Translator)
 __all__ = [
     "AB",
+    "AEKD",
     "AT",
     "CCKD",
     "CRD",
+    "Codistillation",
+    "CollaborativeLearning",
     "DIST",
     "DKD",
+    "DML",
+    "EnD",
     "FAKD",
+    "FFL",
     "FSP",
     "FT",
     "FitNets",
+    "FusionModule",
     "HCL",
     "HardDarkRank",
     "HintRegressor",
@@ -43,11 +65,16 @@ __all__ = [
     "JSD",
     "JacobianMatching",
     "KD",
+    "KDCL",
     "LKD",
     "LabelRefinery",
     "NST",
     "OFD",
     "OFDConnector",
+    "OKDDip",
+    "OKDDipAttention",
+    "ONE",
+    "ONEGate",
     "PKT",
     "Paraphraser",
     "RKD",
@@ -60,4 +87,5 @@ __all__ = [
     "Translator",
     "VID",
     "ofd_margin",
+    "rescale_gradient",
 ]
