@@ -164,11 +164,11 @@ def test_errors(dtensor):
     logits, labels = make("cpu", 2, 4, 5)
     for wrong, error, message in (
         (logits[0], ValueError, r"logits must be a list of \(B, C\) tensors or one \(M, B, C\) tensor, got shape"),
-        ([], ValueError, "logits must have at least one network"),
-        ([logits[0], logits[1][:, :3]], ValueError, r"logits\[1\] must have the shape \(4, 5\) of logits\[0\]"),
+        ([], ValueError, "logits must have from 1 to 128 networks, got 0"),
+        ([logits[0], logits[1][:, :3]], ValueError, r"logits\[1\] must have logits\[0\]'s batch and classes \(4, 5\)"),
         ([logits[0], logits[1].long()], TypeError, r"logits\[1\] must be float32"),
         ([logits[0], "x"], TypeError, r"logits\[1\] must be a torch.Tensor, got str"),
-        (7, TypeError, "logits must be a torch.Tensor, got int"),
+        (7, TypeError, "logits must be a list"),
         ([dtensor(logits[0])], TypeError, r"logits\[0\] is a DTensor"),
     ):
         with pytest.raises(error, match=message):

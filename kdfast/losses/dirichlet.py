@@ -8,6 +8,7 @@ from torch import nn
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.ensemble import matrices, network_list
 from kdfast.ops.softmax_kl import log_softmax, row_stats
 
 # The powers of T that multiply the student's logits, divide the teachers', and multiply the loss.
@@ -122,12 +123,7 @@ class EnDD(nn.Module):
 
     def forward(self, student, teachers):
         check.logits("student", student)
-        teachers = check.networks("teachers", teachers)
-        if teachers[0].shape != student.shape:
-            raise ValueError(
-                f"teachers must have the student's shape {tuple(student.shape)}, got {tuple(teachers[0].shape)}"
-            )
-        check.same_device("teachers[0]", teachers[0], student)
+        teachers = matrices(network_list("teachers", teachers, student))
         student_scale, teacher_temperature, scale = (float(self.temperature) ** k for k in VARIANTS[self.variant])
         smoothing, share = float(self.smoothing), float(self.teacher_smoothing)
         return _EnDD.apply(student, smoothing, share, student_scale, teacher_temperature, scale, *teachers)
@@ -182,7 +178,7 @@ def ensemble_uncertainty(teachers):
 
     Differentiable by autograd, though its use is measurement.
     """
-    teachers = check.networks("teachers", teachers)
+    teachers = matrices(network_list("teachers", teachers))
     dtype = accumulator(*teachers)
     p = torch.stack([x.to(dtype) for x in teachers]).softmax(2)
     mean, log_p = p.mean(0), (p + 1e-10).log()

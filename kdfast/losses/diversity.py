@@ -5,6 +5,7 @@ from torch import nn
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.ensemble import matrices, network_list
 from kdfast.ops.softmax_kl import log_softmax, row_stats
 
 
@@ -114,7 +115,7 @@ class DiversityCooperation(nn.Module):
         self.sign = sign
 
     def forward(self, logits, labels):
-        heads = check.networks("logits", logits)
+        heads = matrices(network_list("logits", logits))
         labels, wrong = check.known_classes(labels, heads[0])
         return _Diversity.apply(labels, wrong, self.relation, float(self.temperature), self.sign, *heads)
 

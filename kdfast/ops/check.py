@@ -61,30 +61,6 @@ def pair(student, teacher):
     same_device("teacher", teacher, student)
 
 
-def networks(name, logits_of_all):
-    """-> the (B, C) logits of several networks, heads or teachers: a list of them, or one stacked (M, B, C) tensor."""
-    if isinstance(logits_of_all, (list, tuple)):
-        each = list(logits_of_all)
-    else:
-        tensor(name, logits_of_all)
-        if logits_of_all.dim() != 3:
-            raise ValueError(
-                f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got shape "
-                f"{tuple(logits_of_all.shape)}"
-            )
-        each = list(logits_of_all.unbind(0))
-    if not each:
-        raise ValueError(f"{name} must have at least one network, got none")
-    for i, x in enumerate(each):
-        logits(f"{name}[{i}]", x)
-        if x.shape != each[0].shape:
-            raise ValueError(
-                f"{name}[{i}] must have the shape {tuple(each[0].shape)} of {name}[0], got {tuple(x.shape)}"
-            )
-        same_device(f"{name}[{i}]", x, each[0], of=f"{name}[0]")
-    return each
-
-
 def embeddings(name, x):
     """`x` is a floating-point (B, D) tensor, or (B, ...) to be flattened, with at least one feature."""
     tensor(name, x)

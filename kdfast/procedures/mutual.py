@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from kdfast.losses import DML
+
 
 class MutualLearning:
     """DML - Deep Mutual Learning (Zhang et al., CVPR 2018): one step of N networks on one batch.
@@ -31,13 +33,9 @@ class MutualLearning:
             raise ValueError(f"networks must be at least 2, got {len(networks)}")
         if len(optimizers) != len(networks):
             raise ValueError(f"optimizers must be one per network, {len(networks)}, got {len(optimizers)}")
-        if loss is None:
-            from kdfast.losses import DML
-
-            loss = DML()
         self.networks = list(networks)
         self.optimizers = list(optimizers)
-        self.loss = loss
+        self.loss = DML() if loss is None else loss
 
     def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Update every network once on a batch; -> their losses (N,), each before its own update."""
