@@ -528,7 +528,7 @@ def test_rescaled_branches(images):
 
 
 def test_earlier_students_and_other_teachers_are_trained_first(images, tmp_path, capsys):
-    """A second generation needs the first, which the table shows, and an ensemble two more teachers, which it does not."""
+    """A second generation needs the first, which the table shows; an ensemble needs teachers that it does not show."""
     assert main(arguments(images, tmp_path / "run", "--loss", "ban-2,aekd", "--epochs", "1", "--seed", "3")) == 0
     names = [row["loss"] for row in rows(tmp_path / "run/results.csv")]
     assert names == ["teacher", "student", "ban", "ban-2", "aekd"]

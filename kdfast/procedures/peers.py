@@ -39,7 +39,7 @@ class PeerExchange:
             exchange.step()
 
     Args:
-        network: inputs -> logits (B, C); the peers' networks are copies of it, on its device.
+        network: inputs -> logits (B, C), not its DDP wrapper; the peers' networks are copies of it, on its device.
         folder: new for each run, or the peers start from the weights of an old one.
         every: steps between two exchanges; the paper finds 50 hardly worse than 1.
         timeout: seconds without new weights after which a peer is warned of, by this process's clock.
