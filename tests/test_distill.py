@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -513,7 +514,27 @@ def test_students_that_learn_together(images):
         assert trainer.history[0][1] == 100 * (answers == loaded.test_labels).float().mean().item()
 
 
-def test_rescaled_branches(images):
+@pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
+def test_objectives_of_students_that_learn_together():
+    """Written out: every student has its cross-entropy and what the others say; each its own gradient."""
+
+    def value(name, epoch):
+        batch = replace(example_batch(losses.ROWS[name]), epoch=epoch)
+        a, b = (z.log_softmax(1) for z in batch.students.logits)
+        ce = nn.functional.nll_loss(a, batch.labels) + nn.functional.nll_loss(b, batch.labels)
+        soft = -(b.exp() * a + a.exp() * b).sum(1).mean()
+        entropies = -(a.exp() * a + b.exp() * b).sum(1).mean()
+        return train.Objective(losses.ROWS[name], batch)(batch), ce, soft, entropies
+
+    loss, ce, soft, entropies = value("dml", 0)
+    torch.testing.assert_close(loss, ce + soft - entropies)
+    loss, ce, *_ = value("codistillation", 4)
+    torch.testing.assert_close(loss, ce)
+    loss, ce, soft, _ = value("codistillation", 5)
+    torch.testing.assert_close(loss, ce + soft)
+
+
+def test_rescaled_branches():
     """The stages in common get the mean of the branches' gradients."""
     torch.manual_seed(0)
     pictures = torch.rand(4, 1, 8, 8)

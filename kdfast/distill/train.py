@@ -51,8 +51,8 @@ class Batch:
     index: torch.Tensor
     samples: int
     train_labels: torch.Tensor
-    students: Together = ()
-    teachers: Together = ()
+    students: Together | tuple = ()
+    teachers: Together | tuple = ()
     epoch: int = 0
 
 

@@ -232,7 +232,7 @@ def count(name, value):
 
 def one_of(name, value, choices):
     """`value` is one of the strings `choices`."""
-    if value not in choices:
+    if value not in tuple(choices):
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 

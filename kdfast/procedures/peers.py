@@ -49,7 +49,16 @@ class PeerExchange:
     Raises: TypeError, ValueError naming the argument; ValueError where a peer's weights do not fit the network.
     """
 
-    def __init__(self, network: nn.Module, folder, *, every=50, timeout=600.0, peer=None, peers=None):
+    def __init__(
+        self,
+        network: nn.Module,
+        folder: str | os.PathLike,
+        *,
+        every: int = 50,
+        timeout: float = 600.0,
+        peer: int | None = None,
+        peers: int | None = None,
+    ):
         check.count("every", every)
         check.positive("timeout", timeout)
         if peer is None or peers is None:
