@@ -40,9 +40,11 @@ def _teacher(logits, temperature, share, smoothing):
 
 class _EnDD(torch.autograd.Function):
     # Everything is float64: at concentrations of e^10 the loss is a difference of numbers that agree in all digits of
-    # float32, and beyond e^88 float32 has no concentrations. A teacher is looked at at a time.
+    # float32, and beyond e^88 float32 has no concentrations. One teacher is looked at at a time.
+    # forward takes *args: where nothing needs a gradient, dynamo tells from their number whether there is a ctx.
     @staticmethod
-    def forward(ctx, student, smoothing, share, student_scale, teacher_temperature, scale, *teachers):
+    def forward(ctx, *args):
+        student, smoothing, share, student_scale, teacher_temperature, scale, *teachers = args
         log_mean = sum(_teacher(t, teacher_temperature, share, smoothing)[1].log() for t in teachers) / len(teachers)
         ctx.save_for_backward(student, log_mean, *teachers)
         ctx.constants = (smoothing, share, student_scale, teacher_temperature, scale)
