@@ -36,8 +36,8 @@ class capture(Mapping):
 
     Errors: ValueError for a name that the model does not have, with those that are near, for nn.DataParallel, whose
     copies run in threads, and for a scripted model. RuntimeError on reading a layer that has not run, and a tensor that
-    was changed in place later, as ``nn.ReLU(inplace=True)`` changes the output of the layer before it. The ``:input`` of
-    a layer with ``inplace=True`` can be captured: that layer then works on a copy.
+    was changed in place later, as ``nn.ReLU(inplace=True)`` changes the output of the layer before it. The ``:input``
+    of a layer with ``inplace=True`` can be captured: that layer then works on a copy.
 
     torch.compile: before or after, also ``fullgraph=True``. A model that was compiled before is compiled once more when
     it next runs; no value is then changed in place. Copies of the model made in the block are not watched. One model

@@ -1,13 +1,20 @@
 """The table of losses: one row per loss says how to build it and what it reads. A new loss is a new row.
 
 A row's ``reads`` are the arguments of the loss in their order, as attributes of `train.Batch`:
-``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), the same of ``teacher``,
-``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in the training set). A builder may also look at
-``samples`` and ``train_labels``, the size and the labels of the training set.
+``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), ``student.preactivations``
+(these before ReLU), the same of ``teacher``, ``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in
+the training set). A builder is given a `train.Example`, which has more.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from torch import nn
+
+import kdfast
+from kdfast.distill import layers
 
 __all__ = ["ALONE", "ROWS", "LossRow"]
 
@@ -19,49 +26,59 @@ class LossRow:
     The objective of a training step is ``weight * loss + cross_entropy * CE(student.logits, labels)``.
     ``cross_entropy`` is 0 where the loss contains the labels' cross-entropy, or replaces it.
 
+    ``pre_stage`` is a row of its own that is trained before, for an eighth of the epochs more, with an optimizer of its
+    own: what the student and the layers of its loss have learnt there is where this row starts.
+
     Example::
 
-        LossRow("fitnets", "hints from the last maps", build_fitnets, ("student.maps", "teacher.maps"))
+        LossRow("hint", "the last map through a regressor", build_hint, ("student.maps", "teacher.maps"))
     """
 
     name: str
     summary: str
-    # Batch of example outputs -> nn.Module. The batch gives shapes to losses with layers of their own, whose parameters
-    # are then trained along with the student's.
+    # Example -> nn.Module. The example gives shapes to losses with layers of their own, whose parameters are then
+    # trained along with the student's.
     build: Callable
     reads: tuple[str, ...]
     weight: float = 1.0
     cross_entropy: float = 1.0
     # Which trained network is the teacher: "teacher", or "student" for the student trained alone.
     teacher: str = "teacher"
+    pre_stage: LossRow | None = None
+    # Whether the loss differentiates logits in the images: these then require a gradient, and the teacher has a graph.
+    jacobians: bool = False
+
+    @property
+    def reads_student(self):
+        """Whether the student has to run in each step."""
+        return bool(self.cross_entropy) or any(name.startswith("student.") for name in self.reads)
 
     @property
     def reads_teacher(self):
         """Whether a teacher has to run in each step."""
         return any(name.startswith("teacher.") for name in self.reads)
 
+    @property
+    def stages(self):
+        """The rows that are trained, in their order."""
+        return [self] if self.pre_stage is None else [self.pre_stage, self]
+
+    def pre_stage_epochs(self, epochs):
+        """How many epochs the pre-stage has before `epochs` of this row: RepDistiller's share, 30 before 240."""
+        return 0 if self.pre_stage is None else -(-epochs // 8)
+
 
 def _kdfast(name, **arguments):
-    """A builder for ``kdfast.<name>(**arguments)``; the import waits until a loss is built."""
-
-    def build(example):
-        import kdfast
-
-        return getattr(kdfast, name)(**arguments)
-
-    return build
+    """A builder for ``kdfast.<name>(**arguments)``."""
+    return lambda example: getattr(kdfast, name)(**arguments)
 
 
 def _cross_entropy(example):
-    from torch import nn
-
     return nn.CrossEntropyLoss()
 
 
 def _crd(example):
     """CRD with its official settings: negatives of other classes, as many as a third of the training set at most."""
-    import kdfast
-
     dims = example.student.embedding.shape[1], example.teacher.embedding.shape[1]
     negatives = min(16384, max(1, example.samples // 3))
     return kdfast.CRD(*dims, example.samples, negatives=negatives, labels=example.train_labels)
@@ -69,12 +86,15 @@ def _crd(example):
 
 _LOGITS = ("student.logits", "teacher.logits")
 _LOGITS_LABELS = (*_LOGITS, "labels")
+_MAPS = ("student.maps", "teacher.maps")
+_PREACTIVATIONS = ("student.preactivations", "teacher.preactivations")
 
 # The teacher itself and the student alone: the labels' cross-entropy is the whole objective.
 ALONE = LossRow("alone", "the labels alone", _cross_entropy, ("student.logits", "labels"), cross_entropy=0.0)
 
 # Settings are the papers' or their official code's, where these name them for image classification. ReverseKD and JSD,
-# which come from other uses, take KD's temperature.
+# which come from other uses, take KD's temperature. JacobianMatching has no official code; its weight brings it near
+# the cross-entropy. HCL stands without ReviewKD's fusion of stages.
 _TABLE = [
     LossRow(
         "kd",
@@ -101,14 +121,14 @@ _TABLE = [
         "at",
         "attention maps of every stage",
         _kdfast("AT", p=2),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=1000.0,
     ),
     LossRow(
         "sp",
         "similarities among a batch's samples",
         _kdfast("SP"),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=3000.0,
     ),
     LossRow(
@@ -129,21 +149,21 @@ _TABLE = [
         "nst",
         "selectivity of the channels of every stage",
         _kdfast("NST"),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=50.0,
     ),
     LossRow(
         "fakd",
         "affinities among the positions of every stage",
         _kdfast("FAKD"),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=1.0,
     ),
     LossRow(
         "lkd",
         "correlations among local patches",
         _kdfast("LKD", patches=2),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=1.0,
     ),
     LossRow(
@@ -152,6 +172,53 @@ _TABLE = [
         _crd,
         ("student.embedding", "teacher.embedding", "index"),
         weight=0.8,
+    ),
+    LossRow(
+        "fitnets",
+        "hints from the middle stage, then kd",
+        _kdfast("KD", temperature=4.0, alpha=0.9),
+        _LOGITS_LABELS,
+        cross_entropy=0.0,
+        pre_stage=LossRow("hints", "the hint through a regressor", layers.Hints, _MAPS, cross_entropy=0.0),
+    ),
+    LossRow(
+        "ft",
+        "factors of the last maps, after their paraphraser",
+        layers.Factors,
+        _MAPS,
+        weight=500.0,
+        pre_stage=LossRow(
+            "paraphraser", "the teacher's maps rebuilt", layers.Reconstruction, ("teacher.maps",), cross_entropy=0.0
+        ),
+    ),
+    LossRow(
+        "ab",
+        "activation boundaries of every stage, then the labels",
+        _cross_entropy,
+        ("student.logits", "labels"),
+        cross_entropy=0.0,
+        pre_stage=LossRow(
+            "boundaries", "the teacher's signs", layers.Boundaries, _PREACTIVATIONS, weight=3e-3, cross_entropy=0.0
+        ),
+    ),
+    LossRow("ofd", "pre-activations above a margin", layers.Overhaul, _PREACTIVATIONS, weight=1e-3),
+    LossRow("vid", "variational information of every stage", layers.Information, _MAPS, weight=1.0),
+    LossRow("hcl", "maps of every stage, pooled to several sizes", layers.Hierarchy, _MAPS, weight=1.0),
+    LossRow(
+        "fsp",
+        "inner products of consecutive stages, then the labels",
+        _cross_entropy,
+        ("student.logits", "labels"),
+        cross_entropy=0.0,
+        pre_stage=LossRow("flow", "the inner products alone", layers.Flow, _MAPS, cross_entropy=0.0),
+    ),
+    LossRow(
+        "jacobian",
+        "gradients of the labelled logit in the image",
+        _kdfast("JacobianMatching"),
+        ("student.logits", "teacher.logits", "images", "labels"),
+        weight=100.0,
+        jacobians=True,
     ),
     LossRow("dist", "correlations between and within classes", _kdfast("DIST", beta=1.0, gamma=1.0), _LOGITS),
     LossRow(

@@ -110,17 +110,20 @@ def _plan(chosen):
 def _train_all(chosen, images, folder):
     """Train what is not trained yet; returns one Result per run."""
     runs = _plan(chosen)
-    trained = {}  # (name, seed) -> network, for the runs that others learn from
+    trained = {}  # (name, seed) -> Observed network, for the runs that others learn from
     results = []
-    with report.Progress(len(runs), chosen.epochs) as progress:
+    epochs = sum(run.row.pre_stage_epochs(chosen.epochs) + chosen.epochs for run in runs)
+    with report.Progress(len(runs), epochs) as progress:
         for run in runs:
-            teacher = trained[run.row.teacher, run.seed] if run.row.reads_teacher else None
+            taught = any(row.reads_teacher for row in run.row.stages)
+            teacher = trained[run.row.teacher, run.seed] if taught else None
             trainer = Trainer(run, images, chosen.epochs, chosen.batch_size, teacher)
             times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
             if run.row is ALONE:
-                trained[run.name, run.seed] = trainer.network.eval().requires_grad_(False)
+                trainer.network.eval().requires_grad_(False)
+                trained[run.name, run.seed] = trainer.student
             results.append(report.Result(run.name, run.seed, trainer.history, times))
-            progress.run(results[-1])
+            progress.run(results[-1], trainer.all_epochs)
     return results
 
 
@@ -131,7 +134,7 @@ def _train(trainer, path, progress):
         trainer.train_epoch()
         state = trainer.state()
         storage.save_checkpoint(path, state)
-        progress.epoch(trainer.run, len(trainer.history))
+        progress.epoch(trainer.run, trainer.epochs_done)
     if "times" not in state:
         times = timing.measure(trainer)
         state = _restore(trainer, path)  # the measured steps have moved the weights
@@ -154,10 +157,14 @@ def _notes(chosen, images, folder, results):
     sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
     seeds = f"seeds {chosen.seed} to {chosen.seed + chosen.seeds - 1}" if chosen.seeds > 1 else f"seed {chosen.seed}"
     paths = {result.times["path"] for result in results}
+    staged = [name for name in chosen.losses if ROWS[name].pre_stage]
+    before = ROWS[staged[0]].pre_stage_epochs(chosen.epochs) if staged else 0
+    stages = [f"epochs of a pre-stage before: {before} ({', '.join(staged)})"] if staged else []
     unbuilt = ["fallback: its kernel is not built for this device, see `kdfast doctor`"] if "fallback" in paths else []
     return [
         f"{images.name}: {sizes}, {chosen.epochs} epochs, {seeds}, {chosen.device}",
         "accuracy: test set, last epoch, mean and standard deviation over the seeds",
+        *stages,
         "in the loss: forward and backward of loss and cross-entropy, share of a step",
         "fused : fallback: the loss alone, by kernel and in plain PyTorch (-: no kernel)",
         *unbuilt,

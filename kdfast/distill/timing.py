@@ -25,25 +25,33 @@ def measure(trainer):
     the objective alone (loss and cross-entropy), down to the student's outputs. ``loss_ms`` and ``fallback_ms``: the
     same of the row's loss alone, as it runs here and under `kdfast.fallback()`. ``path`` is "kernel" if all its ops
     have a kernel for this device, "fallback" if one has none, "torch" if it uses no op of kdfast; ``fallback_ms`` is
-    None except for "kernel". The steps move the weights: the trainer is of no use afterwards.
+    None except for "kernel". Where the student learns from its teacher's features in a pre-stage, the times are of that
+    stage; the objective of a loss of Jacobians goes down to the student's weights, there being no outputs to stop at.
+    The steps move the weights: the trainer is of no use afterwards.
     """
     device = trainer.device
+    objective = trainer.objective
+    if objective.pre_stage is not None and objective.pre_stage.row.reads_student:
+        objective = objective.pre_stage
     index = torch.arange(trainer.batch_size, device=device)
     trainer.network.train()
-    batch = _leaves(trainer.batch(index))
+    batch = trainer.batch(index, objective.row)
+    if objective.row.jacobians:
+        student = list(trainer.network.parameters())
+    else:
+        batch, student = _leaves(batch)
 
     def gradients(function):
         # The inputs a loss does not read get no gradient, and cost nothing.
-        student = [batch.student.logits, batch.student.embedding, *batch.student.maps]
-        return torch.autograd.grad(function(batch), [*student, *trainer.objective.parameters()], allow_unused=True)
+        inputs = [*student, *objective.parameters()]
+        return torch.autograd.grad(function(batch), inputs, allow_unused=True, retain_graph=True)
 
     def loss():
-        return gradients(trainer.objective.distillation)
+        return gradients(objective.distillation)
 
     path = _path(loss, device.type)
     times = {
-        "step_ms": _median_ms(lambda: trainer.step(index), device),
-        "objective_ms": _median_ms(lambda: gradients(trainer.objective), device),
+        "objective_ms": _median_ms(lambda: gradients(objective), device),
         "loss_ms": _median_ms(loss, device),
         "fallback_ms": None,
         "path": path,
@@ -51,14 +59,17 @@ def measure(trainer):
     if path == "kernel":
         with kdfast.fallback():
             times["fallback_ms"] = _median_ms(loss, device)
+    # Last, because it changes the weights that the graph of `batch` needs.
+    times["step_ms"] = _median_ms(lambda: trainer.step(index, objective), device)
     return times
 
 
 def _leaves(batch):
-    """The batch with the student's outputs cut from the network."""
-    logits, embedding, maps = batch.student
-    cut = [tensor.detach().requires_grad_() for tensor in (logits, embedding, *maps)]
-    return replace(batch, student=type(batch.student)(cut[0], cut[1], cut[2:]))
+    """The batch with the student's outputs cut from the network, and these outputs."""
+    logits, embedding, maps, preactivations = batch.student
+    cut = [tensor.detach().requires_grad_() for tensor in (logits, embedding, *maps, *preactivations)]
+    maps, preactivations = cut[2 : 2 + len(maps)], cut[2 + len(maps) :]
+    return replace(batch, student=type(batch.student)(cut[0], cut[1], maps, preactivations)), cut
 
 
 class _OpRecorder(TorchDispatchMode):
