@@ -23,7 +23,7 @@ from PIL import Image  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast import _extras, _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.distill import data, losses, models, report, storage, timing, train  # noqa: E402
+from kdfast.distill import data, layers, losses, models, report, storage, timing, train  # noqa: E402
 
 # A child runs the package that is tested here, be it installed or a source tree.
 PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
@@ -441,9 +441,16 @@ def test_require_names_what_is_broken(tmp_path, monkeypatch):
 # ---- losses and times ------------------------------------------------------------------------------------------------
 def example_batch():
     torch.manual_seed(0)
-    pictures, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
-    student, teacher = (models.ConvNet(1, 3, widths)(pictures) for widths in (models.STUDENT, models.TEACHER))
-    return train.Batch(student, teacher, pictures, labels, torch.arange(6), 6, labels)
+    pictures, labels = torch.rand(6, 1, 8, 8, requires_grad=True), torch.arange(6) % 3
+    networks = [models.ConvNet(1, 3, widths) for widths in (models.STUDENT, models.TEACHER)]
+    student, teacher = (models.Observed(network)(pictures) for network in networks)
+    return train.Example(student, teacher, pictures, labels, torch.arange(6), 6, labels, networks[1])
+
+
+def objectives(row, batch):
+    """The objectives of the row's pre-stage, if it has one, and of the row itself."""
+    objective = train.Objective(row, batch)
+    return [stage for stage in (objective.pre_stage, objective) if stage is not None]
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
@@ -452,16 +459,53 @@ def test_loss_rows(row):
     """Each row builds, reads what a batch has, and gives a finite value with a gradient for the student."""
     assert row.summary and row.teacher in ("teacher", "student") and losses.ROWS.get(row.name, row) is row
     batch = example_batch()
-    value = train.Objective(row, batch)(batch)
-    (grad,) = torch.autograd.grad(value, batch.student.logits)
-    assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
+    for objective in objectives(row, batch):
+        value = objective(batch)
+        # A pre-stage may leave the logits alone, or even the student: FT's is of the paraphraser.
+        student = [batch.student.logits] if objective.row is row else batch.student.maps[1:2]
+        if not objective.row.reads_student:
+            student = list(objective.parameters())
+        if objective.row.reads[0] == "student.preactivations":
+            student = batch.student.preactivations
+        for grad in torch.autograd.grad(value, student):
+            assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
 
 
 def test_rows_cover_the_losses_of_logits():
-    features = {"student.embedding", "student.maps"}
-    built = {type(row.build(None)) for row in losses.ROWS.values() if not features & set(row.reads)}
+    features = {"student.embedding", "student.maps", "student.preactivations", "images"}
+    plain = [row for row in losses.ROWS.values() if not features & set(row.reads) and not row.pre_stage]
     names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery")
-    assert built == {getattr(kdfast, name) for name in names}
+    assert {type(row.build(None)) for row in plain} == {getattr(kdfast, name) for name in names}
+
+
+def test_observed_network():
+    network, pictures = models.ConvNet(1, 3, models.STUDENT), torch.rand(4, 1, 8, 8)
+    outputs = models.Observed(network)(pictures)
+    x = pictures
+    for stage, before, after in zip(network.stages, outputs.preactivations, outputs.maps, strict=True):
+        x = stage.norm(stage.convolution(x))
+        torch.testing.assert_close(before, x)
+        x = x.relu()
+        torch.testing.assert_close(after, x)
+    torch.testing.assert_close(outputs.embedding, x.mean((2, 3)))
+    torch.testing.assert_close(outputs.logits, network.classifier(outputs.embedding))
+    torch.testing.assert_close(outputs.probabilities.sum(1), torch.ones(4))
+
+
+def test_layers_of_the_losses():
+    """What the losses with layers compute, from the public classes and the stages' weights of the official code."""
+    batch = example_batch()
+    student, teacher = batch.student.preactivations, batch.teacher.preactivations
+    for built, loss in ((layers.Boundaries(batch), kdfast.AB()), (layers.Overhaul(batch), kdfast.OFD())):
+        maps = [connector(x) for connector, x in zip(built.connectors, student, strict=True)]
+        margins = [[kdfast.ofd_margin(n.weight, n.bias)] for n in (s.norm for s in batch.teacher_network.stages)]
+        more = margins if isinstance(loss, kdfast.OFD) else [[]] * 3
+        parts = [loss(s, t, *rest) / 6 for s, t, rest in zip(maps, teacher, more, strict=True)]
+        torch.testing.assert_close(built(student, teacher), parts[0] / 4 + parts[1] / 2 + parts[2])
+    hints = layers.Hints(batch)
+    assert hints.regressor(batch.student.maps[1]).shape == batch.teacher.maps[1].shape
+    reconstruction, factors = (objective.loss for objective in objectives(losses.ROWS["ft"], batch))
+    assert factors.paraphraser is reconstruction.paraphraser and reconstruction.factors == models.TEACHER[-1] // 2
 
 
 def test_runs_of_a_seed_are_paired(images):
@@ -476,6 +520,94 @@ def test_runs_of_a_seed_are_paired(images):
         batches.append(torch.cat(trainer._batches(1)).tolist())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert batches[0] == batches[1] != batches[2]
+
+
+# ---- pre-stages ------------------------------------------------------------------------------------------------------
+def changes(trainer, steps):
+    """Names of the weights that an epoch changes, of the network and of the objective."""
+    parameters = [*trainer.network.named_parameters(), *trainer.objective.named_parameters()]
+    before = [parameter.detach().clone() for _, parameter in parameters]
+    for _ in range(steps):
+        trainer.train_epoch()
+    return {name for (name, now), was in zip(parameters, before, strict=True) if not torch.equal(now, was)}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "others_first", "then"),
+    [
+        ("fitnets", {"stages.0", "stages.1", "pre_stage"}, {"stages.2", "classifier"}, {"stages", "classifier"}),
+        ("ft", {"pre_stage"}, {"stages", "classifier", "loss.translator"}, {"stages", "classifier", "loss.translator"}),
+        ("ab", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
+        ("fsp", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
+    ],
+)
+def test_what_a_pre_stage_trains(images, name, first, others_first, then):
+    """The layers that each stage changes are exactly these; the teacher does not change, nor do the layers before."""
+    loaded = data.load(str(images), 8)
+    teacher = models.Observed(models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False))
+    weights = [parameter.clone() for parameter in teacher.network.parameters()]
+    trainer = train.Trainer(train.Run(name, "student", losses.ROWS[name], 0), loaded, 9, 8, teacher)
+    assert (trainer.pre_stage_epochs, trainer.all_epochs, trainer.epochs_done) == (2, 11, 0)
+    changed = changes(trainer, 2)
+    assert len(trainer.pre_stage_losses) == trainer.epochs_done == 2 and not trainer.history
+    assert not trainer.optimizer.state, "the momentum of the pre-stage goes on"
+    assert all(any(key.startswith(part) for key in changed) for part in first), changed
+    assert not any(key.startswith(part) for key in changed for part in others_first), changed
+    changed = changes(trainer, 1)
+    assert len(trainer.history) == 1 and trainer.epochs_done == 3
+    assert all(any(key.startswith(part) for key in changed) for part in then), changed
+    assert not any(key.startswith("pre_stage") for key in changed), changed
+    assert all(torch.equal(now, was) for now, was in zip(teacher.network.parameters(), weights, strict=True))
+
+
+def test_a_pre_stage_lowers_its_loss(images):
+    """Each of the pre-stages learns, and its length is RepDistiller's share of the epochs."""
+    loaded = data.load(str(images), 8)
+    staged = [row for row in losses.ROWS.values() if row.pre_stage]
+    assert [row.name for row in staged] == ["fitnets", "ft", "ab", "fsp"]
+    for row in staged:
+        assert [row.pre_stage_epochs(epochs) for epochs in (1, 8, 9, 240)] == [1, 1, 2, 30]
+        teacher = models.Observed(models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False))
+        trainer = train.Trainer(train.Run(row.name, "student", row, 0), loaded, 80, 8, teacher)
+        for _ in range(10):
+            trainer.train_epoch()
+        assert trainer.pre_stage_losses[-1] < 0.8 * trainer.pre_stage_losses[0], row.name
+
+
+def test_stop_after_every_epoch(images, tmp_path, monkeypatch):
+    """Pre-stages and a loss of Jacobians, stopped and resumed after each epoch, end with the same bits."""
+    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
+        monkeypatch.setattr(timing, name, 1)
+    monkeypatch.setattr(losses.LossRow, "pre_stage_epochs", lambda row, epochs: 2 if row.pre_stage else 0)
+    assert main(arguments(images, tmp_path / "whole", "--loss", "ft,fitnets,jacobian")) == 0
+    train_epoch, epochs = train.Trainer.train_epoch, 0
+
+    def train_one_epoch(trainer):
+        nonlocal epochs
+        if epochs % 2:
+            epochs += 1
+            raise KeyboardInterrupt
+        epochs += 1
+        train_epoch(trainer)
+
+    monkeypatch.setattr(train.Trainer, "train_epoch", train_one_epoch)
+    code = main(arguments(images, tmp_path / "stopped", "--loss", "ft,fitnets,jacobian"))
+    while code == 130:
+        code = main(["distill", "--resume", "--out", str(tmp_path / "stopped")])
+    assert code == 0 and epochs == 2 * (2 + 2 + 4 + 4 + 2) - 1
+    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+    for name in ("ft", "fitnets"):
+        states = [storage.load_checkpoint(tmp_path / f"{f}/checkpoints/{name}-seed0.pt") for f in ("whole", "stopped")]
+        assert len(states[0]["pre_stage_losses"]) == 2
+        assert states[0]["pre_stage_losses"] == states[1]["pre_stage_losses"]
+        for key, x in states[0]["objective"].items():
+            assert torch.equal(x, states[1]["objective"][key])
+
+
+def test_table_says_what_came_before(images, tmp_path, capsys):
+    assert main(arguments(images, tmp_path / "run", "--loss", "kd,ab,ft", "--epochs", "1")) == 0
+    assert "epochs of a pre-stage before: 1 (ab, ft)" in capsys.readouterr().out
+    assert {row["epoch"] for row in rows(tmp_path / "run/history.csv")} == {"1"}
 
 
 class Hint(nn.Module):
@@ -518,7 +650,7 @@ def test_new_row_is_enough(images, tmp_path, monkeypatch):
 def test_path_of_a_loss(images):
     """A loss on kernels is timed against its fallback; one without an op of kdfast has nothing to compare."""
     loaded = data.load(str(images), 8)
-    teacher = models.ConvNet(1, 2, models.TEACHER).eval()
+    teacher = models.Observed(models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False))
 
     def times(name):
         run = train.Run(name, "student", losses.ROWS[name], 0)
@@ -526,8 +658,9 @@ def test_path_of_a_loss(images):
 
     # Any function registered for CPU counts as a kernel, so the plain form stands in where none is built.
     with _kernels.override({name: op.fallback for name, op in _kernels.OPS.items()}, keys=("CPU",)):
-        on_kernels = times("kd")
-    assert on_kernels["path"] == "kernel" and on_kernels["fallback_ms"] > 0
+        for name in ("kd", "ab", "jacobian"):  # ab's is that of its pre-stage: the labels' alone would be "torch"
+            on_kernels = times(name)
+            assert on_kernels["path"] == "kernel" and on_kernels["fallback_ms"] > 0
     plain = times("dist")
     assert plain["path"] == "torch" and plain["fallback_ms"] is None
     assert 0 < plain["loss_ms"] and 0 < plain["objective_ms"] < 10 * plain["step_ms"]
