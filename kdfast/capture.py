@@ -24,9 +24,9 @@ class capture(Mapping):
             features["layer3.0.relu:input"]  # the layer's first argument: here a pre-activation
 
     model: any nn.Module; it may be compiled, and in DistributedDataParallel. names: one or more, as
-    ``model.named_modules()`` has them, without the prefixes of these two. The mapping is in the order of `names`:
-    ``list(features.values())`` is what a loss of several layers takes. The layers are watched from this call until the
-    ``with`` block ends, or ``features.remove()``.
+    ``model.named_modules()`` has them, without the prefixes of these two. ``features.values()`` is a list in their
+    order, which a loss of several layers takes. The layers are watched from this call until the ``with`` block ends, or
+    ``features.remove()``.
 
     - Each forward of the model drops the values of the one before. A layer that runs several times in it gives its last
       run; a run outside (a layer called by hand, a checkpoint's recomputation) does not count.
@@ -92,6 +92,10 @@ class capture(Mapping):
 
     def __contains__(self, name):
         return name in self._values
+
+    def values(self):
+        """The values in the order of the names, as a list, which a loss of several layers takes."""
+        return [self[name] for name in self._values]
 
     def __enter__(self):
         return self

@@ -97,7 +97,9 @@ class Progress:
 def write_table(results, notes):
     """Print the table, one row per loss, and the lines `notes` below it, to stdout."""
     console = require("rich.console", extra="distill").Console(highlight=False)
-    table = require("rich.table", extra="distill").Table(box=require("rich.box", extra="distill").SIMPLE_HEAD)
+    box = require("rich.box", extra="distill").SIMPLE_HEAD
+    # Without edges, two numbers above 100 ms still fit into 80 columns.
+    table = require("rich.table", extra="distill").Table(box=box, show_edge=False, pad_edge=False)
     table.add_column("loss", no_wrap=True)
     for title in ("accuracy %", "ms a step", "in the loss", "fused : fallback ms"):
         table.add_column(title, justify="right")
