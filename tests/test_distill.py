@@ -24,7 +24,19 @@ from PIL import Image  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast import _extras, _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.distill import data, ensembles, losses, models, pipeline, report, settings, storage, timing, train  # noqa: E402
+from kdfast.distill import (  # noqa: E402
+    data,
+    ensembles,
+    layers,
+    losses,
+    models,
+    pipeline,
+    report,
+    settings,
+    storage,
+    timing,
+    train,
+)
 
 # A child runs the package that is tested here, be it installed or a source tree.
 PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
@@ -128,8 +140,8 @@ def test_accuracy_is_of_the_test_set(images):
     loaded = data.load(str(images), 8)
     trainer = train.Trainer(train.Run("student", "student", losses.ALONE, 0), loaded, 1, 8, None)
     with torch.no_grad():
-        trainer.network.classifier.weight.zero_()
-        trainer.network.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+        trainer.student.classifier.weight.zero_()
+        trainer.student.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
     assert trainer.accuracy() == 100 * (loaded.test_labels == 1).float().mean().item()
 
 
@@ -440,18 +452,24 @@ def test_require_names_what_is_broken(tmp_path, monkeypatch):
 
 
 # ---- losses and times ------------------------------------------------------------------------------------------------
-def example_batch(row):
+def convnet(widths):
+    return models.ConvNet(1, 3, widths)
+
+
+def example(row):
     torch.manual_seed(0)
-    pictures, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
-    teachers = [models.ConvNet(1, 3, models.TEACHER)(pictures) for _ in range(losses.TEACHERS)]
+    pictures, labels = torch.rand(6, 1, 8, 8, requires_grad=True), torch.arange(6) % 3
+    teachers = [convnet(models.TEACHER) for _ in range(losses.TEACHERS)]
+    teacher, *_ = several = models.Together(models.Observed(network)(pictures)[0] for network in teachers)
+    students = models.Observed(row.layout(lambda: convnet(models.STUDENT), row.students))(pictures)
+    index, epoch, samples = torch.arange(6), 6, 6
+    return train.Example(students, teacher, several, pictures, labels, index, epoch, samples, labels, teachers[0])
 
-    def make():
-        return models.ConvNet(1, 3, models.STUDENT)
 
-    network = make() if row.students == 1 else ensembles.LAYOUTS[row.layout](make, row.students)
-    students = network(pictures) if row.students > 1 else ensembles.Together([network(pictures)])
-    several = {"students": students, "teachers": ensembles.Together(teachers), "epoch": 6}
-    return train.Batch(students[0], teachers[0], pictures, labels, torch.arange(6), 6, labels, **several)
+def objectives(row, batch):
+    """The objectives of the row's pre-stage, if it has one, and of the row itself."""
+    objective = train.Objective(row, batch)
+    return [stage for stage in (objective.pre_stage, objective) if stage is not None]
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
@@ -460,25 +478,80 @@ def test_loss_rows(row):
     """Each row builds, reads what a batch has, and gives a finite value with a gradient for every student."""
     assert row.summary and row.teacher in ("teacher", "student", *losses.ROWS)
     assert losses.ROWS.get(row.name, row) is row
-    batch = example_batch(row)
-    value = train.Objective(row, batch)(batch)
-    assert value.shape == () and value.isfinite() and len(batch.students) == row.students
-    for grad in torch.autograd.grad(value, batch.students.logits):
-        assert grad.isfinite().all() and grad.abs().sum() > 0
+    batch = example(row)
+    assert len(batch.students) == row.students and batch.student is batch.students[0]
+    for objective in objectives(row, batch):
+        value = objective(batch)
+        # A pre-stage may leave the logits alone, or even the student: FT's is of the paraphraser.
+        student = batch.students.logits if objective.row is row else batch.student.maps[1:2]
+        if not objective.row.reads_student:
+            student = list(objective.parameters())
+        if objective.row.reads[0] == "student.preactivations":
+            student = batch.student.preactivations
+        for grad in torch.autograd.grad(value, student):
+            assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
 
 
 def test_rows_cover_the_losses_of_logits():
-    features = {"student.embedding", "student.maps"}
-    built = set()
+    features = {"student.embedding", "student.maps", "student.preactivations", "images"}
+    built = {type(losses.ROWS["one"].build(example(losses.ROWS["one"])).loss)}
     for row in losses.ROWS.values():
-        if not features & set(row.reads):
-            loss = row.build(example_batch(row))
+        if not features & set(row.reads) and not row.pre_stage:
+            loss = row.build(example(row))
             built.add(type(getattr(loss, "loss", loss)))
-    built.add(type(losses.ROWS["one"].build(example_batch(losses.ROWS["one"])).loss))
     names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery", "CWTM", "DKPP")
     several = ("AEKD", "EnD", "EnDD", "DML", "ONE", "OKDDip", "KDCL", "FFL", "Codistillation")
     names = (*names, *several, "CollaborativeLearning", "DiversityCooperation")
     assert built == {getattr(kdfast, name) for name in names}
+
+
+def test_observed_network():
+    network, pictures = models.ConvNet(1, 3, models.STUDENT), torch.rand(4, 1, 8, 8)
+    (outputs,) = models.Observed(network)(pictures)
+    x = pictures
+    for stage, before, after in zip(network.stages, outputs.preactivations, outputs.maps, strict=True):
+        x = stage.norm(stage.convolution(x))
+        torch.testing.assert_close(before, x)
+        x = x.relu()
+        torch.testing.assert_close(after, x)
+    torch.testing.assert_close(outputs.embedding, x.mean((2, 3)))
+    torch.testing.assert_close(outputs.logits, network.classifier(outputs.embedding))
+    torch.testing.assert_close(outputs.probabilities.sum(1), torch.ones(4))
+
+
+@pytest.mark.parametrize("layout", [ensembles.Apart, ensembles.Branches])
+def test_observed_students(layout):
+    """What is observed of each of several students is what that network, run alone, computes."""
+    model, pictures = layout(lambda: convnet(models.STUDENT), 3).eval(), torch.rand(4, 1, 8, 8)
+    observed = models.Observed(model)
+    together = observed(pictures)
+    assert [outputs.logits.shape for outputs in together] == [(4, 3)] * 3
+    for network, outputs, logits in zip(model.networks, together, model(pictures), strict=True):
+        (alone,) = models.Observed(network)(pictures)
+        for key in ("logits", "embedding", "maps", "preactivations"):
+            torch.testing.assert_close(getattr(outputs, key), getattr(alone, key))
+        torch.testing.assert_close(outputs.logits, logits)
+    same = together[0].maps[0] is together[1].maps[0]
+    assert same == (layout is ensembles.Branches), "common stages run once"
+    observed.remove()
+    with pytest.raises(RuntimeError, match="has ended"):
+        observed(pictures)
+
+
+def test_layers_of_the_losses():
+    """What the losses with layers compute, from the public classes and the stages' weights of the official code."""
+    batch = example(losses.ROWS["ft"])
+    student, teacher = batch.student.preactivations, batch.teacher.preactivations
+    for built, loss in ((layers.Boundaries(batch), kdfast.AB()), (layers.Overhaul(batch), kdfast.OFD())):
+        maps = [connector(x) for connector, x in zip(built.connectors, student, strict=True)]
+        margins = [[kdfast.ofd_margin(n.weight, n.bias)] for n in (s.norm for s in batch.teacher_network.stages)]
+        more = margins if isinstance(loss, kdfast.OFD) else [[]] * 3
+        parts = [loss(s, t, *rest) / 6 for s, t, rest in zip(maps, teacher, more, strict=True)]
+        torch.testing.assert_close(built(student, teacher), parts[0] / 4 + parts[1] / 2 + parts[2])
+    hints = layers.Hints(batch)
+    assert hints.regressor(batch.student.maps[1]).shape == batch.teacher.maps[1].shape
+    reconstruction, factors = (objective.loss for objective in objectives(losses.ROWS["ft"], batch))
+    assert factors.paraphraser is reconstruction.paraphraser and reconstruction.factors == models.TEACHER[-1] // 2
 
 
 def test_runs_of_a_seed_are_paired(images):
@@ -489,7 +562,7 @@ def test_runs_of_a_seed_are_paired(images):
     for row, seed in rows:
         trainer = train.Trainer(train.Run(row.name, "student", row, seed), loaded, 2, 8, None)
         torch.rand(seed + len(row.name))  # a loss that draws random numbers must not change the order
-        weights.append(trainer.network.classifier.weight)
+        weights.append(trainer.student.classifier.weight)
         batches.append(torch.cat(trainer._batches(1)).tolist())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert batches[0] == batches[1] != batches[2]
@@ -503,14 +576,14 @@ def test_students_that_learn_together(images):
     for name in ("dml", "one"):
         row = losses.ROWS[name]
         trainer = train.Trainer(train.Run(name, "student", row, 0), loaded, 2, 8, None)
-        both = [t.network.eval() and t.outputs(loaded.test_images) for t in (alone, trainer)]
+        both = [t.network.eval() and t.observed(loaded.test_images) for t in (alone, trainer)]
         assert len(both[1]) == row.students
         assert torch.equal(both[0][0].logits, both[1][0].logits)
         assert not torch.equal(both[1][0].logits, both[1][1].logits)
-        assert torch.equal(both[1][0].maps[0], both[1][1].maps[0]) == (row.layout == "branches")
+        assert torch.equal(both[1][0].maps[0], both[1][1].maps[0]) == (row.layout is ensembles.Branches)
         trainer.train_epoch()
         # Tested is the first student, which the other ones have moved.
-        answers = trainer.outputs(loaded.test_images)[0].logits.argmax(1)
+        answers = trainer.observed(loaded.test_images)[0].logits.argmax(1)
         assert trainer.history[0][1] == 100 * (answers == loaded.test_labels).float().mean().item()
 
 
@@ -519,7 +592,7 @@ def test_objectives_of_students_that_learn_together():
     """Written out: every student has its cross-entropy and what the others say; each its own gradient."""
 
     def value(name, epoch):
-        batch = replace(example_batch(losses.ROWS[name]), epoch=epoch)
+        batch = replace(example(losses.ROWS[name]), epoch=epoch)
         a, b = (z.log_softmax(1) for z in batch.students.logits)
         ce = nn.functional.nll_loss(a, batch.labels) + nn.functional.nll_loss(b, batch.labels)
         soft = -(b.exp() * a + a.exp() * b).sum(1).mean()
@@ -539,11 +612,12 @@ def test_rescaled_branches():
     torch.manual_seed(0)
     pictures = torch.rand(4, 1, 8, 8)
     grads = []
-    for layout in ("branches", "rescaled branches"):
+    for rescale in (False, True):
         torch.manual_seed(1)
-        network = ensembles.LAYOUTS[layout](lambda: models.ConvNet(1, 3, models.STUDENT), 3)
-        sum(z.square().sum() for z in network(pictures).logits).backward()
-        grads.append([p.grad for p in (next(network.trunk.parameters()), network.classifiers[1].weight)])
+        model = ensembles.Branches(lambda: convnet(models.STUDENT), 3, rescale)
+        sum(z.square().sum() for z in model(pictures)).backward()
+        common, own = next(model.networks[0].parameters()), model.networks[1].classifier.weight
+        grads.append([common.grad, own.grad])
     torch.testing.assert_close(grads[0][0], 3 * grads[1][0])
     assert torch.equal(grads[0][1], grads[1][1])
 
@@ -559,7 +633,7 @@ def test_earlier_students_and_other_teachers_are_trained_first(images, tmp_path,
         *(f"teacher-seed{seed}.pt" for seed in (1003, 2003, 3)),
     ]
     teachers = [storage.load_checkpoint(tmp_path / f"run/checkpoints/teacher-seed{s}.pt") for s in (3, 1003)]
-    weights = [state["network"]["classifier.weight"] for state in teachers]
+    weights = [state["network"]["networks.0.classifier.weight"] for state in teachers]
     assert not torch.equal(*weights)
 
 
@@ -569,35 +643,129 @@ def test_who_teaches_whom(images, tmp_path, monkeypatch):
     class Spy(train.Trainer):
         def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
             super().__init__(run, data, epochs, batch_size, teacher, teachers)
-            taught[run.name, run.seed] = self.network, teacher, teachers
+            taught[run.name, run.seed] = self.student, teacher, teachers
 
     monkeypatch.setattr(pipeline, "Trainer", Spy)
     assert main(arguments(images, tmp_path / "run", "--loss", "ban-2,endd", "--epochs", "1")) == 0
     network = {key: value[0] for key, value in taught.items()}
     assert taught["ban", 0][1] is network["student", 0] and taught["ban-2", 0][1] is network["ban", 0]
     assert taught["endd", 0][1:] == (None, [network["teacher", 1000 * i] for i in range(3)])
+    for trained in network.values():  # what a trainer watched, it has left as it was
+        assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in trained.modules())
 
 
-def test_ensemble_rows_resume(images, tmp_path, monkeypatch):
-    """Several students, a loss with layers of its own and an epoch: stopped after one of two epochs, the same bits."""
-    assert main(arguments(images, tmp_path / "whole", "--loss", "okddip")) == 0
-    train_epoch = train.Trainer.train_epoch
-    epochs = iter(range(5))
-
-    def stop_before_the_last(trainer):
-        if next(epochs, None) is None:
-            raise KeyboardInterrupt
-        train_epoch(trainer)
-
-    monkeypatch.setattr(train.Trainer, "train_epoch", stop_before_the_last)
-    assert main(arguments(images, tmp_path / "stopped", "--loss", "okddip")) == 130
-    monkeypatch.setattr(train.Trainer, "train_epoch", train_epoch)
-    assert main(["distill", "--resume", "--out", str(tmp_path / "stopped")]) == 0
-    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+def test_what_runs_in_a_step(images):
+    """The layers of a teacher are looked at only where a loss reads them, and what no loss reads does not run."""
+    loaded = data.load(str(images), 8)
+    teachers = [models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False) for _ in range(3)]
+    index = torch.arange(8)
+    for name, layers_read in (("kd", False), ("fitnets", True), ("ft", True), ("ofd", True), ("label-refinery", False)):
+        row = losses.ROWS[name]
+        with train.Trainer(train.Run(name, "student", row, 0), loaded, 1, 8, teachers[0]) as trainer:
+            assert bool(teachers[0].classifier._forward_hooks) == row.observes_teacher == layers_read
+            for stage in row.stages:
+                batch = trainer.batch(index, stage)
+                assert bool(batch.students) == stage.reads_student
+                assert (batch.teacher is not None) == stage.reads_teacher and batch.teachers == []
+            assert (batch.teacher.maps is not None) == layers_read
+            torch.testing.assert_close(batch.teacher.logits, teachers[0](batch.images))
+        assert not teachers[0].classifier._forward_hooks
+    trainer = train.Trainer(train.Run("aekd", "student", losses.ROWS["aekd"], 0), loaded, 1, 8, None, teachers)
+    batch = trainer.batch(index, trainer.run.row)
+    assert batch.teacher is None and len(batch.teachers) == 3
+    torch.testing.assert_close(batch.teachers.logits, [network(batch.images) for network in teachers])
 
 
 def test_all_is_every_row():
     assert settings._losses("--loss", "all") == ",".join(losses.ROWS)
+
+
+# ---- pre-stages ------------------------------------------------------------------------------------------------------
+def changes(trainer, steps):
+    """Names of the weights that these epochs change, of the student and of the objective."""
+    parameters = [*trainer.student.named_parameters(), *trainer.objective.named_parameters()]
+    before = [parameter.detach().clone() for _, parameter in parameters]
+    for _ in range(steps):
+        trainer.train_epoch()
+    return {name for (name, now), was in zip(parameters, before, strict=True) if not torch.equal(now, was)}
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "others_first", "then"),
+    [
+        ("fitnets", {"stages.0", "stages.1", "pre_stage"}, {"stages.2", "classifier"}, {"stages", "classifier"}),
+        ("ft", {"pre_stage"}, {"stages", "classifier", "loss.translator"}, {"stages", "classifier", "loss.translator"}),
+        ("ab", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
+        ("fsp", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
+    ],
+)
+def test_what_a_pre_stage_trains(images, name, first, others_first, then):
+    """The layers that each stage changes are exactly these; the teacher does not change, nor do the layers before."""
+    loaded = data.load(str(images), 8)
+    teacher = models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
+    weights = [parameter.clone() for parameter in teacher.parameters()]
+    trainer = train.Trainer(train.Run(name, "student", losses.ROWS[name], 0), loaded, 9, 8, teacher)
+    assert (trainer.pre_stage_epochs, trainer.all_epochs, trainer.epochs_done) == (2, 11, 0)
+    changed = changes(trainer, 2)
+    assert len(trainer.pre_stage_losses) == trainer.epochs_done == 2 and not trainer.history
+    assert not trainer.optimizer.state, "the momentum of the pre-stage goes on"
+    assert all(any(key.startswith(part) for key in changed) for part in first), changed
+    assert not any(key.startswith(part) for key in changed for part in others_first), changed
+    changed = changes(trainer, 1)
+    assert len(trainer.history) == 1 and trainer.epochs_done == 3
+    assert all(any(key.startswith(part) for key in changed) for part in then), changed
+    assert not any(key.startswith("pre_stage") for key in changed), changed
+    assert all(torch.equal(now, was) for now, was in zip(teacher.parameters(), weights, strict=True))
+
+
+def test_a_pre_stage_lowers_its_loss(images):
+    """Each of the pre-stages learns, and its length is RepDistiller's share of the epochs."""
+    loaded = data.load(str(images), 8)
+    staged = [row for row in losses.ROWS.values() if row.pre_stage]
+    assert [row.name for row in staged] == ["fitnets", "ft", "ab", "fsp"]
+    for row in staged:
+        assert [row.pre_stage_epochs(epochs) for epochs in (1, 8, 9, 240)] == [1, 1, 2, 30]
+        teacher = models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
+        trainer = train.Trainer(train.Run(row.name, "student", row, 0), loaded, 80, 8, teacher)
+        for _ in range(10):
+            trainer.train_epoch()
+        assert trainer.pre_stage_losses[-1] < 0.8 * trainer.pre_stage_losses[0], row.name
+
+
+def test_stop_after_every_epoch(images, tmp_path, monkeypatch):
+    """Pre-stages, Jacobians and students that learn together, resumed after each epoch, end with the same bits."""
+    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
+        monkeypatch.setattr(timing, name, 1)
+    monkeypatch.setattr(losses.LossRow, "pre_stage_epochs", lambda row, epochs: 2 if row.pre_stage else 0)
+    assert main(arguments(images, tmp_path / "whole", "--loss", "ft,fitnets,jacobian,okddip")) == 0
+    train_epoch, epochs = train.Trainer.train_epoch, 0
+
+    def train_one_epoch(trainer):
+        nonlocal epochs
+        if epochs % 2:
+            epochs += 1
+            raise KeyboardInterrupt
+        epochs += 1
+        train_epoch(trainer)
+
+    monkeypatch.setattr(train.Trainer, "train_epoch", train_one_epoch)
+    code = main(arguments(images, tmp_path / "stopped", "--loss", "ft,fitnets,jacobian,okddip"))
+    while code == 130:
+        code = main(["distill", "--resume", "--out", str(tmp_path / "stopped")])
+    assert code == 0 and epochs == 2 * (2 + 2 + 4 + 4 + 2 + 2) - 1
+    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+    for name in ("ft", "fitnets"):
+        states = [storage.load_checkpoint(tmp_path / f"{f}/checkpoints/{name}-seed0.pt") for f in ("whole", "stopped")]
+        assert len(states[0]["pre_stage_losses"]) == 2
+        assert states[0]["pre_stage_losses"] == states[1]["pre_stage_losses"]
+        for key, x in states[0]["objective"].items():
+            assert torch.equal(x, states[1]["objective"][key])
+
+
+def test_table_says_what_came_before(images, tmp_path, capsys):
+    assert main(arguments(images, tmp_path / "run", "--loss", "kd,ab,ft", "--epochs", "1")) == 0
+    assert "epochs of a pre-stage before: 1 (ab, ft)" in capsys.readouterr().out
+    assert {row["epoch"] for row in rows(tmp_path / "run/history.csv")} == {"1"}
 
 
 class Hint(nn.Module):
@@ -640,7 +808,7 @@ def test_new_row_is_enough(images, tmp_path, monkeypatch):
 def test_path_of_a_loss(images):
     """A loss on kernels is timed against its fallback; one without an op of kdfast has nothing to compare."""
     loaded = data.load(str(images), 8)
-    teacher = models.ConvNet(1, 2, models.TEACHER).eval()
+    teacher = models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
 
     def times(name):
         run = train.Run(name, "student", losses.ROWS[name], 0)
@@ -648,8 +816,9 @@ def test_path_of_a_loss(images):
 
     # Any function registered for CPU counts as a kernel, so the plain form stands in where none is built.
     with _kernels.override({name: op.fallback for name, op in _kernels.OPS.items()}, keys=("CPU",)):
-        on_kernels = times("kd")
-    assert on_kernels["path"] == "kernel" and on_kernels["fallback_ms"] > 0
+        for name in ("kd", "ab", "jacobian"):  # ab's is that of its pre-stage: the labels' alone would be "torch"
+            on_kernels = times(name)
+            assert on_kernels["path"] == "kernel" and on_kernels["fallback_ms"] > 0
     plain = times("dist")
     assert plain["path"] == "torch" and plain["fallback_ms"] is None
     assert 0 < plain["loss_ms"] and 0 < plain["objective_ms"] < 10 * plain["step_ms"]

@@ -8,97 +8,73 @@ import torch.nn.functional as F
 from torch import nn
 
 import kdfast
-from kdfast.distill.models import Outputs
 
-__all__ = ["LAYOUTS", "Branches", "Together"]
-
-
-class Together(list):
-    """The Outputs of several networks; `logits` and the like are lists, one tensor per network."""
-
-    @property
-    def logits(self):
-        """One (B, classes) per network."""
-        return [outputs.logits for outputs in self]
-
-    @property
-    def embedding(self):
-        """One (B, channels of the last stage) per network."""
-        return [outputs.embedding for outputs in self]
-
-    @property
-    def maps(self):
-        """One list of maps per network."""
-        return [outputs.maps for outputs in self]
+__all__ = ["Apart", "Branches", "Codistillation", "Cooperation", "Fusion", "Leader", "Mutual", "One"]
 
 
 # ---- the networks ----------------------------------------------------------------------------------------------------
 class Apart(nn.Module):
-    """Students that share nothing: images -> Together."""
+    """`count` students, each made by `make`, that share nothing: images -> a list of logits (B, classes)."""
 
     def __init__(self, make, count):
         super().__init__()
         self.networks = nn.ModuleList(make() for _ in range(count))
 
     def forward(self, images):
-        return Together(network(images) for network in self.networks)
+        """Images (B, channels, H, W) -> the logits of each student."""
+        return [network(images) for network in self.networks]
 
 
-class Branches(nn.Module):
-    """Students with common stages but for the last one and the classifier: images -> Together.
+class Branches(Apart):
+    """Students with common stages but for the last one and the classifier.
 
     With `rescale` the gradient that reaches the common stages is the mean of the branches', not their sum.
     """
 
     def __init__(self, make, count, rescale=False):
-        super().__init__()
-        first, *others = (make() for _ in range(count))
-        self.trunk = first.stages[:-1]
-        self.last = nn.ModuleList(network.stages[-1] for network in (first, *others))
-        self.classifiers = nn.ModuleList(network.classifier for network in (first, *others))
+        super().__init__(make, count)
         self.rescale = rescale
+        for network in self.networks[1:]:
+            for number, stage in enumerate(self.networks[0].stages[:-1]):
+                network.stages[number] = stage
 
     def forward(self, images):
-        maps = []
-        for stage in self.trunk:
+        """Images (B, channels, H, W) -> the logits of each student."""
+        for stage in self.networks[0].stages[:-1]:
             images = stage(images)
-            maps.append(images)
         if self.rescale:
-            images = kdfast.rescale_gradient(images, len(self.last))
-        return Together(self._branch(images, maps, *parts) for parts in zip(self.last, self.classifiers, strict=True))
-
-    @staticmethod
-    def _branch(images, maps, last, classifier):
-        top = last(images)
-        embedding = top.mean(dim=(2, 3))
-        return Outputs(classifier(embedding), embedding, [*maps, top])
+            images = kdfast.rescale_gradient(images, len(self.networks))
+        return [network.classify(network.stages[-1](images)) for network in self.networks]
 
 
-LAYOUTS = {
-    "apart": Apart,
-    "branches": Branches,
-    "rescaled branches": lambda make, count: Branches(make, count, rescale=True),
-}
+# ---- the losses; each is built from a `train.Example` ----------------------------------------------------------------
+def _with_others(logits):
+    """Each student's logits, and the list of all others'."""
+    return [(own, logits[:i] + logits[i + 1 :]) for i, own in enumerate(logits)]
 
 
-# ---- the losses ------------------------------------------------------------------------------------------------------
-def _cross_entropies(logits, labels):
-    return sum(F.cross_entropy(z, labels) for z in logits)
+class Mutual(nn.Module):
+    """DML of each student with all others, summed: all are updated in the same step."""
 
-
-class Peers(nn.Module):
-    """Each student against all others, summed: ``sum_i loss(z_i, others, ...)``; all are updated in the same step."""
-
-    def __init__(self, loss, with_labels):
+    def __init__(self, example):
         super().__init__()
-        self.loss, self.with_labels = loss, with_labels
+        self.loss = kdfast.DML()
+
+    def forward(self, logits, labels):
+        """The sum over the students; it contains their cross-entropies."""
+        return sum(self.loss(own, others, labels) for own, others in _with_others(logits))
+
+
+class Codistillation(nn.Module):
+    """Each student's cross-entropy and codistillation with all others, summed."""
+
+    def __init__(self, example, **arguments):
+        super().__init__()
+        self.loss = kdfast.Codistillation(**arguments)
 
     def forward(self, logits, labels, epoch):
-        total = 0.0 if self.with_labels else _cross_entropies(logits, labels)
-        for i, own in enumerate(logits):
-            peers = [z for j, z in enumerate(logits) if j != i]
-            total = total + (self.loss(own, peers, labels) if self.with_labels else self.loss(own, peers, epoch))
-        return total
+        """The sum over the students."""
+        return sum(F.cross_entropy(own, labels) + self.loss(own, others, epoch) for own, others in _with_others(logits))
 
 
 class One(nn.Module):
@@ -110,10 +86,11 @@ class One(nn.Module):
         self.gate = kdfast.ONEGate(example.student.maps[-2].shape[1], len(example.students))
 
     def forward(self, logits, maps, labels, epoch):
+        """The loss of all branches and their ensemble."""
         return self.loss(logits, self.gate(maps[-2].mean(dim=(2, 3))), labels, epoch)
 
 
-class Okddip(nn.Module):
+class Leader(nn.Module):
     """OKDDip: the first student is the leader, which the others, the peers, teach."""
 
     def __init__(self, example, **arguments):
@@ -122,11 +99,12 @@ class Okddip(nn.Module):
         self.attention = kdfast.OKDDipAttention(example.student.embedding.shape[1])
 
     def forward(self, logits, embeddings, labels, epoch):
+        """The loss of leader and peers."""
         leader, *peers = logits
         return self.loss(peers, leader, self.attention(torch.stack(embeddings[1:], 1)), labels, epoch)
 
 
-class Ffl(nn.Module):
+class Fusion(nn.Module):
     """FFL: two students and the classifier that fuses their last maps."""
 
     def __init__(self, example, **arguments):
@@ -136,26 +114,17 @@ class Ffl(nn.Module):
         self.fusion = kdfast.FusionModule(channels, example.student.logits.shape[1], side)
 
     def forward(self, logits, maps, labels, epoch):
+        """The loss of both students and the fused classifier."""
         return self.loss(logits, self.fusion([each[-1] for each in maps]), labels, epoch)
 
 
 class Cooperation(nn.Module):
-    """Diversity with Cooperation beside the students' own cross-entropies."""
+    """Diversity with Cooperation, `weight` times, beside the students' own cross-entropies."""
 
-    def __init__(self, weight, **arguments):
+    def __init__(self, example, weight, **arguments):
         super().__init__()
         self.weight, self.loss = weight, kdfast.DiversityCooperation(**arguments)
 
     def forward(self, logits, labels):
-        return _cross_entropies(logits, labels) + self.weight * self.loss(logits, labels)
-
-
-def build(name, example, arguments):
-    """The loss of one of the rows whose students learn together."""
-    if name == "dml":
-        return Peers(kdfast.DML(**arguments), with_labels=True)
-    if name == "codistillation":
-        return Peers(kdfast.Codistillation(**arguments), with_labels=False)
-    if name == "divcoop":
-        return Cooperation(**arguments)
-    return {"one": One, "okddip": Okddip, "ffl": Ffl}[name](example, **arguments)
+        """The sum over the students and their relations."""
+        return sum(F.cross_entropy(z, labels) for z in logits) + self.weight * self.loss(logits, labels)

@@ -1,14 +1,22 @@
 """The table of losses: one row per loss says how to build it and what it reads. A new loss is a new row.
 
 A row's ``reads`` are the arguments of the loss in their order, as attributes of `train.Batch`:
-``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), the same of ``teacher``,
-``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in the training set), ``epoch``; of several
-networks ``students.logits``, ``students.embedding``, ``students.maps`` and ``teachers.logits``, lists with one entry
-per network. A builder may also look at ``samples`` and ``train_labels``, the size and the labels of the training set.
+``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), ``student.preactivations``
+(these before ReLU), the same of ``teacher``, ``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in
+the training set), ``epoch``; of several networks ``students.logits``, ``students.embedding``, ``students.maps`` and
+``teachers.logits``, lists with one entry per network. A builder is given a `train.Example`, which has more.
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+import kdfast
+from kdfast.distill import ensembles, layers
 
 __all__ = ["ALONE", "ROWS", "TEACHERS", "LossRow", "needed"]
 
@@ -22,28 +30,39 @@ class LossRow:
     The objective of a training step is ``weight * loss + cross_entropy * CE(student.logits, labels)``.
     ``cross_entropy`` is 0 where the loss contains the labels' cross-entropy, or replaces it.
 
+    ``pre_stage`` is a row of its own that is trained before, for an eighth of the epochs more, with an optimizer of its
+    own: what the student and the layers of its loss have learnt there is where this row starts.
+
     Example::
 
-        LossRow("fitnets", "hints from the last maps", build_fitnets, ("student.maps", "teacher.maps"))
+        LossRow("hint", "the last map through a regressor", build_hint, ("student.maps", "teacher.maps"))
     """
 
     name: str
     summary: str
-    # Batch of example outputs -> nn.Module. The batch gives shapes to losses with layers of their own, whose parameters
-    # are then trained along with the student's.
+    # Example -> nn.Module. The example gives shapes to losses with layers of their own, whose parameters are then
+    # trained along with the student's.
     build: Callable
     reads: tuple[str, ...]
     weight: float = 1.0
     cross_entropy: float = 1.0
     # Which trained network is the teacher: "teacher", "student" for the student trained alone, or a row's student.
     teacher: str = "teacher"
-    # How many students learn together, and how they are laid out: a name in `ensembles.LAYOUTS`.
+    pre_stage: LossRow | None = None
+    # How many students learn together, and the model they are: (function that makes one, their number) -> nn.Module.
     students: int = 1
-    layout: str = "apart"
+    layout: Callable = ensembles.Apart
+    # Whether the loss differentiates logits in the images: these then require a gradient, and the teacher has a graph.
+    jacobians: bool = False
+
+    @property
+    def reads_student(self):
+        """Whether the students have to run in each step."""
+        return bool(self.cross_entropy) or any(name.startswith(("student.", "students.")) for name in self.reads)
 
     @property
     def reads_teacher(self):
-        """Whether a teacher has to run in each step."""
+        """Whether the teacher has to run in each step."""
         return any(name.startswith("teacher.") for name in self.reads)
 
     @property
@@ -51,52 +70,54 @@ class LossRow:
         """How many teachers have to run in each step beside that one: those of `teachers.logits`."""
         return TEACHERS if any(name.startswith("teachers.") for name in self.reads) else 0
 
+    @property
+    def stages(self):
+        """The rows that are trained, in their order."""
+        return [self] if self.pre_stage is None else [self.pre_stage, self]
+
+    @property
+    def taught(self):
+        """Whether one of its stages reads the teacher."""
+        return any(stage.reads_teacher for stage in self.stages)
+
+    @property
+    def observes_teacher(self):
+        """Whether one of its stages reads layers of the teacher, and not its last one alone."""
+        layers_read = ("teacher.embedding", "teacher.maps", "teacher.preactivations")
+        return any(name in layers_read for stage in self.stages for name in stage.reads)
+
+    def pre_stage_epochs(self, epochs):
+        """How many epochs the pre-stage has before `epochs` of this row: RepDistiller's share, 30 before 240."""
+        return 0 if self.pre_stage is None else -(-epochs // 8)
+
 
 def _kdfast(name, **arguments):
-    """A builder for ``kdfast.<name>(**arguments)``; the import waits until a loss is built."""
-
-    def build(example):
-        import kdfast
-
-        return getattr(kdfast, name)(**arguments)
-
-    return build
+    """A builder for ``kdfast.<name>(**arguments)``."""
+    return lambda example: getattr(kdfast, name)(**arguments)
 
 
 def _cross_entropy(example):
-    from torch import nn
-
     return nn.CrossEntropyLoss()
 
 
 def _crd(example):
     """CRD with its official settings: negatives of other classes, as many as a third of the training set at most."""
-    import kdfast
-
     dims = example.student.embedding.shape[1], example.teacher.embedding.shape[1]
     negatives = min(16384, max(1, example.samples // 3))
     return kdfast.CRD(*dims, example.samples, negatives=negatives, labels=example.train_labels)
 
 
-def _together(name, **arguments):
-    """A builder for the loss of students that learn together."""
-
-    def build(example):
-        from kdfast.distill import ensembles
-
-        return ensembles.build(name, example, arguments)
-
-    return build
-
-
 _LOGITS = ("student.logits", "teacher.logits")
 _LOGITS_LABELS = (*_LOGITS, "labels")
+_MAPS = ("student.maps", "teacher.maps")
+_PREACTIVATIONS = ("student.preactivations", "teacher.preactivations")
 
 # The teacher itself and the student alone: the labels' cross-entropy is the whole objective.
 ALONE = LossRow("alone", "the labels alone", _cross_entropy, ("student.logits", "labels"), cross_entropy=0.0)
 
 # Settings are the papers' or their official code's, where these name them for image classification. ReverseKD and JSD,
-# which come from other uses, take KD's temperature.
+# which come from other uses, take KD's temperature. JacobianMatching has no official code, so no weight: with 10 to 100
+# the digits are classified worse. HCL stands without ReviewKD's fusion of stages.
 _TABLE = [
     LossRow(
         "kd",
@@ -123,14 +144,14 @@ _TABLE = [
         "at",
         "attention maps of every stage",
         _kdfast("AT", p=2),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=1000.0,
     ),
     LossRow(
         "sp",
         "similarities among a batch's samples",
         _kdfast("SP"),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=3000.0,
     ),
     LossRow(
@@ -151,21 +172,21 @@ _TABLE = [
         "nst",
         "selectivity of the channels of every stage",
         _kdfast("NST"),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=50.0,
     ),
     LossRow(
         "fakd",
         "affinities among the positions of every stage",
         _kdfast("FAKD"),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=1.0,
     ),
     LossRow(
         "lkd",
         "correlations among local patches",
         _kdfast("LKD", patches=2),
-        ("student.maps", "teacher.maps"),
+        _MAPS,
         weight=1.0,
     ),
     LossRow(
@@ -174,6 +195,53 @@ _TABLE = [
         _crd,
         ("student.embedding", "teacher.embedding", "index"),
         weight=0.8,
+    ),
+    LossRow(
+        "fitnets",
+        "hints from the middle stage, then kd",
+        _kdfast("KD", temperature=4.0, alpha=0.9),
+        _LOGITS_LABELS,
+        cross_entropy=0.0,
+        pre_stage=LossRow("hints", "the hint through a regressor", layers.Hints, _MAPS, cross_entropy=0.0),
+    ),
+    LossRow(
+        "ft",
+        "factors of the last maps, after their paraphraser",
+        layers.Factors,
+        _MAPS,
+        weight=500.0,
+        pre_stage=LossRow(
+            "paraphraser", "the teacher's maps rebuilt", layers.Reconstruction, ("teacher.maps",), cross_entropy=0.0
+        ),
+    ),
+    LossRow(
+        "ab",
+        "activation boundaries of every stage, then the labels",
+        _cross_entropy,
+        ("student.logits", "labels"),
+        cross_entropy=0.0,
+        pre_stage=LossRow(
+            "boundaries", "the teacher's signs", layers.Boundaries, _PREACTIVATIONS, weight=3e-3, cross_entropy=0.0
+        ),
+    ),
+    LossRow("ofd", "pre-activations above a margin", layers.Overhaul, _PREACTIVATIONS, weight=1e-3),
+    LossRow("vid", "variational information of every stage", layers.Information, _MAPS, weight=1.0),
+    LossRow("hcl", "maps of every stage, pooled to several sizes", layers.Hierarchy, _MAPS, weight=1.0),
+    LossRow(
+        "fsp",
+        "inner products of consecutive stages, then the labels",
+        _cross_entropy,
+        ("student.logits", "labels"),
+        cross_entropy=0.0,
+        pre_stage=LossRow("flow", "the inner products alone", layers.Flow, _MAPS, cross_entropy=0.0),
+    ),
+    LossRow(
+        "jacobian",
+        "gradients of the labelled logit in the image",
+        _kdfast("JacobianMatching"),
+        ("student.logits", "teacher.logits", "images", "labels"),
+        weight=1.0,
+        jacobians=True,
     ),
     LossRow("dist", "correlations between and within classes", _kdfast("DIST", beta=1.0, gamma=1.0), _LOGITS),
     LossRow(
@@ -277,15 +345,15 @@ _TABLE += [
     LossRow(
         "dml",
         "two students teach each other",
-        _together("dml"),
-        (*_STUDENTS, "epoch"),
+        ensembles.Mutual,
+        _STUDENTS,
         cross_entropy=0.0,
         students=2,
     ),
     LossRow(
         "codistillation",
         "two students, each the other's soft labels after 5 epochs",
-        _together("codistillation", burn_in=5),
+        partial(ensembles.Codistillation, burn_in=5),
         (*_STUDENTS, "epoch"),
         cross_entropy=0.0,
         students=2,
@@ -301,20 +369,20 @@ _TABLE += [
     LossRow(
         "one",
         "three branches and their gated ensemble",
-        _together("one", rampup_epochs=_RAMP),
+        partial(ensembles.One, rampup_epochs=_RAMP),
         ("students.logits", "student.maps", "labels", "epoch"),
         cross_entropy=0.0,
         students=3,
-        layout="branches",
+        layout=ensembles.Branches,
     ),
     LossRow(
         "okddip",
         "three branches that attend to each other, and a leader",
-        _together("okddip", rampup_epochs=_RAMP),
+        partial(ensembles.Leader, rampup_epochs=_RAMP),
         ("students.logits", "students.embedding", "labels", "epoch"),
         cross_entropy=0.0,
         students=4,
-        layout="branches",
+        layout=ensembles.Branches,
     ),
     LossRow(
         "collaborative",
@@ -323,12 +391,12 @@ _TABLE += [
         (*_STUDENTS, "epoch"),
         cross_entropy=0.0,
         students=3,
-        layout="rescaled branches",
+        layout=partial(ensembles.Branches, rescale=True),
     ),
     LossRow(
         "ffl",
         "two students and the fusion of their maps",
-        _together("ffl", rampup_epochs=_RAMP),
+        partial(ensembles.Fusion, rampup_epochs=_RAMP),
         ("students.logits", "students.maps", "labels", "epoch"),
         cross_entropy=0.0,
         students=2,
@@ -336,7 +404,7 @@ _TABLE += [
     LossRow(
         "divcoop",
         "three students that agree about the wrong classes",
-        _together("divcoop", relation="js", weight=10.0),
+        partial(ensembles.Cooperation, relation="js", weight=10.0),
         _STUDENTS,
         cross_entropy=0.0,
         students=3,
@@ -351,7 +419,7 @@ def needed(names):
     rows = {}
     for name in names:
         row = ROWS[name]
-        if row.reads_teacher and row.teacher in ROWS:
+        if row.taught and row.teacher in ROWS:
             rows |= {earlier.name: earlier for earlier in needed([row.teacher])}
         rows[name] = row
     return list(rows.values())

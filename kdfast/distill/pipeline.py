@@ -120,16 +120,17 @@ def _train_all(chosen, images, folder):
     trained = {}  # (name, seed) -> network, for the runs that others learn from
     learnt_from = {"teacher", "student", *(run.row.teacher for run in runs)}
     results = []
-    with report.Progress(len(runs), chosen.epochs) as progress:
+    epochs = sum(run.row.pre_stage_epochs(chosen.epochs) + chosen.epochs for run in runs)
+    with report.Progress(len(runs), epochs) as progress:
         for run in runs:
-            teacher = trained[run.row.teacher, run.seed] if run.row.reads_teacher else None
+            teacher = trained[run.row.teacher, run.seed] if run.row.taught else None
             teachers = [trained["teacher", run.seed + OTHER_TEACHERS * i] for i in range(run.row.teachers)]
-            trainer = Trainer(run, images, chosen.epochs, chosen.batch_size, teacher, teachers)
-            times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
+            with Trainer(run, images, chosen.epochs, chosen.batch_size, teacher, teachers) as trainer:
+                times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
             if run.name in learnt_from:
-                trained[run.name, run.seed] = trainer.network.eval().requires_grad_(False)
+                trained[run.name, run.seed] = trainer.student.eval().requires_grad_(False)
             result = report.Result(run.name, run.seed, trainer.history, times)
-            progress.run(result)
+            progress.run(result, trainer.all_epochs)
             if run.seed in _seeds(chosen):
                 results.append(result)
     return results
@@ -142,7 +143,7 @@ def _train(trainer, path, progress):
         trainer.train_epoch()
         state = trainer.state()
         storage.save_checkpoint(path, state)
-        progress.epoch(trainer.run, len(trainer.history))
+        progress.epoch(trainer.run, trainer.epochs_done)
     if "times" not in state:
         times = timing.measure(trainer)
         state = _restore(trainer, path)  # the measured steps have moved the weights
@@ -165,10 +166,13 @@ def _notes(chosen, images, folder, results):
     sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
     seeds = f"seeds {chosen.seed} to {chosen.seed + chosen.seeds - 1}" if chosen.seeds > 1 else f"seed {chosen.seed}"
     paths = {result.times["path"] for result in results}
+    before = {row.name: row.pre_stage_epochs(chosen.epochs) for row in needed(chosen.losses) if row.pre_stage}
+    stages = [f"epochs of a pre-stage before: {max(before.values())} ({', '.join(before)})"] if before else []
     unbuilt = ["fallback: its kernel is not built for this device, see `kdfast doctor`"] if "fallback" in paths else []
     return [
         f"{images.name}: {sizes}, {chosen.epochs} epochs, {seeds}, {chosen.device}",
         "accuracy: test set, last epoch, mean and standard deviation over the seeds",
+        *stages,
         "in the loss: forward and backward of loss and cross-entropy, share of a step",
         "fused : fallback: the loss alone, by kernel and in plain PyTorch (-: no kernel)",
         *unbuilt,

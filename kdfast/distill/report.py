@@ -52,7 +52,9 @@ class Progress:
     """
 
     def __init__(self, runs, epochs):
-        self.runs, self.epochs, self.finished = runs, epochs, 0
+        """`runs` trainings, of `epochs` together."""
+        self.runs, self.epochs = runs, epochs
+        self.finished = self.behind = 0  # trainings, and their epochs
         self.console = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
         self.bar = None
         if self.console.is_terminal:
@@ -68,7 +70,7 @@ class Progress:
     def __enter__(self):
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.runs * self.epochs)
+            self.task = self.bar.add_task("starting", total=self.epochs)
         return self
 
     def __exit__(self, *exception):
@@ -79,11 +81,12 @@ class Progress:
         """`run` has `done` epochs behind it."""
         if self.bar:
             description = f"{LABELS.get(run.name, run.name)}, seed {run.seed}"
-            self.bar.update(self.task, completed=self.finished * self.epochs + done, description=description)
+            self.bar.update(self.task, completed=self.behind + done, description=description)
 
-    def run(self, result):
-        """One training is finished."""
+    def run(self, result, epochs):
+        """One training, of so many epochs, is finished."""
         self.finished += 1
+        self.behind += epochs
         if not self.bar:
             label = LABELS.get(result.name, result.name)
             line = f"[{self.finished}/{self.runs}] {label}, seed {result.seed}: {result.accuracy:.2f} %"
@@ -94,7 +97,9 @@ class Progress:
 def write_table(results, notes):
     """Print the table, one row per loss, and the lines `notes` below it, to stdout."""
     console = require("rich.console", extra="distill").Console(highlight=False)
-    table = require("rich.table", extra="distill").Table(box=require("rich.box", extra="distill").SIMPLE_HEAD)
+    box = require("rich.box", extra="distill").SIMPLE_HEAD
+    # Without edges, two numbers above 100 ms still fit into 80 columns.
+    table = require("rich.table", extra="distill").Table(box=box, show_edge=False, pad_edge=False)
     table.add_column("loss", no_wrap=True)
     for title in ("accuracy %", "ms a step", "in the loss", "fused : fallback ms"):
         table.add_column(title, justify="right")

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import _kernels
+from kdfast.distill.models import Outputs, Together
 
 __all__ = ["measure"]
 
@@ -21,29 +22,38 @@ LIMIT_S = 1.0  # large images on a slow machine: fewer repeats
 def measure(trainer):
     """Medians of one step, its objective and its loss on one batch, as a dict in milliseconds.
 
-    ``step_ms``: batch, teacher, student, objective, backward and optimizer. ``objective_ms``: forward and backward of
-    the objective alone (loss and cross-entropy), down to the student's outputs. ``loss_ms`` and ``fallback_ms``: the
+    ``step_ms``: batch, teachers, students, objective, backward and optimizer. ``objective_ms``: forward and backward of
+    the objective alone (loss and cross-entropy), down to the students' outputs. ``loss_ms`` and ``fallback_ms``: the
     same of the row's loss alone, as it runs here and under `kdfast.fallback()`. ``path`` is "kernel" if all its ops
     have a kernel for this device, "fallback" if one has none, "torch" if it uses no op of kdfast; ``fallback_ms`` is
-    None except for "kernel". The steps move the weights: the trainer is of no use afterwards.
+    None except for "kernel". Where the student learns from its teacher's features in a pre-stage, the times are of that
+    stage; the objective of a loss of Jacobians goes down to the students' weights, there being no outputs to stop at.
+    The steps move the weights: the trainer is of no use afterwards.
     """
     device = trainer.device
+    objective = trainer.objective
+    if objective.pre_stage is not None and objective.pre_stage.row.reads_student:
+        objective = objective.pre_stage
     index = torch.arange(trainer.batch_size, device=device)
     trainer.network.train()
-    batch = _leaves(trainer.batch(index))
+    batch = trainer.batch(index, objective.row)
+    if objective.row.jacobians:
+        ends = list(trainer.network.parameters())
+    else:
+        batch = replace(batch, students=Together(_cut(outputs) for outputs in batch.students))
+        ends = [x for logits, embedding, *lists in batch.students for x in (logits, embedding, *sum(lists, []))]
 
     def gradients(function):
         # The inputs a loss does not read get no gradient, and cost nothing.
-        inputs = [x for logits, embedding, maps in batch.students for x in (logits, embedding, *maps)]
-        return torch.autograd.grad(function(batch), [*inputs, *trainer.objective.parameters()], allow_unused=True)
+        inputs = [*ends, *objective.parameters()]
+        return torch.autograd.grad(function(batch), inputs, allow_unused=True, retain_graph=True)
 
     def loss():
-        return gradients(trainer.objective.distillation)
+        return gradients(objective.distillation)
 
     path = _path(loss, device.type)
     times = {
-        "step_ms": _median_ms(lambda: trainer.step(index), device),
-        "objective_ms": _median_ms(lambda: gradients(trainer.objective), device),
+        "objective_ms": _median_ms(lambda: gradients(objective), device),
         "loss_ms": _median_ms(loss, device),
         "fallback_ms": None,
         "path": path,
@@ -51,18 +61,19 @@ def measure(trainer):
     if path == "kernel":
         with kdfast.fallback():
             times["fallback_ms"] = _median_ms(loss, device)
+    # Last, because it changes the weights that the graph of `batch` needs.
+    times["step_ms"] = _median_ms(lambda: trainer.step(index, objective), device)
     return times
 
 
-def _leaves(batch):
-    """The batch with the students' outputs cut from their networks."""
-    students = type(batch.students)(_cut(outputs) for outputs in batch.students)
-    return replace(batch, student=students[0], students=students)
-
-
 def _cut(outputs):
-    logits, embedding, *maps = (x.detach().requires_grad_() for x in (outputs.logits, outputs.embedding, *outputs.maps))
-    return type(outputs)(logits, embedding, maps)
+    """A student's outputs without their graph, each requiring a gradient."""
+
+    def leaf(x):
+        return x.detach().requires_grad_()
+
+    maps, preactivations = ([leaf(x) for x in tensors] for tensors in (outputs.maps, outputs.preactivations))
+    return Outputs(leaf(outputs.logits), leaf(outputs.embedding), maps, preactivations)
 
 
 class _OpRecorder(TorchDispatchMode):

@@ -1,6 +1,7 @@
 """Training one network with one loss, so that a stopped training continues bit for bit."""
 
 import contextlib
+import dataclasses
 import math
 import operator
 import os
@@ -11,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from kdfast.distill.ensembles import LAYOUTS, Together
 from kdfast.distill.losses import LossRow
-from kdfast.distill.models import STUDENT, TEACHER, ConvNet, Outputs
+from kdfast.distill.models import STUDENT, TEACHER, ConvNet, Observed, Outputs, Together
 
-__all__ = ["Batch", "Objective", "Run", "Trainer", "reproducible"]
+__all__ = ["Batch", "Example", "Objective", "Run", "Trainer", "reproducible"]
 
 # Adam's, with a cosine decay to 0; its steps do not grow with the scale of a loss.
 LEARNING_RATES = {"teacher": 2e-3, "student": 1e-2}
@@ -39,29 +39,42 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss may read in one step; `samples` and `train_labels` are of the whole training set.
+    """What a loss may read in one step. A network that the row does not read has not run."""
 
-    `students` are all that learn together, `student` the first of them; `teachers` are several beside the `teacher`.
-    """
-
-    student: Outputs
+    students: Together  # all that learn together
     teacher: Outputs | None
+    teachers: Together  # several beside that one
     images: torch.Tensor
     labels: torch.Tensor
-    index: torch.Tensor
-    samples: int
+    index: torch.Tensor  # positions in the training set
+    epoch: int  # how many epochs the row has behind it, without its pre-stage's
+
+    @property
+    def student(self):
+        """The first of the students: the only one, unless several learn together."""
+        return self.students[0]
+
+
+@dataclass(frozen=True)
+class Example(Batch):
+    """What a loss is built from: a batch without gradients, for which all networks of the row have run, and more."""
+
+    samples: int  # of the training set
     train_labels: torch.Tensor
-    students: Together | tuple = ()
-    teachers: Together | tuple = ()
-    epoch: int = 0
+    teacher_network: ConvNet | None
+    pre_stage: nn.Module | None = None  # the loss of the row's pre-stage
 
 
 class Objective(nn.Module):
-    """A row's loss and the cross-entropy beside it."""
+    """A row's loss and the cross-entropy beside it, and the objective of its pre-stage, if it has one."""
 
     def __init__(self, row, example):
         super().__init__()
         self.row = row
+        self.pre_stage = None
+        if row.pre_stage is not None:
+            self.pre_stage = Objective(row.pre_stage, example)
+            example = dataclasses.replace(example, pre_stage=self.pre_stage.loss)
         self.loss = row.build(example)
         self._read = [operator.attrgetter(name) for name in row.reads]
 
@@ -102,84 +115,132 @@ def _derived_seed(*parts):
 
 
 class Trainer:
-    """A run in progress: network, objective, optimizer, epochs done and their history.
+    """A run in progress: networks, objective, optimizer, epochs done and their history.
 
-    All runs of one seed start a student from the same weights and see the same batches, whatever the loss.
+    All runs of one seed start a (first) student from the same weights and see the same batches, whatever the loss. The
+    networks are `Observed` until the ``with`` block around the trainer ends; the teacher only where a loss reads more
+    than its logits.
     """
 
     def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
         self.run, self.data, self.epochs = run, data, epochs
+        self.pre_stage_epochs = run.row.pre_stage_epochs(epochs)
         self.device, self.samples = data.train_labels.device, len(data.train_labels)
         self.batch_size = min(batch_size, self.samples)
-        self.teacher, self.teachers = teacher, teachers
+        self.pre_stage_losses = []  # mean training loss of each epoch of the pre-stage
         self.history = []  # (mean training loss, test accuracy) of each epoch
         widths = TEACHER if run.network == "teacher" else STUDENT
         torch.manual_seed(_derived_seed(run.seed, *widths))
-        self.network = self._students(lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths))
+        self.network = run.row.layout(
+            lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths), run.row.students
+        ).to(self.device)
+        self.teacher, self.teachers = teacher, teachers
+        self.observed = Observed(self.network)
+        self.observed_teacher = Observed(teacher) if run.row.observes_teacher else None
         self.objective = Objective(run.row, self._example()).to(self.device)
-        parameters = [*self.network.parameters(), *self.objective.parameters()]
-        self.optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATES[run.network], fused=True)
+        self.optimizer = self._new_optimizer()
 
-    def _students(self, make):
-        """The network of the run, or several that learn together."""
-        row = self.run.row
-        return (make() if row.students == 1 else LAYOUTS[row.layout](make, row.students)).to(self.device)
+    def __enter__(self):
+        return self
 
-    def outputs(self, images):
-        """What each student says about `images`, as Together."""
-        outputs = self.network(images)
-        return outputs if isinstance(outputs, Together) else Together([outputs])
+    def __exit__(self, *exception):
+        self.observed.remove()
+        if self.observed_teacher is not None:
+            self.observed_teacher.remove()
+
+    @property
+    def student(self):
+        """The network that is tested and may teach others: the first, if several learn together."""
+        return self.network.networks[0]
 
     def _example(self):
-        """The batch of outputs whose shapes a loss is built from; running it must not move the batch statistics."""
+        """The outputs whose shapes a loss is built from; making them must not move the batch statistics."""
         self.network.eval()
-        with torch.no_grad():
-            return self.batch(torch.arange(min(2, self.samples), device=self.device))
-
-    # ---- one step --------------------------------------------------------------------------------------------------
-    def batch(self, index):
-        """The training images at `index` (B,) and what the networks say about them."""
+        index, labels = torch.arange(min(2, self.samples), device=self.device), self.data.train_labels
         images = self.data.train_images[index]
         with torch.no_grad():
-            teacher = self.teacher(images) if self.teacher is not None else None
-            teachers = Together(network(images) for network in self.teachers)
-        labels, students = self.data.train_labels, self.outputs(images)
-        several = {"students": students, "teachers": teachers, "epoch": len(self.history)}
-        return Batch(students[0], teacher, images, labels[index], index, self.samples, labels, **several)
+            outputs = self.observed(images), *self._taught(images, self.run.row.taught, self.run.row.teachers)
+        return Example(*outputs, images, labels[index], index, 0, self.samples, labels, self.teacher)
 
-    def step(self, index):
-        """One optimizer step on the training images at `index`; returns the detached loss."""
-        value = self.objective(self.batch(index))
+    def _new_optimizer(self):
+        parameters = [*self.network.parameters(), *self.objective.parameters()]
+        return torch.optim.Adam(parameters, lr=LEARNING_RATES[self.run.network], fused=True)
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+    def _taught(self, images, teacher, teachers):
+        """What the teacher says about `images`, if it has to, and the first so many of the teachers beside it."""
+        several = Together(Outputs(network(images)) for network in self.teachers[:teachers])
+        if not teacher:
+            return None, several
+        return self.observed_teacher(images)[0] if self.observed_teacher else Outputs(self.teacher(images)), several
+
+    def batch(self, index, row):
+        """The training images at `index` (B,) and what the networks that `row` reads say about them."""
+        images = self.data.train_images[index].requires_grad_(row.jacobians)
+        with torch.set_grad_enabled(row.jacobians):
+            teacher, teachers = self._taught(images, row.reads_teacher, row.teachers)
+        students = self.observed(images) if row.reads_student else Together()
+        labels = self.data.train_labels[index]
+        return Batch(students, teacher, teachers, images, labels, index, len(self.history))
+
+    def step(self, index, objective):
+        """One optimizer step of `objective` on the training images at `index`; returns the detached loss."""
+        value = objective(self.batch(index, objective.row))
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
         return value.detach()
 
     # ---- epochs ----------------------------------------------------------------------------------------------------
+    @property
+    def epochs_done(self):
+        """Epochs behind it, with those of the pre-stage."""
+        return len(self.pre_stage_losses) + len(self.history)
+
+    @property
+    def all_epochs(self):
+        """Epochs of the whole run, with those of the pre-stage."""
+        return self.pre_stage_epochs + self.epochs
+
     def train_epoch(self):
-        """Train one epoch, test, and append to the history."""
-        epoch = len(self.history)
-        rate = LEARNING_RATES[self.run.network] * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+        """Train the next epoch, of the pre-stage or, with a test at its end, of the row itself."""
+        if len(self.pre_stage_losses) < self.pre_stage_epochs:
+            done = len(self.pre_stage_losses)
+            # Its batches are in orders that the row's own epochs do not have.
+            loss = self._train(self.objective.pre_stage, done, self.pre_stage_epochs, order=self.epochs + done)
+            self.pre_stage_losses.append(loss)
+            if len(self.pre_stage_losses) == self.pre_stage_epochs:
+                self.optimizer = self._new_optimizer()
+        else:
+            done = len(self.history)
+            loss = self._train(self.objective, done, self.epochs, order=done)
+            self.history.append((loss, self.accuracy()))
+
+    def _train(self, objective, done, epochs, order):
+        """One epoch after `done` of `epochs`; returns the mean loss."""
+        rate = LEARNING_RATES[self.run.network] * 0.5 * (1 + math.cos(math.pi * done / epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        losses = [self.step(index) for index in self._batches(epoch)]
-        self.history.append((torch.stack(losses).mean().item(), self.accuracy()))
+        return torch.stack([self.step(index, objective) for index in self._batches(order)]).mean().item()
 
-    def _batches(self, epoch):
-        """Index tensors of the epoch's batches; a last one that is not full is left out, its statistics are noisy."""
-        # A function of (seed, epoch) alone: a resumed epoch needs no state to see the same order.
-        generator = torch.Generator().manual_seed(_derived_seed(self.run.seed, epoch))
-        order = torch.randperm(self.samples, generator=generator).to(self.device)
+    def _batches(self, order):
+        """Index tensors of an epoch's batches, in the order of that number.
+
+        A last batch that is not full is left out, because its statistics are noisy.
+        """
+        # A function of (seed, number) alone: a resumed epoch needs no state to see the same order.
+        generator = torch.Generator().manual_seed(_derived_seed(self.run.seed, order))
+        samples = torch.randperm(self.samples, generator=generator).to(self.device)
         full = self.samples - self.samples % self.batch_size
-        return order[:full].split(self.batch_size)
+        return samples[:full].split(self.batch_size)
 
     @torch.no_grad()
     def accuracy(self):
         """The share of test images that the (first) student classifies correctly, in percent."""
         self.network.eval()
         batches = self.data.test_images.split(EVALUATION_BATCH)
-        answers = [self.outputs(images)[0].logits.argmax(dim=1) for images in batches]
+        answers = [self.student(images).argmax(dim=1) for images in batches]
         correct = (torch.cat(answers) == self.data.test_labels).sum()
         return 100.0 * correct.item() / len(self.data.test_labels)
 
@@ -190,6 +251,7 @@ class Trainer:
             "network": self.network.state_dict(),
             "objective": self.objective.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "pre_stage_losses": self.pre_stage_losses,
             "history": self.history,
             # For losses that draw random numbers; the order of the batches does not depend on it.
             "random": torch.get_rng_state(),
@@ -201,6 +263,7 @@ class Trainer:
         self.network.load_state_dict(state["network"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.pre_stage_losses = list(state["pre_stage_losses"])
         self.history = [tuple(epoch) for epoch in state["history"]]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":

@@ -511,7 +511,7 @@ def _regroup(grads, tensors, needed):
     return out
 
 
-# forward takes *args: where nothing needs a gradient, dynamo tells from the number of parameters whether there is a ctx.
+# forward takes *args: where nothing needs a gradient, dynamo tells by the number of parameters if there is a ctx.
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
