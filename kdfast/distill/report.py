@@ -107,6 +107,7 @@ def write_table(results, notes):
     for name, group in by_name(results).items():
         table.add_row(LABELS.get(name, name), *_cells(group, plus_minus), end_section=name == "student")
     console.print(table)
+    console.print()
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 
