@@ -67,8 +67,8 @@ class LossRow:
 
     @property
     def teachers(self):
-        """How many teachers have to run in each step beside that one: those of `teachers.logits`."""
-        return TEACHERS if any(name.startswith("teachers.") for name in self.reads) else 0
+        """How many teachers run beside that one: those of `teachers.logits`, if one of its stages reads them."""
+        return TEACHERS if any(name.startswith("teachers.") for stage in self.stages for name in stage.reads) else 0
 
     @property
     def stages(self):
