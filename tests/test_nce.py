@@ -507,6 +507,7 @@ def test_dtensor_refused(dtensor):
         ops.nce(dtensor(data.student), *data.all()[1:])
 
 
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
 def test_compile(implementation):
     data = make(implementation, *SMALL, torch.float32)
     behaviour.check_compiled(loss_of(data), data.anchors, backend="aot_eager")
@@ -894,6 +895,7 @@ def test_crd_autocast(implementation):
         assert torch.equal(other(student, teacher, index), loss)
 
 
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
 def test_crd_compile(implementation):
     """One graph, state included: three steps as they are without compiling."""
     crd, student, teacher, index = example(implementation)
