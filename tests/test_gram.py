@@ -81,6 +81,14 @@ def test_batches(implementation, name):
     check_distance(student, teacher, name)
 
 
+@pytest.mark.parametrize("terms", [1, 2, 3, 16])  # CASES have 4
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_polynomials(implementation, terms, dtype):
+    coefficients = [0.9**k for k in range(terms)]
+    functions = ops.gram_distance, oracles.gram_distance, oracles.sizes_gram
+    check(*functions, *make(implementation, SMALL, dtype), kind="polynomial", coefficients=coefficients)
+
+
 @pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_affinity(implementation, shape, dtype):
@@ -253,6 +261,11 @@ ERRORS = [
     (lambda s, t: ops.gram_distance(s, t, "none"), ValueError, "kind must be one of rows, .*, got 'none'"),
     (lambda s, t: ops.gram_distance(s, t[:2]), ValueError, "teacher must have the student's rows"),
     (lambda s, t: ops.gram_distance(s, t, "polynomial"), ValueError, "coefficients belong to kind 'polynomial'"),
+    (
+        lambda s, t: ops.gram_distance(s, t, "polynomial", coefficients=[0.1] * 17),
+        ValueError,
+        "coefficients must be at most 16, got 17",
+    ),
     (lambda s, t: ops.gram_distance(s, t, eps=-1.0), ValueError, "eps must be from 0.0 to inf, got -1.0"),
     (lambda s, t: ops.gram_distance(s.int(), t), TypeError, "student must be float32"),
     (lambda s, t: ops.affinity(s, t), ValueError, "student must be .batch, channels, height, width"),
@@ -260,6 +273,7 @@ ERRORS = [
     (lambda s, t: ops.inner_products(s[None], t[None]), ValueError, r"b must be \(1, rows, 9\)"),
     (lambda s, t: kdfast.CCKD("rbf"), ValueError, "kernel must be 'gaussian' or 'bilinear', got 'rbf'"),
     (lambda s, t: kdfast.CCKD(order=0), ValueError, "order must be at least 1"),
+    (lambda s, t: kdfast.CCKD(order=16), ValueError, "order must be at most 15, got 16"),
     (lambda s, t: kdfast.PKT(0), ValueError, "eps must be finite and above 0"),
     (lambda s, t: kdfast.FAKD("rows"), ValueError, "affinity must be 'spatial', 'channel' or 'instance'"),
     (

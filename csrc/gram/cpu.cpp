@@ -279,8 +279,9 @@ KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A
   return loss;
 }
 
-template <class A>
-KD_MULTIVERSION double compare_row(const Cosines<A>& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats) {
+template <class A, int kTerms>
+KD_MULTIVERSION double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n,
+                                   Stats<A> stats) {
   double loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t j = 0; j < n; ++j) {
@@ -290,11 +291,10 @@ KD_MULTIVERSION double compare_row(const Cosines<A>& f, const A* g, const A* h, 
   return loss;
 }
 
-template <class A, class F>
-KD_MULTIVERSION void weigh_row(const F& f, Side side, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats,
-                               A* weights) {
+template <Side kSide, class A, class F>
+KD_MULTIVERSION void weigh_row(const F& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats, A* weights) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) weights[j] = f.weight(side, g[j], h[j], i, j, stats);
+  for (int64_t j = 0; j < n; ++j) weights[j] = f.weight(kSide, g[j], h[j], i, j, stats);
 }
 
 template <class A>
@@ -327,7 +327,8 @@ double compare(const F& f, const Tensor& student, const Tensor& teacher, A* cons
     for (const Side side : {kStudent, kTeacher}) {
       A* to = weights[side] + row * n;
       if (!weights[side]) continue;
-      weigh_row(f, side, grams[0] + row * n, grams[1] + row * n, row % n, n, stats_of(row), to);
+      const auto weigh = side == kStudent ? weigh_row<kStudent, A, F> : weigh_row<kTeacher, A, F>;
+      weigh(f, grams[0] + row * n, grams[1] + row * n, row % n, n, stats_of(row), to);
       if constexpr (F::kCosines) {
         const A* g = grams[side] + row * n;
         const A norm = norm_of(g[row % n]), inverse = stats_of(row).get(F::kInverseS + side, row % n);
