@@ -534,7 +534,7 @@ def sizes_attention(student, teacher, power=2):
     gradients = []
     for x, q, t, norm in zip((student, teacher), units, terms, norms, strict=True):
         along = (q.abs() * size).sum(1, keepdim=True) + (t * gap).sum(1, keepdim=True)
-        slope = 2 * power / gap.numel() * (size + t * along) / norm
+        slope = 2 * power / max(gap.numel(), 1) * (size + t * along) / norm
         gradients.append(slope.view(len(x), 1, *x.shape[2:]) * x.abs().pow(power - 1))
     return value, *gradients
 

@@ -9,6 +9,7 @@ Environment:
     KDFAST_SIMT_CSRC=FOLDER    the sources, instead of csrc/
 """
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -123,11 +124,13 @@ def build(folder, name, sources, variant, csrc=ROOT / "csrc"):
         stem = "-".join((name, variant, *source.with_suffix("").parts[-2:]))
         return _make(folder, stem, ".o", csrc, [compiler, *FLAGS, *own, *flags.all, "-c"], [source])
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_source, [*sources, *RUNTIME]))
     link = [compiler, "-shared", "-Wl,-z,defs", *flags.all]
     link += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
-    return _make(folder, f"{name}-{variant}", ".so", csrc, link, objects)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that run side by side build once
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_source, [*sources, *RUNTIME]))
+        return _make(folder, f"{name}-{variant}", ".so", csrc, link, objects)
 
 
 @functools.lru_cache(maxsize=1)

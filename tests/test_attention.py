@@ -77,7 +77,7 @@ def test_mixed_dtypes(implementation, student, teacher):
 
 def test_gradcheck(implementation):
     for power in POWERS:
-        leaves = behaviour.leaves_of(make(implementation, (2, 3, 2, 3)))
+        leaves = behaviour.leaves_of(make(implementation, (2, 2, 1, 3)))
         assert torch.autograd.gradcheck(lambda s, t, p=power: ops.attention_transfer(s, t, p), leaves)
 
 
@@ -238,13 +238,13 @@ def test_errors(call, error, message):
         call(torch.randn(SMALL), torch.randn(3, 2, 4, 5))
 
 
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
 def test_compile(implementation):
     behaviour.check_compiled(_loss, make(implementation, (3, 4, 5, 5), torch.float32), backend="aot_eager")
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "cuda"], indirect=True)
 def test_compile_inductor(implementation):
-    if implementation.name in ("simt", "fallback"):
-        pytest.skip("test_compile is enough")
     behaviour.check_compiled(_loss, make(implementation, (3, 4, 5, 5), torch.float32))
 
 
@@ -261,9 +261,11 @@ def test_autocast(implementation):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("shape", [(5, 70, 13, 13), (3, 9, 40, 40)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 70, 17, 16), (3, 9, 48, 50)], ids=str)
 def test_deterministic(implementation, shape, same_bits):
     """Equal bits from run to run, for any number of threads, and in any order of CUDA's threads."""
+    if implementation.name == "simt" and shape[2] > 17:
+        pytest.skip("a fiber per thread: slow, and CUDA has no pieces of 2048 positions")
     pair = make(implementation, shape, torch.float32)
 
     def run():

@@ -4,6 +4,7 @@ Every run draws the same trials. A new family adds its function of a `draw` to F
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,8 +31,8 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Trial:
     """One drawn call: `call(ops or oracles, *inputs)` gives one value per row, or their sum if `reduced`.
 
-    `sizes(*inputs)` is the magnitude of what the call adds up, as in oracles.py: of each row [rows], and of the
-    gradient's entries [rows, cols], for each input or for all. What is not finite there is not compared.
+    `sizes(*inputs)` is the magnitude of what the call adds up, as in oracles.py: of each row [rows] or of their sum,
+    and of the entries of a gradient, one for all inputs or one for each. What is not finite there is not compared.
     """
 
     inputs: list
@@ -84,6 +85,10 @@ def draw_column(draw, values):
     """[rows] numbers, contiguous or every second element."""
     step = draw(st.integers(1, 2), label="step")
     return torch.stack([values] * step, 1)[:, -1]
+
+
+def draw_upstream(draw):
+    return torch.tensor(draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream"))
 
 
 # ---- families --------------------------------------------------------------------------------------------------------
@@ -185,7 +190,7 @@ def draw_pairwise(draw):
         for _ in range(2)
     )
     op = draw(st.sampled_from(["rkd_distance", "rkd_angle", "rkd"]), label="op")
-    upstream = torch.tensor(draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream"))
+    upstream = draw_upstream(draw)
 
     def sizes(student):
         parts = [oracles.sizes_rkd_distance(student, teacher), oracles.sizes_rkd_angle(student, teacher)]
@@ -264,8 +269,107 @@ def draw_feature(name, draw):
     return Trial([student, teacher], call, sizes, reduced, upstream)
 
 
-FAMILIES = {"softmax_kl": draw_softmax_kl, "pairwise": draw_pairwise}
-FAMILIES |= {f"feature-{name}": functools.partial(draw_feature, name) for name in FEATURES}
+def without_turned_signs(entries, matrix, other):
+    """No size for gradients of absolute differences of two matrices [..., n, n] that rounding may turn around."""
+    gap = (matrix - other).abs().detach()
+    gap = gap.masked_fill(torch.eye(gap.shape[-1], dtype=torch.bool), INF)  # a cosine of a row with itself is constant
+    return [torch.full_like(e, INF) for e in entries] if (gap < 1e-5).any() else entries
+
+
+def draw_gram(draw):
+    rows = draw(st.one_of(st.integers(0, 9), st.sampled_from([31, 33, 65])), label="rows")
+    width = st.one_of(st.integers(1, 20), st.sampled_from([255, 257]))
+    inputs = [
+        lay_out(draw, draw_matrix(draw, rows, draw(width, label="width"), draw(st.sampled_from(FLOATS), label="dtype")))
+        for _ in range(2)
+    ]
+    kinds = ["rows", "rows_absolute", "distribution", "polynomial", "absolute", "affinity"]
+    kind = draw(st.sampled_from(kinds), label="kind")
+    if kind == "affinity":  # a sample of so many positions, in rows of a map
+        inputs = [x.t()[None, :, None] for x in inputs]
+        if not rows:
+            inputs = [x.new_zeros(0, x.shape[1], 1, 2) for x in inputs]
+
+        def sizes(*pair):
+            value, *entries = oracles.sizes_affinity(*pair)
+            units = [oracles._cosines_of_rows(x.double().flatten(2).transpose(1, 2), 1e-8) for x in pair]
+            return value, *without_turned_signs(entries, *units)
+
+        return Trial(inputs, lambda o, s, t: o.affinity(s, t), sizes, reduced=True, upstream=draw_upstream(draw))
+    options = {"kind": kind, "eps": draw(st.sampled_from([1e-7, 1e-3] if kind == "distribution" else [0.0, 1e-8]))}
+    if kind == "polynomial":
+        options["coefficients"] = draw(st.lists(st.sampled_from([0.5, -1.0, 0.1]), min_size=1, max_size=5))
+
+    def sizes(*pair):
+        value, *entries = oracles.sizes_gram(*pair, **options)
+        if kind.startswith("rows"):
+            # A row that is 0 has no gradient: the formula divides by the floor of its norm.
+            nothing = [(x == 0).all(-1, keepdim=True) for x in pair]
+            entries = [torch.where(n, INF, e) for n, e in zip(nothing, entries, strict=True)]
+        if kind == "rows_absolute":
+            entries = without_turned_signs(entries, *(oracles._normal_rows(x.double()) for x in pair))
+        elif kind == "absolute":
+            entries = without_turned_signs(
+                entries, *(oracles._cosines_of_rows(x.double(), options["eps"]) for x in pair)
+            )
+        return value, *entries
+
+    return Trial(inputs, lambda o, s, t: o.gram_distance(s, t, **options), sizes, True, draw_upstream(draw))
+
+
+def draw_attention(draw):
+    batch, height = draw(st.integers(0, 3), label="batch"), draw(st.integers(1, 4), label="height")
+    width = draw(st.one_of(st.integers(1, 9), st.sampled_from([255, 257])), label="width")
+    last = draw(st.booleans(), label="channels last")
+    inputs = []
+    for _ in range(2):
+        channels = draw(st.one_of(st.integers(1, 9), st.sampled_from([33, 65])), label="channels")
+        dtype = draw(st.sampled_from(FLOATS), label="dtype")
+        sizes = (batch, height, width, channels) if last else (batch, channels, height, width)
+        x = lay_out(draw, draw_matrix(draw, math.prod(sizes[:-1]), sizes[-1], dtype)).unflatten(0, sizes[:-1])
+        inputs.append(x.movedim(-1, 1) if last else x)
+    power = draw(st.integers(1, 4), label="power")
+    return Trial(
+        inputs,
+        lambda o, s, t: o.attention_transfer(s, t, power),
+        lambda s, t: oracles.sizes_attention(s, t, power),
+        reduced=True,
+        upstream=draw_upstream(draw),
+    )
+
+
+def draw_nce(draw):
+    rows = draw(st.integers(0, 9), label="rows")
+    cols = draw(st.one_of(st.integers(1, 40), st.sampled_from([128, 257])), label="cols")
+    n_data = draw(st.sampled_from([1, 7, 300]), label="n_data")
+    negatives = draw(st.one_of(st.integers(1, 9), st.sampled_from([255, 257])), label="negatives")
+
+    def unit(n):
+        x = draw_matrix(draw, n, cols, torch.float64)
+        x = x / x.norm(dim=1, keepdim=True).clamp(min=1e-300)
+        return lay_out(draw, x.to(draw(st.sampled_from(FLOATS), label="dtype")))
+
+    anchors, banks = [unit(rows), unit(rows)], [unit(n_data), unit(n_data)]
+    index = torch.randint(n_data, (rows, negatives + 1), generator=torch.Generator().manual_seed(rows + cols))
+    constants = [torch.tensor(draw(st.floats(1e-3, 1e6), label="Z"), dtype=torch.float64) for _ in range(2)]
+    temperature = draw(st.sampled_from([0.07, 1.0, 0.02]), label="temperature")
+    return Trial(
+        anchors,
+        lambda o, s, t: o.nce(s, t, *banks, index, *constants, temperature),
+        lambda s, t: oracles.sizes_nce(s, t, *banks, index, *constants, temperature),
+        reduced=True,
+        upstream=draw_upstream(draw),
+    )
+
+
+FAMILIES = {
+    "softmax_kl": draw_softmax_kl,
+    "pairwise": draw_pairwise,
+    "gram": draw_gram,
+    "attention": draw_attention,
+    "nce": draw_nce,
+    **{f"feature-{name}": functools.partial(draw_feature, name) for name in FEATURES},
+}
 
 
 # ---- the check -------------------------------------------------------------------------------------------------------
@@ -305,13 +409,14 @@ def test_fuzz(family):
         trial = FAMILIES[family](data.draw)
         exact = run(trial, oracles, [x.double() for x in trial.inputs])
         value_size, *entries = trial.sizes(*trial.inputs)
+        upstream = trial.upstream.abs().double()
+        scale = upstream if trial.reduced else upstream[:, None]
         sizes = [value_size.sum() if trial.reduced else value_size]
-        for each in entries if len(entries) == len(trial.inputs) else entries * len(trial.inputs):
-            sizes.append(trial.upstream.abs().double().expand(len(each))[:, None] * each)
+        sizes += [scale * x for x in (entries if len(entries) > 1 else entries * len(trial.inputs))]
         with kdfast.fallback():
             results = {"fallback": run(trial, ops, trial.inputs)}
         results["kernel"] = run(trial, ops, trial.inputs)
-        cols = trial.inputs[0].shape[1]
+        cols = max(math.prod(x.shape[1:]) for x in trial.inputs)
         for name, (value, *grads) in results.items():
             told = ~exact[0].isnan()
             assert torch.equal((value == INF)[told], (exact[0] == INF)[told]), f"{name}: {value}, expected {exact[0]}"

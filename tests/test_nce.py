@@ -507,6 +507,7 @@ def test_dtensor_refused(dtensor):
         ops.nce(dtensor(data.student), *data.all()[1:])
 
 
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
 def test_compile(implementation):
     data = make(implementation, *SMALL, torch.float32)
     behaviour.check_compiled(loss_of(data), data.anchors, backend="aot_eager")
@@ -886,14 +887,28 @@ def test_crd_deterministic_algorithms_are_enough(implementation, deterministic_a
     assert all(x.grad.isfinite().all() for x in leaves)
 
 
-def test_crd_autocast(implementation):
-    crd, student, teacher, index = example(implementation)
-    other = copy.deepcopy(crd)
-    loss = crd(student, teacher, index)
-    with torch.autocast(implementation.device.type, dtype=torch.bfloat16):
-        assert torch.equal(other(student, teacher, index), loss)
+def test_crd_settings_change_nothing(implementation):
+    """Neither autocast nor the precision that torch allows to products of float32, which moves those of this size."""
+    crd = kdfast.CRD(256, 192, 20, feature_dim=64, negatives=3).to(implementation.device)
+    student, teacher = (torch.randn(64, d, device=implementation.device) for d in (256, 192))
+    index = torch.arange(64, device=implementation.device) % 20
+
+    def run():
+        module, leaves = copy.deepcopy(crd), behaviour.leaves_of((student, teacher))
+        loss = module(*leaves, index)
+        return [loss, *torch.autograd.grad(loss, [*leaves, *module.parameters()])]
+
+    want, precision = run(), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast(implementation.device.type, dtype=torch.bfloat16):
+            got = run()
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert all(torch.equal(a, b) for a, b in zip(want, got, strict=True))
 
 
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
 def test_crd_compile(implementation):
     """One graph, state included: three steps as they are without compiling."""
     crd, student, teacher, index = example(implementation)

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import simt_library
@@ -171,15 +172,25 @@ def run_tests(folder, name, variant, *arguments, **extra):
     return subprocess.run(command, capture_output=True, text=True, cwd=simt_library.ROOT, env=env)
 
 
-def family_tests(family):
-    return (f"tests/test_{family}.py", "-k", "simt")
+@pytest.fixture(scope="module")
+def sanitized_runs(request, folder):
+    """family -> its SIMT tests under the sanitizers, a future: as many at a time as there are processors."""
+    here = [item for item in request.session.items if "sanitized_runs" in item.fixturenames]
+    pool = ThreadPoolExecutor(os.cpu_count())
+
+    def run(family):
+        # A process each, so one thread each: waiting threads of one would slow the other.
+        return run_tests(folder, "address", "address", f"tests/test_{family}.py", "-k", "simt", OMP_NUM_THREADS="1")
+
+    yield {family: pool.submit(run, family) for family in (item.callspec.params["family"] for item in here)}
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.parametrize("family", simt_library.FAMILIES)
-def test_family_in_bounds(folder, family):
+def test_family_in_bounds(sanitized_runs, family):
     """All SIMT tests of the family once more, under the address and undefined-behaviour sanitizers."""
     try:
-        done = run_tests(folder, "address", "address", *family_tests(family))
+        done = sanitized_runs[family].result()
     except simt_library.Unavailable as reason:
         pytest.skip(f"no sanitizer: {reason}")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:10000]
@@ -189,16 +200,16 @@ def test_family_in_bounds(folder, family):
 @pytest.mark.parametrize("variant", ["plain", "races"])
 @pytest.mark.parametrize("barrier", [0, 1])
 def test_removed_barrier_is_noticed(folder, variant, barrier):
-    """The softmax-KL tests fail without either barrier of group_reduce, by a race and, where none is looked for, by
+    """The attention tests fail without either barrier of group_reduce, by a race and, where none is looked for, by
     a wrong result in this order of threads."""
     csrc = folder / f"without-barrier-{barrier}" / "csrc"
-    for part in ("common", "softmax_kl"):
+    for part in ("common", "attention"):
         shutil.copytree(simt_library.ROOT / "csrc" / part, csrc / part, dirs_exist_ok=True)
     group = csrc / "common/group.cuh"
     parts = group.read_text().split("__syncthreads();")
     assert len(parts) == 3
     group.write_text("__syncthreads();".join(parts[: barrier + 1]) + "__syncthreads();".join(parts[barrier + 1 :]))
-    tests = ("tests/test_softmax_kl.py", "-k", "test_matches_oracle and simt and float32 and 2049 and not dkd")
+    tests = ("tests/test_attention.py", "-x", "-k", "test_matches_oracle and simt and float32 and 17")
     done = run_tests(folder, csrc.parent.name, variant, *tests, KDFAST_SIMT_CSRC=str(csrc))
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"[1-9]\d* failed", done.stdout), done.stdout

@@ -11,11 +11,46 @@ namespace kdfast {
 namespace attention {
 namespace {
 
+// One sample of x [B, C, N] as a matrix of channels, or (`last`) of positions.
+Matrix sample(const Tensor& x, int64_t b, bool last) {
+  const int64_t offset = b * x.stride(0) * static_cast<int64_t>(x.element_size());
+  return {static_cast<char*>(x.data_ptr()) + offset, x.scalar_type(), x.stride(last ? 2 : 1), x.stride(last ? 1 : 2)};
+}
+
+bool channels_last(const Tensor& x) { return x.stride(1) == 1 && x.stride(2) != 1; }
+
+// Whether rows are read and written where they lie, rather than through a buffer.
+template <class A>
+bool in_place(const Matrix& m) {
+  return m.dtype == kDtype<A> && m.col_stride == 1;
+}
+
+// Row and columns [col, col + n) of a matrix that does not lie as A, as A.
+template <class A>
+void copy(const Matrix& m, int64_t row, int64_t col, int64_t n, A* to) {
+  dispatch_float(m.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    widen(static_cast<const T*>(m.data) + row * m.row_stride + col * m.col_stride, m.col_stride, n, to);
+  });
+}
+
 // ---- maps. A task is one sample's piece of positions, whose sums stay in the first-level cache over all channels.
+constexpr int64_t kAbreast = 4;  // long channels that are added to the sums at once; short ones are read as they lie
+
 template <int P, class A>
-KD_MULTIVERSION void add_powers(const A* x, int64_t n, int64_t p, A* sum) {
+KD_MULTIVERSION void add_channels(const A* x, int64_t stride, int64_t channels, int64_t n, int64_t p, A* sum) {
+  int64_t c = 0;
+  for (; n >= kChunk && c + kAbreast <= channels; c += kAbreast, x += kAbreast * stride) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += power<P>(x[i], p);
+    for (int64_t i = 0; i < n; ++i) {
+      sum[i] += (power<P>(x[i], p) + power<P>(x[stride + i], p)) +
+                (power<P>(x[2 * stride + i], p) + power<P>(x[3 * stride + i], p));
+    }
+  }
+  for (; c < channels; ++c, x += stride) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) sum[i] += power<P>(x[i], p);
+  }
 }
 
 template <int P, class A>
@@ -26,21 +61,36 @@ KD_MULTIVERSION A sum_powers(const A* x, int64_t n, int64_t p) {
   return sum;
 }
 
-// One sample of x [B, C, N] as a matrix of channels, or (`last`) of positions.
-Matrix sample(const Tensor& x, int64_t b, bool last) {
-  const int64_t offset = b * x.stride(0) * static_cast<int64_t>(x.element_size());
-  return {static_cast<char*>(x.data_ptr()) + offset, x.scalar_type(), x.stride(last ? 2 : 1), x.stride(last ? 1 : 2)};
+// sum [positions] += those at [begin, end) of the channels of m [C, N].
+template <int P, class A>
+void add_rows(const Matrix& m, int64_t channels, int64_t begin, int64_t end, int64_t p, A* sum) {
+  if (in_place<A>(m)) {
+    const A* x = static_cast<const A*>(m.data) + begin;
+    return add_channels<P>(x, m.row_stride, channels, end - begin, p, sum + begin);
+  }
+  alignas(64) A buffer[kAbreast * kChunk];
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const int64_t n = std::min(kChunk, end - at);
+    for (int64_t c = 0; c < channels; c += kAbreast) {
+      const int64_t rows = std::min(kAbreast, channels - c);
+      for (int64_t r = 0; r < rows; ++r) copy(m, c + r, at, n, buffer + r * kChunk);
+      add_channels<P>(buffer, kChunk, rows, n, p, sum + at);
+    }
+  }
 }
 
-bool channels_last(const Tensor& x) { return x.stride(1) == 1 && x.stride(2) != 1; }
-
-template <class A, class F>
-void for_chunks(const Matrix& m, int64_t row, int64_t begin, int64_t end, A* buffer, const F& f) {
-  for (int64_t at = begin; at < end; at += kChunk) {
-    const int64_t n = std::min(kChunk, end - at), whole = n / kLanes * kLanes;
-    if (whole) f(read(m, row, at, whole, A(0), buffer), at, whole);
-    if (whole < n) f(read(m, row, at + whole, n - whole, A(0), buffer), at + whole, n - whole);
+// sum = that over row n of m [N, C].
+template <int P, class A>
+A sum_row(const Matrix& m, int64_t n, int64_t channels, int64_t p) {
+  if (in_place<A>(m)) return sum_powers<P>(static_cast<const A*>(m.data) + n * m.row_stride, channels, p);
+  alignas(64) A buffer[kChunk];
+  A sum = 0;
+  for (int64_t c = 0; c < channels; c += kChunk) {
+    const int64_t width = std::min(kChunk, channels - c);
+    copy(m, n, c, width, buffer);
+    sum += sum_powers<P>(buffer, width, p);
   }
+  return sum;
 }
 
 // sums [B, N] = sum over channels of x^p.
@@ -48,26 +98,19 @@ template <class A>
 void write_maps(const Tensor& x, int64_t p, A* sums) {
   const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
   const bool last = channels_last(x);
-  const int64_t piece = last ? std::max<int64_t>(1, 16384 / channels) : 2 * kChunk;
+  const int64_t piece = last ? std::max<int64_t>(1, 16384 / channels) : 4 * kChunk;
   const int64_t pieces = (positions + piece - 1) / piece;
   for_each(batch * pieces, 1, [&](int64_t task) {
     const int64_t b = task / pieces, begin = task % pieces * piece, end = std::min(begin + piece, positions);
     const Matrix m = sample(x, b, last);
-    alignas(64) A buffer[kChunk];
     A* sum = sums + b * positions;
-    std::fill(sum + begin, sum + end, A(0));
     dispatch_power(p, [&](auto exponent) {
       constexpr int kP = decltype(exponent)::value;
       if (last) {
-        for (int64_t n = begin; n < end; ++n) {
-          for_chunks(m, n, 0, channels, buffer,
-                     [&](const A* from, int64_t, int64_t width) { sum[n] += sum_powers<kP>(from, width, p); });
-        }
+        for (int64_t n = begin; n < end; ++n) sum[n] = sum_row<kP, A>(m, n, channels, p);
       } else {
-        for (int64_t c = 0; c < channels; ++c) {
-          for_chunks(m, c, begin, end, buffer,
-                     [&](const A* from, int64_t at, int64_t width) { add_powers<kP>(from, width, p, sum + at); });
-        }
+        std::fill(sum + begin, sum + end, A(0));
+        add_rows<kP>(m, channels, begin, end, p, sum);
       }
     });
   });
@@ -140,17 +183,24 @@ std::tuple<Tensor, Tensor, Tensor> attention_transfer_cpu(Tensor student, Tensor
   return {loss, kept(need_student, maps_s), kept(need_teacher, maps_t)};
 }
 
-// ---- the gradient: slope_n x_cn^(p-1), in pieces of rows of channels or (channels last) of positions
+// ---- the gradient: slope_n x_cn^(p-1), of rows of channels or (channels last) of positions. out [rows, n]
 template <int P, class A>
-KD_MULTIVERSION void scale_by_slopes(const A* x, const A* slopes, int64_t n, int64_t p, A grad, A* out) {
+KD_MULTIVERSION void scale_channels(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p,
+                                    A grad, A* out) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += n) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = grad * slopes[i] * power<P>(x[i], p);
+    for (int64_t i = 0; i < n; ++i) out[i] = grad * slopes[i] * power<P>(x[i], p);
+  }
 }
 
 template <int P, class A>
-KD_MULTIVERSION void scale_by_slope(const A* x, int64_t n, int64_t p, A slope, A* out) {
+KD_MULTIVERSION void scale_positions(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p,
+                                     A grad, A* out) {
+  for (int64_t r = 0; r < rows; ++r, x += stride, out += n) {
+    const A slope = grad * slopes[r];
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = slope * power<P>(x[i], p);
+    for (int64_t i = 0; i < n; ++i) out[i] = slope * power<P>(x[i], p);
+  }
 }
 
 Tensor attention_gradient_cpu(Tensor grad, Tensor slope, Tensor x, int64_t p) {
@@ -162,23 +212,32 @@ Tensor attention_gradient_cpu(Tensor grad, Tensor slope, Tensor x, int64_t p) {
   dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     const A upstream = read<A>(column(grad), 0);
-    const A* slopes = static_cast<const A*>(slope.data_ptr());
-    for_each(batch * rows, std::max<int64_t>(1, 16384 / cols), [&](int64_t row) {
-      const int64_t b = row / rows;
-      const A* of_sample = slopes + b * positions;
-      alignas(64) A buffer[kChunk], result[kChunk];
-      for_chunks(sample(x, b, last), row % rows, 0, cols, buffer, [&](const A* from, int64_t at, int64_t n) {
-        A* to = target(out, row, at, n, result);
-        dispatch_power(p - 1, [&](auto exponent) {
-          constexpr int kP = decltype(exponent)::value;
-          if (last) {
-            scale_by_slope<kP>(from, n, p - 1, upstream * of_sample[row % rows], to);
-          } else {
-            scale_by_slopes<kP>(from, of_sample + at, n, p - 1, upstream, to);
-          }
-        });
-        write(out, row, at, n, to);
+    const auto scale = [&](const A* from, int64_t stride, int64_t count, int64_t n, const A* slopes, A* to) {
+      dispatch_power(p - 1, [&](auto exponent) {
+        constexpr int kP = decltype(exponent)::value;
+        (last ? scale_positions<kP, A> : scale_channels<kP, A>)(from, stride, count, n, slopes, p - 1, upstream, to);
       });
+    };
+    for_ranges(batch * rows, std::max<int64_t>(1, 16384 / cols), [&](int64_t begin, int64_t end) {
+      alignas(64) A buffer[kChunk], result[kChunk];
+      for (int64_t row = begin, count; row < end; row += count) {
+        const int64_t b = row / rows, r = row % rows;
+        const Matrix m = sample(x, b, last);
+        const A* slopes = static_cast<const A*>(slope.data_ptr()) + b * positions + (last ? r : 0);
+        if (in_place<A>(m)) {
+          count = std::min(end - row, rows - r);  // of one sample
+          scale(static_cast<const A*>(m.data) + r * m.row_stride, m.row_stride, count, cols, slopes,
+                static_cast<A*>(out.data) + row * cols);
+          continue;
+        }
+        count = 1;
+        for (int64_t at = 0; at < cols; at += kChunk) {
+          const int64_t n = std::min(kChunk, cols - at);
+          copy(m, r, at, n, buffer);
+          scale(buffer, 0, 1, n, last ? slopes : slopes + at, result);
+          write(out, row, at, n, result);
+        }
+      }
     });
   });
   return last ? torch::stable::transpose(memory, 1, 2) : memory;

@@ -22,29 +22,30 @@ Matrix matrix_of(const Tensor& x, int64_t z) {
   return {static_cast<char*>(x.data_ptr()) + offset, x.scalar_type(), x.stride(1), x.stride(2)};
 }
 
-// Some rows and columns of a matrix as A, in whole tiles and vectors: in place, or copied with zeros beyond its end.
+// Some rows and columns of a matrix as A, in whole vectors: in place, or copied with zeros beyond its end.
 template <class A>
 struct Panel {
   const A* data;
   int64_t stride;
 };
 
-// Rows [row, row + height) of `rows`, columns [col, col + width); `filled` rows and `stride` columns of the buffer.
 template <class A>
-Panel<A> panel(const Matrix& m, int64_t rows, int64_t row, int64_t filled, int64_t col, int64_t width, int64_t stride,
-               A* buffer) {
+bool in_place(const Matrix& m, int64_t width) {
+  return m.dtype == kDtype<A> && m.col_stride == 1 && width % kLanesOf<A> == 0;
+}
+
+// Rows [row, row + height), columns [col, col + width); the buffer has `stride` columns.
+template <class A>
+Panel<A> panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer) {
   const int64_t offset = row * m.row_stride + col * m.col_stride;
-  if (m.dtype == kDtype<A> && m.col_stride == 1 && row + filled <= rows && width % kLanesOf<A> == 0) {
-    return {static_cast<const A*>(m.data) + offset, m.row_stride};
-  }
-  const int64_t end = (width + kLanesOf<A> - 1) / kLanesOf<A> * kLanesOf<A>;
+  if (in_place<A>(m, width)) return {static_cast<const A*>(m.data) + offset, m.row_stride};
+  const int64_t end = blocks_of(width, kLanesOf<A>) * kLanesOf<A>;
   dispatch_float(m.dtype, [&](auto tag) {
     using T = decltype(tag);
     const T* from = static_cast<const T*>(m.data) + offset;
-    for (int64_t r = 0; r < filled; ++r) {
-      const int64_t there = row + r < rows ? width : 0;
-      if (there) widen(from + r * m.row_stride, m.col_stride, there, buffer + r * stride);
-      std::fill(buffer + r * stride + there, buffer + r * stride + end, A(0));
+    for (int64_t r = 0; r < height; ++r) {
+      widen(from + r * m.row_stride, m.col_stride, width, buffer + r * stride);
+      std::fill(buffer + r * stride + width, buffer + r * stride + end, A(0));
     }
   });
   return {buffer, stride};
@@ -52,81 +53,112 @@ Panel<A> panel(const Matrix& m, int64_t rows, int64_t row, int64_t filled, int64
 
 // ---- inner products of rows
 constexpr int64_t kBlock = 32, kDepth = 1024;  // rows of a block; columns of a panel
+constexpr int64_t kGroup = 36;                 // blocks of products that take turns at panels, which so stay in a cache
 
-// block[i][j] += x[i] . y[j] over n columns; with `upper` only of tiles on and above the diagonal.
+// block[i][j] += x[i] . y[j] over n columns, i < rows, j < cols; with `upper` only of tiles on and above the diagonal.
 template <class A>
-KD_MULTIVERSION void add_inner(Panel<A> x, Panel<A> y, int64_t n, bool upper, A* block) {
-  for (int64_t i = 0; i < kBlock; i += kTile) {
-    for (int64_t j = upper ? i : 0; j < kBlock; j += kTile) {
+KD_MULTIVERSION void add_inner(Panel<A> x, Panel<A> y, int64_t rows, int64_t cols, int64_t n, bool upper, A* block) {
+  for (int64_t i = 0; i < rows; i += kTile) {
+    const A* x_row[kTile];
+    for (int64_t a = 0; a < kTile; ++a) x_row[a] = x.data + std::min(i + a, rows - 1) * x.stride;
+    for (int64_t j = upper ? i : 0; j < cols; j += kTile) {
+      const A* y_row[kTile];
+      for (int64_t b = 0; b < kTile; ++b) y_row[b] = y.data + std::min(j + b, cols - 1) * y.stride;
       Lanes<A> sum[kTile][kTile] = {};
       for (int64_t c = 0; c < n; c += kLanesOf<A>) {
         Lanes<A> own[kTile];
-        for (int64_t a = 0; a < kTile; ++a) own[a] = load(x.data + (i + a) * x.stride + c);
+        for (int64_t a = 0; a < kTile; ++a) own[a] = load(x_row[a] + c);
         for (int64_t b = 0; b < kTile; ++b) {
-          const Lanes<A> other = load(y.data + (j + b) * y.stride + c);
+          const Lanes<A> other = load(y_row[b] + c);
           for (int64_t a = 0; a < kTile; ++a) sum[a][b] += own[a] * other;
         }
       }
+      A sums[kTile][kTile];
+      lane_sums<A, kTile * kTile>(sum[0], sums[0]);
       for (int64_t a = 0; a < kTile; ++a) {
-        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += lane_sum<A>(sum[a][b]);
+        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
       }
     }
   }
 }
 
-// out [n, m] = x_i . y_j; without y, of x with itself: half of the work.
+// out [Z, n, m] = x_i . y_j; without y, of x with itself: half of the work.
 template <class A>
 void write_inner(const Tensor& x, const Tensor* y, A* out) {
   const int64_t n = x.size(1), m = y ? y->size(1) : n, dim = x.size(2);
   const int64_t down = blocks_of(n, kBlock), across = blocks_of(m, kBlock);
   const int64_t each = y ? down * across : down * (down + 1) / 2;
-  for_each(x.size(0) * each, 1, [&](int64_t task) {
-    const int64_t z = task / each;
+  // f(z, i0, j0, rows, cols, whether both are the same rows) of a block
+  const auto with_block = [&](int64_t task, const auto& f) {
     int64_t i = task % each, j = 0;
     if (y) {
       j = i % across;
       i /= across;
-    } else {  // the i-th pair of blocks i <= j, row by row
+    } else {  // the i-th pair of blocks i <= j
       while (i > j) i -= ++j;
     }
     const int64_t i0 = i * kBlock, j0 = j * kBlock;
-    const Matrix own = matrix_of(x, z), other = y ? matrix_of(*y, z) : own;
-    std::vector<A> buffer;
-    alignas(64) A block[kBlock * kBlock] = {};
-    A* to = out + z * n * m;
-    for (int64_t c = 0, width; c < dim; c += width) {
-      width = std::min(kDepth, dim - c);
-      if (width > kLanesOf<A>) width = width / kLanesOf<A> * kLanesOf<A>;  // the rest is a panel of its own
-      const bool copies = own.dtype != kDtype<A> || other.dtype != kDtype<A> || own.col_stride != 1 ||
-                          other.col_stride != 1 || i0 + kBlock > n || j0 + kBlock > m || width < kLanesOf<A>;
-      if (copies && buffer.empty()) buffer.resize(2 * kBlock * kDepth);
-      const Panel<A> a = panel(own, n, i0, kBlock, c, width, kDepth, buffer.data());
-      const Panel<A> b =
-          !y && i == j ? a : panel(other, m, j0, kBlock, c, width, kDepth, buffer.data() + kBlock * kDepth);
-      add_inner(a, b, width, !y && i == j, block);
-    }
-    for (int64_t r = i0; r < std::min(i0 + kBlock, n); ++r) {
-      for (int64_t s = j0; s < std::min(j0 + kBlock, m); ++s) {
-        const bool mirrored = !y && s < r;  // in a tile below the diagonal
-        out[z * n * m + r * m + s] = mirrored ? block[(s - j0) * kBlock + r - i0] : block[(r - i0) * kBlock + s - j0];
+    f(task / each, i0, j0, std::min(kBlock, n - i0), std::min(kBlock, m - j0), !y && i == j);
+  };
+  for_ranges(x.size(0) * each, 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> buffer, blocks;
+    for (int64_t first = begin; first < end; first += kGroup) {
+      const int64_t count = std::min(kGroup, end - first);
+      blocks.assign(count * kBlock * kBlock, A(0));
+      for (int64_t c = 0, width; c < dim; c += width) {
+        width = std::min(kDepth, dim - c);
+        if (width > kLanesOf<A>) width = width / kLanesOf<A> * kLanesOf<A>;  // the rest is a panel of its own
+        for (int64_t t = 0; t < count; ++t) {
+          with_block(first + t, [&](int64_t z, int64_t i0, int64_t j0, int64_t rows, int64_t cols, bool same) {
+            const Matrix own = matrix_of(x, z), other = y ? matrix_of(*y, z) : own;
+            const bool copies = !in_place<A>(own, width) || !in_place<A>(other, width);
+            if (copies && buffer.empty()) buffer.resize(2 * kBlock * kDepth);
+            const Panel<A> a = panel(own, i0, rows, c, width, kDepth, buffer.data());
+            const Panel<A> b = same ? a : panel(other, j0, cols, c, width, kDepth, buffer.data() + kBlock * kDepth);
+            add_inner(a, b, rows, cols, width, same, blocks.data() + t * kBlock * kBlock);
+          });
+        }
       }
-    }
-    if (y || i == j) return;
-    for (int64_t s = j0; s < std::min(j0 + kBlock, m); ++s) {
-      for (int64_t r = i0; r < std::min(i0 + kBlock, n); ++r) to[s * m + r] = block[(r - i0) * kBlock + s - j0];
+      for (int64_t t = 0; t < count; ++t) {
+        with_block(first + t, [&](int64_t z, int64_t i0, int64_t j0, int64_t rows, int64_t cols, bool same) {
+          const A* block = blocks.data() + t * kBlock * kBlock;
+          A* to = out + z * n * m;
+          for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t s = 0; s < cols; ++s) {
+              const bool mirrored = same && s < r;  // in a tile below the diagonal
+              to[(i0 + r) * m + j0 + s] = mirrored ? block[s * kBlock + r] : block[r * kBlock + s];
+            }
+          }
+          if (y || same) return;
+          for (int64_t s = 0; s < cols; ++s) {
+            for (int64_t r = 0; r < rows; ++r) to[(j0 + s) * m + i0 + r] = block[r * kBlock + s];
+          }
+        });
+      }
     }
   });
 }
 
 // ---- weighted sums of rows
 
-// out[i] += sum over n rows j of w[i][j] x[j], for kTile rows i and kV vectors of columns.
+// Sums in memory: `fresh` ones begin at 0, whatever is there. Those that are complete are multiplied by `scale`.
+template <class A>
+struct Sums {
+  A* data;
+  int64_t stride;
+  bool fresh;
+  A scale;
+};
+
+// out[i] += sum over n rows j of w[i][j] x[j], for `rows` of kTile rows i and kV vectors of columns.
 template <class A, int64_t kV>
 KD_HD void add_weighted_tile(const A* const (&w)[kTile], int64_t col_stride, const A* x, int64_t x_stride, int64_t n,
-                             A* out, int64_t out_stride) {
-  Lanes<A> sum[kTile][kV];
-  for (int64_t a = 0; a < kTile; ++a) {
-    for (int64_t v = 0; v < kV; ++v) sum[a][v] = load(out + a * out_stride + v * kLanesOf<A>);
+                             int64_t rows, const Sums<A>& out) {
+  Lanes<A> sum[kTile][kV] = {};
+  if (!out.fresh) {
+    for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
+      for (int64_t v = 0; v < kV; ++v) sum[a][v] = load(out.data + a * out.stride + v * kLanesOf<A>);
+    }
   }
   for (int64_t j = 0; j < n; ++j) {
     Lanes<A> row[kV];
@@ -136,27 +168,27 @@ KD_HD void add_weighted_tile(const A* const (&w)[kTile], int64_t col_stride, con
       for (int64_t v = 0; v < kV; ++v) sum[a][v] += weight * row[v];
     }
   }
-  for (int64_t a = 0; a < kTile; ++a) {
-    for (int64_t v = 0; v < kV; ++v) store(out + a * out_stride + v * kLanesOf<A>, sum[a][v]);
+  const Lanes<A> scale = all(out.scale);
+  for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
+    for (int64_t v = 0; v < kV; ++v) store(out.data + a * out.stride + v * kLanesOf<A>, sum[a][v] * scale);
   }
 }
 
-// The same for `rows` rows i, of which there are whole tiles in `out` but not in the weights, and `width` columns in
-// whole vectors.
+// The same for `rows` rows i and `width` columns in whole vectors.
 template <class A>
 KD_MULTIVERSION void add_weighted(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, const A* x,
-                                  int64_t x_stride, int64_t n, int64_t width, A* out, int64_t out_stride) {
+                                  int64_t x_stride, int64_t n, int64_t width, const Sums<A>& out) {
   constexpr int64_t kWide = kVectors * kLanesOf<A>;
   for (int64_t c = 0; c < width;) {
     const bool wide = c + kWide <= width;
     for (int64_t i = 0; i < rows; i += kTile) {
       const A* w[kTile];
       for (int64_t a = 0; a < kTile; ++a) w[a] = weights + std::min(i + a, rows - 1) * row_stride;
-      A* to = out + i * out_stride + c;
+      const Sums<A> to{out.data + i * out.stride + c, out.stride, out.fresh, out.scale};
       if (wide) {
-        add_weighted_tile<A, kVectors>(w, col_stride, x + c, x_stride, n, to, out_stride);
+        add_weighted_tile<A, kVectors>(w, col_stride, x + c, x_stride, n, rows - i, to);
       } else {
-        add_weighted_tile<A, 1>(w, col_stride, x + c, x_stride, n, to, out_stride);
+        add_weighted_tile<A, 1>(w, col_stride, x + c, x_stride, n, rows - i, to);
       }
     }
     c += wide ? kWide : kLanesOf<A>;
@@ -169,24 +201,24 @@ template <class A>
 void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tensor& out) {
   const int64_t batch = weights.size(0), n = weights.size(1), m = weights.size(2), dim = x.size(2);
   const int64_t down = blocks_of(n, kTall), across = blocks_of(dim, kAcross);
-  for_each(batch * down * across, 1, [&](int64_t task) {
-    const int64_t z = task / (down * across), i0 = task / across % down * kTall, c0 = task % across * kAcross;
+  for_each(batch * down * across, 1, [&](int64_t task) {  // column by column, whose part of x stays in a cache
+    const int64_t z = task / (down * across), c0 = task / down % across * kAcross, i0 = task % down * kTall;
     const int64_t rows = std::min(kTall, n - i0), width = std::min(kAcross, dim - c0);
-    const int64_t filled = (width + kLanesOf<A> - 1) / kLanesOf<A> * kLanesOf<A>;
-    const Matrix from = matrix_of(x, z);
+    const int64_t filled = blocks_of(width, kLanesOf<A>) * kLanesOf<A>;
+    const Matrix from = matrix_of(x, z), to = matrix_of(out, z);
     const A* w = static_cast<const A*>(weights.data_ptr()) + z * weights.stride(0) + i0 * weights.stride(1);
-    std::vector<A> buffer(kTall * kAcross), sums(kTall * kAcross);
-    for (int64_t j0 = 0; j0 < m; j0 += kTall) {
+    const bool direct = in_place<A>(to, width);
+    std::vector<A> buffer(in_place<A>(from, width) ? 0 : kTall * kAcross), held(direct ? 0 : kTall * kAcross);
+    A* sums = direct ? static_cast<A*>(to.data) + i0 * to.row_stride + c0 : held.data();
+    for (int64_t j0 = 0; j0 == 0 || j0 < m; j0 += kTall) {
       const int64_t height = std::min(kTall, m - j0);
-      const Panel<A> p = panel(from, m, j0, height, c0, width, kAcross, buffer.data());
+      const Panel<A> p = panel(from, j0, height, c0, width, kAcross, buffer.data());
+      const Sums<A> these{sums, direct ? to.row_stride : kAcross, j0 == 0, j0 + height == m ? factor : A(1)};
       add_weighted(w + j0 * weights.stride(2), weights.stride(1), weights.stride(2), rows, p.data, p.stride, height,
-                   filled, sums.data(), kAcross);
+                   filled, these);
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      A* sum = sums.data() + i * kAcross;
-      for (int64_t c = 0; c < width; ++c) sum[c] *= factor;
-      write(matrix_of(out, z), i0 + i, c0, width, sum);
-    }
+    if (direct) return;
+    for (int64_t i = 0; i < rows; ++i) write(to, i0 + i, c0, width, sums + i * kAcross);
   });
 }
 
@@ -247,8 +279,9 @@ KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A
   return loss;
 }
 
-template <class A>
-KD_MULTIVERSION double compare_row(const Cosines<A>& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats) {
+template <class A, int kTerms>
+KD_MULTIVERSION double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n,
+                                   Stats<A> stats) {
   double loss = 0;
 #pragma omp simd reduction(+ : loss)
   for (int64_t j = 0; j < n; ++j) {
@@ -258,11 +291,10 @@ KD_MULTIVERSION double compare_row(const Cosines<A>& f, const A* g, const A* h, 
   return loss;
 }
 
-template <class A, class F>
-KD_MULTIVERSION void weigh_row(const F& f, Side side, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats,
-                               A* weights) {
+template <Side kSide, class A, class F>
+KD_MULTIVERSION void weigh_row(const F& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats, A* weights) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) weights[j] = f.weight(side, g[j], h[j], i, j, stats);
+  for (int64_t j = 0; j < n; ++j) weights[j] = f.weight(kSide, g[j], h[j], i, j, stats);
 }
 
 template <class A>
@@ -295,7 +327,8 @@ double compare(const F& f, const Tensor& student, const Tensor& teacher, A* cons
     for (const Side side : {kStudent, kTeacher}) {
       A* to = weights[side] + row * n;
       if (!weights[side]) continue;
-      weigh_row(f, side, grams[0] + row * n, grams[1] + row * n, row % n, n, stats_of(row), to);
+      const auto weigh = side == kStudent ? weigh_row<kStudent, A, F> : weigh_row<kTeacher, A, F>;
+      weigh(f, grams[0] + row * n, grams[1] + row * n, row % n, n, stats_of(row), to);
       if constexpr (F::kCosines) {
         const A* g = grams[side] + row * n;
         const A norm = norm_of(g[row % n]), inverse = stats_of(row).get(F::kInverseS + side, row % n);
@@ -381,18 +414,18 @@ double affinity_block(const Network<A> (&nets)[2], int64_t b, int64_t i0, int64_
   for (int side = 0; side < 2; ++side) {
     const Network<A>& net = nets[side];
     const A* u = net.channel_rows(b);
-    std::fill(products[side], products[side] + kPositions * kPositions, A(0));
     add_weighted(u + i0, 1, net.padded_positions, kPositions, u + j0, net.padded_positions, net.channels, kPositions,
-                 products[side], kPositions);
+                 Sums<A>{products[side], kPositions, true, A(1)});
   }
   const double loss = take_signs(products[0], products[1], signs);
   for (const Network<A>& net : nets) {
     if (!net.grad) continue;
     const int64_t width = net.padded_channels;
     A *u_i = net.position_rows(net.by_position, b, i0), *u_j = net.position_rows(net.by_position, b, j0);
-    A *grad_i = net.position_rows(net.grad, b, i0), *grad_j = net.position_rows(net.grad, b, j0);
-    add_weighted(signs, kPositions, 1, kPositions, u_j, width, kPositions, width, grad_i, width);
-    if (i0 != j0) add_weighted(signs, 1, kPositions, kPositions, u_i, width, kPositions, width, grad_j, width);
+    const Sums<A> grad_i{net.position_rows(net.grad, b, i0), width, false, A(1)};
+    const Sums<A> grad_j{net.position_rows(net.grad, b, j0), width, false, A(1)};
+    add_weighted(signs, kPositions, 1, kPositions, u_j, width, kPositions, width, grad_i);
+    if (i0 != j0) add_weighted(signs, 1, kPositions, kPositions, u_i, width, kPositions, width, grad_j);
   }
   return i0 == j0 ? loss : 2 * loss;
 }

@@ -186,8 +186,8 @@ __device__ double compare_row(const Distribution<A>& f, const A* g, const A* h, 
   return group_reduce<kThreads>(loss, Add{});
 }
 
-template <class A>
-__device__ double compare_row(const Cosines<A>& f, const A* g, const A* h, int64_t i, int64_t n,
+template <class A, int kTerms>
+__device__ double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n,
                               const Stats<A>& stats) {
   return sum_over(n, [&](int64_t j) {
     A slope_s, slope_t;

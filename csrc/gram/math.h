@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/vector_math.h"
@@ -17,14 +18,14 @@ namespace kdfast {
 namespace gram {
 
 constexpr double kSmallestNorm = 1e-12;  // of a row of G
-constexpr int kMaxOrder = 16;            // of the polynomial
+constexpr int kMaxTerms = 16;            // of a polynomial: MOST_TERMS of ops/gram.py
 constexpr int kStats = 7;                // most statistics of a row
 
 enum Side { kStudent, kTeacher };
 
 template <class A>
 KD_HD A sign(A x) {
-  return x > 0 ? A(1) : x < 0 ? A(-1) : A(0);
+  return static_cast<A>(x > 0) - static_cast<A>(x < 0);
 }
 
 template <class A>
@@ -137,19 +138,22 @@ struct Distribution {
   }
 };
 
-// (K(c) - K(c'))^2 with a polynomial K, or without one |c - c'|.
-template <class A>
+// (K(c) - K(c'))^2 with a polynomial K of kTerms coefficients; without any, |c - c'|. Those of papers are compiled,
+// others (kAnyTerms) loop.
+constexpr int kAnyTerms = kMaxTerms + 1;
+
+template <class A, int kTerms>
 struct Cosines {
   static constexpr bool kCosines = true;
   A scale, eps;
-  int64_t order;  // coefficients; 0: |c - c'|
-  A coefficients[kMaxOrder];
+  int64_t terms;
+  A coefficients[kMaxTerms];
   enum Stat { kInverseS, kInverseT };
 
   KD_HD A value(A c, A& slope) const {
     A k = 0;
     slope = 0;
-    for (int64_t p = order; p-- > 0;) {
+    for (int64_t p = kTerms == kAnyTerms ? terms : kTerms; p-- > 0;) {
       slope = slope * c + k;
       k = k * c + coefficients[p];
     }
@@ -158,7 +162,7 @@ struct Cosines {
 
   // -> the loss; slopes in c and c'.
   KD_HD A entry(A c, A d, A& slope_s, A& slope_t) const {
-    if (order == 0) {
+    if constexpr (kTerms == 0) {
       slope_s = sign(c - d);
       slope_t = -slope_s;
       return std::abs(c - d);
@@ -202,9 +206,17 @@ void dispatch_comparison(const std::string& kind, double scale, double eps, cons
   if (kind == "rows") return f(Rows<A, false>{s});
   if (kind == "rows_absolute") return f(Rows<A, true>{s});
   if (kind == "distribution") return f(Distribution<A>{s, e});
-  Cosines<A> cosines{s, e, static_cast<int64_t>(coefficients.size()), {}};
-  for (size_t p = 0; p < coefficients.size(); ++p) cosines.coefficients[p] = static_cast<A>(coefficients[p]);
-  f(cosines);
+  const auto with = [&](auto terms) {
+    Cosines<A, decltype(terms)::value> cosines{s, e, static_cast<int64_t>(coefficients.size()), {}};
+    for (size_t p = 0; p < coefficients.size(); ++p) cosines.coefficients[p] = static_cast<A>(coefficients[p]);
+    f(cosines);
+  };
+  switch (coefficients.size()) {
+    case 0: return with(std::integral_constant<int, 0>{});
+    case 2: return with(std::integral_constant<int, 2>{});
+    case 3: return with(std::integral_constant<int, 3>{});
+    default: return with(std::integral_constant<int, kAnyTerms>{});
+  }
 }
 
 }  // namespace gram

@@ -7,7 +7,7 @@ from torch import nn
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum, total
-from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
+from kdfast.ops.gram import MOST_TERMS, affinity, gram_distance, inner_products, selectivity
 from kdfast.ops.pairwise import _flat
 from kdfast.ops.pool import average_pool, to_smaller_square
 
@@ -63,6 +63,8 @@ class CCKD(nn.Module):
             raise ValueError(f"kernel must be 'gaussian' or 'bilinear', got {kernel!r}")
         check.number("gamma", gamma)
         check.count("order", order)
+        if order >= MOST_TERMS:
+            raise ValueError(f"order must be at most {MOST_TERMS - 1}, got {order}")
         self.kernel = kernel
         self.gamma = gamma
         self.order = order

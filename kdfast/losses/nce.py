@@ -9,6 +9,7 @@ from torch import nn
 from kdfast import _kernels, distributed
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.gram import inner_products
 from kdfast.ops.nce import (
     LARGEST_BANK,
     check_rows,
@@ -43,7 +44,7 @@ class CRD(nn.Module):
     the averaged gradients and the banks are those of one process. To wrap a model that contains CRD in DDP, see
     ``kdfast.distributed.ignore_banks``. All state, the seed of the draws too, is in the state_dict. The official code
     draws negatives in the data loader, reads Z on the host, and embeds a zero row as NaN (here: 0). The embeddings are
-    linear layers in the inputs' accumulation type, and follow torch's setting for TF32. Op: ``nce``.
+    linear layers in the inputs' accumulation type, whatever autocast and torch's setting for TF32 say. Op: ``nce``.
     """
 
     def __init__(
@@ -212,23 +213,18 @@ class CRD(nn.Module):
 
 def _unit(x, linear):
     """Rows of x embedded and divided by their lengths, in the accumulation type; a zero row stays zero."""
-    dtype, rows = accumulator(x, linear.weight), x.shape[0]
-    x, weight = x.flatten(1).to(dtype), linear.weight.to(dtype)
-    if x.device.type == "cpu":
-        x, weight = _to_whole_tiles(x), _to_whole_tiles(weight)
-    with torch.autocast(x.device.type, enabled=False):
-        x = (x @ weight.t())[:rows, : linear.out_features] + linear.bias.to(dtype)
+    dtype = accumulator(x, linear.weight)
+    x = _products(x.flatten(1), linear.weight).to(dtype) + linear.bias.to(dtype)
     squares = fixed_sum(x * x)[:, None]
     return x / torch.where(squares > 0, squares, 1.0).sqrt()
 
 
-TILE = 64
-
-
-def _to_whole_tiles(x):
-    """With zeros up to multiples of 64: the bits of other matrix products depend on a CPU's number of threads."""
-    rows, cols = (-size % TILE for size in x.shape)
-    return nn.functional.pad(x, (0, cols, 0, rows)) if rows or cols else x
+def _products(x, weight):
+    """x weight^T; neither autocast nor a setting for products of float32 reaches it."""
+    if x.device.type == "cpu":
+        return inner_products(x[None], weight[None])[0]
+    # A batch by a few features is too little for kdfast's own product to fill a GPU.
+    return x.double() @ weight.double().t()
 
 
 def _gather_batch(moves, index, log_sums, counts):

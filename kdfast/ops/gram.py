@@ -25,6 +25,7 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 
 KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
 FLOOR = 1e-12  # smallest norm of a row of G, as in torch.nn.functional.normalize
+MOST_TERMS = 16  # of a polynomial: what a kernel holds
 BLOCK = 2**20  # elements of a temporary of the affinity
 
 
@@ -388,7 +389,7 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
             too; float32, float64, float16 or bfloat16, any strides; dtypes may differ.
         kind: "rows", "rows_absolute", "distribution", "polynomial" or "absolute".
         eps: added to the rows' norms, and to the shares of "distribution".
-        coefficients: of the polynomial, from c^0 on.
+        coefficients: of the polynomial, from c^0 on; at most 16.
 
     Returns: 0-d in the accumulation type: float64 if an input is float64, else float32. Exactly 0 for equal inputs.
 
@@ -401,6 +402,8 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     check.number("eps", eps, low=0.0)
     if (kind == "polynomial") != bool(coefficients):
         raise ValueError(f"coefficients belong to kind 'polynomial', got {coefficients!r} with kind {kind!r}")
+    if len(coefficients) > MOST_TERMS:
+        raise ValueError(f"coefficients must be at most {MOST_TERMS}, got {len(coefficients)}")
     for name, x in (("student", student), ("teacher", teacher)):
         check.tensor(name, x)
         check.floating(name, x)
