@@ -67,28 +67,33 @@ KD_MULTIVERSION Sums<A> exponentials(const A* z, int64_t n, A max, A rate, A* e)
 
 template <class A>
 struct LearnerSums {
-  A sum, sum_1;
-  Shared<A> shared;
+  A sum, sum_1, dot, centred, extra;
+
+  // What the careful form is for.
+  bool has_masked() const { return !(dot - dot == 0 && centred - centred == 0); }
 };
 
-// A learner beside its target, whose exponentials are e_t.
-template <int kT, bool kEps, class A>
+// A learner beside its target, whose exponentials are e_t. Without kMasked no logit is -inf, or `has_masked` tells.
+template <int kT, bool kEps, bool kMasked, class A>
 KD_MULTIVERSION LearnerSums<A> learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
   A sum = 0, sum_1 = 0, dot = 0, centred = 0, extra = 0;
 #pragma omp simd reduction(+ : sum, sum_1, dot, centred, extra)
   for (int64_t i = 0; i < n; ++i) {
-    const A c_q = z[i] - max_q, e_q = exp2(c_q * rate);
+    const A c_q = z[i] - max_q, c_t = t[i] - max_t, e_q = exp2(c_q * rate);
     sum += e_q;
     sum_1 += exp_1<kT>(e_q, c_q);
-    Shared<A> one;
-    one.add(e_t[i], t[i] - max_t, c_q);
-    dot += one.dot;
-    if (kEps) {
+    if (kMasked) {
+      Shared<A> one;
+      one.add(e_t[i], c_t, c_q);
+      dot += one.dot;
       centred += one.centred;
       extra += one.extra;
+    } else {
+      dot += e_t[i] * (c_t - c_q);
+      if (kEps) centred += c_q;
     }
   }
-  return {sum, sum_1, {dot, centred, extra}};
+  return {sum, sum_1, dot, centred, extra};
 }
 
 // A target's softmax in bits: log2 p = (t - max) rate - log2_sum, p = e inverse.
@@ -99,19 +104,32 @@ struct LogSoftmax {
   LogSoftmax(Side<A> side, A rate) : max(side.max), rate(rate), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
 };
 
-template <class A>
+template <bool kMasked, class A>
 KD_MULTIVERSION Raised<A> raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
   A rise = 0, logs = 0, live = 0;
 #pragma omp simd reduction(+ : rise, logs, live)
   for (int64_t i = 0; i < n; ++i) {
-    const A c = t[i] - s.max, p = e[i] * s.inverse;
-    Raised<A> one;
-    one.add(p, c * s.rate - s.log2_sum, fast_log2(p + eps), !is_masked(c));
-    rise += one.rise;
-    logs += one.logs;
-    live += one.live;
+    const A c = t[i] - s.max, p = e[i] * s.inverse, log_p = c * s.rate - s.log2_sum, log_raised = fast_log2(p + eps);
+    if (kMasked) {
+      Raised<A> one;
+      one.add(p, log_p, log_raised, !is_masked(c));
+      rise += one.rise;
+      logs += one.logs;
+      live += one.live;
+    } else {
+      rise += p * (log_raised - log_p);
+      logs += log_raised;
+    }
   }
-  return {rise, logs, live};
+  return {rise, logs, kMasked ? live : static_cast<A>(n)};
+}
+
+template <class A>
+KD_MULTIVERSION bool any_masked(const A* t, int64_t n) {
+  A low = infinity<A>();
+#pragma omp simd reduction(min : low)
+  for (int64_t i = 0; i < n; ++i) low = t[i] < low ? t[i] : low;
+  return is_masked(low);
 }
 
 // ---- pieces of gradients
@@ -127,13 +145,14 @@ KD_MULTIVERSION void raised_logs(const A* t, const A* e, int64_t n, LogSoftmax<A
   }
 }
 
-template <int kT, class A>
+template <int kT, bool kMasked, class A>
 KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
                                         LearnerGrad<A> g, A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A c = z[i] - max, e = exp2(c * rate);
-    out[i] = learner_term(g, e_t[i], e, !(is_masked(z[i]) && is_masked(t[i]))) + g.of_1 * exp_1<kT>(e, c);
+    const bool live = !kMasked || !(is_masked(z[i]) && is_masked(t[i]));
+    out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
   }
 }
 
@@ -171,7 +190,9 @@ KD_MULTIVERSION void spread_piece(const A* z, A max, const A* const* g, const A*
     }
     store(out + i, to);
   }
-  for (int r = 0; r < kR; ++r) dots[r] += lane_sum<A>(sum[r]);
+  if (dots) {
+    for (int r = 0; r < kR; ++r) dots[r] += lane_sum<A>(sum[r]);
+  }
 }
 
 // ---- teachers
@@ -181,26 +202,24 @@ struct TeacherSums {
 };
 
 template <bool kCross, class A>
-KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate) {
+KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
+                                            A* powers) {
   A sum = 0, dot = 0;
 #pragma omp simd reduction(+ : sum, dot)
   for (int64_t i = 0; i < n; ++i) {
     const A c = z[i] - max_p, e = exp2(c * rate);
+    powers[i] = e;
     sum += e;
     dot += divergence_term(e, c, student[i] - max_q, kCross);
   }
   return {sum, dot};
 }
 
-// sum += q - p of a piece, in double.
+// sum += q - p of a piece, in double, from the exponentials.
 template <class A>
-KD_MULTIVERSION void add_difference(const A* z_q, const A* z_p, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
-                                    double* sum) {
+KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, double* sum) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A own = exp2((z_q[i] - q.max) * q.rate) * q.inverse, other = exp2((z_p[i] - p.max) * p.rate) * p.inverse;
-    sum[i] += static_cast<double>(own) - static_cast<double>(other);
-  }
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(e_q[i] * inverse_q - e_p[i] * inverse_p);
 }
 
 // out = of_q exp2(c rate) + of_1 exp(c)
@@ -275,13 +294,16 @@ struct Deleter {
   void operator()(A* x) const { ::operator delete[](x, std::align_val_t(64)); }
 };
 
-// Memory of one thread, in pieces of kChunk.
+// Memory of one thread, in pieces of kChunk. They are a few cache lines more apart: a power of two apart they would all
+// compete for the same few lines of a cache.
+constexpr int64_t kPieceStride = kChunk + 5 * 16;
+
 template <class A>
 class Scratch {
  public:
   explicit Scratch(int64_t pieces)
-      : memory_(static_cast<A*>(::operator new[](pieces * kChunk * sizeof(A), std::align_val_t(64)))) {}
-  A* piece(int64_t i) const { return memory_.get() + i * kChunk; }
+      : memory_(static_cast<A*>(::operator new[](pieces * kPieceStride * sizeof(A), std::align_val_t(64)))) {}
+  A* piece(int64_t i) const { return memory_.get() + i * kPieceStride; }
 
  private:
   std::unique_ptr<A[], Deleter<A>> memory_;
@@ -352,6 +374,37 @@ struct Mixed {
   int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
 };
 
+// Sums over a chunk: fast where no logit is -inf, and the padded rest of it with care.
+template <int kT, class A>
+Sums<A> all_exponentials(const A* z, int64_t n, A max, A rate, A* e) {
+  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
+  Sums<A> sums = exponentials<kT>(z, whole, max, rate, e);
+  if (rest == 0) return sums;
+  const Sums<A> last = exponentials<kT>(z + whole, rest, max, rate, e + whole);
+  return {sums.t + last.t, sums.one + last.one};
+}
+
+template <int kT, bool kEps, class A>
+LearnerSums<A> all_learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
+  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
+  LearnerSums<A> sums = learner_sums<kT, kEps, false>(z, t, e_t, whole, max_q, max_t, rate);
+  if (sums.has_masked()) sums = learner_sums<kT, kEps, true>(z, t, e_t, whole, max_q, max_t, rate);
+  if (rest == 0) return sums;
+  const LearnerSums<A> last = learner_sums<kT, kEps, true>(z + whole, t + whole, e_t + whole, rest, max_q, max_t, rate);
+  return {sums.sum + last.sum, sums.sum_1 + last.sum_1, sums.dot + last.dot, sums.centred + last.centred,
+          sums.extra + last.extra};
+}
+
+template <class A>
+Raised<A> all_raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
+  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
+  Raised<A> sums = raised_sums<false>(t, e, whole, s, eps);
+  if (!(sums.rise - sums.rise == 0)) sums = raised_sums<true>(t, e, whole, s, eps);
+  if (rest == 0) return sums;
+  const Raised<A> last = raised_sums<true>(t + whole, e + whole, rest, s, eps);
+  return {sums.rise + last.rise, sums.logs + last.logs, sums.live + last.live};
+}
+
 // The weights of one row's targets that are not 0, or where the least logits are measured from.
 template <class A>
 struct Weights {
@@ -396,13 +449,24 @@ A target_at(const Mixed<A>& op, int64_t row, int64_t r, int64_t col) {
   return t;
 }
 
+struct TargetState {
+  double sum = 0, sum_1 = 0;
+  Raised<double> raised;
+};
+
+struct LearnerState {
+  double sum = 0, sum_1 = 0;
+  Shared<double> shared;
+};
+
 template <class A>
 struct Value {
   A kl, ce;
 };
 
 template <int kT, bool kEps, class A>
-Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
+Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, TargetState* targets,
+                   LearnerState* learners) {
   const MixedStats<A>& stats = op.stats;
   const int64_t count = op.networks.count, logits = count, powers = count + op.targets;  // pieces of the scratch
   Chunk<A> chunk;
@@ -437,35 +501,29 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   });
   for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = finite_max(stats.target_max(r, row));
 
-  struct {
-    double sum = 0, sum_1 = 0;
-  } targets[kMost];
-  struct {
-    double sum = 0, sum_1 = 0, dot = 0, centred = 0, extra = 0;
-  } learners[kMost];
+  std::fill(targets, targets + op.targets, TargetState{});
+  std::fill(learners, learners + op.learners, LearnerState{});
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
     for (int64_t r = 0; r < op.targets; ++r) {
-      const Sums<A> sums = exponentials<kT>(scratch.piece(logits + r), padded(n), stats.target_max(r, row), op.rate,
-                                            scratch.piece(powers + r));
+      const Sums<A> sums = all_exponentials<kT>(scratch.piece(logits + r), n, stats.target_max(r, row), op.rate,
+                                                scratch.piece(powers + r));
       targets[r].sum += sums.t;
       targets[r].sum_1 += sums.one;
     }
     for (int64_t i = 0; i < op.learners; ++i) {
       const int64_t r = op.target_of(i);
       const LearnerSums<A> sums =
-          learner_sums<kT, kEps>(chunk.z[i], scratch.piece(logits + r), scratch.piece(powers + r), padded(n),
-                                 stats.max(i, row), stats.target_max(r, row), op.rate);
+          all_learner_sums<kT, kEps>(chunk.z[i], scratch.piece(logits + r), scratch.piece(powers + r), n,
+                                     stats.max(i, row), stats.target_max(r, row), op.rate);
       learners[i].sum += sums.sum;
       learners[i].sum_1 += sums.sum_1;
-      learners[i].dot += sums.shared.dot;
-      learners[i].centred += sums.shared.centred;
-      learners[i].extra += sums.shared.extra;
+      learners[i].shared.dot += sums.dot;
+      learners[i].shared.centred += sums.centred;
+      learners[i].shared.extra += sums.extra;
     }
   });
 
-  // The padding is neither live nor part of a sum.
-  Raised<double> raised[kMost];
   for (int64_t r = 0; r < op.targets; ++r) {
     stats.target_sum(r, row) = static_cast<A>(targets[r].sum);
     stats.target_sum_1(r, row) = static_cast<A>(targets[r].sum_1);
@@ -477,10 +535,10 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
         const A* t = scratch.piece(logits + r);
         A* e = scratch.piece(powers + r);
         if (op.cols > kChunk) exponentials<kT>(t, padded(n), stats.target_max(r, row), op.rate, e);
-        const Raised<A> sums = raised_sums(t, e, padded(n), LogSoftmax<A>(stats.target(r, row), op.rate), op.eps);
-        raised[r].rise += sums.rise;
-        raised[r].logs += sums.logs;
-        raised[r].live += sums.live;
+        const Raised<A> sums = all_raised_sums(t, e, n, LogSoftmax<A>(stats.target(r, row), op.rate), op.eps);
+        targets[r].raised.rise += sums.rise;
+        targets[r].raised.logs += sums.logs;
+        targets[r].raised.live += sums.live;
       }
     });
   }
@@ -488,8 +546,8 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   Value<A> value{0, 0};
   for (int64_t i = 0; i < op.learners; ++i) {
     const int64_t r = op.target_of(i);
-    const EpsKl<double> kl = eps_kl<double>(targets[r].sum, learners[i].sum, raised[r],
-                                            {learners[i].dot, learners[i].centred, learners[i].extra}, op.rate, op.eps);
+    const EpsKl<double> kl =
+        eps_kl<double>(targets[r].sum, learners[i].sum, targets[r].raised, learners[i].shared, op.rate, op.eps);
     stats.sum(i, row) = static_cast<A>(learners[i].sum);
     stats.sum_1(i, row) = static_cast<A>(learners[i].sum_1);
     stats.mass(i, row) = static_cast<A>(kl.mass);
@@ -529,12 +587,14 @@ void spread(const Mixed<A>& op, int64_t row, int64_t m, const A* z, int64_t n, c
     g[r] = scratch.piece(target_grads + r);
     w[r] = read<A>(op.mix.column(row, r), m);
   }
+  const A max = op.stats.max(m, row);
   int64_t r = 0;
-  for (; r + 4 <= op.targets; r += 4) spread_piece<4>(z, op.stats.max(m, row), g + r, w + r, n, out, dots + r);
+  for (; r + 4 <= op.targets; r += 4) spread_piece<4>(z, max, g + r, w + r, n, out, dots ? dots + r : nullptr);
+  if (dots) dots += r;
   switch (op.targets - r) {
-    case 3: return spread_piece<3>(z, op.stats.max(m, row), g + r, w + r, n, out, dots + r);
-    case 2: return spread_piece<2>(z, op.stats.max(m, row), g + r, w + r, n, out, dots + r);
-    case 1: return spread_piece<1>(z, op.stats.max(m, row), g + r, w + r, n, out, dots + r);
+    case 3: return spread_piece<3>(z, max, g + r, w + r, n, out, dots);
+    case 2: return spread_piece<2>(z, max, g + r, w + r, n, out, dots);
+    case 1: return spread_piece<1>(z, max, g + r, w + r, n, out, dots);
     default: return;
   }
 }
@@ -546,7 +606,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
   const int64_t logits = count, powers = logits + op.targets, logs = powers + op.targets,
                 target_grads = logs + op.targets, outs = target_grads + op.targets;
   const int64_t label = op.labels.index ? op.labels.at(row) : -1;
-  std::vector<double> dots(grad.mix_grad.data ? count * op.targets : kMost, 0.0);
+  std::vector<double> dots(grad.mix_grad.data ? count * op.targets : 0, 0.0);
   Chunk<A> chunk;
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     const int64_t at = label - begin, whole = padded(n);
@@ -567,34 +627,34 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       }
     }
     for (int64_t m = 0; m < written; ++m) {
-      A* out = scratch.piece(outs);
+      A* out = scratch.piece(outs + (grad.flows ? m : 0));
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
-        const A* e_t = scratch.piece(powers + r);
+        const A *t = scratch.piece(logits + r), *e_t = scratch.piece(powers + r);
         const LearnerGrad<A> g = learner_grad(stats.target(r, row), stats.learner(m, row), stats.sum_1(m, row),
                                               stats.mass(m, row), op.eps, grad.kl, op.labels.index ? grad.ce : A(0));
-        learner_grad_piece<kT>(chunk.z[m], scratch.piece(logits + r), e_t, whole, stats.max(m, row), op.rate, g, out);
+        if (op.eps != 0 && any_masked(t, n)) {
+          learner_grad_piece<kT, true>(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+        } else {
+          learner_grad_piece<kT, false>(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+        }
         if (has_label) out[at] -= grad.ce;
+        const A slope = stats.slope(m, row);
+        if (grad.through_targets && slope != infinity<A>()) {
+          target_grad_piece(chunk.z[m], e_t, scratch.piece(logs + r), whole,
+                            LogSoftmax<A>(stats.learner(m, row), op.rate), stats.target(r, row).inverse(),
+                            A(kLog2E) * slope, grad.kl, scratch.piece(target_grads + r));
+        }
       } else {
         std::fill(out, out + whole, A(0));
       }
-      // A target's gradient is complete after its last learner: see below.
-      if (!grad.flows)
-        write(grad.out[m], row, begin, n, out);
-      else
-        std::copy(out, out + whole, scratch.piece(outs + 1 + m));
-      const A slope = m < op.learners ? stats.slope(m, row) : infinity<A>();
-      if (grad.through_targets && slope != infinity<A>()) {
-        const int64_t r = op.target_of(m);
-        target_grad_piece(chunk.z[m], scratch.piece(powers + r), scratch.piece(logs + r), whole,
-                          LogSoftmax<A>(stats.learner(m, row), op.rate), stats.target(r, row).inverse(),
-                          A(kLog2E) * slope, grad.kl, scratch.piece(target_grads + r));
-      }
+      if (!grad.flows) write(grad.out[m], row, begin, n, out);
     }
+    // A target's gradient is complete after its last learner.
     for (int64_t m = 0; grad.flows && m < count; ++m) {
-      A* out = scratch.piece(outs + 1 + m);
+      A* out = scratch.piece(outs + m);
       spread(op, row, m, chunk.z[m], whole, scratch, target_grads, out,
-             dots.data() + (grad.mix_grad.data ? m * op.targets : 0));
+             grad.mix_grad.data ? dots.data() + m * op.targets : nullptr);
       write(grad.out[m], row, begin, n, out);
     }
   });
@@ -641,7 +701,7 @@ void mean_pieces(const Taught<A>& op, int64_t row, const Chunk<A>& chunk, int64_
   }
 }
 
-// Statistics of one row; -> its cross-entropy.
+// Statistics of one row; -> its cross-entropy. The exponentials of the last chunk stay in the pieces from M + 1 on.
 template <int kT, class A>
 A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   const TeacherStats<A>& stats = op.stats;
@@ -670,8 +730,10 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
     sum_1 += sums.one;
     for (int64_t m = 0; m < count; ++m) {
       const A max = finite_max(max_p[m]);
-      const TeacherSums<A> one = op.cross() ? teacher_sums<true>(chunk.z[m], z, padded(n), max, max_q, op.rate)
-                                            : teacher_sums<false>(chunk.z[m], z, padded(n), max, max_q, op.rate);
+      A* powers = scratch.piece(top + 1 + m);
+      const TeacherSums<A> one = op.cross()
+                                     ? teacher_sums<true>(chunk.z[m], z, padded(n), max, max_q, op.rate, powers)
+                                     : teacher_sums<false>(chunk.z[m], z, padded(n), max, max_q, op.rate, powers);
       sum_p[m] += one.sum;
       dot[m] += one.dot;
     }
@@ -762,36 +824,45 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
 // ---- aekd
 constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
 
-// G of sum_b (q - p_m), from the statistics of the rows.
+// G of sum_b (q - p_m); the statistics of the rows on the way.
 template <class A>
 std::vector<double> gradient_gram(const Taught<A>& op) {
-  const int64_t count = op.teachers.count, width = padded(op.cols);
-  const int64_t per_block = (op.rows + kBlocks - 1) / kBlocks,
-                blocks = per_block ? (op.rows + per_block - 1) / per_block : 0;
-  std::vector<double> sums(std::max<int64_t>(blocks, 1) * count * width, 0.0);
+  const int64_t count = op.teachers.count, cols = op.cols, size = count * cols;
+  const int64_t per_block = std::max<int64_t>(1, (op.rows + kBlocks - 1) / kBlocks);
+  const int64_t blocks = (op.rows + per_block - 1) / per_block;
+  const std::unique_ptr<double[]> sums(new double[std::max<int64_t>(blocks, 1) * size]);
   for_each(blocks, 1, [&](int64_t block) {
-    const Scratch<A> scratch(count + 1);
-    Chunk<A> chunk;
+    const Scratch<A> scratch(2 * count + 2);
+    double* sum = sums.get() + block * size;
+    std::fill(sum, sum + size, 0.0);
     for (int64_t row = block * per_block; row < std::min(op.rows, (block + 1) * per_block); ++row) {
-      for_chunks(op.cols, [&](int64_t begin, int64_t n) {
-        const A* z = read_all(op, row, begin, n, scratch, chunk);
-        const LogSoftmax<A> q(op.stats.student(row), op.rate);
+      taught_row<1>(op, row, scratch);
+      const Side<A> q = op.stats.student(row);
+      Chunk<A> chunk;
+      for_chunks(cols, [&](int64_t begin, int64_t n) {
+        A* e_q = scratch.piece(count + 1);
+        if (cols > kChunk) exponentials<1>(read_all(op, row, begin, n, scratch, chunk), padded(n), q.max, op.rate, e_q);
         for (int64_t m = 0; m < count; ++m) {
-          add_difference(z, chunk.z[m], n, q, LogSoftmax<A>(op.stats.teacher(m, row), op.rate),
-                         sums.data() + (block * count + m) * width + begin);
+          const Side<A> p = op.stats.teacher(m, row);
+          A* e_p = scratch.piece(count + 2 + m);
+          if (cols > kChunk) exponentials<1>(chunk.z[m], padded(n), p.max, op.rate, e_p);
+          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), sum + m * cols + begin);
         }
       });
     }
   });
-  for (int64_t block = 1; block < blocks; ++block) {
-    for (int64_t i = 0; i < count * width; ++i) sums[i] += sums[block * count * width + i];
-  }
-  std::vector<double> gram(count * count);
-  for (int64_t i = 0; i < count; ++i) {
-    for (int64_t j = 0; j < count; ++j) {
+  for_each((size + kChunk - 1) / kChunk, 4, [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk, end = std::min(size, begin + kChunk);
+    for (int64_t block = 1; block < blocks; ++block) {
+      for (int64_t i = begin; i < end; ++i) sums[i] += sums[block * size + i];
+    }
+  });
+  std::vector<double> gram(count * count, 0.0);
+  for (int64_t i = 0; blocks && i < count; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
       double dot = 0;
-      for (int64_t c = 0; c < op.cols; ++c) dot += sums[i * width + c] * sums[j * width + c];
-      gram[i * count + j] = dot;
+      for (int64_t c = 0; c < cols; ++c) dot += sums[i * cols + c] * sums[j * cols + c];
+      gram[i * count + j] = gram[j * count + i] = dot;
     }
   }
   return gram;
@@ -837,8 +908,10 @@ Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, 
     const A kl = static_cast<A>(kl_scale * ramp_of(ramp)), ce = static_cast<A>(ce_scale);
     dispatch_temperature(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count, count + 2 * targets, [&](int64_t row, const Scratch<A>& scratch) {
-        const Value<A> v =
-            op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch) : mixed_row<t_1.value, true>(op, row, scratch);
+        TargetState target_states[kMost];
+        LearnerState learner_states[kMost];
+        const Value<A> v = op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch, target_states, learner_states)
+                                       : mixed_row<t_1.value, true>(op, row, scratch, target_states, learner_states);
         values[row] = weighed(kl, v.kl) + weighed(ce, v.ce);
       });
     });
@@ -873,7 +946,7 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
                   cols, 1};
     }
     dispatch_temperature(op.rate, [&](auto t_1) {
-      for_rows<A>(rows, cols, count, 2 * count + 4 * targets + 1,
+      for_rows<A>(rows, cols, count, 2 * count + 4 * targets,
                   [&](int64_t row, const Scratch<A>& scratch) { mixed_grad_row<t_1.value>(op, g, row, scratch); });
     });
   });
@@ -907,7 +980,7 @@ std::vector<A> taught_rows(const Taught<A>& op) {
   std::vector<A> ce(op.rows);
   const int64_t count = op.teachers.count;
   dispatch_temperature(op.rate, [&](auto t_1) {
-    for_rows<A>(op.rows, op.cols, count + 1, count + 3,
+    for_rows<A>(op.rows, op.cols, count + 1, 2 * count + 2,
                 [&](int64_t row, const Scratch<A>& scratch) { ce[row] = taught_row<t_1.value>(op, row, scratch); });
   });
   return ce;
@@ -971,7 +1044,7 @@ std::tuple<Tensor, Tensor, Tensor> aekd_forward_cpu(Tensor student, std::vector<
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const auto op = taught_of<A>(student, teachers, std::nullopt, Kind::kKl, temperature, stats);
-    std::vector<A> values = taught_rows(op), rounded(count);
+    std::vector<A> values(rows), rounded(count);
     std::vector<double> gram = gradient_gram(op), memory(simplex_memory(count)), lengths(count), exact(count);
     aekd_weights(gram.data(), count, slack, normalize, memory.data(), lengths.data(), exact.data());
     for (int64_t m = 0; m < count; ++m) rounded[m] = static_cast<A*>(weights.data_ptr())[m] = static_cast<A>(exact[m]);

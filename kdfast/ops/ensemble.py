@@ -503,10 +503,13 @@ def network_count(tensors):
 def _regroup(grads, tensors, needed):
     """The gradients [n, B, C] of `matrices(tensors)` in the form of `tensors`; None where not needed or beyond n."""
     out, begin = [], 0
+    each = grads.unbind(0)
     for x, need in zip(tensors, needed, strict=True):
         count = x.shape[0] if x.dim() == 3 else 1
-        part = grads[begin : begin + count] if need and begin + count <= len(grads) else None
-        out.append(part if part is None or x.dim() == 3 else part[0])
+        if not need or begin + count > len(each):
+            out.append(None)
+        else:
+            out.append(grads[begin : begin + count] if x.dim() == 3 else each[begin])
         begin += count
     return out
 
