@@ -685,6 +685,7 @@ ERRORS = [
     (lambda z, m, y: ops.mixed_logits_kl(z, m, y[:4]), ValueError, r"labels must have shape \(5,\), got \(4,\)"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, y, 0.0), ValueError, "temperature must be finite and above 0"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, eps=-1.0), ValueError, "eps must be from 0 to 1"),
+    (lambda z, m, y: ops.mixed_logits_kl(z, m, eps=1e-40), ValueError, "eps must be 0 or from 1e-30 to 1"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, ramp=m[0, 0]), ValueError, "ramp must be a number or a 0-d tensor"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, ramp="1"), TypeError, "ramp must be a number, got str"),
     (lambda z, m, y: ops.teachers_kl(z, z), TypeError, "student must be a torch.Tensor, got list"),

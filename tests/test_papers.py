@@ -19,25 +19,38 @@ PUBLIC = [
     name
     for name in kdfast.__all__
     if inspect.isclass(getattr(kdfast, name)) and issubclass(getattr(kdfast, name), torch.nn.Module)
+    if getattr(kdfast, name) not in kdfast.losses.LAYERS
 ]
 # Losses with weights and state, and how they are made: tests/test_nce.py compares them.
 WITH_STATE = {"CRD": lambda: kdfast.CRD(student_dim=11, teacher_dim=7, n_data=20)}
 
 # Parameters other than the defaults, and the kinds of the inputs, see `inputs`.
 CASES = [
+    ("AEKD", {}, "sZ"),
+    ("AEKD", {"temperature": 2.0, "slack": 1.0, "normalize": True}, "sZ"),
     ("AT", {}, "mn"),
     ("AT", {"p": 1}, "mn"),
     ("AT", {"p": 3}, "MN"),
     ("CCKD", {}, "ef"),
     ("CCKD", {"gamma": 1.0, "order": 3}, "ef"),
     ("CCKD", {"kernel": "bilinear"}, "ef"),
+    ("Codistillation", {}, "sZ"),
+    ("Codistillation", {"mode": "reverse_kl"}, "sZ"),
+    ("CollaborativeLearning", {}, "Zy"),
+    ("CollaborativeLearning", {"temperature": 2.0, "alpha": 0.5, "rampup_epochs": 40, "eps": 1e-4}, "Zy#"),
     ("DIST", {}, "st"),
     ("DIST", {"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, "st"),
     ("DKD", {}, "sty"),
     ("DKD", {"temperature": 1.0, "alpha": 0.5, "beta": 2.0}, "sty"),
+    ("DML", {}, "sZ"),
+    ("DML", {"temperature": 3.0}, "sZy"),
+    ("EnD", {}, "sZ"),
+    ("EnD", {"temperature": 2.5}, "sZ"),
     ("FAKD", {}, "MO"),
     ("FAKD", {"affinity": "channel"}, "mm"),
     ("FAKD", {"affinity": "instance"}, "MN"),
+    ("FFL", {}, "Zsy#"),
+    ("FFL", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "Zsy#"),
     ("FSP", {}, "QQ"),
     ("HardDarkRank", {}, "ef"),
     ("HardDarkRank", {"alpha": 0.2, "beta": 1.5, "permute_len": 2}, "ef"),
@@ -58,6 +71,10 @@ CASES = [
     ("KD", {"alpha": 0.0, "temperature": 2.0, "reduction": "sum"}, "sty"),
     ("KD", {"alpha": 0.3, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "mean"}, "sty"),
     ("KD", {"alpha": 0.3, "ignore_index": 2, "reduction": "none"}, "sty"),
+    ("KDCL", {}, "Zy"),
+    ("KDCL", {"rule": "naive", "weight": 0.5}, "Zy"),
+    ("KDCL", {"rule": "general", "temperature": 3.0}, "Zy"),
+    ("KDCL", {"rule": "mean", "temperature": 1.0}, "Zy"),
     ("LKD", {"patches": 2}, "MN"),
     ("LKD", {"patches": 3, "intra_weight": 2.0, "inter_weight": 0.5, "cross_weight": 0.25}, "mn"),
     ("LKD", {}, "qq"),
@@ -67,6 +84,10 @@ CASES = [
     ("NST", {}, "MN"),
     ("NST", {}, "mm"),
     ("NST", {}, "qq"),
+    ("OKDDip", {}, "Zsay#"),
+    ("OKDDip", {"temperature": 2.0, "alpha": 0.3, "rampup_epochs": 10, "eps": 1e-5}, "Zsay#"),
+    ("ONE", {}, "Zgy#"),
+    ("ONE", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "Zgy#"),
     ("PKT", {}, "ef"),
     ("PKT", {"eps": 1e-3}, "ef"),
     ("RKD", {}, "ef"),
@@ -151,7 +172,9 @@ FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith
 
 
 def inputs(kinds, device, rows=6, cols=11):
-    """Logits s and t, labels y, probabilities P; embeddings e and f of two networks, E and F what IRG reads of them;
+    """Logits s and t, labels y, probabilities P, an epoch #; Z logits of three networks, g and a weights of them;
+
+    embeddings e and f of two networks, E and F what IRG reads of them;
 
     maps m and n of two networks, M and N lists of them, of unlike heights too, O of M's sizes;
     Q for FSP; q of many positions.
@@ -167,6 +190,10 @@ def inputs(kinds, device, rows=6, cols=11):
         "t": lambda: normal(cols) * 3,
         "y": lambda: labels,
         "P": lambda: torch.softmax(normal(cols), 1),
+        "#": lambda: torch.tensor(7),
+        "Z": lambda: [normal(cols) * 3 for _ in range(3)],
+        "g": lambda: torch.softmax(normal(3), 1),
+        "a": lambda: torch.softmax(normal(3, 3), 2),
         "e": lambda: normal(cols),
         "f": lambda: normal(7),
         "m": lambda: normal(4, 5, 3),
@@ -191,7 +218,7 @@ def with_leaves(kinds, arguments):
         return leaves[-1]
 
     tree_map = torch.utils._pytree.tree_map
-    return [x if kind in "yP" else tree_map(leaf, x) for kind, x in zip(kinds, arguments, strict=True)], leaves
+    return [x if kind in "yP#" else tree_map(leaf, x) for kind, x in zip(kinds, arguments, strict=True)], leaves
 
 
 @pytest.mark.parametrize(("name", "parameters", "kinds"), CASES, ids=[f"{n}{i}" for i, (n, *_) in enumerate(CASES)])
