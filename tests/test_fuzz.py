@@ -362,7 +362,59 @@ def draw_nce(draw):
     )
 
 
+def draw_ensemble(draw):
+    """A few networks, one of them perhaps equal to another, and classes that all of them mask."""
+    rows = draw(st.integers(0, 5), label="rows")
+    cols = draw(st.one_of(st.integers(1, 40), st.sampled_from([1023, 1024, 1025, 2049])), label="cols")
+    dtype = draw(st.sampled_from(FLOATS), label="dtype")
+    count = draw(st.integers(1, 4), label="networks")
+    networks = [draw_matrix(draw, rows, cols, dtype) for _ in range(count)]
+    if count > 1 and draw(st.booleans(), label="equal networks"):
+        networks[1] = networks[0].clone()
+    masked = torch.zeros(cols, dtype=torch.bool)
+    if draw(st.booleans(), label="masked classes"):
+        masked[cols // 3 :: 3] = cols > 2
+    numbers = torch.Generator().manual_seed(rows + cols)
+    allowed = (~masked).nonzero()[:, 0]
+    labels = allowed[torch.randint(len(allowed), (rows,), generator=numbers)]
+    for x in networks:
+        x[:, masked] = -INF
+    temperature = draw(st.sampled_from([1.0, 3.0, 4.0, 0.5, 20.0, 0.05]), label="temperature")
+    op = draw(st.sampled_from(["mixed", "kl", "cross_entropy"]), label="op")
+    mix = torch.randn(rows, count, count, generator=numbers).softmax(2)
+    learners = draw(st.integers(1, count), label="learners")
+    one_target = draw(st.booleans(), label="one target")
+    eps = draw(st.sampled_from([0.0, 1e-7, 1e-3]), label="eps")
+    upstream = torch.tensor(draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream"))
+    mix = mix[:, : 1 if one_target else learners]
+    options = {"eps": eps, "ramp": 0.6, "learners": learners, "through_targets": True, "target_ce": one_target}
+
+    def kept(z):
+        """The classes that exist: the oracle knows of no others."""
+        return [x[:, ~masked] for x in z], torch.searchsorted(allowed, labels)
+
+    def call(o, *z):
+        z, y = kept(z) if o is oracles else (z, labels)
+        if op == "mixed":
+            return o.mixed_logits_kl(z, mix, y, temperature, **options)
+        return o.teachers_kl(z[0], z[1:] or [z[0].detach()], y, temperature, kind=op)
+
+    def sizes(*z):
+        z, y = kept(z)
+        if op == "mixed":
+            value, entries, _ = oracles.sizes_mixed_logits_kl(z, mix, y, temperature, **options)
+        else:
+            value, own, each = oracles.sizes_teachers_kl(z[0], z[1:] or [z[0]], y, temperature, kind=op)
+            entries = torch.stack([own, *each][:count])
+        full = entries.new_zeros(count, rows, cols)
+        full[:, :, ~masked] = entries
+        return value, full.amax(0)
+
+    return Trial([lay_out(draw, x) for x in networks], call, sizes, True, upstream)
+
+
 FAMILIES = {
+    "ensemble": draw_ensemble,
     "softmax_kl": draw_softmax_kl,
     "pairwise": draw_pairwise,
     "gram": draw_gram,
@@ -410,7 +462,7 @@ def test_fuzz(family):
         exact = run(trial, oracles, [x.double() for x in trial.inputs])
         value_size, *entries = trial.sizes(*trial.inputs)
         upstream = trial.upstream.abs().double()
-        scale = upstream if trial.reduced else upstream[:, None]
+        scale = upstream[:, None] if upstream.dim() else upstream
         sizes = [value_size.sum() if trial.reduced else value_size]
         sizes += [scale * x for x in (entries if len(entries) > 1 else entries * len(trial.inputs))]
         with kdfast.fallback():

@@ -45,6 +45,8 @@ CASES = [
     ("AB", {}, "mm"),
     ("AB", {"margin": 2.0, "reduction": "none"}, "MM"),
     ("AB", {"margin": 0.5, "reduction": "mean"}, "ee"),
+    ("AEKD", {}, "sz"),
+    ("AEKD", {"temperature": 2.0, "slack": 1.0, "normalize": True}, "sz"),
     ("AT", {}, "mn"),
     ("AT", {"p": 1}, "mn"),
     ("AT", {"p": 3}, "MN"),
@@ -52,17 +54,25 @@ CASES = [
     ("CCKD", {"gamma": 1.0, "order": 3}, "ef"),
     ("CCKD", {"kernel": "bilinear"}, "ef"),
     ("CWTM", {}, "sty"),
+    ("Codistillation", {}, "sz"),
+    ("Codistillation", {"mode": "reverse_kl"}, "sz"),
+    ("CollaborativeLearning", {}, "zy"),
+    ("CollaborativeLearning", {"temperature": 2.0, "alpha": 0.5, "rampup_epochs": 40, "eps": 1e-4}, "zy#"),
     ("DIST", {}, "st"),
     ("DIST", {"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, "st"),
     ("DKD", {}, "sty"),
     ("DKD", {"temperature": 1.0, "alpha": 0.5, "beta": 2.0}, "sty"),
     ("DKPP", {}, "styR"),
     ("DKPP", {"temperature": 2.0, "keep": "argmax"}, "styR"),
+    ("DML", {}, "sz"),
+    ("DML", {"temperature": 3.0}, "szy"),
     ("DiversityCooperation", {}, "zy"),
     ("DiversityCooperation", {"temperature": 5.0, "sign": -1}, "Zy"),
     ("DiversityCooperation", {"relation": "l2"}, "zy"),
     ("DiversityCooperation", {"relation": "cos", "temperature": 5.0}, "Zy"),
     ("DiversityCooperation", {"relation": "distil", "temperature": 2.0}, "zy"),
+    ("EnD", {}, "sz"),
+    ("EnD", {"temperature": 2.5}, "sz"),
     ("EnDD", {}, "sz"),
     ("EnDD", {"temperature": 2.5, "smoothing": 1e-4, "teacher_smoothing": 0.1}, "sZ"),
     ("EnDD", {"temperature": 2.5, "variant": "ensemble_temperature"}, "sz"),
@@ -71,6 +81,8 @@ CASES = [
     ("FAKD", {}, "MO"),
     ("FAKD", {"affinity": "channel"}, "mm"),
     ("FAKD", {"affinity": "instance"}, "MN"),
+    ("FFL", {}, "zsy#"),
+    ("FFL", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "zsy#"),
     ("FSP", {}, "QQ"),
     ("FT", {}, "mm"),
     ("FT", {}, "MM"),
@@ -99,6 +111,10 @@ CASES = [
     ("KD", {"alpha": 0.0, "temperature": 2.0, "reduction": "sum"}, "sty"),
     ("KD", {"alpha": 0.3, "label_smoothing": 0.1, "ignore_index": 2, "reduction": "mean"}, "sty"),
     ("KD", {"alpha": 0.3, "ignore_index": 2, "reduction": "none"}, "sty"),
+    ("KDCL", {}, "Zy"),
+    ("KDCL", {"rule": "naive", "weight": 0.5}, "Zy"),
+    ("KDCL", {"rule": "general", "temperature": 3.0}, "Zy"),
+    ("KDCL", {"rule": "mean", "temperature": 1.0}, "Zy"),
     ("LKD", {"patches": 2}, "MN"),
     ("LKD", {"patches": 3, "intra_weight": 2.0, "inter_weight": 0.5, "cross_weight": 0.25}, "mn"),
     ("LKD", {}, "qq"),
@@ -111,6 +127,10 @@ CASES = [
     ("OFD", {}, "mmc"),
     ("OFD", {"reduction": "none"}, "MMC"),
     ("OFD", {"reduction": "mean"}, "MMC"),
+    ("OKDDip", {}, "zsay#"),
+    ("OKDDip", {"temperature": 2.0, "alpha": 0.3, "rampup_epochs": 10, "eps": 1e-5}, "zsay#"),
+    ("ONE", {}, "zgy#"),
+    ("ONE", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "zgy#"),
     ("PKT", {}, "ef"),
     ("PKT", {"eps": 1e-3}, "ef"),
     ("RKD", {}, "ef"),
@@ -290,10 +310,13 @@ def inputs(kinds, device, rows=6, cols=11):
         "t": lambda: normal(cols) * 3,
         "y": lambda: labels,
         "P": lambda: torch.softmax(normal(cols), 1),
-        # Several networks' logits, in a list and in one tensor; permutations.
+        # Several networks' logits, in a list and in one tensor; permutations; weights of three networks; an epoch.
         "z": lambda: [normal(cols) * 3 for _ in range(3)],
         "Z": lambda: torch.stack([normal(cols) * 3 for _ in range(3)]),
         "R": lambda: torch.rand(rows, cols).argsort(1),
+        "g": lambda: torch.softmax(normal(3), 1),
+        "a": lambda: torch.softmax(normal(3, 3), 2),
+        "#": lambda: torch.tensor(7),
         # Embeddings of two networks.
         "e": lambda: normal(cols),
         "f": lambda: normal(7),
@@ -332,7 +355,7 @@ def with_leaves(kinds, arguments):
         return leaves[-1]
 
     tree_map = torch.utils._pytree.tree_map
-    return [x if kind in "yPR" else tree_map(leaf, x) for kind, x in zip(kinds, arguments, strict=True)], leaves
+    return [x if kind in "yPR#" else tree_map(leaf, x) for kind, x in zip(kinds, arguments, strict=True)], leaves
 
 
 @pytest.mark.parametrize(("name", "parameters", "kinds"), CASES, ids=[f"{n}{i}" for i, (n, *_) in enumerate(CASES)])

@@ -175,7 +175,53 @@ def feature(device):
                 yield Call(f"boundary, {where}", boundary, leaves[:1])
 
 
+def ensemble(device):
+    shapes = [
+        (3, 3, 7),  # less than the eight elements that a thread reads at once
+        (5, 9, 33),  # one class more than a warp has lanes, one row more than a block has warps
+        (2, 2, 2049),  # the first row that a whole block reads
+    ]
+    for count, rows, cols in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            numbers = torch.Generator().manual_seed(cols)
+            wide = torch.randn(count, rows, cols + 3, generator=numbers).to(dtype).to(device)
+            networks = [x[:, 1:-2].detach().requires_grad_() for x in wide]
+            mix = torch.randn(rows, count, count, generator=numbers).softmax(2).to(device).requires_grad_()
+            labels = torch.randint(cols, (rows,), generator=numbers).to(device)
+            ramp, gram = torch.tensor(0.5).to(device), torch.eye(count, dtype=torch.float64).to(device)
+
+            def attention(mix, *z, y=labels, ramp=ramp):
+                return ops.mixed_logits_kl(z, mix, y, 3.0, eps=1e-7, ramp=ramp, through_targets=True)
+
+            def gated(mix, *z, y=labels):
+                return ops.mixed_logits_kl(z, mix[:, :1], y, 3.0, eps=1e-7, target_ce=True)
+
+            def adaptive(student, *teachers, gram=gram):
+                """AE-KD, and the programme that it solves on its own."""
+                loss, _ = ops.aekd(student, teachers)
+                return loss + 0 * torch.ops.kdfast.simplex_minimum(gram, gram[0], 0.9).sum().to(loss.dtype)
+
+            where = f"{count} x {rows} x {cols}, {str(dtype).removeprefix('torch.')}"
+            student, *teachers = networks
+            constants = [x.detach() for x in teachers]
+            for name, function, leaves in (
+                ("attention to mixed logits", attention, [mix, *networks]),
+                ("gated logits", gated, [mix, *networks]),
+                ("least logits", lambda *z, y=labels: ops.mixed_logits_kl(z, None, y), networks),
+                ("teachers", lambda s, *t, y=labels: ops.teachers_kl(s, t, y, 4.0), networks),
+                ("mean of teachers", lambda s, *t: ops.teachers_kl(s, t, kind="cross_entropy"), networks),
+                (
+                    "reverse KL of teachers",
+                    lambda s, t=constants: ops.teachers_kl(s, t, kind="reverse_kl"),
+                    [student],
+                ),
+                ("AE-KD", lambda s, t=constants, f=adaptive: f(s, *t), [student]),
+            ):
+                yield Call(f"{name}, {where}", function, leaves)
+
+
 FAMILIES = {
+    "ensemble": ensemble,
     "softmax_kl": softmax_kl,
     "pairwise": pairwise,
     "nce": nce,

@@ -24,6 +24,7 @@ from kdfast.ops.softmax_kl import INF, kl_grad_p, kl_grad_q, kl_term, log_softma
 
 KINDS = ("kl", "cross_entropy", "reverse_kl")
 MOST = 128  # networks in one call: the kernels take their addresses by value
+LEAST_EPS = 1e-30  # above 0: a normal number in float32
 RIDGE = 1e-13  # of the largest entry of G: decides between weights that are equally good
 TOLERANCE = 1e-13  # of a slope that is scaled alike
 STEPS = 60  # at most, of KDCL's linear rule; logits of 1e2 take 30
@@ -503,15 +504,18 @@ def network_count(tensors):
 def _regroup(grads, tensors, needed):
     """The gradients [n, B, C] of `matrices(tensors)` in the form of `tensors`; None where not needed or beyond n."""
     out, begin = [], 0
+    each = grads.unbind(0)
     for x, need in zip(tensors, needed, strict=True):
         count = x.shape[0] if x.dim() == 3 else 1
-        part = grads[begin : begin + count] if need and begin + count <= len(grads) else None
-        out.append(part if part is None or x.dim() == 3 else part[0])
+        if not need or begin + count > len(each):
+            out.append(None)
+        else:
+            out.append(grads[begin : begin + count] if x.dim() == 3 else each[begin])
         begin += count
     return out
 
 
-# forward takes *args: where nothing needs a gradient, dynamo tells by the number of parameters if there is a ctx.
+# forward takes *args: without gradients, dynamo tells from the number of parameters whether there is a ctx.
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
@@ -670,6 +674,8 @@ def mixed_logits_kl(
         raise ValueError("labels must be given with target_ce")
     check.positive("temperature", temperature)
     check.number("eps", eps, 0, 1)
+    if 0 < eps < LEAST_EPS:
+        raise ValueError(f"eps must be 0 or from {LEAST_EPS} to 1, got {eps}")
     check.number("kl_weight", kl_weight)
     if isinstance(ramp, torch.Tensor):
         check.floating("ramp", ramp)

@@ -1,0 +1,1081 @@
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "common/chunk.h"
+#include "common/lanes.h"
+#include "common/parallel.h"
+#include "ensemble/layout.h"
+
+namespace kdfast {
+namespace ensemble {
+namespace {
+
+// ---- pieces of a row, vectorised; whole vectors, of which -inf fills the last
+template <class A>
+KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
+  A top = start;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
+  return top;
+}
+
+// sum_m w_m (z_m - max_m)
+template <class A>
+KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t count, int64_t n, A* out) {
+  for (int64_t i = 0; i < n; i += kLanesOf<A>) {
+    Lanes<A> sum = {};
+    for (int64_t m = 0; m < count; ++m) sum += all(w[m]) * (load(z[m] + i) - all(max[m]));
+    store(out + i, sum);
+  }
+}
+
+// min_m (z_m - origin_m)
+template <class A>
+KD_MULTIVERSION void least_piece(const A* const* z, const A* origin, int64_t count, int64_t n, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = z[0][i] - origin[0];
+  for (int64_t m = 1; m < count; ++m) {
+    const A *from = z[m], zero = origin[m];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      const A c = from[i] - zero;
+      out[i] = c < out[i] ? c : out[i];
+    }
+  }
+}
+
+template <class A>
+struct Sums {
+  A t, one;  // at T, at 1
+};
+
+// The exponentials of a piece, and their sums.
+template <int kT, class A>
+KD_MULTIVERSION Sums<A> exponentials(const A* z, int64_t n, A max, A rate, A* e) {
+  A sum = 0, sum_1 = 0;
+#pragma omp simd reduction(+ : sum, sum_1)
+  for (int64_t i = 0; i < n; ++i) {
+    const A c = z[i] - max, power = exp2(c * rate);
+    e[i] = power;
+    sum += power;
+    sum_1 += exp_1<kT>(power, c);
+  }
+  return {sum, sum_1};
+}
+
+template <class A>
+struct LearnerSums {
+  A sum, sum_1, dot, centred, extra;
+
+  // What the careful form is for.
+  bool has_masked() const { return !(dot - dot == 0 && centred - centred == 0); }
+};
+
+// A learner beside its target, whose exponentials are e_t. Without kMasked no logit is -inf, or `has_masked` tells.
+template <int kT, bool kEps, bool kMasked, class A>
+KD_MULTIVERSION LearnerSums<A> learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
+  A sum = 0, sum_1 = 0, dot = 0, centred = 0, extra = 0;
+#pragma omp simd reduction(+ : sum, sum_1, dot, centred, extra)
+  for (int64_t i = 0; i < n; ++i) {
+    const A c_q = z[i] - max_q, c_t = t[i] - max_t, e_q = exp2(c_q * rate);
+    sum += e_q;
+    sum_1 += exp_1<kT>(e_q, c_q);
+    if (kMasked) {
+      Shared<A> one;
+      one.add(e_t[i], c_t, c_q);
+      dot += one.dot;
+      centred += one.centred;
+      extra += one.extra;
+    } else {
+      dot += e_t[i] * (c_t - c_q);
+      if (kEps) centred += c_q;
+    }
+  }
+  return {sum, sum_1, dot, centred, extra};
+}
+
+// A target's softmax in bits: log2 p = (t - max) rate - log2_sum, p = e inverse.
+template <class A>
+struct LogSoftmax {
+  A max, rate, log2_sum, inverse;
+
+  LogSoftmax(Side<A> side, A rate) : max(side.max), rate(rate), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
+};
+
+template <bool kMasked, class A>
+KD_MULTIVERSION Raised<A> raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
+  A rise = 0, logs = 0, live = 0;
+#pragma omp simd reduction(+ : rise, logs, live)
+  for (int64_t i = 0; i < n; ++i) {
+    const A c = t[i] - s.max, p = e[i] * s.inverse, log_p = c * s.rate - s.log2_sum, log_raised = fast_log2(p + eps);
+    if (kMasked) {
+      Raised<A> one;
+      one.add(p, log_p, log_raised, !is_masked(c));
+      rise += one.rise;
+      logs += one.logs;
+      live += one.live;
+    } else {
+      rise += p * (log_raised - log_p);
+      logs += log_raised;
+    }
+  }
+  return {rise, logs, kMasked ? live : static_cast<A>(n)};
+}
+
+template <class A>
+KD_MULTIVERSION bool any_masked(const A* t, int64_t n) {
+  A low = infinity<A>();
+#pragma omp simd reduction(min : low)
+  for (int64_t i = 0; i < n; ++i) low = t[i] < low ? t[i] : low;
+  return is_masked(low);
+}
+
+// ---- pieces of gradients
+// log2 p' (log2 p without eps) of a target.
+template <class A>
+KD_MULTIVERSION void raised_logs(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps, A* out) {
+  if (eps == 0) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = (t[i] - s.max) * s.rate - s.log2_sum;
+  } else {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) out[i] = fast_log2(e[i] * s.inverse + eps);
+  }
+}
+
+template <int kT, bool kMasked, class A>
+KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
+                                        LearnerGrad<A> g, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A c = z[i] - max, e = exp2(c * rate);
+    const bool live = !kMasked || !(is_masked(z[i]) && is_masked(t[i]));
+    out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
+  }
+}
+
+// Adds the gradient of one learner's divergence in its target's logits; slope in bits.
+template <class A>
+KD_MULTIVERSION void target_grad_piece(const A* z, const A* e_t, const A* log_raised, int64_t n, LogSoftmax<A> q,
+                                       A inverse_t, A slope, A scale, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    out[i] += scale * target_term(e_t[i] * inverse_t, log_raised[i], log_q, slope);
+  }
+}
+
+// Adds coef exp(t - max).
+template <int kT, class A>
+KD_MULTIVERSION void ce_grad_piece(const A* t, const A* e_t, int64_t n, A max, A coef, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] += coef * exp_1<kT>(e_t[i], t[i] - max);
+}
+
+// Takes the gradients of kR targets to one network: out += sum_r w_r g_r, dots_r += sum g_r (z - max).
+template <int kR, class A>
+KD_MULTIVERSION void spread_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, A* out, double* dots) {
+  Lanes<A> sum[kR] = {}, weight[kR];
+  for (int r = 0; r < kR; ++r) weight[r] = all(w[r]);
+  const Lanes<A> top = all(max), none = all(-infinity<A>()), zero = {};
+  for (int64_t i = 0; i < n; i += kLanesOf<A>) {
+    const Lanes<A> raw = load(z + i), c = raw == none ? zero : raw - top;
+    Lanes<A> to = load(out + i);
+    for (int r = 0; r < kR; ++r) {
+      const Lanes<A> x = load(g[r] + i);
+      to += weight[r] * x;
+      sum[r] += x * c;
+    }
+    store(out + i, to);
+  }
+  if (dots) {
+    for (int r = 0; r < kR; ++r) dots[r] += lane_sum<A>(sum[r]);
+  }
+}
+
+// ---- teachers
+template <class A>
+struct TeacherSums {
+  A sum, dot;
+};
+
+template <bool kCross, class A>
+KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
+                                            A* powers) {
+  A sum = 0, dot = 0;
+#pragma omp simd reduction(+ : sum, dot)
+  for (int64_t i = 0; i < n; ++i) {
+    const A c = z[i] - max_p, e = exp2(c * rate);
+    powers[i] = e;
+    sum += e;
+    dot += divergence_term(e, c, student[i] - max_q, kCross);
+  }
+  return {sum, dot};
+}
+
+// sum += q - p of a piece, in double, from the exponentials.
+template <class A>
+KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, double* sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(e_q[i] * inverse_q - e_p[i] * inverse_p);
+}
+
+// out = of_q exp2(c rate) + of_1 exp(c)
+template <int kT, class A>
+KD_MULTIVERSION void student_grad_piece(const A* z, int64_t n, A max, A rate, A of_q, A of_1, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A c = z[i] - max, e = exp2(c * rate);
+    out[i] = of_q * e + of_1 * exp_1<kT>(e, c);
+  }
+}
+
+template <class A>
+KD_MULTIVERSION void subtract_exponentials(const A* z, int64_t n, A max, A rate, A coef, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] -= coef * exp2((z[i] - max) * rate);
+}
+
+template <bool kCross, class A>
+KD_MULTIVERSION void teacher_grad_piece(const A* z, const A* student, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q,
+                                        A divergence, A scale, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A c = (z[i] - p.max) * p.rate;
+    out[i] = teacher_term(exp2(c) * p.inverse, c - p.log2_sum, (student[i] - q.max) * q.rate - q.log2_sum, divergence,
+                          scale, kCross);
+  }
+}
+
+template <class A>
+KD_MULTIVERSION void raise_to(const A* z, int64_t n, LogSoftmax<A> p, A* top) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A log_p = (z[i] - p.max) * p.rate - p.log2_sum;
+    top[i] = log_p > top[i] ? log_p : top[i];
+  }
+}
+
+template <class A>
+KD_MULTIVERSION void add_below(const A* z, int64_t n, LogSoftmax<A> p, const A* top, A* sum) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A log_p = (z[i] - p.max) * p.rate - p.log2_sum;
+    sum[i] += exp2(log_p - (is_masked(top[i]) ? A(0) : top[i]));
+  }
+}
+
+template <class A>
+KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
+  A kl = 0;
+#pragma omp simd reduction(+ : kl)
+  for (int64_t i = 0; i < n; ++i) {
+    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    kl += reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
+  }
+  return kl;
+}
+
+template <class A>
+KD_MULTIVERSION void reverse_grad_piece(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count,
+                                        A kl, A scale, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    out[i] += reverse_grad(exp2(log_q), log_q, mean_log(top[i], sum[i], count), kl, scale);
+  }
+}
+
+// ---- rows
+template <class A>
+struct Deleter {
+  void operator()(A* x) const { ::operator delete[](x, std::align_val_t(64)); }
+};
+
+// Memory of one thread, in pieces of kChunk. They are a few cache lines more apart: a power of two apart they would all
+// compete for the same few lines of a cache.
+constexpr int64_t kPieceStride = kChunk + 5 * 16;
+
+template <class A>
+class Scratch {
+ public:
+  explicit Scratch(int64_t pieces)
+      : memory_(static_cast<A*>(::operator new[](pieces * kPieceStride * sizeof(A), std::align_val_t(64)))) {}
+  A* piece(int64_t i) const { return memory_.get() + i * kPieceStride; }
+
+ private:
+  std::unique_ptr<A[], Deleter<A>> memory_;
+};
+
+// f(row, scratch) for every row, in parallel.
+template <class A, class F>
+void for_rows(int64_t rows, int64_t cols, int64_t networks, int64_t pieces, const F& f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols * networks, 1));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    const Scratch<A> scratch(pieces);
+    for (int64_t row = begin; row < end; ++row) f(row, scratch);
+  });
+}
+
+// f(begin, n) for the chunks of a row.
+template <class F>
+void for_chunks(int64_t cols, const F& f) {
+  for (int64_t begin = 0; begin < cols; begin += kChunk) f(begin, std::min(kChunk, cols - begin));
+}
+
+template <class A>
+A finite_max(A max) {
+  return is_masked(max) ? A(0) : max;
+}
+
+// A chunk of every network in one row, padded to whole vectors with -inf.
+template <class A>
+struct Chunk {
+  const A* z[kMost];
+
+  void read(const Networks& networks, int64_t row, int64_t begin, int64_t n, const Scratch<A>& scratch, int64_t first) {
+    for (int64_t m = 0; m < networks.count; ++m) {
+      z[m] = kdfast::read<A>(networks[m], row, begin, n, -infinity<A>(), scratch.piece(first + m));
+    }
+  }
+};
+
+void check_labels(const Labels& labels, int64_t rows, int64_t cols) {
+  if (!labels.index) return;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t label = labels.at(row);
+    if (label < 0 || label >= cols) {
+      throw std::invalid_argument("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
+                                  ", expected a class from 0 to " + std::to_string(cols - 1));
+    }
+  }
+}
+
+template <class A>
+A sum_of(const std::vector<A>& values) {
+  double sum = 0;
+  for (A value : values) sum += value;
+  return static_cast<A>(sum);
+}
+
+// ---- mixed_logits_kl
+template <class A>
+struct Mixed {
+  Networks networks;
+  Mix mix;
+  Labels labels;
+  int64_t rows, cols, learners, targets;
+  A rate, eps;
+  bool target_ce;
+  MixedStats<A> stats;
+
+  int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
+};
+
+// Sums over a chunk: fast where no logit is -inf, and the padded rest of it with care.
+template <int kT, class A>
+Sums<A> all_exponentials(const A* z, int64_t n, A max, A rate, A* e) {
+  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
+  Sums<A> sums = exponentials<kT>(z, whole, max, rate, e);
+  if (rest == 0) return sums;
+  const Sums<A> last = exponentials<kT>(z + whole, rest, max, rate, e + whole);
+  return {sums.t + last.t, sums.one + last.one};
+}
+
+template <int kT, bool kEps, class A>
+LearnerSums<A> all_learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
+  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
+  LearnerSums<A> sums = learner_sums<kT, kEps, false>(z, t, e_t, whole, max_q, max_t, rate);
+  if (sums.has_masked()) sums = learner_sums<kT, kEps, true>(z, t, e_t, whole, max_q, max_t, rate);
+  if (rest == 0) return sums;
+  const LearnerSums<A> last = learner_sums<kT, kEps, true>(z + whole, t + whole, e_t + whole, rest, max_q, max_t, rate);
+  return {sums.sum + last.sum, sums.sum_1 + last.sum_1, sums.dot + last.dot, sums.centred + last.centred,
+          sums.extra + last.extra};
+}
+
+template <class A>
+Raised<A> all_raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
+  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
+  Raised<A> sums = raised_sums<false>(t, e, whole, s, eps);
+  if (!(sums.rise - sums.rise == 0)) sums = raised_sums<true>(t, e, whole, s, eps);
+  if (rest == 0) return sums;
+  const Raised<A> last = raised_sums<true>(t + whole, e + whole, rest, s, eps);
+  return {sums.rise + last.rise, sums.logs + last.logs, sums.live + last.live};
+}
+
+// The weights of one row's targets that are not 0, or where the least logits are measured from.
+template <class A>
+struct Weights {
+  const A* z[kMost];
+  A max[kMost], w[kMost];
+  int64_t count = 0;
+};
+
+// Writes a target's logits in a chunk of the row.
+template <class A>
+void target_piece(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* out) {
+  Weights<A> some;
+  const Column weights = op.mix.column(row, r);
+  for (int64_t m = 0; m < op.networks.count; ++m) {
+    const A w = op.mix.data ? read<A>(weights, m) : A(1);
+    if (w == 0) continue;
+    some.z[some.count] = chunk.z[m];
+    some.max[some.count] = op.stats.max(m, row);
+    if (!op.mix.data) {
+      const A at_label = read_one<A>(op.networks[m], row, op.labels.at(row));
+      if (!is_masked(at_label)) some.max[some.count] = at_label;
+    }
+    some.w[some.count++] = w;
+  }
+  if (op.mix.data) {
+    mix_piece(some.z, some.max, some.w, some.count, padded(n), out);
+  } else {
+    least_piece(some.z, some.max, some.count, padded(n), out);
+  }
+  std::fill(out + n, out + padded(n), -infinity<A>());
+}
+
+// The logits of one class of a target.
+template <class A>
+A target_at(const Mixed<A>& op, int64_t row, int64_t r, int64_t col) {
+  A t = 0;
+  const Column weights = op.mix.column(row, r);
+  for (int64_t m = 0; m < op.networks.count; ++m) {
+    const A w = read<A>(weights, m);
+    if (w != 0) t += w * (read_one<A>(op.networks[m], row, col) - op.stats.max(m, row));
+  }
+  return t;
+}
+
+struct TargetState {
+  double sum = 0, sum_1 = 0;
+  Raised<double> raised;
+};
+
+struct LearnerState {
+  double sum = 0, sum_1 = 0;
+  Shared<double> shared;
+};
+
+template <class A>
+struct Value {
+  A kl, ce;
+};
+
+template <int kT, bool kEps, class A>
+Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, TargetState* targets,
+                   LearnerState* learners) {
+  const MixedStats<A>& stats = op.stats;
+  const int64_t count = op.networks.count, logits = count, powers = count + op.targets;  // pieces of the scratch
+  Chunk<A> chunk;
+  // A row of one chunk is read and mixed once.
+  bool fresh = false;
+  const auto load_chunk = [&](int64_t begin, int64_t n) {
+    if (fresh && op.cols <= kChunk) return;
+    chunk.read(op.networks, row, begin, n, scratch, 0);
+    fresh = true;
+  };
+  bool mixed = false;
+  const auto mix_chunk = [&](int64_t begin, int64_t n) {
+    if (mixed && op.cols <= kChunk) return;
+    load_chunk(begin, n);
+    for (int64_t r = 0; r < op.targets; ++r) target_piece(op, row, r, chunk, n, scratch.piece(logits + r));
+    mixed = true;
+  };
+
+  for (int64_t m = 0; m < count; ++m) stats.max(m, row) = -infinity<A>();
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    load_chunk(begin, n);
+    for (int64_t m = 0; m < count; ++m) stats.max(m, row) = max_of(chunk.z[m], padded(n), stats.max(m, row));
+  });
+  for (int64_t m = 0; m < count; ++m) stats.max(m, row) = finite_max(stats.max(m, row));
+
+  for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = -infinity<A>();
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    mix_chunk(begin, n);
+    for (int64_t r = 0; r < op.targets; ++r) {
+      stats.target_max(r, row) = max_of(scratch.piece(logits + r), padded(n), stats.target_max(r, row));
+    }
+  });
+  for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = finite_max(stats.target_max(r, row));
+
+  std::fill(targets, targets + op.targets, TargetState{});
+  std::fill(learners, learners + op.learners, LearnerState{});
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    mix_chunk(begin, n);
+    for (int64_t r = 0; r < op.targets; ++r) {
+      const Sums<A> sums = all_exponentials<kT>(scratch.piece(logits + r), n, stats.target_max(r, row), op.rate,
+                                                scratch.piece(powers + r));
+      targets[r].sum += sums.t;
+      targets[r].sum_1 += sums.one;
+    }
+    for (int64_t i = 0; i < op.learners; ++i) {
+      const int64_t r = op.target_of(i);
+      const LearnerSums<A> sums =
+          all_learner_sums<kT, kEps>(chunk.z[i], scratch.piece(logits + r), scratch.piece(powers + r), n,
+                                     stats.max(i, row), stats.target_max(r, row), op.rate);
+      learners[i].sum += sums.sum;
+      learners[i].sum_1 += sums.sum_1;
+      learners[i].shared.dot += sums.dot;
+      learners[i].shared.centred += sums.centred;
+      learners[i].shared.extra += sums.extra;
+    }
+  });
+
+  for (int64_t r = 0; r < op.targets; ++r) {
+    stats.target_sum(r, row) = static_cast<A>(targets[r].sum);
+    stats.target_sum_1(r, row) = static_cast<A>(targets[r].sum_1);
+  }
+  if (kEps) {
+    for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+      mix_chunk(begin, n);
+      for (int64_t r = 0; r < op.targets; ++r) {
+        const A* t = scratch.piece(logits + r);
+        A* e = scratch.piece(powers + r);
+        if (op.cols > kChunk) exponentials<kT>(t, padded(n), stats.target_max(r, row), op.rate, e);
+        const Raised<A> sums = all_raised_sums(t, e, n, LogSoftmax<A>(stats.target(r, row), op.rate), op.eps);
+        targets[r].raised.rise += sums.rise;
+        targets[r].raised.logs += sums.logs;
+        targets[r].raised.live += sums.live;
+      }
+    });
+  }
+
+  Value<A> value{0, 0};
+  for (int64_t i = 0; i < op.learners; ++i) {
+    const int64_t r = op.target_of(i);
+    const EpsKl<double> kl =
+        eps_kl<double>(targets[r].sum, learners[i].sum, targets[r].raised, learners[i].shared, op.rate, op.eps);
+    stats.sum(i, row) = static_cast<A>(learners[i].sum);
+    stats.sum_1(i, row) = static_cast<A>(learners[i].sum_1);
+    stats.mass(i, row) = static_cast<A>(kl.mass);
+    stats.slope(i, row) = static_cast<A>(kl.slope);
+    value.kl += static_cast<A>(kl.value);
+  }
+  if (!op.labels.index) return value;
+  const int64_t label = op.labels.at(row);
+  const auto cross_entropy = [](double sum_1, A at_label) {
+    return sum_1 == 0 ? infinity<A>() : static_cast<A>(kLn2 * log2(sum_1) - at_label);
+  };
+  for (int64_t i = 0; i < op.learners; ++i) {
+    const A at_label = read_one<A>(op.networks[i], row, label) - stats.max(i, row);
+    value.ce += cross_entropy(learners[i].sum_1, at_label);
+  }
+  for (int64_t r = 0; op.target_ce && r < op.targets; ++r) {
+    value.ce += cross_entropy(targets[r].sum_1, target_at(op, row, r, label) - stats.target_max(r, row));
+  }
+  return value;
+}
+
+template <class A>
+struct MixedGrad {
+  A kl, ce;  // of the divergences over T, of the cross-entropies
+  bool through_targets, flows;
+  Matrix out[kMost];
+  Mix mix_grad;
+};
+
+// The gradients of up to four targets at a time, taken to network m.
+template <class A>
+void spread(const Mixed<A>& op, int64_t row, int64_t m, const A* z, int64_t n, const Scratch<A>& scratch,
+            int64_t target_grads, A* out, double* dots) {
+  const A* g[kMost];
+  A w[kMost];
+  for (int64_t r = 0; r < op.targets; ++r) {
+    g[r] = scratch.piece(target_grads + r);
+    w[r] = read<A>(op.mix.column(row, r), m);
+  }
+  const A max = op.stats.max(m, row);
+  int64_t r = 0;
+  for (; r + 4 <= op.targets; r += 4) spread_piece<4>(z, max, g + r, w + r, n, out, dots ? dots + r : nullptr);
+  if (dots) dots += r;
+  switch (op.targets - r) {
+    case 3: return spread_piece<3>(z, max, g + r, w + r, n, out, dots);
+    case 2: return spread_piece<2>(z, max, g + r, w + r, n, out, dots);
+    case 1: return spread_piece<1>(z, max, g + r, w + r, n, out, dots);
+    default: return;
+  }
+}
+
+template <int kT, class A>
+void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, const Scratch<A>& scratch) {
+  const MixedStats<A>& stats = op.stats;
+  const int64_t count = op.networks.count, written = grad.flows ? count : op.learners;
+  const int64_t logits = count, powers = logits + op.targets, logs = powers + op.targets,
+                target_grads = logs + op.targets, outs = target_grads + op.targets;
+  const int64_t label = op.labels.index ? op.labels.at(row) : -1;
+  std::vector<double> dots(grad.mix_grad.data ? count * op.targets : 0, 0.0);
+  Chunk<A> chunk;
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    const int64_t at = label - begin, whole = padded(n);
+    const bool has_label = at >= 0 && at < n;
+    chunk.read(op.networks, row, begin, n, scratch, 0);
+    for (int64_t r = 0; r < op.targets; ++r) {
+      A *t = scratch.piece(logits + r), *e = scratch.piece(powers + r), *g = scratch.piece(target_grads + r);
+      target_piece(op, row, r, chunk, n, t);
+      exponentials<kT>(t, whole, stats.target_max(r, row), op.rate, e);
+      if (!grad.flows) continue;
+      const LogSoftmax<A> p(stats.target(r, row), op.rate);
+      if (grad.through_targets) raised_logs(t, e, whole, p, op.eps, scratch.piece(logs + r));
+      std::fill(g, g + whole, A(0));
+      if (op.target_ce) {
+        const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
+        ce_grad_piece<kT>(t, e, whole, stats.target_max(r, row), coef, g);
+        if (has_label) g[at] -= grad.ce;
+      }
+    }
+    for (int64_t m = 0; m < written; ++m) {
+      A* out = scratch.piece(outs + (grad.flows ? m : 0));
+      if (m < op.learners) {
+        const int64_t r = op.target_of(m);
+        const A *t = scratch.piece(logits + r), *e_t = scratch.piece(powers + r);
+        const LearnerGrad<A> g = learner_grad(stats.target(r, row), stats.learner(m, row), stats.sum_1(m, row),
+                                              stats.mass(m, row), op.eps, grad.kl, op.labels.index ? grad.ce : A(0));
+        if (op.eps != 0 && any_masked(t, n)) {
+          learner_grad_piece<kT, true>(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+        } else {
+          learner_grad_piece<kT, false>(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+        }
+        if (has_label) out[at] -= grad.ce;
+        const A slope = stats.slope(m, row);
+        if (grad.through_targets && slope != infinity<A>()) {
+          target_grad_piece(chunk.z[m], e_t, scratch.piece(logs + r), whole,
+                            LogSoftmax<A>(stats.learner(m, row), op.rate), stats.target(r, row).inverse(),
+                            A(kLog2E) * slope, grad.kl, scratch.piece(target_grads + r));
+        }
+      } else {
+        std::fill(out, out + whole, A(0));
+      }
+      if (!grad.flows) write(grad.out[m], row, begin, n, out);
+    }
+    // A target's gradient is complete after its last learner.
+    for (int64_t m = 0; grad.flows && m < count; ++m) {
+      A* out = scratch.piece(outs + m);
+      spread(op, row, m, chunk.z[m], whole, scratch, target_grads, out,
+             grad.mix_grad.data ? dots.data() + m * op.targets : nullptr);
+      write(grad.out[m], row, begin, n, out);
+    }
+  });
+  for (int64_t m = 0; grad.mix_grad.data && m < count; ++m) {
+    for (int64_t r = 0; r < op.targets; ++r) {
+      const Column to = grad.mix_grad.column(row, r);
+      write_one(Matrix{to.data, to.dtype, 0, 1}, 0, m, static_cast<A>(dots[m * op.targets + r]));
+    }
+  }
+}
+
+// ---- teachers_kl
+template <class A>
+struct Taught {
+  Matrix student;
+  Networks teachers;
+  Labels labels;
+  int64_t rows, cols;
+  A rate;
+  Kind kind;
+  TeacherStats<A> stats;
+
+  bool cross() const { return kind == Kind::kCrossEntropy; }
+};
+
+// The student and its teachers in a chunk of a row; pieces 0 to M of the scratch.
+template <class A>
+const A* read_all(const Taught<A>& op, int64_t row, int64_t begin, int64_t n, const Scratch<A>& scratch,
+                  Chunk<A>& chunk) {
+  chunk.read(op.teachers, row, begin, n, scratch, 1);
+  return read<A>(op.student, row, begin, n, -infinity<A>(), scratch.piece(0));
+}
+
+// log r of a chunk as its largest logarithm and a sum, see mean_log.
+template <class A>
+void mean_pieces(const Taught<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, A* top, A* sum) {
+  std::fill(top, top + n, -infinity<A>());
+  std::fill(sum, sum + n, A(0));
+  for (int64_t m = 0; m < op.teachers.count; ++m) {
+    raise_to(chunk.z[m], n, LogSoftmax<A>(op.stats.teacher(m, row), op.rate), top);
+  }
+  for (int64_t m = 0; m < op.teachers.count; ++m) {
+    add_below(chunk.z[m], n, LogSoftmax<A>(op.stats.teacher(m, row), op.rate), top, sum);
+  }
+}
+
+// Statistics of one row; -> its cross-entropy. The exponentials of the last chunk stay in the pieces from M + 1 on.
+template <int kT, class A>
+A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
+  const TeacherStats<A>& stats = op.stats;
+  const int64_t count = op.teachers.count, top = count + 1, sum = count + 2;
+  Chunk<A> chunk;
+  const A* z = nullptr;
+  bool fresh = false;
+  const auto load_chunk = [&](int64_t begin, int64_t n) {
+    if (fresh && op.cols <= kChunk) return;
+    z = read_all(op, row, begin, n, scratch, chunk);
+    fresh = true;
+  };
+  A max_q = -infinity<A>(), max_p[kMost];
+  std::fill(max_p, max_p + count, -infinity<A>());
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    load_chunk(begin, n);
+    max_q = max_of(z, padded(n), max_q);
+    for (int64_t m = 0; m < count; ++m) max_p[m] = max_of(chunk.z[m], padded(n), max_p[m]);
+  });
+  max_q = finite_max(max_q);
+  double sum_q = 0, sum_1 = 0, sum_p[kMost] = {}, dot[kMost] = {};
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    load_chunk(begin, n);
+    const Sums<A> sums = exponentials<kT>(z, padded(n), max_q, op.rate, scratch.piece(top));
+    sum_q += sums.t;
+    sum_1 += sums.one;
+    for (int64_t m = 0; m < count; ++m) {
+      const A max = finite_max(max_p[m]);
+      A* powers = scratch.piece(top + 1 + m);
+      const TeacherSums<A> one = op.cross()
+                                     ? teacher_sums<true>(chunk.z[m], z, padded(n), max, max_q, op.rate, powers)
+                                     : teacher_sums<false>(chunk.z[m], z, padded(n), max, max_q, op.rate, powers);
+      sum_p[m] += one.sum;
+      dot[m] += one.dot;
+    }
+  });
+  stats.at(0, row) = max_q;
+  stats.at(1, row) = static_cast<A>(sum_q);
+  stats.sum_1(row) = static_cast<A>(sum_1);
+  for (int64_t m = 0; m < count; ++m) {
+    stats.set_teacher(m, row, {finite_max(max_p[m]), static_cast<A>(sum_p[m])});
+    stats.value(m, row) =
+        op.kind == Kind::kReverse
+            ? A(0)
+            : static_cast<A>(divergence<double>(sum_p[m], sum_q, dot[m], static_cast<double>(op.rate), op.cross()));
+  }
+  if (op.kind == Kind::kReverse) {
+    double kl = 0;
+    for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+      load_chunk(begin, n);
+      mean_pieces(op, row, chunk, padded(n), scratch.piece(top), scratch.piece(sum));
+      kl += reverse_sum(z, padded(n), LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top),
+                        scratch.piece(sum), static_cast<A>(count));
+    });
+    stats.value(0, row) = static_cast<A>(kLn2 * kl);
+  }
+  if (!op.labels.index) return 0;
+  const A at_label = read_one<A>(op.student, row, op.labels.at(row)) - max_q;
+  return sum_1 == 0 ? infinity<A>() : static_cast<A>(kLn2 * log2(sum_1) - at_label);
+}
+
+template <class A>
+A row_value(const Taught<A>& op, const std::vector<A>& weights, int64_t row) {
+  if (op.kind == Kind::kReverse) return op.stats.value(0, row);
+  A value = 0;
+  for (int64_t m = 0; m < op.teachers.count; ++m) value += weighed(weights[m], op.stats.value(m, row));
+  return value;
+}
+
+template <int kT, class A>
+void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A ce, int64_t row,
+                     const Scratch<A>& scratch, const Matrix& to_student, const std::vector<Matrix>& to_teachers) {
+  const TeacherStats<A>& stats = op.stats;
+  const int64_t count = op.teachers.count, top = count + 1, sum = count + 2, buffer = count + 3;
+  const Side<A> student = stats.student(row);
+  const LogSoftmax<A> q(student, op.rate);
+  const A of_1 = op.labels.index ? ce * Side<A>{0, stats.sum_1(row)}.inverse() : A(0);
+  A of_q = 0;
+  for (int64_t m = 0; op.kind != Kind::kReverse && m < count; ++m) {
+    of_q += stats.teacher(m, row).sum == 0 ? A(0) : kl * weights[m] * q.inverse;
+  }
+  Chunk<A> chunk;
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    const int64_t whole = padded(n);
+    const A* z = read_all(op, row, begin, n, scratch, chunk);
+    if (to_student.data) {
+      A* out = scratch.piece(buffer);
+      student_grad_piece<kT>(z, whole, q.max, op.rate, of_q, of_1, out);
+      if (op.kind == Kind::kReverse) {
+        mean_pieces(op, row, chunk, whole, scratch.piece(top), scratch.piece(sum));
+        reverse_grad_piece(z, whole, q, scratch.piece(top), scratch.piece(sum), static_cast<A>(count),
+                           A(kLog2E) * stats.value(0, row), A(kLn2) * kl, out);
+      } else {
+        for (int64_t m = 0; m < count; ++m) {
+          const Side<A> p = stats.teacher(m, row);
+          subtract_exponentials(chunk.z[m], whole, p.max, op.rate, kl * weights[m] * p.inverse(), out);
+        }
+      }
+      const int64_t at = op.labels.index ? op.labels.at(row) - begin : -1;
+      if (at >= 0 && at < n) out[at] -= ce;
+      write(to_student, row, begin, n, out);
+    }
+    for (int64_t m = 0; m < static_cast<int64_t>(to_teachers.size()); ++m) {
+      A* out = scratch.piece(buffer);
+      const A value = stats.value(m, row);
+      const LogSoftmax<A> p(stats.teacher(m, row), op.rate);
+      const A scale = value == infinity<A>() ? A(0) : A(kLn2) * kl * weights[m];
+      if (scale == 0) {
+        std::fill(out, out + whole, A(0));
+      } else if (op.cross()) {
+        teacher_grad_piece<true>(chunk.z[m], z, whole, p, q, A(kLog2E) * value, scale, out);
+      } else {
+        teacher_grad_piece<false>(chunk.z[m], z, whole, p, q, A(kLog2E) * value, scale, out);
+      }
+      write(to_teachers[m], row, begin, n, out);
+    }
+  });
+}
+
+// ---- aekd
+constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
+
+// G of sum_b (q - p_m); the statistics of the rows on the way.
+template <class A>
+std::vector<double> gradient_gram(const Taught<A>& op) {
+  const int64_t count = op.teachers.count, cols = op.cols, size = count * cols;
+  const int64_t per_block = std::max<int64_t>(1, (op.rows + kBlocks - 1) / kBlocks);
+  const int64_t blocks = (op.rows + per_block - 1) / per_block;
+  const std::unique_ptr<double[]> sums(new double[std::max<int64_t>(blocks, 1) * size]);
+  for_each(blocks, 1, [&](int64_t block) {
+    const Scratch<A> scratch(2 * count + 2);
+    double* sum = sums.get() + block * size;
+    std::fill(sum, sum + size, 0.0);
+    for (int64_t row = block * per_block; row < std::min(op.rows, (block + 1) * per_block); ++row) {
+      taught_row<1>(op, row, scratch);
+      const Side<A> q = op.stats.student(row);
+      Chunk<A> chunk;
+      for_chunks(cols, [&](int64_t begin, int64_t n) {
+        A* e_q = scratch.piece(count + 1);
+        if (cols > kChunk) exponentials<1>(read_all(op, row, begin, n, scratch, chunk), padded(n), q.max, op.rate, e_q);
+        for (int64_t m = 0; m < count; ++m) {
+          const Side<A> p = op.stats.teacher(m, row);
+          A* e_p = scratch.piece(count + 2 + m);
+          if (cols > kChunk) exponentials<1>(chunk.z[m], padded(n), p.max, op.rate, e_p);
+          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), sum + m * cols + begin);
+        }
+      });
+    }
+  });
+  for_each((size + kChunk - 1) / kChunk, 4, [&](int64_t chunk) {
+    const int64_t begin = chunk * kChunk, end = std::min(size, begin + kChunk);
+    for (int64_t block = 1; block < blocks; ++block) {
+      for (int64_t i = begin; i < end; ++i) sums[i] += sums[block * size + i];
+    }
+  });
+  std::vector<double> gram(count * count, 0.0);
+  for (int64_t i = 0; blocks && i < count; ++i) {
+    for (int64_t j = 0; j <= i; ++j) {
+      double dot = 0;
+      for (int64_t c = 0; c < cols; ++c) dot += sums[i * cols + c] * sums[j * cols + c];
+      gram[i * count + j] = gram[j * count + i] = dot;
+    }
+  }
+  return gram;
+}
+
+// ---- the ops
+using Pair = std::tuple<Tensor, Tensor>;
+
+template <class A>
+Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tensor>& mix,
+                  const std::optional<Tensor>& labels, int64_t learners, double temperature, double eps, bool target_ce,
+                  const Tensor& stats) {
+  const int64_t rows = networks[0].size(0), targets = mix ? mix->size(1) : 1;
+  const int64_t count = static_cast<int64_t>(networks.size());
+  return {networks_of(networks),
+          mix_of(mix),
+          labels_of(labels),
+          rows,
+          networks[0].size(1),
+          learners,
+          targets,
+          A(kLog2E / temperature),
+          A(eps),
+          target_ce,
+          MixedStats<A>{static_cast<A*>(stats.data_ptr()), rows, count, learners, targets}};
+}
+
+double ramp_of(const std::optional<Tensor>& ramp) { return ramp ? read<double>(column(*ramp), 0) : 1; }
+
+Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, std::optional<Tensor> labels,
+                       std::optional<Tensor> ramp, int64_t learners, double temperature, double eps, double kl_scale,
+                       double ce_scale, bool target_ce) {
+  const int64_t rows = networks[0].size(0), cols = networks[0].size(1), targets = mix ? mix->size(1) : 1;
+  const int64_t count = static_cast<int64_t>(networks.size());
+  check_labels(labels_of(labels), rows, cols);
+  const ScalarType dtype = accumulator(networks, mix);
+  Tensor loss = empty(networks[0], dtype, {});
+  Tensor stats = empty(networks[0], dtype, {mixed_stats(count, learners, targets), rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const auto op = mixed_of<A>(networks, mix, labels, learners, temperature, eps, target_ce, stats);
+    std::vector<A> values(rows);
+    const A kl = static_cast<A>(kl_scale * ramp_of(ramp)), ce = static_cast<A>(ce_scale);
+    dispatch_temperature(op.rate, [&](auto t_1) {
+      for_rows<A>(rows, cols, count, count + 2 * targets, [&](int64_t row, const Scratch<A>& scratch) {
+        TargetState target_states[kMost];
+        LearnerState learner_states[kMost];
+        const Value<A> v = op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch, target_states, learner_states)
+                                       : mixed_row<t_1.value, true>(op, row, scratch, target_states, learner_states);
+        values[row] = weighed(kl, v.kl) + weighed(ce, v.ce);
+      });
+    });
+    *static_cast<A*>(loss.data_ptr()) = sum_of(values);
+  });
+  return {loss, stats};
+}
+
+Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional<Tensor> mix,
+                        std::optional<Tensor> labels, std::optional<Tensor> ramp, Tensor stats, int64_t learners,
+                        double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
+                        bool through_targets, bool need_mix) {
+  const int64_t rows = networks[0].size(0), cols = networks[0].size(1), targets = mix ? mix->size(1) : 1;
+  const int64_t count = static_cast<int64_t>(networks.size());
+  const bool flows = through_targets || target_ce;
+  const int64_t written = flows ? count : learners;
+  Tensor grads = empty(networks[0], networks[0].scalar_type(), {written, rows, cols});
+  Tensor mix_grad =
+      need_mix ? empty(*mix, mix->scalar_type(), {rows, targets, count}) : empty(grad, grad.scalar_type(), {0});
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    const auto op = mixed_of<A>(networks, mix, labels, learners, temperature, eps, target_ce, stats);
+    const double upstream = read<double>(column(grad), 0);
+    MixedGrad<A> g;
+    g.kl = static_cast<A>(upstream * (kl_scale / temperature) * ramp_of(ramp));
+    g.ce = static_cast<A>(upstream * ce_scale);
+    g.through_targets = through_targets;
+    g.flows = flows;
+    g.mix_grad = need_mix ? mix_of(mix_grad) : Mix{};
+    for (int64_t m = 0; m < written; ++m) {
+      g.out[m] = {static_cast<char*>(grads.data_ptr()) + m * rows * cols * grads.element_size(), grads.scalar_type(),
+                  cols, 1};
+    }
+    dispatch_temperature(op.rate, [&](auto t_1) {
+      for_rows<A>(rows, cols, count, 2 * count + 4 * targets,
+                  [&](int64_t row, const Scratch<A>& scratch) { mixed_grad_row<t_1.value>(op, g, row, scratch); });
+    });
+  });
+  return {grads, mix_grad};
+}
+
+template <class A>
+Taught<A> taught_of(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
+                    Kind kind, double temperature, const Tensor& stats) {
+  const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
+  return {matrix(student),
+          networks_of(teachers),
+          labels_of(labels),
+          rows,
+          student.size(1),
+          A(kLog2E / temperature),
+          kind,
+          TeacherStats<A>{static_cast<A*>(stats.data_ptr()), rows, count}};
+}
+
+template <class A>
+std::vector<A> weights_of(const std::optional<Tensor>& weight, int64_t count) {
+  std::vector<A> weights(count, A(1));
+  for (int64_t m = 0; weight && m < count; ++m) weights[m] = read<A>(column(*weight), m);
+  return weights;
+}
+
+// Runs the rows of the forward; -> their cross-entropies.
+template <class A>
+std::vector<A> taught_rows(const Taught<A>& op) {
+  std::vector<A> ce(op.rows);
+  const int64_t count = op.teachers.count;
+  dispatch_temperature(op.rate, [&](auto t_1) {
+    for_rows<A>(op.rows, op.cols, count + 1, 2 * count + 2,
+                [&](int64_t row, const Scratch<A>& scratch) { ce[row] = taught_row<t_1.value>(op, row, scratch); });
+  });
+  return ce;
+}
+
+Pair teachers_forward_cpu(Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
+                          std::optional<Tensor> weight, std::string kind, double temperature, double scale,
+                          double ce_scale) {
+  const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
+  check_labels(labels_of(labels), rows, student.size(1));
+  const ScalarType dtype = accumulator(teachers, student);
+  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {teacher_stats(count), rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const auto op = taught_of<A>(student, teachers, labels, kind_of(kind), temperature, stats);
+    std::vector<A> values = taught_rows(op);
+    const std::vector<A> weights = weights_of<A>(weight, count);
+    for (int64_t row = 0; row < rows; ++row) {
+      values[row] = weighed(A(scale), row_value(op, weights, row)) + weighed(A(ce_scale), values[row]);
+    }
+    *static_cast<A*>(loss.data_ptr()) = sum_of(values);
+  });
+  return {loss, stats};
+}
+
+Pair teachers_backward_cpu(Tensor grad, Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
+                           std::optional<Tensor> weight, Tensor stats, std::string kind, double temperature,
+                           double scale, double ce_scale, bool need_student, bool need_teachers) {
+  const int64_t rows = student.size(0), cols = student.size(1), count = static_cast<int64_t>(teachers.size());
+  Tensor to_student =
+      need_student ? empty(student, student.scalar_type(), {rows, cols}) : empty(grad, grad.scalar_type(), {0});
+  Tensor to_teachers = need_teachers ? empty(teachers[0], teachers[0].scalar_type(), {count, rows, cols})
+                                     : empty(grad, grad.scalar_type(), {0});
+  std::vector<Matrix> outs(need_teachers ? count : 0);
+  for (int64_t m = 0; m < static_cast<int64_t>(outs.size()); ++m) {
+    outs[m] = {static_cast<char*>(to_teachers.data_ptr()) + m * rows * cols * to_teachers.element_size(),
+               to_teachers.scalar_type(), cols, 1};
+  }
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    const auto op = taught_of<A>(student, teachers, labels, kind_of(kind), temperature, stats);
+    const std::vector<A> weights = weights_of<A>(weight, count);
+    const double upstream = read<double>(column(grad), 0);
+    const A kl = static_cast<A>(upstream * scale / temperature), ce = static_cast<A>(upstream * ce_scale);
+    const Matrix student_out = need_student ? matrix(to_student) : Matrix{};
+    dispatch_temperature(op.rate, [&](auto t_1) {
+      for_rows<A>(rows, cols, count + 1, count + 4, [&](int64_t row, const Scratch<A>& scratch) {
+        taught_grad_row<t_1.value>(op, weights, kl, ce, row, scratch, student_out, outs);
+      });
+    });
+  });
+  return {to_student, to_teachers};
+}
+
+std::tuple<Tensor, Tensor, Tensor> aekd_forward_cpu(Tensor student, std::vector<Tensor> teachers, double temperature,
+                                                    double scale, double slack, bool normalize) {
+  const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
+  const ScalarType dtype = accumulator(teachers, student);
+  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {teacher_stats(count), rows}),
+         weights = empty(student, dtype, {count});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const auto op = taught_of<A>(student, teachers, std::nullopt, Kind::kKl, temperature, stats);
+    std::vector<A> values(rows), rounded(count);
+    std::vector<double> gram = gradient_gram(op), memory(simplex_memory(count)), lengths(count), exact(count);
+    aekd_weights(gram.data(), count, slack, normalize, memory.data(), lengths.data(), exact.data());
+    for (int64_t m = 0; m < count; ++m) rounded[m] = static_cast<A*>(weights.data_ptr())[m] = static_cast<A>(exact[m]);
+    for (int64_t row = 0; row < rows; ++row) values[row] = weighed(A(scale), row_value(op, rounded, row));
+    *static_cast<A*>(loss.data_ptr()) = sum_of(values);
+  });
+  return {loss, stats, weights};
+}
+
+Tensor simplex_minimum_cpu(Tensor gram, Tensor slope, double cap) {
+  const int64_t count = slope.size(0);
+  Tensor a = empty(slope, ScalarType::Double, {count});
+  std::vector<double> g(count * count), s(count), memory(simplex_memory(count));
+  for (int64_t i = 0; i < count; ++i) {
+    s[i] = read<double>(column(slope), i);
+    for (int64_t j = 0; j < count; ++j) g[i * count + j] = read_one<double>(matrix(gram), i, j);
+  }
+  simplex_minimum(g.data(), s.data(), count, cap, memory.data(), static_cast<double*>(a.data_ptr()));
+  return a;
+}
+
+}  // namespace
+}  // namespace ensemble
+}  // namespace kdfast
+
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
+  using namespace kdfast::ensemble;
+  m.impl("mixed_logits_kl", TORCH_BOX(&mixed_forward_cpu));
+  m.impl("mixed_logits_kl_backward", TORCH_BOX(&mixed_backward_cpu));
+  m.impl("teachers_kl", TORCH_BOX(&teachers_forward_cpu));
+  m.impl("teachers_kl_backward", TORCH_BOX(&teachers_backward_cpu));
+  m.impl("aekd", TORCH_BOX(&aekd_forward_cpu));
+  m.impl("simplex_minimum", TORCH_BOX(&simplex_minimum_cpu));
+}
