@@ -1057,8 +1057,9 @@ def Codistillation(student, peers, epoch=None, mode="cross_entropy", burn_in=0):
 
 def AEKD(student, teachers, temperature=4.0, slack=0.6, normalize=False):
     """Du et al. 2020, eq. 6 and 7."""
-    weights = aekd_weights(student, teachers, temperature, slack, normalize)
-    return teachers_kl(student, [x.detach() for x in teachers], temperature=temperature, weight=weights)
+    teachers = [x.detach() for x in teachers]
+    weights = aekd_weights(student.detach(), teachers, temperature, slack, normalize)
+    return teachers_kl(student, teachers, temperature=temperature, weight=weights)
 
 
 def EnD(student, teachers, temperature=1.0):
