@@ -352,7 +352,7 @@ def aekd_gram(student, teachers, temperature=4.0):
 
 
 def aekd_weights(student, teachers, temperature=4.0, slack=0.6, normalize=False):
-    gram = aekd_gram(student.detach(), teachers, temperature).cpu()
+    gram = aekd_gram(student.detach(), [x.detach() for x in teachers], temperature).cpu()
     norm = gram.diagonal().sqrt() if normalize else torch.ones(len(gram), dtype=torch.float64)
     a = capped_simplex_minimum(gram / norm / norm[:, None], slack) / norm
     return (a / a.sum()).to(student.device)

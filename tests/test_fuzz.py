@@ -410,7 +410,9 @@ def draw_ensemble(draw):
         full[:, :, ~masked] = entries
         return value, full.amax(0)
 
-    return Trial([lay_out(draw, x) for x in networks], call, sizes, True, upstream)
+    if not masked.any():  # a layout may repeat one column
+        networks = [lay_out(draw, x) for x in networks]
+    return Trial(networks, call, sizes, True, upstream)
 
 
 FAMILIES = {
