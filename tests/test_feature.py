@@ -26,6 +26,7 @@ CASES = [  # B, C, H, W
     (2, 33, 4, 3),  # one channel more than a warp has lanes
     (1, 130, 8, 8),  # one block of 128 channels, and two more; 8320 elements are more than a GPU block takes
     (1, 2, 33, 35),  # a channel longer than a chunk of 1024
+    (1, 12, 53, 52),  # one channel more than the CPU takes at once of maps as large as this
 ]
 SMALL = (3, 5, 6, 5)
 
@@ -108,7 +109,18 @@ def upstream_like(variant, inputs):
 @pytest.mark.parametrize("shape", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_matches_oracle(implementation, name, shape, dtype):
+    if implementation.name == "simt" and shape == CASES[-1]:
+        pytest.skip("no boundary of the CUDA kernels")
     inputs = make(implementation, shape, dtype)
+    check(VARIANTS[name], inputs, upstream_like(VARIANTS[name], inputs))
+
+
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_matches_oracle_channels_last(implementation, name, dtype):
+    """More channels than the CPU or a block of the GPU takes at once."""
+    *maps, margin = make(implementation, (2, 131, 5, 6), dtype)
+    inputs = [*(x.contiguous(memory_format=torch.channels_last) for x in maps), margin]
     check(VARIANTS[name], inputs, upstream_like(VARIANTS[name], inputs))
 
 

@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "common/chunk.h"
+#include "common/lanes.h"
 #include "common/parallel.h"
 #include "feature/layout.h"
 #include "feature/math.h"
@@ -40,15 +41,17 @@ const A* read(const Map& x, const Order& order, int64_t sample, int64_t begin, i
   return buffer;
 }
 
-// Where to put n elements of a dense output: straight into it if that holds A, else into `buffer`, for `write`.
+// Where to put n elements of a dense output: straight into it if that holds A, else into `buffer`, for `write`; null
+// if there is no output.
 template <class A>
 A* target(const Output& out, int64_t at, A* buffer) {
+  if (!out.data) return nullptr;
   return out.dtype == kDtype<A> ? static_cast<A*>(out.data) + at : buffer;
 }
 
 template <class A>
 void write(const Output& out, int64_t at, int64_t n, const A* values) {
-  if (out.dtype == kDtype<A>) return;
+  if (!out.data || out.dtype == kDtype<A>) return;
   dispatch_float(out.dtype, [&](auto tag) {
     using T = decltype(tag);
     narrow(values, n, static_cast<T*>(out.data) + at);
@@ -190,7 +193,7 @@ struct Pair {
         const int64_t width = std::min(kChunk, begin + n - at), out = b * size() + at;
         const A *s = read(student, order, b, at, width, own), *t = read(teacher, order, b, at, width, other);
         const A* m = Kind::kPerChannel ? spread(channels, order, at, width, spreaded) : nullptr;
-        A* slope_s = to_s.data ? target(to_s, out, own_slopes) : nullptr;
+        A* slope_s = target(to_s, out, own_slopes);
         if (to_t.data) {
           A* slope_t = target(to_t, out, other_slopes);
           write_slopes<A, Kind, true>(s, t, m, width, kind, factor(b), slope_s, slope_t);
@@ -198,7 +201,7 @@ struct Pair {
         } else {
           write_slopes<A, Kind, false>(s, t, m, width, kind, factor(b), slope_s, nullptr);
         }
-        if (to_s.data) write(to_s, out, width, slope_s);
+        write(to_s, out, width, slope_s);
       }
     });
   }
@@ -248,40 +251,156 @@ std::vector<double> channel_squares(const Pair& maps) {
 
 // ---- the pyramid
 
-// sums += s - t, -> the sum of (s - t)^2.
+// The first n elements, zeros after them. n may be more than a vector.
 template <class A>
-KD_MULTIVERSION A add_differences(const A* s, const A* t, int64_t n, A* sums) {
-  A squares = 0;
-#pragma omp simd reduction(+ : squares)
-  for (int64_t i = 0; i < n; ++i) {
-    const A d = s[i] - t[i];
-    sums[i] += d;
-    squares += d * d;
+KD_HD Lanes<A> load_some(const A* from, int64_t n) {
+  if (n >= kLanesOf<A>) return load(from);
+  alignas(64) A lanes[kLanesOf<A>] = {};
+  for (int64_t i = 0; i < n; ++i) lanes[i] = from[i];
+  return load(lanes);
+}
+
+template <class A>
+KD_HD void store_some(A* to, const Lanes<A>& v, int64_t n) {
+  if (n >= kLanesOf<A>) return store(to, v);
+  for (int64_t i = 0; i < n; ++i) to[i] = v[i];
+}
+
+// The first n lanes of v, zeros after them.
+template <class A>
+KD_HD Lanes<A> first_lanes(const Lanes<A>& v, int64_t n) {
+  alignas(64) A lanes[kLanesOf<A>];
+  store(lanes, v);
+  for (int64_t i = 0; i < kLanesOf<A>; ++i) lanes[i] = i < n ? lanes[i] : A(0);
+  return load(lanes);
+}
+
+// Sums of s - t in each cell of a plane, rows without gaps: to cells[.][lane]. -> the sum of (s - t)^2.
+template <class A>
+KD_MULTIVERSION double sum_plane(const A* s, const A* t, const Pyramid& p, A* line, Lanes<A>* cells, int64_t lane) {
+  constexpr int64_t L = kLanesOf<A>;
+  const int64_t size = p.height * p.width;
+  double squares = 0;
+  for (int segment = 0; segment < p.rows.segments; ++segment) {
+    const int64_t top = p.rows.begin[segment];
+    Lanes<A> sum{};
+    for (int64_t y = top; y < p.rows.begin[segment + 1]; ++y) {
+      // The last vector of a row reaches into the next one: its sums are not read.
+      for (int64_t x = 0; x < p.width; x += L) {
+        const int64_t at = y * p.width + x, left = size - at;
+        Lanes<A> d = load_some(s + at, left) - load_some(t + at, left);
+        store(line + x, y == top ? d : load(line + x) + d);
+        if (x + L > p.width) d = first_lanes<A>(d, p.width - x);
+        sum += d * d;
+      }
+    }
+    squares += lane_sum<A>(sum);
+    for (int column = 0; column < p.columns.segments; ++column) {
+      A total = 0;
+      for (int64_t x = p.columns.begin[column]; x < p.columns.begin[column + 1]; ++x) total += line[x];
+      cells[segment * p.columns.segments + column][lane] = total;
+    }
   }
   return squares;
 }
 
+// Gradients of a plane, `factor` times (own (s - t) + its cell's slope); negative in the teacher. Either may be absent.
 template <class A>
-KD_MULTIVERSION void write_line(const A* s, const A* t, const A* slopes, int64_t n, A own, A factor, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = factor * (own * (s[i] - t[i]) + slopes[i]);
+KD_MULTIVERSION void write_plane(const A* s, const A* t, const Pyramid& p, A* line, const Lanes<A>* cells, int64_t lane,
+                                 A own, A factor, A* to_s, A* to_t) {
+  constexpr int64_t L = kLanesOf<A>;
+  const int64_t size = p.height * p.width;
+  const Lanes<A> own_lanes = all(own), factor_lanes = all(factor);
+  for (int segment = 0; segment < p.rows.segments; ++segment) {
+    for (int column = 0; column < p.columns.segments; ++column) {
+      const A slope = cells[segment * p.columns.segments + column][lane];
+      for (int64_t x = p.columns.begin[column]; x < p.columns.begin[column + 1]; ++x) line[x] = slope;
+    }
+    for (int64_t y = p.rows.begin[segment]; y < p.rows.begin[segment + 1]; ++y) {
+      // What the last vector of a row writes of the next one is written once more.
+      for (int64_t x = 0; x < p.width; x += L) {
+        const int64_t at = y * p.width + x, left = size - at;
+        const Lanes<A> d = load_some(s + at, left) - load_some(t + at, left);
+        const Lanes<A> slope = factor_lanes * (own_lanes * d + load(line + x));
+        if (to_s) store_some<A>(to_s + at, slope, left);
+        if (to_t) store_some<A>(to_t + at, -slope, left);
+      }
+    }
+  }
 }
 
-struct Strides {
-  int64_t sample, channel, row, column;
+// A line of positions, each with n channels side by side, `step` elements from one position to the next.
+template <class A>
+struct Line {
+  A* data;
+  int64_t step;
 };
 
-inline Strides strides(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}; }
-
-// Maps are read line by line: a row of one channel, or (channels_last) kBlock channels of a position.
+// Sums of s - t in each cell of a row of cells [columns, vectors], for n channels of a line. -> the sum of (s - t)^2.
 template <class A>
+KD_MULTIVERSION double sum_line(Line<const A> s, Line<const A> t, const Axis& columns, int64_t n, Lanes<A>* cells) {
+  constexpr int64_t L = kLanesOf<A>;
+  const int64_t vectors = (n + L - 1) / L;
+  Lanes<A> sum{};
+  for (int column = 0; column < columns.segments; ++column) {
+    for (int64_t x = columns.begin[column]; x < columns.begin[column + 1]; ++x) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = v * L;
+        const Lanes<A> d = load_some(s.data + x * s.step + at, n - at) - load_some(t.data + x * t.step + at, n - at);
+        cells[column * vectors + v] += d;
+        sum += d * d;
+      }
+    }
+  }
+  return lane_sum<A>(sum);
+}
+
+template <class A>
+KD_MULTIVERSION void write_line(Line<const A> s, Line<const A> t, const Axis& columns, int64_t n, const Lanes<A>* cells,
+                                A own, A factor, Line<A> to_s, Line<A> to_t) {
+  constexpr int64_t L = kLanesOf<A>;
+  const int64_t vectors = (n + L - 1) / L;
+  const Lanes<A> own_lanes = all(own), factor_lanes = all(factor);
+  for (int column = 0; column < columns.segments; ++column) {
+    for (int64_t x = columns.begin[column]; x < columns.begin[column + 1]; ++x) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = v * L;
+        const Lanes<A> d = load_some(s.data + x * s.step + at, n - at) - load_some(t.data + x * t.step + at, n - at);
+        const Lanes<A> slope = factor_lanes * (own_lanes * d + cells[column * vectors + v]);
+        if (to_s.data) store_some<A>(to_s.data + x * to_s.step + at, slope, n - at);
+        if (to_t.data) store_some<A>(to_t.data + x * to_t.step + at, -slope, n - at);
+      }
+    }
+  }
+}
+
+// The averages of as many channels as `vectors` have lanes, see `pool`. cells [cells, vectors].
+template <bool kGradient, class A>
+KD_MULTIVERSION A pool_lanes(const Pyramid& p, Lanes<A>* cells, int64_t vectors) {
+  Lanes<A> loss{};
+  for (int64_t v = 0; v < vectors; ++v) loss += pool<kGradient, Lanes<A>, A>(p, cells + v, vectors);
+  return lane_sum<A>(loss);
+}
+
+// A map (B, C, H, W) of any type and strides.
+struct Source {
+  const void* data;
+  ScalarType dtype;
+  int64_t sample, channel, row, column;
+
+  explicit Source(const Tensor& x)
+      : data(x.data_ptr()),
+        dtype(x.scalar_type()),
+        sample(x.stride(0)),
+        channel(x.stride(1)),
+        row(x.stride(2)),
+        column(x.stride(3)) {}
+};
+
 struct PyramidMaps {
-  static constexpr int64_t kBlock = 128;
-  const Tensor &student, &teacher;
+  Source student, teacher;
   int64_t batch, channels, height, width;
-  bool by_channel;
   Pyramid pyramid;
-  std::vector<int> row_segment, column_segment;
 
   PyramidMaps(const Tensor& s, const Tensor& t)
       : student(s),
@@ -290,83 +409,136 @@ struct PyramidMaps {
         channels(s.size(1)),
         height(s.size(2)),
         width(s.size(3)),
-        by_channel(Order(s).by_channel),
-        pyramid(batch * channels, height, width),
-        row_segment(segments(pyramid.rows)),
-        column_segment(segments(pyramid.columns)) {}
+        pyramid(batch * channels, height, width) {}
+};
 
-  static std::vector<int> segments(const Axis& axis) {
-    std::vector<int> result;
-    for (int i = 0; i < axis.segments; ++i) result.resize(axis.begin[i + 1], i);
-    return result;
+// Maps read channel after channel. A task is a few channels of a sample, one to a lane: as many as a cache holds, for
+// the gradient reads them twice.
+template <class A>
+struct Planes : PyramidMaps {
+  static constexpr int64_t kMostVectors = 1;
+  int64_t size, block, blocks;
+
+  Planes(const Tensor& s, const Tensor& t) : PyramidMaps(s, t), size(height * width) {
+    block = std::clamp<int64_t>(kLeast / size, 1, kLanesOf<A>);
+    blocks = (channels + block - 1) / block;
+  }
+  int64_t elements() const { return block * size; }  // of a task
+  int64_t vectors(int64_t) const { return 1; }
+
+  // f(sample, channel, its lane) for the channels of a task.
+  template <class F>
+  void for_channels(int64_t task, const F& f) const {
+    const int64_t first = task % blocks * block, end = std::min(first + block, channels);
+    for (int64_t c = first; c < end; ++c) f(task / blocks, c, c - first);
   }
 
-  int64_t across() const { return pyramid.columns.segments; }
-  int64_t blocks() const { return by_channel ? (channels + kBlock - 1) / kBlock : channels; }
-  int64_t tasks() const { return batch * blocks(); }
-
-  static const A* line(const Tensor& x, int64_t at, int64_t stride, int64_t n, std::vector<A>& buffer) {
-    if (x.scalar_type() == kDtype<A> && (stride == 1 || n == 1)) return static_cast<const A*>(x.data_ptr()) + at;
-    buffer.resize(n);
-    dispatch_float(x.scalar_type(), [&](auto tag) {
-      using T = decltype(tag);
-      widen(static_cast<const T*>(x.data_ptr()) + at, stride, n, buffer.data());
+  // A plane without gaps: in place where that is possible, else copied.
+  const A* plane(const Source& x, int64_t b, int64_t c, std::vector<A>& buffer) const {
+    const int64_t at = b * x.sample + c * x.channel;
+    const bool dense = (x.column == 1 || width == 1) && (x.row == width || height == 1);
+    if (dense && x.dtype == kDtype<A>) return static_cast<const A*>(x.data) + at;
+    buffer.resize(size);
+    dispatch_float(x.dtype, [&](auto tag) {
+      const auto* from = static_cast<const decltype(tag)*>(x.data) + at;
+      if (dense) return widen(from, 1, size, buffer.data());
+      for (int64_t y = 0; y < height; ++y) widen(from + y * x.row, x.column, width, buffer.data() + y * width);
     });
     return buffer.data();
   }
 
-  // f(student's line, teacher's, its length, which line of sums it adds to, where it begins in a dense output).
+  double sum(int64_t task, Lanes<A>* cells) const {
+    std::vector<A> own, other, line(padded(width));
+    double squares = 0;
+    for_channels(task, [&](int64_t b, int64_t c, int64_t lane) {
+      squares += sum_plane(plane(student, b, c, own), plane(teacher, b, c, other), pyramid, line.data(), cells, lane);
+    });
+    return squares;
+  }
+
+  void write(int64_t task, const Lanes<A>* slopes, A factor, const Output& to_s, const Output& to_t) const {
+    std::vector<A> own, other, line(padded(width)), grad_s(to_s.copied<A>() * size), grad_t(to_t.copied<A>() * size);
+    for_channels(task, [&](int64_t b, int64_t c, int64_t lane) {
+      const int64_t at = (b * channels + c) * size;
+      A *s = target(to_s, at, grad_s.data()), *t = target(to_t, at, grad_t.data());
+      write_plane(plane(student, b, c, own), plane(teacher, b, c, other), pyramid, line.data(), slopes, lane,
+                  static_cast<A>(2 * pyramid.own), factor, s, t);
+      feature::write(to_s, at, size, s);
+      feature::write(to_t, at, size, t);
+    });
+  }
+};
+
+// Maps read position after position (channels_last). A task is up to kBlock channels of a sample.
+template <class A>
+struct Positions : PyramidMaps {
+  static constexpr int64_t kBlock = 128, kMostVectors = kBlock / kLanesOf<A>;
+  int64_t blocks;
+
+  Positions(const Tensor& s, const Tensor& t) : PyramidMaps(s, t), blocks((channels + kBlock - 1) / kBlock) {}
+  int64_t elements() const { return kBlock * height * width; }
+  int64_t first(int64_t task) const { return task % blocks * kBlock; }
+  int64_t length(int64_t task) const { return std::min(kBlock, channels - first(task)); }
+  int64_t vectors(int64_t task) const { return (length(task) + kLanesOf<A> - 1) / kLanesOf<A>; }
+
+  Line<const A> line(const Source& x, int64_t task, int64_t y, std::vector<A>& buffer) const {
+    const int64_t at = task / blocks * x.sample + first(task) * x.channel + y * x.row, n = length(task);
+    if (x.dtype == kDtype<A> && (x.channel == 1 || n == 1)) return {static_cast<const A*>(x.data) + at, x.column};
+    buffer.resize(width * n);
+    dispatch_float(x.dtype, [&](auto tag) {
+      const auto* from = static_cast<const decltype(tag)*>(x.data) + at;
+      for (int64_t i = 0; i < width; ++i) widen(from + i * x.column, x.channel, n, buffer.data() + i * n);
+    });
+    return {buffer.data(), n};
+  }
+
+  // f(student's line, teacher's, its number, its row of cells) for the lines of a task.
   template <class F>
   void for_lines(int64_t task, const F& f) const {
-    const int64_t b = task / blocks(), c = task % blocks() * (by_channel ? kBlock : 1);
-    const int64_t length = by_channel ? std::min(kBlock, channels - c) : width;
-    const Strides s = strides(student), t = strides(teacher);
-    const auto at = [&](const Strides& x, int64_t y, int64_t column) {
-      return b * x.sample + c * x.channel + y * x.row + column * x.column;
-    };
     std::vector<A> own, other;
-    for (int64_t y = 0; y < height; ++y) {
-      for (int64_t x = 0; x < (by_channel ? width : 1); ++x) {
-        const A* student_line = line(student, at(s, y, x), by_channel ? s.channel : s.column, length, own);
-        const A* teacher_line = line(teacher, at(t, y, x), by_channel ? t.channel : t.column, length, other);
-        const int64_t segment = by_channel ? row_segment[y] * across() + column_segment[x] : row_segment[y];
-        const int64_t out =
-            by_channel ? ((b * height + y) * width + x) * channels + c : ((b * channels + c) * height + y) * width;
-        f(student_line, teacher_line, length, segment, out);
+    for (int segment = 0; segment < pyramid.rows.segments; ++segment) {
+      const int64_t cells = segment * pyramid.columns.segments * vectors(task);
+      for (int64_t y = pyramid.rows.begin[segment]; y < pyramid.rows.begin[segment + 1]; ++y) {
+        f(line(student, task, y, own), line(teacher, task, y, other), y, cells);
       }
     }
   }
 
-  // -> the loss of a task; with kGradient `lines` are the slopes that the averages give to each line of a segment.
-  template <bool kGradient>
-  double pooled(int64_t task, std::vector<A>& lines) const {
-    const int64_t length = by_channel ? std::min(kBlock, channels - task % blocks() * kBlock) : width;
-    lines.assign((by_channel ? pyramid.cells() : pyramid.rows.segments) * length, A(0));
-    double squares = 0, loss = 0;
-    for_lines(task, [&](const A* s, const A* t, int64_t n, int64_t segment, int64_t) {
-      squares += add_differences(s, t, n, lines.data() + segment * n);
+  double sum(int64_t task, Lanes<A>* cells) const {
+    double squares = 0;
+    for_lines(task, [&](Line<const A> s, Line<const A> t, int64_t, int64_t row) {
+      squares += sum_line(s, t, pyramid.columns, length(task), cells + row);
     });
-    if (by_channel) {
-      for (int64_t i = 0; i < length; ++i) loss += pool<kGradient>(pyramid, lines.data() + i, length);
-    } else {
-      A cells[kMostCells] = {};
-      for_cells([&](int64_t cell, int64_t at) { cells[cell] += lines[at]; });
-      loss = pool<kGradient>(pyramid, cells, 1);
-      if (kGradient) for_cells([&](int64_t cell, int64_t at) { lines[at] = cells[cell]; });
-    }
-    return pyramid.own * squares + loss;
+    return squares;
   }
 
-  // f(cell, element of the lines) of a map that is read by rows.
-  template <class F>
-  void for_cells(const F& f) const {
-    for (int64_t y = 0; y < pyramid.rows.segments; ++y) {
-      for (int64_t x = 0; x < width; ++x) f(y * across() + column_segment[x], y * width + x);
-    }
+  void write(int64_t task, const Lanes<A>* slopes, A factor, const Output& to_s, const Output& to_t) const {
+    const int64_t n = length(task);
+    std::vector<A> grad_s(to_s.copied<A>() * width * n), grad_t(to_t.copied<A>() * width * n);
+    for_lines(task, [&](Line<const A> s, Line<const A> t, int64_t y, int64_t row) {
+      const int64_t at = ((task / blocks * height + y) * width) * channels + first(task);
+      const auto line_of = [&](const Output& to, std::vector<A>& buffer) {
+        return Line<A>{target(to, at, buffer.data()), buffer.empty() ? channels : n};
+      };
+      const Line<A> out_s = line_of(to_s, grad_s), out_t = line_of(to_t, grad_t);
+      write_line(s, t, pyramid.columns, n, slopes + row, static_cast<A>(2 * pyramid.own), factor, out_s, out_t);
+      for (int64_t x = 0; x < width; ++x) {
+        if (!grad_s.empty()) feature::write(to_s, at + x * channels, n, out_s.data + x * out_s.step);
+        if (!grad_t.empty()) feature::write(to_t, at + x * channels, n, out_t.data + x * out_t.step);
+      }
+    });
   }
-
-  int64_t grain() const { return grain_for(height * width * (by_channel ? kBlock : 1)); }
 };
+
+// f(maps) in the order in which they are read.
+template <class A, class F>
+void dispatch_order(const Tensor& student, const Tensor& teacher, const F& f) {
+  if (Order(student).by_channel) {
+    f(Positions<A>(student, teacher));
+  } else {
+    f(Planes<A>(student, teacher));
+  }
+}
 
 // ---- the ops
 
@@ -498,14 +670,18 @@ Tensor pyramid_error_cpu(Tensor student, Tensor teacher) {
   Tensor out = empty(student, dtype, {});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const PyramidMaps<A> maps(student, teacher);
-    std::vector<double> losses(maps.tasks());
-    for_each(maps.tasks(), maps.grain(), [&](int64_t task) {
-      std::vector<A> lines;
-      losses[task] = maps.template pooled<false>(task, lines);
-    });
     double total = 0;
-    for (double loss : losses) total += loss;
+    dispatch_order<A>(student, teacher, [&](const auto& maps) {
+      std::vector<double> losses(maps.batch * maps.blocks);
+      for_each(losses.size(), grain_for(maps.elements()), [&](int64_t task) {
+        Lanes<A> cells[kMostCells * std::decay_t<decltype(maps)>::kMostVectors];
+        const int64_t vectors = maps.vectors(task);
+        std::fill_n(cells, maps.pyramid.cells() * vectors, Lanes<A>{});
+        const double squares = maps.sum(task, cells);
+        losses[task] = maps.pyramid.own * squares + pool_lanes<false, A>(maps.pyramid, cells, vectors);
+      });
+      for (double loss : losses) total += loss;
+    });
     *static_cast<A*>(out.data_ptr()) = static_cast<A>(total);
   });
   return out;
@@ -517,19 +693,15 @@ std::tuple<Tensor, Tensor> pyramid_error_backward_cpu(Tensor grad, Tensor studen
   const Output to_s(grad_s, need_student), to_t(grad_t, need_teacher);
   dispatch_accumulator(accumulator(student, teacher), [&](auto tag) {
     using A = decltype(tag);
-    const PyramidMaps<A> maps(student, teacher);
-    const A factor = read<A>(column(grad), 0), own = static_cast<A>(2 * maps.pyramid.own);
-    for_each(maps.tasks(), maps.grain(), [&](int64_t task) {
-      std::vector<A> lines, buffer;
-      maps.template pooled<true>(task, lines);
-      maps.for_lines(task, [&](const A* s, const A* t, int64_t n, int64_t segment, int64_t at) {
-        buffer.resize(n);
-        for (const Output& to : {to_s, to_t}) {
-          if (!to.data) continue;
-          A* out = target(to, at, buffer.data());
-          write_line(s, t, lines.data() + segment * n, n, own, to.data == to_s.data ? factor : -factor, out);
-          write(to, at, n, out);
-        }
+    const A factor = read<A>(column(grad), 0);
+    dispatch_order<A>(student, teacher, [&](const auto& maps) {
+      for_each(maps.batch * maps.blocks, grain_for(maps.elements()), [&](int64_t task) {
+        Lanes<A> cells[kMostCells * std::decay_t<decltype(maps)>::kMostVectors];
+        const int64_t vectors = maps.vectors(task);
+        std::fill_n(cells, maps.pyramid.cells() * vectors, Lanes<A>{});
+        maps.sum(task, cells);
+        pool_lanes<true, A>(maps.pyramid, cells, vectors);
+        maps.write(task, cells, factor, to_s, to_t);
       });
     });
   });

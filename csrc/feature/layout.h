@@ -54,6 +54,11 @@ struct Output {
   ScalarType dtype = ScalarType::Float;
 
   Output(const Tensor& x, bool wanted) : data(wanted ? x.data_ptr() : nullptr), dtype(x.scalar_type()) {}
+  // Whether values of type A come here through a buffer.
+  template <class A>
+  bool copied() const {
+    return data && dtype != (sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float);
+  }
 };
 
 // Memory for the gradient of x, dense in the order that the student has.

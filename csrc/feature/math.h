@@ -226,23 +226,24 @@ struct Pyramid {
 };
 
 // The averages of one channel, from the sums of the differences in each cell, `stride` apart: -> their weighted
-// squares. With kGradient the sums become the slopes that the averages give to each element of the cell.
-template <bool kGradient, class A>
-KD_HD A pool(const Pyramid& p, A* cells, int64_t stride) {
-  A loss = 0, slopes[kMostCells];
+// squares. With kGradient the sums become the slopes that the averages give to each element of the cell. V is A, or a
+// vector of them, with a channel in each lane.
+template <bool kGradient, class V, class A = V>
+KD_HD V pool(const Pyramid& p, V* cells, int64_t stride) {
+  V loss{}, slopes[kMostCells];
   const int across = p.columns.segments;
   if (kGradient) {
-    for (int c = 0; c < p.cells(); ++c) slopes[c] = 0;
+    for (int c = 0; c < p.cells(); ++c) slopes[c] = V{};
   }
   p.for_windows([&](double weight, int64_t size, int top, int bottom, int left, int right) {
-    A sum = 0;
+    V sum{};
     for (int y = top; y < bottom; ++y) {
       for (int x = left; x < right; ++x) sum += cells[(y * across + x) * stride];
     }
-    const A average = sum / static_cast<A>(size);
+    const V average = sum / static_cast<A>(size);
     loss += static_cast<A>(weight) * average * average;
     if (!kGradient) return;
-    const A slope = static_cast<A>(2 * weight / static_cast<double>(size)) * average;
+    const V slope = static_cast<A>(2 * weight / static_cast<double>(size)) * average;
     for (int y = top; y < bottom; ++y) {
       for (int x = left; x < right; ++x) slopes[y * across + x] += slope;
     }

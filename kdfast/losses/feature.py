@@ -272,9 +272,11 @@ class VID(nn.Module):
         errors = channel_squared_error(mean, teacher)
         # torch's own softplus is x itself above a threshold, which is off by 2e-9.
         scale = self.log_scale.to(errors.dtype)
-        variance = scale.clamp(min=0) + torch.log1p(torch.exp(-scale.abs())) + self.eps
-        channels = variance.numel()
-        return fixed_sum(errors / variance * (1 / max(teacher.numel(), 1)) + variance.log() / channels) / 2
+        variance = torch.logaddexp(scale, scale.new_zeros(())) + self.eps
+        # Of each channel its mean square over its variance, and the variance's logarithm.
+        share = self.teacher_channels / max(teacher.numel(), 1)
+        terms = torch.addcdiv(variance.log(), errors, variance, value=share)
+        return fixed_sum(terms) * (0.5 / self.teacher_channels)
 
     def extra_repr(self):
         sizes = ("student_channels", "mid_channels", "teacher_channels", "init_variance", "eps")
