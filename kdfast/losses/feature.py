@@ -216,6 +216,19 @@ class OFDConnector(nn.Module):
         return self.norm(self.convolution(x))
 
 
+def variance_of(log_scale, eps):
+    """``softplus(log_scale) + eps``. torch's own softplus is x itself above a threshold, which is off by 2e-9."""
+    return log_scale.clamp(min=0) + torch.log1p(torch.exp(-log_scale.abs())) + eps
+
+
+def gaussian_error(mean, target, variance):
+    """``mean 1/2 [(mean - target)^2 / v + log v]`` of two maps (B, C, H, W), v one variance per channel (C,)."""
+    errors = channel_squared_error(mean, target)
+    variance = variance.to(errors.dtype)
+    entries, channels = max(target.numel(), 1), variance.numel()
+    return fixed_sum(errors / variance * (1 / entries) + variance.log() / channels) / 2
+
+
 class VID(nn.Module):
     """VID - Variational Information Distillation for Knowledge Transfer (Ahn et al., CVPR 2019).
 
@@ -269,12 +282,7 @@ class VID(nn.Module):
         student, teacher = to_smaller_square(student, teacher)
         with torch.autocast(student.device.type, enabled=False):
             mean = self.regressor(student.to(self.log_scale.dtype))
-        errors = channel_squared_error(mean, teacher)
-        # torch's own softplus is x itself above a threshold, which is off by 2e-9.
-        scale = self.log_scale.to(errors.dtype)
-        variance = scale.clamp(min=0) + torch.log1p(torch.exp(-scale.abs())) + self.eps
-        channels = variance.numel()
-        return fixed_sum(errors / variance * (1 / max(teacher.numel(), 1)) + variance.log() / channels) / 2
+        return gaussian_error(mean, teacher, variance_of(self.log_scale.to(accumulator(mean, teacher)), self.eps))
 
     def extra_repr(self):
         sizes = ("student_channels", "mid_channels", "teacher_channels", "init_variance", "eps")
