@@ -114,8 +114,8 @@ def hcl_loss(fstudent, fteacher):
 
 
 def feat_loss(source, target, margin):
-    """:class:`kdfast.OFD` over the batch size: pre-activations (B, C, H, W), margin (1, C, 1, 1), at most 0.
-
-    Where the target equals the margin half of the gradient goes to it (original: none).
-    """
-    return kdfast.OFD(reduction="mean")(source, target, margin.to(source))
+    """:class:`kdfast.OFD` over the batch size: pre-activations (B, C, H, W), margin (1, C, 1, 1), at most 0."""
+    margin = margin.to(source)
+    if target.requires_grad:  # where it equals the margin OFD gives it half of the gradient, the original none
+        target = torch.where(target > margin, target, target.detach())
+    return kdfast.OFD(reduction="mean")(source, target, margin)

@@ -74,10 +74,10 @@ class Similarity(kdfast.SP):
 
 
 class Correlation(nn.Module):
-    """``Correlation()(f_s, f_t)``: the mean over i of ``D_i . D_(i+1)``, ``D = |f_s - f_t|``, of embeddings (B, d); 0-d.
+    """``Correlation()(f_s, f_t)``: the mean over i of ``D_i . D_(i+1)``, ``D = |f_s - f_t|``, of embeddings (B, d).
 
-    That is not the paper's congruence (:class:`kdfast.CCKD`): it depends on the order of the batch, and is the least
-    where one sample in two is copied. One sample has no successor: 0 (original: NaN). Plain PyTorch.
+    That is not the paper's congruence (:class:`kdfast.CCKD`): it depends on the order of the batch, and is 0 already
+    where every second sample is matched. One sample has no successor: 0 (original: NaN). 0-d. Plain PyTorch.
     """
 
     def forward(self, f_s, f_t):

@@ -27,8 +27,6 @@ from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.pool import average_pool, max_pool
 
-PREFIX = "kdfast."
-
 __all__ = [
     "ATLoss",
     "AltActTransferLoss",
@@ -44,6 +42,7 @@ __all__ = [
     "SPKDLoss",
     "VIDLoss",
 ]
+register = require("torchdistill.losses.registry", extra="torchdistill").register_mid_level_loss
 
 
 class _OfTwoModules(nn.Module):
@@ -73,6 +72,8 @@ class _OfPairs(nn.Module):
 
     def __init__(self, pairs):
         super().__init__()
+        if not pairs:
+            raise ValueError(f"there must be at least one pair of modules, got {pairs!r}")
         self.pairs = pairs
 
     def weighted_sum(self, loss, student_io_dict, teacher_io_dict, roles=("student", "teacher")):
@@ -89,6 +90,13 @@ def _root(x):
     return torch.where(x > 0, x, 1.0).sqrt() * (x > 0)
 
 
+def _unit(x):
+    """Rows of x over their lengths; a row of zeros stays, and has no gradient."""
+    squares = fixed_sum(x.square())[:, None]
+    return x * (squares > 0) / torch.where(squares > 0, squares, 1.0).sqrt()
+
+
+@register(key="kdfast.KDLoss")
 class KDLoss(_OfTwoModules):
     """:class:`kdfast.KD`: ``alpha CE + beta T^2 KL`` of logits (B, C) or (B, C, ...), beta being 1 - alpha if absent.
 
@@ -149,6 +157,7 @@ def _rows(logits):
     return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
+@register(key="kdfast.FSPLoss")
 class FSPLoss(_OfPairs):
     """``1 / B sum_bj |(G - G')_b.j|``, ``G = first second' / N`` of the channels of two maps: other than kdfast.FSP.
 
@@ -176,6 +185,7 @@ class FSPLoss(_OfPairs):
         return ops.inner_products(first, second) / (height * width)
 
 
+@register(key="kdfast.ATLoss")
 class ATLoss(_OfPairs):
     """:class:`kdfast.AT` with mode "code"; with "paper" ``1 / B sum_b |q_b - q'_b|``, the norm, in plain PyTorch.
 
@@ -200,6 +210,7 @@ class ATLoss(_OfPairs):
         return fixed_sum(_root(fixed_sum((q_s - q_t).square()))) / max(len(q_s), 1)
 
 
+@register(key="kdfast.PKTLoss")
 class PKTLoss(_OfTwoModules):
     """:class:`kdfast.PKT` of embeddings (B, D)."""
 
@@ -211,16 +222,17 @@ class PKTLoss(_OfTwoModules):
         return self.loss(*self.read(student_io_dict, teacher_io_dict))
 
 
+@register(key="kdfast.FTLoss")
 class FTLoss(_OfOutputs):
-    """:class:`kdfast.FT` with p = 1, its mean or its sum over all entries; else the p-norms of the samples' differences.
+    """:class:`kdfast.FT` with p = 1, its mean or its sum over all entries; else ``|s / |s| - t / |t||_p`` of a sample.
 
-    The mean or sum of ``|s / |s| - t / |t||_p`` over the batch, in plain PyTorch. A factor of zeros has no gradient
-    (original: NaN).
+    Of these norms the mean or the sum over the batch, in plain PyTorch. A factor of zeros has no gradient (original:
+    NaN).
     """
 
     def __init__(self, p=1, reduction="mean", paraphraser_path="paraphraser", translator_path="translator", **kwargs):
         super().__init__(translator_path, paraphraser_path)
-        check.positive("p", p)
+        check.number("p", p, low=1)
         check.one_of("reduction", reduction, ("mean", "sum"))
         self.norm_p = p
         self.reduction = reduction
@@ -232,13 +244,15 @@ class FTLoss(_OfOutputs):
         if self.norm_p == 1:
             return ops.normalized_error(student, teacher) * (student.numel() if self.reduction == "sum" else 1)
         dtype = accumulator(student, teacher)
-        s, t = (F.normalize(x.flatten(1).to(dtype)) for x in (student, teacher))
-        norms = torch.linalg.vector_norm(s - t, self.norm_p, dim=1)
+        s, t = (_unit(x.flatten(1).to(dtype)) for x in (student, teacher))
+        powers = fixed_sum((s - t).abs() ** self.norm_p)
+        norms = torch.where(powers > 0, powers, 1.0) ** (1 / self.norm_p) * (powers > 0)
         return fixed_sum(norms) / (max(len(norms), 1) if self.reduction == "mean" else 1)
 
 
+@register(key="kdfast.AltActTransferLoss")
 class AltActTransferLoss(_OfPairs):
-    """:class:`kdfast.AB`; "mean" divides the sum by B, any other reduction does not. The gradient stops at the teacher."""
+    """:class:`kdfast.AB`; "mean" divides the sum by B, any other reduction does not. No gradient to the teacher."""
 
     def __init__(self, feature_pairs, margin, reduction, **kwargs):
         super().__init__(feature_pairs)
@@ -248,6 +262,7 @@ class AltActTransferLoss(_OfPairs):
         return self.weighted_sum(self.loss, student_io_dict, teacher_io_dict)
 
 
+@register(key="kdfast.RKDLoss")
 class RKDLoss(_OfOutputs):
     """:class:`kdfast.RKD`; "sum" adds the B^2 and the B^3 terms. A factor None is 0 (the original raises TypeError)."""
 
@@ -264,6 +279,7 @@ class RKDLoss(_OfOutputs):
         return ops.rkd(student, teacher, (self.dist_factor or 0) * rows**2, (self.angle_factor or 0) * rows**3)
 
 
+@register(key="kdfast.VIDLoss")
 class VIDLoss(_OfPairs):
     """The formula of :class:`kdfast.VID`; the student's module puts out (mean, variance), the variance per channel."""
 
@@ -281,6 +297,7 @@ class VIDLoss(_OfPairs):
         return gaussian_error(mean, teacher, variance.flatten())
 
 
+@register(key="kdfast.CCKDLoss")
 class CCKDLoss(_OfOutputs):
     """``|K - K'|_F / B^2``, K a kernel on rows as they are: kdfast.CCKD has unit rows and the mean of squares.
 
@@ -316,6 +333,7 @@ class CCKDLoss(_OfOutputs):
         return value
 
 
+@register(key="kdfast.SPKDLoss")
 class SPKDLoss(_OfOutputs):
     """``1 / B^2 sum_ij (q_ij - q'_ij)^2`` with ``q_i = G_i / |G_i|_1``: kdfast.SP has the Euclidean norm of the rows.
 
@@ -336,6 +354,7 @@ class SPKDLoss(_OfOutputs):
         return loss / (max(len(q_s), 1) ** 2 if self.reduction == "batchmean" else 1)
 
 
+@register(key="kdfast.CRDLoss")
 class CRDLoss(kdfast.CRD):
     """:class:`kdfast.CRD` of rows that are embedded already (Linear4CRD); of shape (1,).
 
@@ -380,8 +399,9 @@ class CRDLoss(kdfast.CRD):
         return tuple(x.flatten(1).to(accumulator(x)) for x in (student, teacher))
 
 
+@register(key="kdfast.HierarchicalContextLoss")
 class HierarchicalContextLoss(_OfTwoModules):
-    """:class:`kdfast.HCL`; the student's module puts out (map, residual). Other sizes and "sum" are in plain PyTorch."""
+    """:class:`kdfast.HCL`; the student's module puts out (map, residual). Other sizes and "sum": plain PyTorch."""
 
     def __init__(
         self,
@@ -414,6 +434,7 @@ class HierarchicalContextLoss(_OfTwoModules):
         return squares / max(gap.numel(), 1) if self.reduction == "mean" else squares
 
 
+@register(key="kdfast.DISTLoss")
 class DISTLoss(_OfTwoModules):
     """:class:`kdfast.DIST` but for the denominator of a correlation, in plain PyTorch, of logits (B, C).
 
@@ -450,9 +471,5 @@ class DISTLoss(_OfTwoModules):
     def dissimilarity(self, a, b):
         """1 less the mean correlation of the rows."""
         a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-        return 1 - F.cosine_similarity(a, b, eps=self.eps).mean()
-
-
-_registry = require("torchdistill.losses.registry", extra="torchdistill")
-for _name in __all__:
-    _registry.register_mid_level_loss(key=PREFIX + _name)(globals()[_name])
+        cosines = F.cosine_similarity(a, b, eps=self.eps)
+        return 1 - fixed_sum(cosines) / max(len(cosines), 1)
