@@ -515,14 +515,17 @@ def test_max_pool(sizes, pooled):
 @pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
 @pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 4)], ids=str)
 @pytest.mark.parametrize(
-    "options", [{}, {"label_smoothing": 0.1, "ignore_index": 1}, {"weight": torch.rand(5)}], ids=str
+    "options",
+    [{}, {"label_smoothing": 0.1, "ignore_index": 1}, {"weight": torch.linspace(0.1, 1, 5)}],
+    ids=["plain", "smooth", "weighted"],
 )
 def test_kd_of_torchdistill(torchdistill, reduction, shape, options):
     """Logits of any dimensions, classes second, and the arguments of nn.CrossEntropyLoss."""
     student, teacher = (torch.randn(shape).double() for _ in range(2))
     targets = torch.randint(5, (shape[0], *shape[2:]))
     options = {k: v.double() if k == "weight" else v for k, v in options.items()}
-    soft = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction=reduction)
+    divisor = {"batchmean": shape[0], "mean": student.numel(), "sum": 1}[reduction]
+    soft = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="sum") / divisor
     hard = F.cross_entropy(student, targets, reduction="sum" if reduction == "sum" else "mean", **options)
     loss = torchdistill.KDLoss(*PATHS, 3.0, 0.3, 0.5, reduction, **options)
     torch.testing.assert_close(
@@ -760,3 +763,85 @@ def test_student_loop_of_repdistiller(distill):
     ours, theirs = train(True), train(False)
     assert theirs.isfinite().all() and theirs[0, 0] != theirs[-1, 0]
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+YAML = Path(__file__).with_name("torchdistill.yaml")
+TERMS = re.findall(r"^ {8}(\w+):$", YAML.read_text(), flags=re.MULTILINE)
+
+
+@pytest.fixture
+def float64():
+    """Whatever is made without a type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("term", TERMS)
+def test_yaml_of_torchdistill(term, tmp_path):
+    """The real torchdistill trains with our keys as with its own: the losses of three steps, one term at a time."""
+    pytest.importorskip("torchdistill.core.distillation", reason="torchdistill is not installed", exc_type=ImportError)
+    import torchdistill.losses.mid_level  # noqa: F401  registers the originals
+    import torchdistill.models.wrapper  # noqa: F401
+    from torchdistill.common.main_util import import_dependencies
+    from torchdistill.common.yaml_util import load_yaml_file
+    from torchdistill.core.distillation import get_distillation_box
+
+    class Toy(torch.utils.data.Dataset):
+        classes = range(4)
+        targets = [i % 4 for i in range(24)]
+        images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return self.images[index], self.targets[index]
+
+    def network():
+        layers = dict(
+            layer1=nn.Conv2d(3, 6, 3, padding=1),
+            relu=nn.ReLU(),
+            layer2=nn.Conv2d(6, 12, 3, 2, padding=1),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(12, 4),
+        )
+        model = nn.Sequential()
+        for name, layer in layers.items():
+            model.add_module(name, layer)
+        return model
+
+    def train(text):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        config = load_yaml_file(str(file))
+        import_dependencies(config.get("dependencies"))
+        terms = config["train"]["criterion"]["kwargs"]["sub_terms"]
+        config["train"]["criterion"]["kwargs"]["sub_terms"] = {term: terms[term]}
+        networks = network().eval(), network()
+        box = get_distillation_box(
+            *networks, {"toy/train": Toy()}, config["train"], torch.device("cpu"), None, False, 1.0
+        )
+        criterion = box.criterion.term_dict[term][0].double()
+        if term == "crd":  # each draws its own
+            ours = isinstance(criterion, kdfast.CRD)
+            for side, name in ((0, "bank_student"), (1, "bank_teacher")):
+                rows = getattr(criterion, name if ours else f"memory_v{side + 1}")
+                rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(side)))
+        history = []
+        for images, targets, supplement in box.train_data_loader:
+            loss = box.forward_process(images, targets, supplement)
+            box.post_forward_process(loss=loss)
+            history.append(loss.item())
+        return type(criterion).__module__, torch.tensor(history, dtype=torch.float64)
+
+    text = YAML.read_text()
+    before = re.sub("dependencies:\n.*\n", "", text).replace("'kdfast.", "'")
+    (module, ours), (original, theirs) = train(text), train(before)
+    assert module.startswith("kdfast.") and original.startswith("torchdistill.")
+    assert len(ours) == 3 and theirs.isfinite().all() and theirs[0] != theirs[2]
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
