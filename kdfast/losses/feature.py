@@ -216,6 +216,20 @@ class OFDConnector(nn.Module):
         return self.norm(self.convolution(x))
 
 
+def variance_of(log_scale, eps):
+    """``softplus(log_scale) + eps``. torch's own softplus is x itself above a threshold, which is off by 2e-9."""
+    return torch.logaddexp(log_scale, log_scale.new_zeros(())) + eps
+
+
+def gaussian_error(mean, target, variance):
+    """``mean 1/2 [(mean - target)^2 / v + log v]`` of two maps (B, C, H, W), v one variance per channel (C,)."""
+    errors = channel_squared_error(mean, target)
+    variance, channels = variance.to(errors.dtype), variance.numel()
+    # Of each channel its mean square over its variance, and the variance's logarithm.
+    terms = torch.addcdiv(variance.log(), errors, variance, value=channels / max(target.numel(), 1))
+    return fixed_sum(terms) * (0.5 / channels)
+
+
 class VID(nn.Module):
     """VID - Variational Information Distillation for Knowledge Transfer (Ahn et al., CVPR 2019).
 
@@ -269,14 +283,7 @@ class VID(nn.Module):
         student, teacher = to_smaller_square(student, teacher)
         with torch.autocast(student.device.type, enabled=False):
             mean = self.regressor(student.to(self.log_scale.dtype))
-        errors = channel_squared_error(mean, teacher)
-        # torch's own softplus is x itself above a threshold, which is off by 2e-9.
-        scale = self.log_scale.to(errors.dtype)
-        variance = torch.logaddexp(scale, scale.new_zeros(())) + self.eps
-        # Of each channel its mean square over its variance, and the variance's logarithm.
-        share = self.teacher_channels / max(teacher.numel(), 1)
-        terms = torch.addcdiv(variance.log(), errors, variance, value=share)
-        return fixed_sum(terms) * (0.5 / self.teacher_channels)
+        return gaussian_error(mean, teacher, variance_of(self.log_scale.to(accumulator(mean, teacher)), self.eps))
 
     def extra_repr(self):
         sizes = ("student_channels", "mid_channels", "teacher_channels", "init_variance", "eps")

@@ -95,7 +95,7 @@ class CRD(nn.Module):
 
     def forward(self, student, teacher, index, contrast_index=None):
         counts = self._checked(student, teacher, index, contrast_index)
-        anchors = _unit(student, self.embed_student), _unit(teacher, self.embed_teacher)
+        anchors = self._anchors(student, teacher)
         drawn = contrast_index is None
         if drawn:
             contrast_index = draw_negatives(index, self.negatives, self.n_data, self.seed, self.labels)
@@ -113,6 +113,9 @@ class CRD(nn.Module):
         return loss
 
     # ---- the parts of a step -----------------------------------------------------------------------------------------
+    def _anchors(self, student, teacher):
+        return _unit(student, self.embed_student), _unit(teacher, self.embed_teacher)
+
     def _checked(self, student, teacher, index, contrast_index):
         """Checks the arguments; -> how many rows each rank has, or None if this is the only one."""
         if not self.sync or torch.compiler.is_compiling() or distributed.world_size() == 1:
@@ -127,7 +130,7 @@ class CRD(nn.Module):
             columns = 1 + self.negatives if contrast_index is None else contrast_index.shape[1]
         except Exception as caught:  # whatever it is, the other ranks must not wait for this one
             error = caught
-        width = torch.finfo(accumulator(student, self.embed_student.weight)).bits if error is None else 0
+        width = torch.finfo(accumulator(student, *self.parameters())).bits if error is None else 0
         headers = distributed.exchange([error is not None, 0 if error else len(index), columns, width, self._shared])
         if error is not None:
             raise error

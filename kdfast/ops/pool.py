@@ -1,4 +1,4 @@
-"""Adaptive average pooling whose gradient has a fixed order (torch's own has none on a GPU), without a product."""
+"""Adaptive pooling whose gradient has a fixed order (torch's own has none on a GPU)."""
 
 import torch
 
@@ -55,6 +55,42 @@ def average_pool(x, height, width):
     if tuple(x.shape[2:]) == (height, width):
         return x
     return _AveragePool.apply(x.to(accumulator(x)), height, width)
+
+
+class _MaxPool(torch.autograd.Function):
+    """Of two windows that are neighbours in a row or a column the last and the first position may be the same one.
+
+    Of every second window none are, so backward writes the windows in four sets, each without a collision, and adds.
+    """
+
+    @staticmethod
+    def forward(ctx, x, height, width):
+        out, positions = torch.nn.functional.adaptive_max_pool2d(x, (height, width), return_indices=True)
+        ctx.save_for_backward(positions)
+        ctx.shape = x.shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("max_pool")
+        (positions,) = ctx.saved_tensors
+        x_grad = grad.new_zeros(ctx.shape).flatten(2)
+        for rows in (0, 1):
+            for columns in (0, 1):
+                part = (..., slice(rows, None, 2), slice(columns, None, 2))
+                once = torch.zeros_like(x_grad).scatter(2, positions[part].flatten(2), grad[part].flatten(2))
+                x_grad = x_grad + once
+        return x_grad.view(ctx.shape), None, None
+
+
+def max_pool(x, height, width):
+    """The largest entries (B, C, height, width) of maps (B, C, H, W), at most as many, in torch's adaptive windows.
+
+    The gradient goes to one position of each window.
+    """
+    if tuple(x.shape[2:]) == (height, width):
+        return x
+    return _MaxPool.apply(x, height, width)
 
 
 def to_smaller_square(a, b):

@@ -1,0 +1,847 @@
+"""Losses under other libraries' names: the originals' numbers, what they return, and the loops they are used in."""
+
+import contextlib
+import importlib
+import json
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import oracles
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import kdfast
+from kdfast.compat import mdistiller, repdistiller
+from kdfast.compat._kdsvd import _RightSingularVectors
+from kdfast.ops.pool import max_pool
+
+GOLDEN = Path(__file__).parent / "golden"
+# The kernels have tests of their own: here they are only called.
+everywhere = pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
+
+
+def stub_of_torchdistill():
+    """torchdistill.losses.registry as far as it registers mid-level losses, called as the real one is."""
+    registry = types.ModuleType("torchdistill.losses.registry")
+    registry.MIDDLE_LEVEL_LOSS_DICT = {}
+
+    def register_mid_level_loss(arg=None, **kwargs):
+        def register(cls):
+            registry.MIDDLE_LEVEL_LOSS_DICT[kwargs.get("key") or cls.__name__] = cls
+            return cls
+
+        return register(arg) if callable(arg) else register
+
+    registry.register_mid_level_loss = register_mid_level_loss
+    names = "torchdistill", "torchdistill.losses"
+    return {**{name: types.ModuleType(name) for name in names}, registry.__name__: registry}
+
+
+@contextlib.contextmanager
+def torchdistill_losses():
+    """kdfast.compat.torchdistill, and the registry that it is in: the real one where torchdistill can be imported."""
+    stub = {}
+    try:
+        registry = importlib.import_module("torchdistill.losses.registry")
+    except ImportError:
+        stub = stub_of_torchdistill()
+        registry = stub["torchdistill.losses.registry"]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in stub.items():
+            patch.setitem(sys.modules, name, module)
+        yield importlib.import_module("kdfast.compat.torchdistill"), registry
+    if stub:
+        del sys.modules["kdfast.compat.torchdistill"], kdfast.compat.torchdistill
+
+
+@pytest.fixture(scope="module")
+def torchdistill():
+    with torchdistill_losses() as (losses, _):
+        yield losses
+
+
+# ---- the numbers of the originals ------------------------------------------------------------------------------------
+def of_modules(loss, student, teacher, targets=None):
+    """A torchdistill loss of what the modules "s" and "t" put out."""
+    return loss({"s": {"output": student}}, {"t": {"output": teacher}}, targets)
+
+
+def of_pairs(loss, students, teachers, weights, **roles):
+    """A torchdistill loss of pairs: `roles` are the keys of a pair and, of consecutive maps, which they are."""
+    roles = roles or {"student": ("s", 0), "teacher": ("t", 0)}
+    step = len(roles) // 2
+    pairs = {
+        f"pair{i}": {
+            **{role: {"io": "output", "path": f"{side}{step * i + j}"} for role, (side, j) in roles.items()},
+            "weight": weight,
+        }
+        for i, weight in enumerate(weights)
+    }
+    sides = [{f"{side}{i}": {"output": x} for i, x in enumerate(xs)} for side, xs in (("s", students), ("t", teachers))]
+    return loss(pairs)(*sides)
+
+
+PATHS = ("s", "output", "t", "output")
+FSP_ROLES = {
+    f"{who}_{which}": (who[0], i) for who in ("student", "teacher") for i, which in enumerate(("first", "second"))
+}
+
+
+def vid_loss(parameters, x):
+    vid = repdistiller.VIDLoss(x("s").shape[1], x("w1").shape[0], x("t").shape[1], eps=parameters["eps"])
+    names = {
+        "regressor.0.weight": "w1",
+        "regressor.2.weight": "w2",
+        "regressor.4.weight": "w3",
+        "log_scale": "log_scale",
+    }
+    weights = {key: x(name) for key, name in names.items()}
+    return torch.func.functional_call(vid, weights, (x("s"), x("t")))
+
+
+def vid_function(parameters, x):
+    def regressor(maps):
+        return F.conv2d(F.conv2d(F.conv2d(maps, x("w1")).relu(), x("w2")).relu(), x("w3"))
+
+    return mdistiller.vid_loss(regressor, x("log_scale"), x("s"), x("t"), parameters["eps"])
+
+
+def vid_of_modules(parameters, x, torchdistill):
+    s, t = (y.to(x.dtype) for y in oracles._to_smaller_square(x("s"), x("t")))
+    mean = F.conv2d(F.conv2d(F.conv2d(s, x("w1")).relu(), x("w2")).relu(), x("w3"))
+    variance = x("log_scale").exp().log1p().view(1, -1, 1, 1) + parameters["eps"]
+    return of_pairs(torchdistill.VIDLoss, [(mean, variance)], [t], [1])
+
+
+# Each of our names, the golden files, and the call: of the file's parameters p, its inputs x (x("s*"): all of s0, s1,
+# ...) and, of torchdistill's, the module.
+CASES = [
+    ("repdistiller.DistillKL", "kd_distillkl", lambda p, x: repdistiller.DistillKL(p["T"])(x("s"), x("t"))),
+    ("repdistiller.HintLoss", "hint", lambda p, x: repdistiller.HintLoss()(x("s"), x("t"))),
+    ("repdistiller.Attention", "at_rep", lambda p, x: repdistiller.Attention(p["p"])(x("s*"), x("t*"))),
+    ("repdistiller.Similarity", "sp_rep", lambda p, x: repdistiller.Similarity()(x("s*"), x("t*"))),
+    ("repdistiller.Correlation", "cc_rep", lambda p, x: repdistiller.Correlation()(x("s"), x("t"))),
+    ("repdistiller.VIDLoss", "vid_rep", vid_loss),
+    (
+        "repdistiller.RKDLoss",
+        "rkd_repdistiller",
+        lambda p, x: repdistiller.RKDLoss(p["w_d"], p["w_a"])(x("student"), x("teacher")),
+    ),
+    ("repdistiller.PKT", "pkt", lambda p, x: repdistiller.PKT.cosine_similarity_loss(x("s"), x("t"), p["eps"])),
+    (
+        "repdistiller.ABLoss",
+        "ab_rep",
+        lambda p, x: repdistiller.ABLoss(p["feat_num"], p["margin"])(x("s*"), x("t*")),
+    ),
+    (
+        "repdistiller.FactorTransfer",
+        "ft_rep",
+        lambda p, x: repdistiller.FactorTransfer(p["p1"], p["p2"])(x("s"), x("t")),
+    ),
+    (
+        "repdistiller.FSP",
+        "fsp_rep",
+        lambda p, x: repdistiller.FSP(*([y.shape for y in x(n)] for n in ("s*", "t*")))(x("s*"), x("t*")),
+    ),
+    ("repdistiller.NSTLoss", "nst_rep", lambda p, x: repdistiller.NSTLoss()(x("s*"), x("t*"))),
+    ("mdistiller.kd_loss", "kd_distillkl", lambda p, x: mdistiller.kd_loss(x("s"), x("t"), p["T"])),
+    (
+        "mdistiller.dkd_loss",
+        "dkd",
+        lambda p, x: mdistiller.dkd_loss(x("s"), x("t"), x("y"), p["alpha"], p["beta"], p["temperature"]),
+    ),
+    ("mdistiller.at_loss", "at_rep", lambda p, x: mdistiller.at_loss(x("s*"), x("t*"), p["p"])),
+    ("mdistiller.nst_loss", "nst_rep", lambda p, x: mdistiller.nst_loss(x("s*"), x("t*"))),
+    ("mdistiller.pkt_loss", "pkt", lambda p, x: mdistiller.pkt_loss(x("s"), x("t"), p["eps"])),
+    ("mdistiller.sp_loss", "sp_rep", lambda p, x: mdistiller.sp_loss(x("s*"), x("t*"))),
+    ("mdistiller.rkd_loss", "rkd_mdistiller", lambda p, x: mdistiller.rkd_loss(x("student"), x("teacher"), **p)),
+    ("mdistiller.vid_loss", "vid_rep", vid_function),
+    ("mdistiller.hcl_loss", "hcl", lambda p, x: mdistiller.hcl_loss(x("s*"), x("t*"))),
+    ("mdistiller.feat_loss", "ofd_mdistiller", lambda p, x: mdistiller.feat_loss(x("s"), x("t"), x("margin"))),
+    (
+        "torchdistill.KDLoss",
+        "kd_torchdistill",
+        lambda p, x, td: of_modules(
+            td.KDLoss(*PATHS, p["temperature"], p["alpha"], p["beta"], p["reduction"]),
+            *(x("s"), x("t"), x("y") if p["use_targets"] else None),
+        ),
+    ),
+    (
+        "torchdistill.FSPLoss",
+        "fsp_torchdistill",
+        lambda p, x, td: of_pairs(td.FSPLoss, x("s*"), x("t*"), p["weights"], **FSP_ROLES),
+    ),
+    (
+        "torchdistill.ATLoss",
+        "at_official",
+        lambda p, x, td: of_pairs(td.ATLoss, x("s*"), x("t*"), [1] * len(x("s*"))),
+    ),
+    (
+        "torchdistill.ATLoss",
+        "at_torchdistill_paper",
+        lambda p, x, td: of_pairs(lambda pairs: td.ATLoss(pairs, "paper"), x("s*"), x("t*"), p["weights"]),
+    ),
+    ("torchdistill.PKTLoss", "pkt", lambda p, x, td: of_modules(td.PKTLoss(*PATHS, p["eps"]), x("s"), x("t"))),
+    (
+        "torchdistill.FTLoss",
+        "ft_torchdistill",
+        lambda p, x, td: of_modules(td.FTLoss(**p, paraphraser_path="t", translator_path="s"), x("s"), x("t")),
+    ),
+    (
+        "torchdistill.AltActTransferLoss",
+        "ab_official",
+        lambda p, x, td: of_pairs(
+            lambda pairs: td.AltActTransferLoss(pairs, p["margin"], "sum"), [x("s")], [x("t")], [1]
+        ),
+    ),
+    (
+        "torchdistill.RKDLoss",
+        "rkd_torchdistill",
+        lambda p, x, td: of_modules(td.RKDLoss("s", "t", **p), x("student"), x("teacher")),
+    ),
+    ("torchdistill.VIDLoss", "vid_rep", vid_of_modules),
+    *(
+        (
+            "torchdistill.CCKDLoss",
+            f"cc_torchdistill_{kind}",
+            lambda p, x, td: of_modules(td.CCKDLoss("s", "t", **p), x("s"), x("t")),
+        )
+        for kind in ("gaussian", "bilinear")
+    ),
+    (
+        "torchdistill.SPKDLoss",
+        "sp_torchdistill",
+        lambda p, x, td: of_modules(td.SPKDLoss("s", "t", **p), x("s"), x("t")),
+    ),
+    (
+        "torchdistill.HierarchicalContextLoss",
+        "hcl",
+        lambda p, x, td: sum(
+            of_modules(td.HierarchicalContextLoss(*PATHS), (s, None), t) for s, t in zip(x("s*"), x("t*"), strict=True)
+        ),
+    ),
+    (
+        "torchdistill.DISTLoss",
+        "dist_torchdistill",
+        lambda p, x, td: of_modules(td.DISTLoss(*PATHS, **p), x("s"), x("t")),
+    ),
+]
+FILES = [
+    pytest.param(name, path, call, id=f"{name}-{path.stem}")
+    for name, golden, call in CASES
+    for path in sorted([*GOLDEN.glob(f"{golden}__*.npz"), *GOLDEN.glob(f"compat/{golden}__*.npz")])
+]
+SOFTMAX = re.compile("(kd|dkd|dist)_")  # see tests/test_papers.py
+LISTS = ("at_rep", "sp_rep", "nst_rep", "fsp_rep", "ab_rep")  # of which repdistiller returns one loss for each layer
+
+
+class Numbers:
+    """What one golden file holds: `self("s")` is the input of this name in the tested type, `self("s*")` a list."""
+
+    def __init__(self, path, dtype, device="cpu"):
+        with np.load(path) as stored:
+            self.arrays = dict(stored)
+        self.parameters = json.loads(str(self.arrays["about"]))["params"]
+        self.dtype, self.device = dtype, device
+        self.inputs, self.leaves = {}, {}
+
+    def __call__(self, name):
+        if name.endswith("*"):
+            keys = sorted(key[3:] for key in self.arrays if re.fullmatch(f"in_{name[:-1]}[0-9]", key))
+            return [self(key) for key in keys]
+        if name not in self.inputs:
+            x = torch.from_numpy(self.arrays[f"in_{name}"]).to(self.device)
+            self.inputs[name] = x.to(self.dtype) if x.is_floating_point() else x
+            if f"grad_{name}" in self.arrays:
+                self.leaves[name] = self.inputs[name].requires_grad_()
+        return self.inputs[name]
+
+    def compare(self, what, got, want, digits=1e-9, floor=0.0):
+        """Within 1e-9 of the largest entry in float64 (10 times that for gradients, see callers), 2e-5 in float32."""
+        got, want = got.detach().double().cpu(), torch.as_tensor(want, dtype=torch.float64)
+        assert got.shape == want.shape, what
+        wide = self.dtype == torch.float64
+        allowed = (digits if wide else 2e-5) * want.abs().max() + (1e-13 if wide else floor)
+        assert (got - want).abs().max() <= allowed, what
+
+
+@everywhere
+@pytest.mark.parametrize(("name", "path", "call"), FILES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_matches_the_original(implementation, name, path, call, dtype, request):
+    numbers = Numbers(path, dtype, implementation.device)
+    module, golden = name.split(".")[0], path.name.split("__")[0]
+    libraries = [request.getfixturevalue("torchdistill")] if module == "torchdistill" else []
+    losses = call(numbers.parameters, numbers, *libraries)
+    want = numbers.arrays["loss"]
+    if module == "repdistiller" and golden in LISTS:
+        assert isinstance(losses, list) and len(losses) == len(want)
+    else:
+        losses, want = [losses], [want.sum()]
+    temperature = max([1.0, *(v for k, v in numbers.parameters.items() if k in ("T", "temperature", "tau"))])
+    floor = 2e-7 * temperature**2 if SOFTMAX.match(golden) else 0.0
+    for loss, expected in zip(losses, want, strict=True):
+        assert loss.shape == ((1,) if golden == "sp_rep" else ()) and loss.dtype == dtype
+        numbers.compare("loss", loss.view(()), expected, floor=floor)
+    grads = torch.autograd.grad(sum(losses).sum(), list(numbers.leaves.values()))
+    for name, grad in zip(numbers.leaves, grads, strict=True):
+        numbers.compare(name, grad, numbers.arrays[f"grad_{name}"], digits=1e-8, floor=floor / temperature / 10)
+
+
+def test_every_loss_is_covered():
+    names = {name for name, *_ in CASES}
+    for module, others in (
+        (repdistiller, {"KDSVD", "CRDLoss"}),
+        (mdistiller, {"kdsvd_loss"}),
+    ):
+        prefix = module.__name__.split(".")[-1]
+        assert {n.split(".")[1] for n in names if n.startswith(prefix)} == set(module.__all__) - others
+    with torchdistill_losses() as (losses, registry):
+        assert {n.split(".")[1] for n in names if n.startswith("torchdistill")} == set(losses.__all__) - {"CRDLoss"}
+        for name in losses.__all__:
+            assert registry.MIDDLE_LEVEL_LOSS_DICT[f"kdfast.{name}"] is getattr(losses, name)
+    golden = {path.name.split("__")[0] for path in GOLDEN.glob("compat/*.npz")}
+    assert golden - {"kdsvd_rep"} <= {name for _, name, _ in CASES}
+
+
+# ---- losses with a state ---------------------------------------------------------------------------------------------
+@everywhere
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("crd_full__*.npz")), ids=lambda path: path.stem)
+def test_crd_of_repdistiller(implementation, path):
+    """Two modules of embeddings to train, a loss of shape (1,), and the banks after the step."""
+    x = Numbers(path, torch.float64, implementation.device)
+    p = x.parameters
+    sizes = dict(s_dim=x("f_s").shape[1], t_dim=x("f_t").shape[1], feat_dim=p["feat_dim"], n_data=p["n_data"])
+    loss = repdistiller.CRDLoss(types.SimpleNamespace(**sizes, nce_k=p["K"], nce_t=p["T"], nce_m=p["momentum"]))
+    loss = loss.to(implementation.device, torch.float64)
+    weights = {}
+    for side, embed in (("s", loss.embed_s), ("t", loss.embed_t)):
+        for name, parameter in (("w", embed.weight), ("b", embed.bias)):
+            parameter.data.copy_(x(f"{name}_{side}"))
+            weights[f"{name}_{side}"] = parameter
+    loss.bank_student.copy_(x("memory_v1"))
+    loss.bank_teacher.copy_(x("memory_v2"))
+    value = loss(x("f_s"), x("f_t"), x("idx"), x("contrast_idx"))
+    assert value.shape == (1,)
+    x.compare("loss", value.view(()), x.arrays["loss"].sum())
+    value.backward()
+    for name, leaf in {"f_s": x("f_s"), "f_t": x("f_t"), **weights}.items():
+        x.compare(name, leaf.grad, x.arrays[f"grad_{name}"], digits=1e-8)
+    x.compare("bank", loss.bank_student, x.arrays["state_after_memory_v1"])
+    x.compare("bank", loss.bank_teacher, x.arrays["state_after_memory_v2"])
+    assert loss(x("f_s"), x("f_t"), x("idx")).shape == (1,)  # draws its own negatives
+
+
+@everywhere
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("crd_memory__*.npz")), ids=lambda path: path.stem)
+def test_crd_of_torchdistill(implementation, torchdistill, path):
+    """Of embeddings that are ready made: RepDistiller's memory and contrast alone, two steps."""
+    x = Numbers(path, torch.float64, implementation.device)
+    p = x.parameters
+    loss = torchdistill.CRDLoss(
+        "norm", "empty", "norm", p["feat_dim"], p["n_data"], p["K"], p["n_data"], p["T"], p["momentum"]
+    )
+    loss = loss.double()  # on the CPU still
+    assert not list(loss.parameters())
+    loss.bank_student.copy_(x("memory_v1"))
+    loss.bank_teacher.copy_(x("memory_v2"))
+    supplement = {"pos_idx": x("idx").cpu(), "contrast_idx": x("contrast_idx").cpu()}
+    student = {"norm": {"output": x("f_s")}, "empty": {"input": supplement}}
+    teacher = {"norm": {"output": x("f_t")}}
+    value = loss(student, teacher)
+    assert value.shape == (1,)
+    x.compare("loss", value.view(()), x.arrays["loss"])
+    value.backward()
+    for name in ("f_s", "f_t"):
+        x.compare(name, x(name).grad, x.arrays[f"grad_{name}"], digits=1e-8)
+    x.compare("bank", loss.bank_student, x.arrays["state_after_memory_v1"])
+    step2 = loss(student, teacher)
+    x.compare("step 2", step2, x.arrays["out_step2_loss_s"] + x.arrays["out_step2_loss_t"])
+    x.compare("bank", loss.bank_teacher, x.arrays["state_after_step2_memory_v2"])
+    del supplement["contrast_idx"]
+    assert loss(student, teacher).isfinite().all()
+    for wrong in ({"num_samples": 1}, {"eps": 1e-6}):
+        sizes = dict(input_size=8, output_size=20, num_negative_samples=4, num_samples=20) | wrong
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            torchdistill.CRDLoss("norm", "empty", "norm", **sizes)
+
+
+# ---- KDSVD, whose original has no definite signs ---------------------------------------------------------------------
+@pytest.mark.parametrize("path", sorted(GOLDEN.glob("compat/kdsvd_rep__*.npz")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_kdsvd_of_repdistiller(path, dtype):
+    """The file has each sample's loss for every choice of signs of the teacher's vectors: ours is the rule's choice."""
+    x = Numbers(path, dtype)
+    students, teachers = x("s*"), x("t*")
+    rows = len(students[0])
+    signs = []  # of the file's vectors, to have the entry of largest magnitude positive [layer, sample, k]
+    for layer in range(len(teachers)):
+        v = torch.from_numpy(x.arrays[f"teacherV{layer}"])
+        signs.append(v.gather(1, v.abs().argmax(1, keepdim=True))[:, 0].sign())
+    patterns = torch.from_numpy(x.arrays["sign_patterns"])
+    signs = torch.stack(signs, 1)  # [sample, layer, k]
+    signs = signs * signs[:, :1]  # where a vector's sign changes in all layers the loss is the same
+    chosen = [int((patterns == signs[b]).flatten(1).all(1).nonzero()) for b in range(rows)]
+    students = [s.requires_grad_() for s in students]
+    losses = repdistiller.KDSVD(x.parameters["k"])(students, teachers)
+    want = sum(x.arrays["loss_signs"][c, b] for b, c in enumerate(chosen)) / rows
+    assert isinstance(losses, list) and len(losses) == len(want)
+    for loss, expected in zip(losses, want, strict=True):
+        assert loss.shape == () and loss.dtype == dtype
+        x.compare("loss", loss, expected)
+    for layer, grad in enumerate(torch.autograd.grad(sum(losses), students)):
+        expected = np.stack([x.arrays[f"gradsigns_s{layer}"][c, b] for b, c in enumerate(chosen)])
+        got, expected = grad.double(), torch.from_numpy(expected)
+        digits = 1e-7 if dtype == torch.float64 else 2e-3  # over gaps of squared singular values, which cancel
+        assert (got - expected).abs().max() <= digits * expected.abs().max()
+
+
+def test_kdsvd_is_the_same_for_all_signs_and_orders():
+    """The loss does not know in which of its many forms the SVD came: -x has the vectors of x, and rows may move."""
+    students, teachers = ([torch.randn(3, c, 5, 5).double() for c in (6, 8)] for _ in range(2))
+    kdsvd = repdistiller.KDSVD(2)
+    (want,) = kdsvd(students, teachers)
+    others = [-students[0], students[1].flip(2)], [teachers[0].flip(3), -teachers[1]]
+    torch.testing.assert_close(kdsvd(*others)[0], want, rtol=1e-9, atol=0)
+
+
+def test_singular_vectors_gradient():
+    x = torch.randn(2, 7, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 5, 5, dtype=torch.float64)
+    for shape in ((2, 7, 5), (2, 4, 5)):  # the second with a null space
+
+        def loss(x, shape=shape):
+            v = _RightSingularVectors.apply(x, 2)
+            return (v[:, :, None] * v[:, None]).mul(weights[..., None]).sum((1, 2))[:, 1]  # of no sign
+
+        x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(loss, x)
+    flat = torch.ones(1, 4, 1, dtype=torch.float64) @ torch.randn(1, 1, 5, dtype=torch.float64)
+    flat.requires_grad_()  # of rank 1: where torch's own gradient is NaN
+    _RightSingularVectors.apply(flat, 3).mul(weights[:1, :, :3]).sum().backward()
+    assert flat.grad.isfinite().all() and flat.grad.any()
+
+
+def test_kdsvd_of_mdistiller():
+    """Vectors over the columns of a map, see its docstring; one layer more is one loss more in the sum."""
+    students, teachers = ([torch.randn(3, c, 4, 6).double() for c in channels] for channels in ((5, 7, 4), (6, 3, 2)))
+
+    def naive(students, teachers, k):
+        sides = []
+        for s, t in zip(students, teachers, strict=True):
+            s, t = (torch.linalg.svd(x.flatten(1, 2), full_matrices=False) for x in (s, t))
+            v = t.Vh[:, :k].mT
+            v = v * v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
+            cosines = s.Vh[:, : k + 3] @ v
+            best = cosines.abs().argmax(1)
+            own = torch.stack([s.Vh[b, best[b]].mT * cosines[b].gather(0, best[b][None]).sign() for b in range(len(v))])
+            share = t.S[:, None, :k] / t.S[:, :k].norm(dim=1)[:, None, None]
+            sides.append((own * share, v * share))
+        loss = 0
+        for (s0, t0), (s1, t1) in zip(sides, sides[1:], strict=False):
+            rbf = [torch.exp(-((b[:, :, None] - a[:, None]) ** 2) / 8) for a, b in ((s0, s1), (t0, t1))]
+            loss = loss + ((rbf[0] - rbf[1]) ** 2).sum() / len(s0)
+        return loss
+
+    for k in (1, 2):
+        got = mdistiller.kdsvd_loss(students, teachers, k)
+        assert got.shape == ()
+        torch.testing.assert_close(got, naive(students, teachers, k), rtol=1e-9, atol=0)
+
+
+# ---- edges -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "loss",
+    [repdistiller.Correlation(), repdistiller.RKDLoss(), mdistiller.rkd_loss, lambda *x: mdistiller.rkd_loss(*x, True)],
+)
+def test_one_sample(loss):
+    """Nothing to compare it with: 0, and a gradient of 0."""
+    student = torch.randn(1, 4, requires_grad=True)
+    value = loss(student, torch.randn(1, 4))
+    (grad,) = torch.autograd.grad(value, student)
+    assert value.item() == 0 and not grad.any()
+
+
+def test_rkd_with_equal_samples_and_other_eps():
+    """Equal samples are eps apart, as in the original."""
+    student, teacher = torch.randn(5, 3).double(), torch.randn(5, 4).double()
+    student[1] = student[0]
+
+    def naive(x, squared, eps):
+        d = (x[:, None] - x).square().sum(2).clamp(min=eps)
+        d = (d if squared else d.sqrt()) * (1 - torch.eye(len(x)))
+        return d / d[d > 0].mean()
+
+    for squared in (False, True):
+        for eps in (1e-12, 1e-3):
+            want = 2 * F.smooth_l1_loss(naive(student, squared, eps), naive(teacher, squared, eps))
+            got = mdistiller.rkd_loss(student, teacher, squared, eps, 2, 0)
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("p2", [1, 2, 3])
+def test_factor_transfer_powers(p2):
+    student, teacher = torch.randn(3, 4, 6, 6).double(), torch.randn(3, 5, 4, 4).double()
+    maps = [F.normalize(x.pow(3).mean(1).flatten(1)) for x in (F.adaptive_avg_pool2d(student, 4), teacher)]
+    gap = maps[0] - maps[1]
+    want = gap.abs().mean() if p2 == 1 else gap.pow(p2).mean()
+    torch.testing.assert_close(repdistiller.FactorTransfer(3, p2)(student, teacher), want, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_similarity_of_any_memory(memory_format):
+    student, teacher = (torch.randn(3, c, 4, 4).to(memory_format=memory_format) for c in (5, 6))
+    (loss,) = repdistiller.Similarity()([student], [teacher])
+    torch.testing.assert_close(loss, kdfast.SP()(student, teacher).view(1), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("sizes", "pooled"), [((6, 6), (3, 3)), ((7, 5), (3, 2)), ((5, 6), (4, 6)), ((5, 4), (1, 3))])
+def test_max_pool(sizes, pooled):
+    """Windows that overlap by a row or column, too; torch's own gradient is the same on the CPU, in some order."""
+    x = torch.randint(5, (2, 3, *sizes)).double().requires_grad_()  # with equal entries
+    grad = torch.randn(2, 3, *pooled).double()
+    got, want = max_pool(x, *pooled), F.adaptive_max_pool2d(x, pooled)
+    assert torch.equal(got, want)
+    grads = [torch.autograd.grad(y, x, grad)[0] for y in (got, want)]
+    torch.testing.assert_close(*grads, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "mean", "sum"])
+@pytest.mark.parametrize("shape", [(6, 5), (2, 5, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1, "ignore_index": 1}, {"weight": torch.linspace(0.1, 1, 5)}],
+    ids=["plain", "smooth", "weighted"],
+)
+def test_kd_of_torchdistill(torchdistill, reduction, shape, options):
+    """Logits of any dimensions, classes second, and the arguments of nn.CrossEntropyLoss."""
+    student, teacher = (torch.randn(shape).double() for _ in range(2))
+    targets = torch.randint(5, (shape[0], *shape[2:]))
+    options = {k: v.double() if k == "weight" else v for k, v in options.items()}
+    divisor = {"batchmean": shape[0], "mean": student.numel(), "sum": 1}[reduction]
+    soft = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="sum") / divisor
+    hard = F.cross_entropy(student, targets, reduction="sum" if reduction == "sum" else "mean", **options)
+    loss = torchdistill.KDLoss(*PATHS, 3.0, 0.3, 0.5, reduction, **options)
+    torch.testing.assert_close(
+        of_modules(loss, student, teacher, targets), 0.3 * hard + 0.5 * 9 * soft, rtol=1e-9, atol=0
+    )
+    torch.testing.assert_close(of_modules(loss, student, teacher), soft, rtol=1e-9, atol=0)
+    loss = torchdistill.KDLoss(*PATHS, 3.0, reduction=reduction)
+    torch.testing.assert_close(of_modules(loss, student, teacher, targets), soft, rtol=1e-9, atol=0)
+
+
+def test_other_settings_of_torchdistill(torchdistill):
+    """Those that no file has: p-norms, levels and sums, and a factor that is left out."""
+    student, teacher = (torch.randn(4, 3, 6, 6).double() for _ in range(2))
+    units = [F.normalize(x.flatten(1)) for x in (student, teacher)]
+    norms = torch.linalg.vector_norm(units[0] - units[1], 3, dim=1)
+    for reduction, want in (("mean", norms.mean()), ("sum", norms.sum())):
+        loss = torchdistill.FTLoss(3, reduction, paraphraser_path="t", translator_path="s")
+        torch.testing.assert_close(of_modules(loss, student, teacher), want, rtol=1e-9, atol=0)
+    for reduction in ("mean", "sum"):
+        pairs = [[F.adaptive_avg_pool2d(x, n) for x in (student, teacher)] for n in (6, 5, 3)]
+        errors = [F.mse_loss(*pair, reduction=reduction) for pair in pairs]
+        loss = torchdistill.HierarchicalContextLoss(*PATHS, reduction, [5, 7, 3])
+        want = (errors[0] + errors[1] / 2 + errors[2] / 4) / 1.75
+        torch.testing.assert_close(of_modules(loss, (student, None), teacher), want, rtol=1e-9, atol=0)
+    loss = torchdistill.RKDLoss("s", "t", None, 2.0, "mean")
+    torch.testing.assert_close(of_modules(loss, student, teacher), 2 * kdfast.RKDAngle()(student, teacher))
+    pairs = {"pair": {side: {"io": "output", "path": side[0]} for side in ("student", "teacher")}}
+    loss = torchdistill.AltActTransferLoss(pairs, 1.0, "mean")
+    torch.testing.assert_close(of_modules(loss, student, teacher), kdfast.AB(1.0, "mean")(student, teacher))
+
+
+@pytest.mark.parametrize("name", ["FTLoss-1", "FTLoss-2", "FTLoss-3", "CCKDLoss", "SPKDLoss", "ATLoss", "FSPLoss"])
+def test_equal_networks_have_a_finite_gradient(torchdistill, name):
+    """Norms are taken of zeros, and of a sample that is all zeros."""
+    x = torch.randn(3, 4, 5, 5)
+    x[0] = 0
+    student, teacher = x.clone().requires_grad_(), x
+    maps = ("FTLoss", "ATLoss", "FSPLoss")
+    if name.startswith("FTLoss"):
+        loss = torchdistill.FTLoss(int(name[-1]), paraphraser_path="t", translator_path="s")
+    elif name == "CCKDLoss":
+        loss = torchdistill.CCKDLoss("s", "t", {"type": "gaussian", "gamma": 0.4, "max_p": 2}, "batchmean")
+    elif name == "SPKDLoss":
+        loss = torchdistill.SPKDLoss("s", "t", "batchmean")
+    elif name == "ATLoss":
+        pairs = {"pair": {side: {"io": "output", "path": side[0]} for side in ("student", "teacher")}}
+        loss = torchdistill.ATLoss(pairs, "paper")
+    else:
+        roles = {role: {"io": "output", "path": side} for role, (side, _) in FSP_ROLES.items()}
+        loss = torchdistill.FSPLoss({"pair": roles})
+    if not name.startswith(maps):
+        student, teacher = student.flatten(1), teacher.flatten(1)
+    value = of_modules(loss, student, teacher)
+    assert value.item() == 0
+    (grad,) = torch.autograd.grad(value, student)
+    assert grad.isfinite().all() and grad.abs().max() <= 1
+
+
+# What is refused, and what the message says.
+MAPS = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)]
+REFUSED = [
+    (lambda: repdistiller.Attention()(MAPS, MAPS[:1]), ValueError, "as many layers.*got 2 and 1"),
+    (lambda: repdistiller.ABLoss(3)(MAPS, MAPS), ValueError, "feat_num=3 layers, got 2"),
+    (lambda: repdistiller.ABLoss("2"), TypeError, "feat_num"),
+    (
+        lambda: repdistiller.FSP([x.shape for x in MAPS], [x.shape for x in MAPS[::-1]]),
+        ValueError,
+        r"\[3, 5\].*\[5, 3\]",
+    ),
+    (lambda: repdistiller.KDSVD()(MAPS, MAPS[::-1]), ValueError, r"teacher\[0\].*3 entries, got 5"),
+    (lambda: repdistiller.KDSVD(0), ValueError, "k must be at least 1"),
+    (lambda: repdistiller.FactorTransfer(2, 1.5), TypeError, "p2"),
+    (lambda: repdistiller.Correlation()(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "f_t.*f_s"),
+    (lambda: mdistiller.kdsvd_loss(MAPS[:1], MAPS[:1], 1), ValueError, "at least two layers"),
+    (lambda: mdistiller.rkd_loss(torch.ones(2, 3), torch.ones(2, 3), eps=0.0), ValueError, "eps"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), REFUSED, ids=[message for *_, message in REFUSED])
+def test_refuses(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_torchdistill_refuses(torchdistill):
+    for call, message in (
+        (lambda: torchdistill.KDLoss(*PATHS, 4.0, 0.5, reduction="none"), "reduction"),
+        (lambda: torchdistill.ATLoss({"pair": {}}, mode="other"), "mode"),
+        (lambda: torchdistill.ATLoss({}), "at least one pair"),
+        (lambda: torchdistill.CCKDLoss("s", "t", {"type": "cubic"}, "batchmean"), "kernel_config"),
+        (lambda: of_pairs(torchdistill.VIDLoss, [(MAPS[0], torch.ones(4))], [MAPS[0]], [1]), "variance"),
+        (lambda: torchdistill.RKDLoss("s", "t", 1, 2, "none"), "reduction"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_torchdistill_is_needed_by_its_module_alone():
+    """Where it cannot be imported the other modules can, and the error of this one says how to install it."""
+    code = """
+import sys
+sys.modules["torchdistill"] = None
+import kdfast.compat.repdistiller, kdfast.compat.mdistiller
+try:
+    import kdfast.compat.torchdistill
+except ImportError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "torchdistill" in said and "pip install 'kdfast[torchdistill]'" in said
+
+
+# ---- the loops they are used in --------------------------------------------------------------------------------------
+class Network(nn.Module):
+    """As RepDistiller's models: with is_feat, and preact, the maps of all stages come with the logits."""
+
+    def __init__(self, *channels, classes=10):
+        super().__init__()
+        sizes = zip((3, *channels), channels, strict=False)
+        self.stages = nn.ModuleList(nn.Conv2d(a, b, 3, 1 + (i > 0), padding=1) for i, (a, b) in enumerate(sizes))
+        self.head = nn.Linear(channels[-1], classes)
+
+    def forward(self, x, is_feat=False, preact=False):
+        maps = []
+        for stage in self.stages:
+            before = stage(x)
+            x = before.relu()
+            maps.append(before if preact else x)
+        feature = x.mean((2, 3))
+        maps.append(feature)
+        return (maps, self.head(feature)) if is_feat else self.head(feature)
+
+
+def factor_oracle(student, teacher):
+    maps = [F.normalize(x.pow(2).mean(1).flatten(1)) for x in (student, teacher)]
+    return (maps[0] - maps[1]).abs().mean()
+
+
+def correlation_oracle(student, teacher):
+    gap = (student - teacher).abs()
+    return (gap[:-1] * gap[1:]).sum(1).mean()
+
+
+def boundary_oracle(student, teacher):
+    layers = list(zip(student, teacher, strict=True))
+    weights = [2.0 ** (i - len(layers) + 1) * 3 / 1000 for i in range(len(layers))]
+    return sum(w * oracles.AB(s, t, reduction="mean") for w, (s, t) in zip(weights, layers, strict=True))
+
+
+# How the script has each criterion: what it is of (see `features`), whether lists are summed, and the formula. Weights
+# are those of its scripts.
+LOOPS = {
+    "hint": (lambda s, t: repdistiller.HintLoss(), "regressed", oracles.FitNets, 100),
+    "attention": (lambda s, t: repdistiller.Attention(), "middle", oracles.AT, 1000),
+    "similarity": (lambda s, t: repdistiller.Similarity(), "last map", oracles.SP, 3000),
+    "correlation": (lambda s, t: repdistiller.Correlation(), "embedded", correlation_oracle, 0.02),
+    "rkd": (lambda s, t: repdistiller.RKDLoss(), "last", oracles.RKD, 1),
+    "pkt": (lambda s, t: repdistiller.PKT(), "last", oracles.PKT, 30000),
+    "nst": (lambda s, t: repdistiller.NSTLoss(), "middle", oracles.NST, 50),
+    "factor": (lambda s, t: repdistiller.FactorTransfer(), "map before last", factor_oracle, 200),
+    "abound": (lambda s, t: repdistiller.ABLoss(len(s[1:-1])), "regressed middle", boundary_oracle, 1),
+    "fsp": (
+        lambda s, t: repdistiller.FSP(shapes(s[:-1], True), shapes(s[:-1], True)),
+        "regressed all",
+        oracles.FSP,
+        50,
+    ),
+}
+
+
+def shapes(maps, wide=False):
+    return [(x.shape[0], 2 * x.shape[1] if wide else x.shape[1], *x.shape[2:]) for x in maps]
+
+
+def features(of, maps_s, maps_t, connect):
+    """The student's and the teacher's maps that a criterion compares; `connect` brings the former to the latter."""
+    if of == "middle":
+        return maps_s[1:-1], maps_t[1:-1]
+    if of == "last map":
+        return [maps_s[-2]], [maps_t[-2]]
+    if of == "map before last":
+        return maps_s[-2], maps_t[-2]
+    if of == "last":
+        return maps_s[-1], maps_t[-1]
+    if of == "embedded":
+        return connect[-1](maps_s[-1]), maps_t[-1]
+    if of == "regressed":
+        return connect[2](maps_s[2]), maps_t[2]
+    chosen = slice(1, -1) if of == "regressed middle" else slice(0, -1)
+    return [layer(x) for layer, x in zip(connect[chosen], maps_s[chosen], strict=True)], maps_t[chosen]
+
+
+@pytest.mark.parametrize("distill", LOOPS)
+def test_student_loop_of_repdistiller(distill):
+    """Its script with other imports trains like one of naive formulas: all losses of three steps to 1e-6."""
+    build, of, formula, beta = LOOPS[distill]
+    torch.manual_seed(1)
+    images = torch.randn(3, 6, 3, 8, 8, dtype=torch.float64)
+    labels = torch.randint(10, (3, 6))
+
+    def train(ours):
+        torch.manual_seed(2)
+        student, teacher = Network(4, 6, 8).double(), Network(8, 12, 16).double().eval()
+        maps_s, _ = student(images[0], is_feat=True)
+        maps_t, _ = teacher(images[0], is_feat=True)
+        connect = nn.ModuleList([*(nn.Conv2d(c, 2 * c, 1) for c in (4, 6, 8)), nn.Linear(8, 16)]).double()
+        module_list = nn.ModuleList([student, connect])
+        if ours:
+            criterion_list = nn.ModuleList([nn.CrossEntropyLoss(), repdistiller.DistillKL(4), build(maps_s, maps_t)])
+            criterion_cls, criterion_div, criterion_kd = criterion_list
+        else:
+            criterion_cls, criterion_kd = F.cross_entropy, formula
+
+            def criterion_div(y_s, y_t):
+                return oracles.KD(y_s, y_t, temperature=4.0)
+
+        optimizer = torch.optim.SGD(module_list.parameters(), lr=0.01, momentum=0.9)
+        history = []
+        for x, y in zip(images, labels, strict=True):
+            preact = distill == "abound"
+            feat_s, logit_s = student(x, is_feat=True, preact=preact)
+            with torch.no_grad():
+                feat_t, logit_t = teacher(x, is_feat=True, preact=preact)
+            loss_kd = criterion_kd(*features(of, feat_s, feat_t, connect))
+            if isinstance(loss_kd, list):
+                loss_kd = sum(loss_kd)
+            loss = 0.1 * criterion_cls(logit_s, y) + 0.9 * criterion_div(logit_s, logit_t) + beta * loss_kd
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(module_list.parameters(), 1.0)
+            optimizer.step()
+            history.append([loss.item(), loss_kd.item()])
+        return torch.tensor(history, dtype=torch.float64)
+
+    ours, theirs = train(True), train(False)
+    assert theirs.isfinite().all() and theirs[0, 0] != theirs[-1, 0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+YAML = Path(__file__).with_name("torchdistill.yaml")
+TERMS = re.findall(r"^ {8}(\w+):$", YAML.read_text(), flags=re.MULTILINE)
+
+
+@pytest.fixture
+def float64():
+    """Whatever is made without a type."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("term", TERMS)
+def test_yaml_of_torchdistill(term, tmp_path):
+    """The real torchdistill trains with our keys as with its own: the losses of three steps, one term at a time."""
+    pytest.importorskip("torchdistill.core.distillation", reason="torchdistill is not installed", exc_type=ImportError)
+    import torchdistill.losses.mid_level  # noqa: F401  registers the originals
+    import torchdistill.models.wrapper  # noqa: F401
+    from torchdistill.common.main_util import import_dependencies
+    from torchdistill.common.yaml_util import load_yaml_file
+    from torchdistill.core.distillation import get_distillation_box
+
+    class Toy(torch.utils.data.Dataset):
+        classes = range(4)
+        targets = [i % 4 for i in range(24)]
+        images = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+        def __len__(self):
+            return 24
+
+        def __getitem__(self, index):
+            return self.images[index], self.targets[index]
+
+    def network():
+        layers = dict(
+            layer1=nn.Conv2d(3, 6, 3, padding=1),
+            relu=nn.ReLU(),
+            layer2=nn.Conv2d(6, 12, 3, 2, padding=1),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+            head=nn.Linear(12, 4),
+        )
+        model = nn.Sequential()
+        for name, layer in layers.items():
+            model.add_module(name, layer)
+        return model
+
+    def train(text):
+        torch.manual_seed(3)
+        np.random.seed(3)
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        config = load_yaml_file(str(file))
+        import_dependencies(config.get("dependencies"))
+        terms = config["train"]["criterion"]["kwargs"]["sub_terms"]
+        config["train"]["criterion"]["kwargs"]["sub_terms"] = {term: terms[term]}
+        networks = network().eval(), network()
+        box = get_distillation_box(
+            *networks, {"toy/train": Toy()}, config["train"], torch.device("cpu"), None, False, 1.0
+        )
+        criterion = box.criterion.term_dict[term][0].double()
+        if term == "crd":  # each draws its own
+            ours = isinstance(criterion, kdfast.CRD)
+            for side, name in ((0, "bank_student"), (1, "bank_teacher")):
+                rows = getattr(criterion, name if ours else f"memory_v{side + 1}")
+                rows.copy_(torch.randn(rows.shape, generator=torch.Generator().manual_seed(side)))
+        history = []
+        for images, targets, supplement in box.train_data_loader:
+            loss = box.forward_process(images, targets, supplement)
+            box.post_forward_process(loss=loss)
+            history.append(loss.item())
+        return type(criterion).__module__, torch.tensor(history, dtype=torch.float64)
+
+    text = YAML.read_text()
+    before = re.sub("dependencies:\n.*\n", "", text).replace("'kdfast.", "'")
+    (module, ours), (original, theirs) = train(text), train(before)
+    assert module.startswith("kdfast.") and original.startswith("torchdistill.")
+    assert len(ours) == 3 and theirs.isfinite().all() and theirs[0] != theirs[2]
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=0)
