@@ -8,10 +8,10 @@ from kdfast import _kernels
 
 _kernels.load()
 
-from kdfast import distributed, losses, ops  # noqa: E402  the ops are defined after the kernels' libraries are known
+from kdfast import distributed, losses, ops, procedures  # noqa: E402  the ops are defined after the kernels' libraries are known
 from kdfast._kernels import FallbackWarning, fallback  # noqa: E402
 from kdfast.losses import *  # noqa: E402, F403
 from kdfast.losses.nce import load_repdistiller_crd  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["FallbackWarning", "distributed", "fallback", "load_repdistiller_crd", "ops", *losses.__all__]
+__all__ = ["FallbackWarning", "distributed", "fallback", "load_repdistiller_crd", "ops", "procedures", *losses.__all__]

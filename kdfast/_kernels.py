@@ -125,9 +125,10 @@ def define(family, schema, fallback, fake):
 def _announced(family, fallback):
     """`fallback`, which says once for its family that it is one."""
 
-    def run(tensor, *args):
+    def run(first, *args):
+        tensor = first[0] if isinstance(first, (list, tuple)) else first
         _announce(family, tensor.device.type)
-        return fallback(tensor, *args)
+        return fallback(first, *args)
 
     return run
 

@@ -741,9 +741,85 @@ def HCL(student, teacher):
     return _each(pyramid_error, student, teacher)
 
 
+def CWTM(student, teacher, labels):
+    """Furlanello et al. 2018, section 3.1, the weights normalised over the batch."""
+    confidence = _log_softmax(teacher.detach()).exp().amax(1)
+    target = F.one_hot(labels.long(), student.shape[1]).bool()
+    return -(confidence / confidence.sum() * _log_softmax(student)[target]).sum()
+
+
+def permuted(teacher, kept, permutation):
+    """-> the teacher's logits with all classes but `kept` moved, entry by entry."""
+    rows = []
+    for z, k, q in zip(teacher, kept.tolist(), permutation.tolist(), strict=True):
+        at = q.index(k)
+        q[at], q[k] = q[k], q[at]
+        rows.append(torch.stack([z[j] for j in q]))
+    return torch.stack(rows)
+
+
+def DKPP(student, teacher, labels, permutation, temperature=1.0, keep="label"):
+    """Furlanello et al. 2018, section 3.2."""
+    kept = labels if keep == "label" else teacher.argmax(1)
+    return softmax_kl(student, permuted(teacher, kept, permutation), temperature)
+
+
+def _stacked(networks):
+    return torch.stack(list(networks)).double()
+
+
+def DiversityCooperation(logits, labels, relation="js", temperature=1.0, sign=1):
+    """Dvornik et al. 2019, section 3.2, as the code has it: all pairs at once."""
+    z = _stacked(logits)
+    heads, rows, cols = z.shape
+    log_p = _log_softmax(z, temperature)
+    p = log_p.exp()
+    q = p * ~F.one_hot(labels.long(), cols).bool() / (p.sum(2, keepdim=True) + 1e-8)
+    a, b = q[:, None], q[None]  # [M, M, B, C]
+    if relation == "l2":
+        terms = (a - b).square()
+    elif relation == "cos":
+        norm = (p.square().sum(2, keepdim=True) + 1e-8).sqrt()
+        terms = a / norm[:, None] * (b / norm[None])
+    elif relation == "js":
+        terms = -a * (b + 1e-7).log()
+    else:
+        terms = -torch.where(p[:, None] > 0, p[:, None] * log_p[None], 0.0)
+    different = ~torch.eye(heads, dtype=torch.bool, device=z.device)
+    return sign * terms[different].sum() / (rows * heads * (heads - 1)) if heads > 1 and rows else 0 * p.sum()
+
+
+def EnDD(student, teachers, temperature=1.0, smoothing=1e-8, teacher_smoothing=1e-3, variant="dirichlet"):
+    """Malinin et al. 2020, eq. 6, with the temperatures of the code's four classes."""
+    t_student = {"ensemble_temperature": 1, "reverse": 1 / temperature}.get(variant, temperature)
+    t_teacher = 1 if variant == "dirichlet_temperature" else temperature
+    factor = {"ensemble_temperature": 1, "reverse": temperature**-2}.get(variant, temperature**2)
+    a = (student.double() / t_student).exp()
+    p = _log_softmax(_stacked(teachers), t_teacher).exp()
+    p = (1 - teacher_smoothing) * p + teacher_smoothing / p.shape[2]
+    log_mean = (p + smoothing).log().mean(0)
+    rows = (torch.lgamma(a + smoothing) - (a - 1) * log_mean).sum(1) - torch.lgamma(a.sum(1) + smoothing)
+    return factor * rows.mean()
+
+
+def ensemble_uncertainty(teachers):
+    """Malinin et al. 2020, section 2, and the code's sum over all pairs."""
+    p = _log_softmax(_stacked(teachers)).exp()
+    log_p, mean = (p + 1e-10).log(), p.mean(0)
+    total, data = -(mean * (mean + 1e-10).log()).sum(1), -(p * log_p).sum(2).mean(0)
+    return {
+        "confidence": mean.amax(1),
+        "entropy_of_expected": total,
+        "expected_entropy": data,
+        "mutual_information": total - data,
+        "epkl": (p[:, None] * (log_p[:, None] - log_p[None])).sum((0, 1, 3)),
+    }
+
+
 LOSSES = {
     f.__name__: f
     for f in (
+        *(CWTM, DKPP, DiversityCooperation, EnDD),
         *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
         *(AT, CCKD, FAKD, FSP, LKD, NST, PKT, SP),
         *(AB, FT, HCL, OFD, VID, FitNets, JacobianMatching),

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from PIL import Image  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast import _extras, _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.distill import data, losses, models, report, storage, timing, train  # noqa: E402
+from kdfast.distill import data, ensembles, losses, models, pipeline, report, settings, storage, timing, train  # noqa: E402
 
 # A child runs the package that is tested here, be it installed or a source tree.
 PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
@@ -326,7 +327,7 @@ def test_damaged_settings(tmp_path, capsys):
         (["--seed", "-1"], "--seed: got '-1', expected"),
         (["--seeds", "0"], "--seeds: got '0', expected"),
         (["--threads", "0"], "--threads: got '0', expected"),
-        (["--loss", "kd,hinton"], "--loss: got 'hinton', expected names from kd, reverse-kd"),
+        (["--loss", "kd,hinton"], "--loss: got 'hinton', expected all, or names from kd, reverse-kd"),
         (["--loss", ""], "--loss: got '', expected"),
         (["--device", "gpu"], "--device: got 'gpu', expected cpu or cuda"),
         (["--device", "cuda:99"], "--device: got 'cuda:99'"),
@@ -439,28 +440,44 @@ def test_require_names_what_is_broken(tmp_path, monkeypatch):
 
 
 # ---- losses and times ------------------------------------------------------------------------------------------------
-def example_batch():
+def example_batch(row):
     torch.manual_seed(0)
     pictures, labels = torch.rand(6, 1, 8, 8), torch.arange(6) % 3
-    student, teacher = (models.ConvNet(1, 3, widths)(pictures) for widths in (models.STUDENT, models.TEACHER))
-    return train.Batch(student, teacher, pictures, labels, torch.arange(6), 6, labels)
+    teachers = [models.ConvNet(1, 3, models.TEACHER)(pictures) for _ in range(losses.TEACHERS)]
+
+    def make():
+        return models.ConvNet(1, 3, models.STUDENT)
+
+    network = make() if row.students == 1 else ensembles.LAYOUTS[row.layout](make, row.students)
+    students = network(pictures) if row.students > 1 else ensembles.Together([network(pictures)])
+    several = {"students": students, "teachers": ensembles.Together(teachers), "epoch": 6}
+    return train.Batch(students[0], teachers[0], pictures, labels, torch.arange(6), 6, labels, **several)
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
 @pytest.mark.parametrize("row", [losses.ALONE, *losses.ROWS.values()], ids=lambda row: row.name)
 def test_loss_rows(row):
-    """Each row builds, reads what a batch has, and gives a finite value with a gradient for the student."""
-    assert row.summary and row.teacher in ("teacher", "student") and losses.ROWS.get(row.name, row) is row
-    batch = example_batch()
+    """Each row builds, reads what a batch has, and gives a finite value with a gradient for every student."""
+    assert row.summary and row.teacher in ("teacher", "student", *losses.ROWS)
+    assert losses.ROWS.get(row.name, row) is row
+    batch = example_batch(row)
     value = train.Objective(row, batch)(batch)
-    (grad,) = torch.autograd.grad(value, batch.student.logits)
-    assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
+    assert value.shape == () and value.isfinite() and len(batch.students) == row.students
+    for grad in torch.autograd.grad(value, batch.students.logits):
+        assert grad.isfinite().all() and grad.abs().sum() > 0
 
 
 def test_rows_cover_the_losses_of_logits():
     features = {"student.embedding", "student.maps"}
-    built = {type(row.build(None)) for row in losses.ROWS.values() if not features & set(row.reads)}
-    names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery")
+    built = set()
+    for row in losses.ROWS.values():
+        if not features & set(row.reads):
+            loss = row.build(example_batch(row))
+            built.add(type(getattr(loss, "loss", loss)))
+    built.add(type(losses.ROWS["one"].build(example_batch(losses.ROWS["one"])).loss))
+    names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery", "CWTM", "DKPP")
+    several = ("AEKD", "EnD", "EnDD", "DML", "ONE", "OKDDip", "KDCL", "FFL", "Codistillation")
+    names = (*names, *several, "CollaborativeLearning", "DiversityCooperation")
     assert built == {getattr(kdfast, name) for name in names}
 
 
@@ -476,6 +493,111 @@ def test_runs_of_a_seed_are_paired(images):
         batches.append(torch.cat(trainer._batches(1)).tolist())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert batches[0] == batches[1] != batches[2]
+
+
+@pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
+def test_students_that_learn_together(images):
+    """The first starts as the student alone does, the others do not; branches have the same first stages."""
+    loaded = data.load(str(images), 8)
+    alone = train.Trainer(train.Run("student", "student", losses.ALONE, 0), loaded, 2, 8, None)
+    for name in ("dml", "one"):
+        row = losses.ROWS[name]
+        trainer = train.Trainer(train.Run(name, "student", row, 0), loaded, 2, 8, None)
+        both = [t.network.eval() and t.outputs(loaded.test_images) for t in (alone, trainer)]
+        assert len(both[1]) == row.students
+        assert torch.equal(both[0][0].logits, both[1][0].logits)
+        assert not torch.equal(both[1][0].logits, both[1][1].logits)
+        assert torch.equal(both[1][0].maps[0], both[1][1].maps[0]) == (row.layout == "branches")
+        trainer.train_epoch()
+        # Tested is the first student, which the other ones have moved.
+        answers = trainer.outputs(loaded.test_images)[0].logits.argmax(1)
+        assert trainer.history[0][1] == 100 * (answers == loaded.test_labels).float().mean().item()
+
+
+@pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
+def test_objectives_of_students_that_learn_together():
+    """Written out: every student has its cross-entropy and what the others say; each its own gradient."""
+
+    def value(name, epoch):
+        batch = replace(example_batch(losses.ROWS[name]), epoch=epoch)
+        a, b = (z.log_softmax(1) for z in batch.students.logits)
+        ce = nn.functional.nll_loss(a, batch.labels) + nn.functional.nll_loss(b, batch.labels)
+        soft = -(b.exp() * a + a.exp() * b).sum(1).mean()
+        entropies = -(a.exp() * a + b.exp() * b).sum(1).mean()
+        return train.Objective(losses.ROWS[name], batch)(batch), ce, soft, entropies
+
+    loss, ce, soft, entropies = value("dml", 0)
+    torch.testing.assert_close(loss, ce + soft - entropies)
+    loss, ce, *_ = value("codistillation", 4)
+    torch.testing.assert_close(loss, ce)
+    loss, ce, soft, _ = value("codistillation", 5)
+    torch.testing.assert_close(loss, ce + soft)
+
+
+def test_rescaled_branches():
+    """The stages in common get the mean of the branches' gradients."""
+    torch.manual_seed(0)
+    pictures = torch.rand(4, 1, 8, 8)
+    grads = []
+    for layout in ("branches", "rescaled branches"):
+        torch.manual_seed(1)
+        network = ensembles.LAYOUTS[layout](lambda: models.ConvNet(1, 3, models.STUDENT), 3)
+        sum(z.square().sum() for z in network(pictures).logits).backward()
+        grads.append([p.grad for p in (next(network.trunk.parameters()), network.classifiers[1].weight)])
+    torch.testing.assert_close(grads[0][0], 3 * grads[1][0])
+    assert torch.equal(grads[0][1], grads[1][1])
+
+
+def test_earlier_students_and_other_teachers_are_trained_first(images, tmp_path, capsys):
+    """A second generation needs the first, which the table shows; an ensemble needs teachers that it does not show."""
+    assert main(arguments(images, tmp_path / "run", "--loss", "ban-2,aekd", "--epochs", "1", "--seed", "3")) == 0
+    names = [row["loss"] for row in rows(tmp_path / "run/results.csv")]
+    assert names == ["teacher", "student", "ban", "ban-2", "aekd"]
+    trained = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert trained == [
+        *(f"{name}-seed3.pt" for name in ("aekd", "ban-2", "ban", "student")),
+        *(f"teacher-seed{seed}.pt" for seed in (1003, 2003, 3)),
+    ]
+    teachers = [storage.load_checkpoint(tmp_path / f"run/checkpoints/teacher-seed{s}.pt") for s in (3, 1003)]
+    weights = [state["network"]["classifier.weight"] for state in teachers]
+    assert not torch.equal(*weights)
+
+
+def test_who_teaches_whom(images, tmp_path, monkeypatch):
+    taught = {}
+
+    class Spy(train.Trainer):
+        def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
+            super().__init__(run, data, epochs, batch_size, teacher, teachers)
+            taught[run.name, run.seed] = self.network, teacher, teachers
+
+    monkeypatch.setattr(pipeline, "Trainer", Spy)
+    assert main(arguments(images, tmp_path / "run", "--loss", "ban-2,endd", "--epochs", "1")) == 0
+    network = {key: value[0] for key, value in taught.items()}
+    assert taught["ban", 0][1] is network["student", 0] and taught["ban-2", 0][1] is network["ban", 0]
+    assert taught["endd", 0][1:] == (None, [network["teacher", 1000 * i] for i in range(3)])
+
+
+def test_ensemble_rows_resume(images, tmp_path, monkeypatch):
+    """Several students, a loss with layers of its own and an epoch: stopped after one of two epochs, the same bits."""
+    assert main(arguments(images, tmp_path / "whole", "--loss", "okddip")) == 0
+    train_epoch = train.Trainer.train_epoch
+    epochs = iter(range(5))
+
+    def stop_before_the_last(trainer):
+        if next(epochs, None) is None:
+            raise KeyboardInterrupt
+        train_epoch(trainer)
+
+    monkeypatch.setattr(train.Trainer, "train_epoch", stop_before_the_last)
+    assert main(arguments(images, tmp_path / "stopped", "--loss", "okddip")) == 130
+    monkeypatch.setattr(train.Trainer, "train_epoch", train_epoch)
+    assert main(["distill", "--resume", "--out", str(tmp_path / "stopped")]) == 0
+    assert_same_results(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_all_is_every_row():
+    assert settings._losses("--loss", "all") == ",".join(losses.ROWS)
 
 
 class Hint(nn.Module):

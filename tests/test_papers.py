@@ -51,10 +51,23 @@ CASES = [
     ("CCKD", {}, "ef"),
     ("CCKD", {"gamma": 1.0, "order": 3}, "ef"),
     ("CCKD", {"kernel": "bilinear"}, "ef"),
+    ("CWTM", {}, "sty"),
     ("DIST", {}, "st"),
     ("DIST", {"beta": 2.0, "gamma": 0.5, "temperature": 4.0}, "st"),
     ("DKD", {}, "sty"),
     ("DKD", {"temperature": 1.0, "alpha": 0.5, "beta": 2.0}, "sty"),
+    ("DKPP", {}, "styR"),
+    ("DKPP", {"temperature": 2.0, "keep": "argmax"}, "styR"),
+    ("DiversityCooperation", {}, "zy"),
+    ("DiversityCooperation", {"temperature": 5.0, "sign": -1}, "Zy"),
+    ("DiversityCooperation", {"relation": "l2"}, "zy"),
+    ("DiversityCooperation", {"relation": "cos", "temperature": 5.0}, "Zy"),
+    ("DiversityCooperation", {"relation": "distil", "temperature": 2.0}, "zy"),
+    ("EnDD", {}, "sz"),
+    ("EnDD", {"temperature": 2.5, "smoothing": 1e-4, "teacher_smoothing": 0.1}, "sZ"),
+    ("EnDD", {"temperature": 2.5, "variant": "ensemble_temperature"}, "sz"),
+    ("EnDD", {"temperature": 2.5, "variant": "dirichlet_temperature"}, "sz"),
+    ("EnDD", {"temperature": 0.4, "variant": "reverse"}, "sz"),
     ("FAKD", {}, "MO"),
     ("FAKD", {"affinity": "channel"}, "mm"),
     ("FAKD", {"affinity": "instance"}, "MN"),
@@ -230,8 +243,32 @@ OFFICIAL |= {
     "jacobian_zoo_tail": _relation(lambda p: _with_jacobians, ("js", "jt")),
     "hcl": _maps(lambda p: kdfast.HCL()),
 }
-# tests/test_nce.py and tests/test_feature.py compare the others.
-FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith(("crd_", "ofd_margin__")))
+
+
+def _endd(variant):
+    return _relation(
+        lambda p: kdfast.EnDD(p["temp"], p["smoothing"], p["teacher_prob_smoothing"], variant),
+        ("logits", "teacher_logits"),
+    )
+
+
+_DIVERSITY = Official(
+    lambda p: kdfast.DiversityCooperation(
+        p["reg_type"].removeprefix("neg_"), p["T"], sign=-1 if p["reg_type"].startswith("neg_") else 1
+    ),
+    ("logits", "labels"),
+)
+OFFICIAL |= {
+    "ban_cwtm": Official(lambda p: kdfast.CWTM(), ("student", "teacher", "labels")),
+    **{f"divcoop_{relation}": _DIVERSITY for relation in ("l2", "cos", "js", "distil", "neg_js")},
+    "endd_dirichletenddloss": _endd("dirichlet"),
+    "endd_dirichletenddentemploss": _endd("ensemble_temperature"),
+    "endd_dirichletendddirtemploss": _endd("dirichlet_temperature"),
+    "endd_dirichletenddrevloss": _endd("reverse"),
+}
+# The others are no losses, or have a state: the tests of their own files read them.
+OTHERS = ("crd_", "ban_dkpp_permute", "endd_uncertainties", "endd_temperature", "ofd_margin__")
+FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith(OTHERS))
 
 
 def inputs(kinds, device, rows=6, cols=11):
@@ -253,6 +290,10 @@ def inputs(kinds, device, rows=6, cols=11):
         "t": lambda: normal(cols) * 3,
         "y": lambda: labels,
         "P": lambda: torch.softmax(normal(cols), 1),
+        # Several networks' logits, in a list and in one tensor; permutations.
+        "z": lambda: [normal(cols) * 3 for _ in range(3)],
+        "Z": lambda: torch.stack([normal(cols) * 3 for _ in range(3)]),
+        "R": lambda: torch.rand(rows, cols).argsort(1),
         # Embeddings of two networks.
         "e": lambda: normal(cols),
         "f": lambda: normal(7),
@@ -291,7 +332,7 @@ def with_leaves(kinds, arguments):
         return leaves[-1]
 
     tree_map = torch.utils._pytree.tree_map
-    return [x if kind in "yP" else tree_map(leaf, x) for kind, x in zip(kinds, arguments, strict=True)], leaves
+    return [x if kind in "yPR" else tree_map(leaf, x) for kind, x in zip(kinds, arguments, strict=True)], leaves
 
 
 @pytest.mark.parametrize(("name", "parameters", "kinds"), CASES, ids=[f"{n}{i}" for i, (n, *_) in enumerate(CASES)])

@@ -2,14 +2,17 @@
 
 A row's ``reads`` are the arguments of the loss in their order, as attributes of `train.Batch`:
 ``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), the same of ``teacher``,
-``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in the training set). A builder may also look at
-``samples`` and ``train_labels``, the size and the labels of the training set.
+``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in the training set), ``epoch``; of several
+networks ``students.logits``, ``students.embedding``, ``students.maps`` and ``teachers.logits``, lists with one entry
+per network. A builder may also look at ``samples`` and ``train_labels``, the size and the labels of the training set.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-__all__ = ["ALONE", "ROWS", "LossRow"]
+__all__ = ["ALONE", "ROWS", "TEACHERS", "LossRow", "needed"]
+
+TEACHERS = 3  # of an ensemble of teachers
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,21 @@ class LossRow:
     reads: tuple[str, ...]
     weight: float = 1.0
     cross_entropy: float = 1.0
-    # Which trained network is the teacher: "teacher", or "student" for the student trained alone.
+    # Which trained network is the teacher: "teacher", "student" for the student trained alone, or a row's student.
     teacher: str = "teacher"
+    # How many students learn together, and how they are laid out: a name in `ensembles.LAYOUTS`.
+    students: int = 1
+    layout: str = "apart"
 
     @property
     def reads_teacher(self):
         """Whether a teacher has to run in each step."""
         return any(name.startswith("teacher.") for name in self.reads)
+
+    @property
+    def teachers(self):
+        """How many teachers have to run in each step beside that one: those of `teachers.logits`."""
+        return TEACHERS if any(name.startswith("teachers.") for name in self.reads) else 0
 
 
 def _kdfast(name, **arguments):
@@ -65,6 +76,17 @@ def _crd(example):
     dims = example.student.embedding.shape[1], example.teacher.embedding.shape[1]
     negatives = min(16384, max(1, example.samples // 3))
     return kdfast.CRD(*dims, example.samples, negatives=negatives, labels=example.train_labels)
+
+
+def _together(name, **arguments):
+    """A builder for the loss of students that learn together."""
+
+    def build(example):
+        from kdfast.distill import ensembles
+
+        return ensembles.build(name, example, arguments)
+
+    return build
 
 
 _LOGITS = ("student.logits", "teacher.logits")
@@ -178,4 +200,158 @@ _TABLE = [
     ),
 ]
 
+_STUDENTS = ("students.logits", "labels")
+_RAMP = 7  # epochs: of the default 25, as many as the papers' 80 of 300
+
+# Earlier generations as teachers.
+_TABLE += [
+    LossRow(
+        "ban",
+        "Born-Again: the student alone teaches one like it",
+        _kdfast("KD", temperature=1.0, alpha=0.5),
+        _LOGITS_LABELS,
+        cross_entropy=0.0,
+        teacher="student",
+    ),
+    LossRow(
+        "ban-2",
+        "Born-Again: ban's student teaches the next generation",
+        _kdfast("KD", temperature=1.0, alpha=0.5),
+        _LOGITS_LABELS,
+        cross_entropy=0.0,
+        teacher="ban",
+    ),
+    LossRow(
+        "cwtm",
+        "Born-Again: labels weighted by the confidence of the student alone",
+        _kdfast("CWTM"),
+        _LOGITS_LABELS,
+        cross_entropy=0.0,
+        teacher="student",
+    ),
+    LossRow(
+        "dkpp",
+        "Born-Again: the student alone teaches how sure to be",
+        _kdfast("DKPP"),
+        _LOGITS_LABELS,
+        teacher="student",
+    ),
+    LossRow(
+        "label-refinery-2",
+        "a second round: label-refinery's student refines the labels",
+        _kdfast("LabelRefinery"),
+        ("student.logits", "teacher.probabilities"),
+        cross_entropy=0.0,
+        teacher="label-refinery",
+    ),
+]
+
+# Several teachers.
+_TABLE += [
+    LossRow(
+        "aekd",
+        f"{TEACHERS} teachers weighed by their gradients",
+        _kdfast("AEKD", temperature=4.0, slack=0.6),
+        ("student.logits", "teachers.logits"),
+        weight=0.9,
+    ),
+    LossRow(
+        "end",
+        f"the mean of {TEACHERS} teachers",
+        _kdfast("EnD"),
+        ("student.logits", "teachers.logits"),
+        weight=10.0,  # the official mean is over the classes, too
+        cross_entropy=0.0,
+    ),
+    LossRow(
+        "endd",
+        f"{TEACHERS} teachers as a Dirichlet distribution",
+        _kdfast("EnDD", temperature=2.5),
+        ("student.logits", "teachers.logits"),
+        cross_entropy=0.0,
+    ),
+]
+
+# Students that learn together; each loss contains their cross-entropies.
+_TABLE += [
+    LossRow(
+        "dml",
+        "two students teach each other",
+        _together("dml"),
+        (*_STUDENTS, "epoch"),
+        cross_entropy=0.0,
+        students=2,
+    ),
+    LossRow(
+        "codistillation",
+        "two students, each the other's soft labels after 5 epochs",
+        _together("codistillation", burn_in=5),
+        (*_STUDENTS, "epoch"),
+        cross_entropy=0.0,
+        students=2,
+    ),
+    LossRow(
+        "kdcl",
+        "three students and the least logits among them",
+        _kdfast("KDCL", rule="minlogit"),
+        _STUDENTS,
+        cross_entropy=0.0,
+        students=3,
+    ),
+    LossRow(
+        "one",
+        "three branches and their gated ensemble",
+        _together("one", rampup_epochs=_RAMP),
+        ("students.logits", "student.maps", "labels", "epoch"),
+        cross_entropy=0.0,
+        students=3,
+        layout="branches",
+    ),
+    LossRow(
+        "okddip",
+        "three branches that attend to each other, and a leader",
+        _together("okddip", rampup_epochs=_RAMP),
+        ("students.logits", "students.embedding", "labels", "epoch"),
+        cross_entropy=0.0,
+        students=4,
+        layout="branches",
+    ),
+    LossRow(
+        "collaborative",
+        "three branches, each taught by the mean of the others",
+        _kdfast("CollaborativeLearning", rampup_epochs=_RAMP),
+        (*_STUDENTS, "epoch"),
+        cross_entropy=0.0,
+        students=3,
+        layout="rescaled branches",
+    ),
+    LossRow(
+        "ffl",
+        "two students and the fusion of their maps",
+        _together("ffl", rampup_epochs=_RAMP),
+        ("students.logits", "students.maps", "labels", "epoch"),
+        cross_entropy=0.0,
+        students=2,
+    ),
+    LossRow(
+        "divcoop",
+        "three students that agree about the wrong classes",
+        _together("divcoop", relation="js", weight=10.0),
+        _STUDENTS,
+        cross_entropy=0.0,
+        students=3,
+    ),
+]
+
 ROWS = {row.name: row for row in _TABLE}
+
+
+def needed(names):
+    """The rows of these names, each after the rows whose students teach it."""
+    rows = {}
+    for name in names:
+        row = ROWS[name]
+        if row.reads_teacher and row.teacher in ROWS:
+            rows |= {earlier.name: earlier for earlier in needed([row.teacher])}
+        rows[name] = row
+    return list(rows.values())

@@ -12,7 +12,7 @@ import kdfast
 from kdfast import _kernels
 from kdfast._extras import require
 from kdfast.distill import DistillError, data, report, settings, storage, timing
-from kdfast.distill.losses import ALONE, ROWS
+from kdfast.distill.losses import ALONE, needed
 from kdfast.distill.train import Run, Trainer, reproducible
 
 __all__ = ["distill", "output_folder"]
@@ -99,28 +99,39 @@ def _environment():
 
 
 # ---- the training ----------------------------------------------------------------------------------------------------
+OTHER_TEACHERS = 1000  # from the seed of a teacher to that of the next one in an ensemble of teachers
+
+
+def _seeds(chosen):
+    return range(chosen.seed, chosen.seed + chosen.seeds)
+
+
 def _plan(chosen):
-    """The runs: teachers, students alone, then each loss; every seed has its own teacher."""
-    seeds = range(chosen.seed, chosen.seed + chosen.seeds)
-    kinds = [("teacher", "teacher", ALONE), ("student", "student", ALONE)]
-    kinds += [(name, "student", ROWS[name]) for name in chosen.losses]
-    return [Run(name, network, row, seed) for name, network, row in kinds for seed in seeds]
+    """The runs: teachers, students alone, then each loss after those that teach it; a seed has its own teachers."""
+    rows = needed(chosen.losses)
+    kinds = [("teacher", "teacher", ALONE, OTHER_TEACHERS * i) for i in range(max(1, *(row.teachers for row in rows)))]
+    kinds += [("student", "student", ALONE, 0), *((row.name, "student", row, 0) for row in rows)]
+    return [Run(name, network, row, seed + more) for name, network, row, more in kinds for seed in _seeds(chosen)]
 
 
 def _train_all(chosen, images, folder):
-    """Train what is not trained yet; returns one Result per run."""
+    """Train what is not trained yet; returns one Result per run, but for the further teachers of an ensemble."""
     runs = _plan(chosen)
     trained = {}  # (name, seed) -> network, for the runs that others learn from
+    learnt_from = {"teacher", "student", *(run.row.teacher for run in runs)}
     results = []
     with report.Progress(len(runs), chosen.epochs) as progress:
         for run in runs:
             teacher = trained[run.row.teacher, run.seed] if run.row.reads_teacher else None
-            trainer = Trainer(run, images, chosen.epochs, chosen.batch_size, teacher)
+            teachers = [trained["teacher", run.seed + OTHER_TEACHERS * i] for i in range(run.row.teachers)]
+            trainer = Trainer(run, images, chosen.epochs, chosen.batch_size, teacher, teachers)
             times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
-            if run.row is ALONE:
+            if run.name in learnt_from:
                 trained[run.name, run.seed] = trainer.network.eval().requires_grad_(False)
-            results.append(report.Result(run.name, run.seed, trainer.history, times))
-            progress.run(results[-1])
+            result = report.Result(run.name, run.seed, trainer.history, times)
+            progress.run(result)
+            if run.seed in _seeds(chosen):
+                results.append(result)
     return results
 
 

@@ -72,10 +72,13 @@ def _whole(minimum, maximum=None):
 
 
 def _losses(argument, text):
+    text = ",".join(ROWS) if text.strip() == "all" else text
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))  # each once, in the given order
     unknown = [name for name in names if name not in ROWS]
     if unknown:
-        raise DistillError(f"{argument}: got {unknown[0]!r}, expected names from {', '.join(ROWS)}, with commas")
+        raise DistillError(
+            f"{argument}: got {unknown[0]!r}, expected all, or names from {', '.join(ROWS)}, with commas"
+        )
     return ",".join(names)
 
 

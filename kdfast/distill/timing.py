@@ -34,8 +34,8 @@ def measure(trainer):
 
     def gradients(function):
         # The inputs a loss does not read get no gradient, and cost nothing.
-        student = [batch.student.logits, batch.student.embedding, *batch.student.maps]
-        return torch.autograd.grad(function(batch), [*student, *trainer.objective.parameters()], allow_unused=True)
+        inputs = [x for logits, embedding, maps in batch.students for x in (logits, embedding, *maps)]
+        return torch.autograd.grad(function(batch), [*inputs, *trainer.objective.parameters()], allow_unused=True)
 
     def loss():
         return gradients(trainer.objective.distillation)
@@ -55,10 +55,14 @@ def measure(trainer):
 
 
 def _leaves(batch):
-    """The batch with the student's outputs cut from the network."""
-    logits, embedding, maps = batch.student
-    cut = [tensor.detach().requires_grad_() for tensor in (logits, embedding, *maps)]
-    return replace(batch, student=type(batch.student)(cut[0], cut[1], cut[2:]))
+    """The batch with the students' outputs cut from their networks."""
+    students = type(batch.students)(_cut(outputs) for outputs in batch.students)
+    return replace(batch, student=students[0], students=students)
+
+
+def _cut(outputs):
+    logits, embedding, *maps = (x.detach().requires_grad_() for x in (outputs.logits, outputs.embedding, *outputs.maps))
+    return type(outputs)(logits, embedding, maps)
 
 
 class _OpRecorder(TorchDispatchMode):

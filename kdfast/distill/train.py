@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kdfast.distill.ensembles import LAYOUTS, Together
 from kdfast.distill.losses import LossRow
 from kdfast.distill.models import STUDENT, TEACHER, ConvNet, Outputs
 
@@ -38,7 +39,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a loss may read in one step; `samples` and `train_labels` are of the whole training set."""
+    """What a loss may read in one step; `samples` and `train_labels` are of the whole training set.
+
+    `students` are all that learn together, `student` the first of them; `teachers` are several beside the `teacher`.
+    """
 
     student: Outputs
     teacher: Outputs | None
@@ -47,6 +51,9 @@ class Batch:
     index: torch.Tensor
     samples: int
     train_labels: torch.Tensor
+    students: Together | tuple = ()
+    teachers: Together | tuple = ()
+    epoch: int = 0
 
 
 class Objective(nn.Module):
@@ -100,18 +107,28 @@ class Trainer:
     All runs of one seed start a student from the same weights and see the same batches, whatever the loss.
     """
 
-    def __init__(self, run, data, epochs, batch_size, teacher):
+    def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
         self.run, self.data, self.epochs = run, data, epochs
         self.device, self.samples = data.train_labels.device, len(data.train_labels)
         self.batch_size = min(batch_size, self.samples)
-        self.teacher = teacher
+        self.teacher, self.teachers = teacher, teachers
+        self.history = []  # (mean training loss, test accuracy) of each epoch
         widths = TEACHER if run.network == "teacher" else STUDENT
         torch.manual_seed(_derived_seed(run.seed, *widths))
-        self.network = ConvNet(data.train_images.shape[1], len(data.classes), widths).to(self.device)
+        self.network = self._students(lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths))
         self.objective = Objective(run.row, self._example()).to(self.device)
         parameters = [*self.network.parameters(), *self.objective.parameters()]
         self.optimizer = torch.optim.Adam(parameters, lr=LEARNING_RATES[run.network], fused=True)
-        self.history = []  # (mean training loss, test accuracy) of each epoch
+
+    def _students(self, make):
+        """The network of the run, or several that learn together."""
+        row = self.run.row
+        return (make() if row.students == 1 else LAYOUTS[row.layout](make, row.students)).to(self.device)
+
+    def outputs(self, images):
+        """What each student says about `images`, as Together."""
+        outputs = self.network(images)
+        return outputs if isinstance(outputs, Together) else Together([outputs])
 
     def _example(self):
         """The batch of outputs whose shapes a loss is built from; running it must not move the batch statistics."""
@@ -125,8 +142,10 @@ class Trainer:
         images = self.data.train_images[index]
         with torch.no_grad():
             teacher = self.teacher(images) if self.teacher is not None else None
-        labels = self.data.train_labels
-        return Batch(self.network(images), teacher, images, labels[index], index, self.samples, labels)
+            teachers = Together(network(images) for network in self.teachers)
+        labels, students = self.data.train_labels, self.outputs(images)
+        several = {"students": students, "teachers": teachers, "epoch": len(self.history)}
+        return Batch(students[0], teacher, images, labels[index], index, self.samples, labels, **several)
 
     def step(self, index):
         """One optimizer step on the training images at `index`; returns the detached loss."""
@@ -157,10 +176,10 @@ class Trainer:
 
     @torch.no_grad()
     def accuracy(self):
-        """The share of test images that are classified correctly, in percent."""
+        """The share of test images that the (first) student classifies correctly, in percent."""
         self.network.eval()
         batches = self.data.test_images.split(EVALUATION_BATCH)
-        answers = [self.network(images).logits.argmax(dim=1) for images in batches]
+        answers = [self.outputs(images)[0].logits.argmax(dim=1) for images in batches]
         correct = (torch.cat(answers) == self.data.test_labels).sum()
         return 100.0 * correct.item() / len(self.data.test_labels)
 

@@ -1,7 +1,25 @@
 """The losses, one nn.Module per paper."""
 
 from kdfast.losses.attention import AT
+from kdfast.losses.born_again import CWTM, DKPP
 from kdfast.losses.composite import DIST
+from kdfast.losses.dirichlet import EnDD, TemperatureAnnealing, ensemble_uncertainty
+from kdfast.losses.diversity import DiversityCooperation
+from kdfast.losses.ensemble import (
+    AEKD,
+    DML,
+    FFL,
+    KDCL,
+    ONE,
+    Codistillation,
+    CollaborativeLearning,
+    EnD,
+    FusionModule,
+    OKDDip,
+    OKDDipAttention,
+    ONEGate,
+    rescale_gradient,
+)
 from kdfast.losses.feature import (
     AB,
     FT,
@@ -22,18 +40,29 @@ from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransform
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
 # Layers that are trained beside a loss.
-LAYERS = (HintRegressor, OFDConnector, Paraphraser, Translator)
+LAYERS = (FusionModule, HintRegressor, OFDConnector, OKDDipAttention, ONEGate, Paraphraser, Translator)
 __all__ = [
     "AB",
+    "AEKD",
     "AT",
     "CCKD",
     "CRD",
+    "CWTM",
+    "Codistillation",
+    "CollaborativeLearning",
     "DIST",
     "DKD",
+    "DKPP",
+    "DML",
+    "DiversityCooperation",
+    "EnD",
+    "EnDD",
     "FAKD",
+    "FFL",
     "FSP",
     "FT",
     "FitNets",
+    "FusionModule",
     "HCL",
     "HardDarkRank",
     "HintRegressor",
@@ -43,11 +72,16 @@ __all__ = [
     "JSD",
     "JacobianMatching",
     "KD",
+    "KDCL",
     "LKD",
     "LabelRefinery",
     "NST",
     "OFD",
     "OFDConnector",
+    "OKDDip",
+    "OKDDipAttention",
+    "ONE",
+    "ONEGate",
     "PKT",
     "Paraphraser",
     "RKD",
@@ -55,9 +89,12 @@ __all__ = [
     "RKDDistance",
     "ReverseKD",
     "SP",
+    "TemperatureAnnealing",
     "TfKDReg",
     "TfKDSelf",
     "Translator",
     "VID",
+    "ensemble_uncertainty",
     "ofd_margin",
+    "rescale_gradient",
 ]

@@ -1,6 +1,7 @@
 """The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
 
 from kdfast.ops.attention import attention_transfer
+from kdfast.ops.ensemble import aekd, mixed_logits_kl, teachers_kl
 from kdfast.ops.feature import (
     activation_boundary,
     channel_squared_error,
@@ -16,6 +17,7 @@ from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_
 
 __all__ = [
     "activation_boundary",
+    "aekd",
     "affinity",
     "alias_table",
     "attention_transfer",
@@ -26,6 +28,7 @@ __all__ = [
     "draw_negatives",
     "gram_distance",
     "inner_products",
+    "mixed_logits_kl",
     "nce",
     "normalized_error",
     "pairwise_distance",
@@ -37,5 +40,6 @@ __all__ = [
     "selectivity",
     "softmax_kl",
     "squared_error",
+    "teachers_kl",
     "update_bank",
 ]

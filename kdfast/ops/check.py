@@ -162,10 +162,34 @@ def label_range(labels, classes, ignore_index=None):
         raise ValueError(label_message(row, int(labels[row]), classes, ignore_index))
 
 
+def known_classes(labels, logits):
+    """-> (B,) int64 labels clamped to classes of `logits`, rows whose label is none: an error on CPU, elsewhere NaN."""
+    labels = class_indices(labels, logits)
+    classes = logits.shape[1]
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        label_range(labels, classes)
+    return labels.clamp(0, classes - 1), (labels < 0) | (labels >= classes)
+
+
 def label_message(row, label, classes, ignore_index=None):
     """What the CPU kernel says of a bad label, too."""
     but = "" if ignore_index is None else f" or ignore_index={ignore_index}"
     return f"labels[{row}] is {label}, expected a class from 0 to {classes - 1}{but}"
+
+
+def permutation(permutation, logits):
+    """(B, C) integers, on CPU each row with every class once; elsewhere that is the caller's to see to."""
+    tensor("permutation", permutation)
+    if permutation.dtype not in INTEGERS:
+        raise TypeError(f"permutation must be integers, got {permutation.dtype}")
+    if permutation.shape != logits.shape:
+        raise ValueError(f"permutation must have the shape {tuple(logits.shape)}, got {tuple(permutation.shape)}")
+    same_device("permutation", permutation, logits, "the teacher")
+    if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (permutation.sort(1).values != torch.arange(logits.shape[1])).any(1)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ValueError(f"permutation[{row}] must have every class from 0 to {logits.shape[1] - 1} once")
 
 
 def class_probabilities(name, probabilities, student):
@@ -215,10 +239,15 @@ def count(name, value):
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
+def one_of(name, value, choices):
+    """`value` is one of the strings `choices`."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
 def reduction(value):
     """`value` is a known reduction."""
-    if value not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {value!r}")
+    one_of("reduction", value, REDUCTIONS)
 
 
 def first_derivative_only(op):

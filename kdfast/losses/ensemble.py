@@ -1,0 +1,560 @@
+"""Losses of several networks, heads or teachers, online or as an ensemble: they run on the ensemble kernels.
+
+And the layers that come with them. Several networks are a list of (B, C) tensors or one (M, B, C) tensor.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.ensemble import (
+    RIDGE,
+    aekd,
+    label_column,
+    least,
+    matrices,
+    mixed,
+    mixed_logits_kl,
+    network_count,
+    network_list,
+    simplex_minimum,
+    teachers_kl,
+)
+from kdfast.ops.softmax_kl import INF, cross_entropy, log_softmax, row_stats
+
+
+# ---- epochs ----------------------------------------------------------------------------------------------------------
+def _epoch(epoch, device):
+    """An epoch as a number, or where it is a tensor or a compiled graph's symbol as a float64 tensor on `device`."""
+    if isinstance(epoch, torch.Tensor):
+        if epoch.dim() != 0:
+            raise ValueError(f"epoch must be an int or a 0-d tensor, got shape {tuple(epoch.shape)}")
+        return epoch.to(device, torch.float64, non_blocking=True)
+    if not isinstance(epoch, (int, float)) or isinstance(epoch, bool):
+        raise TypeError(f"epoch must be an int or a 0-d tensor, got {type(epoch).__name__}")
+    if torch.compiler.is_compiling():
+        return torch.full((), epoch, dtype=torch.float64, device=device)
+    return epoch
+
+
+def _ramp_up(epoch, length, device):
+    """exp(-5 (1 - min(epoch / length, 1))^2), 1 of length 0: a number, or a tensor where `_epoch` gives one."""
+    epoch = _epoch(epoch, device)
+    if not length:
+        return 1.0
+    if isinstance(epoch, torch.Tensor):
+        return torch.exp(-5 * (1 - epoch.clamp(0, length) / length) ** 2)
+    return math.exp(-5 * (1 - min(max(epoch, 0), length) / length) ** 2)
+
+
+def _schedule(module, temperature, rampup_epochs, eps, alpha=1.0):
+    """Checks and keeps what ONE, OKDDip, FFL and collaborative learning have in common."""
+    check.positive("temperature", temperature)
+    check.number("eps", eps, 0, 1)
+    check.number("alpha", alpha)
+    if rampup_epochs is not None:
+        check.number("rampup_epochs", rampup_epochs, 0)
+    module.temperature, module.rampup_epochs, module.eps = temperature, rampup_epochs, eps
+
+
+def _heads(logits, least=1):
+    """-> the tensors, how many heads they are, the batch size; `least` heads are needed."""
+    tensors = network_list("logits", logits)
+    count = network_count(tensors)
+    if count < least:
+        raise ValueError(f"logits must have at least {least} heads, got {count}")
+    return tensors, count, tensors[0].shape[-2]
+
+
+def _zeros(like, *shape):
+    return torch.zeros(shape, dtype=accumulator(like), device=like.device)
+
+
+class DML(nn.Module):
+    """DML - Deep Mutual Learning (Zhang et al., CVPR 2018).
+
+    ``[CE(student, labels)] + sum_j T^2 KL(p_j || q)`` of one network against its peers, averaged over the batch: a sum as
+    in the official code, where the paper divides by the number of peers.
+    Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), labels (B,) integers or None for the divergences
+    alone; 0-d, in nats. No gradient to the peers, which have losses of their own. The official TensorFlow code adds
+    1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
+    """
+
+    def __init__(self, temperature=1.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        self.temperature = temperature
+
+    def forward(self, student, peers, labels=None):
+        return teachers_kl(student, _detached("peers", peers), labels, self.temperature)
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}"
+
+
+def _detached(name, networks):
+    """The same networks, without their graph."""
+    if isinstance(networks, torch.Tensor):
+        return networks.detach()
+    if not isinstance(networks, (list, tuple)):
+        raise TypeError(
+            f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got {type(networks).__name__}"
+        )
+    return [x.detach() if isinstance(x, torch.Tensor) else x for x in networks]
+
+
+class ONE(nn.Module):
+    """ONE - Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
+
+    ``sum_k CE(z_k) + CE(z_e) + ramp sum_k KL_eps(z_e || z_k)``, z_e = sum_k gate_k z_k, averaged over the batch, with
+    ``KL_eps = T^2 sum_c p' (log p' - log q)``, p' = softmax(z_e / T) + eps, which is not normalised again, and
+    ``ramp = exp(-5 (1 - min(epoch / rampup_epochs, 1))^2)``, 1 for rampup_epochs=0.
+    Shapes: logits a list of (B, C) or one (M, B, C), gate (B, M) as :class:`ONEGate` gives it, labels (B,) integers,
+    epoch an int or a 0-d tensor; 0-d, in nats. Targets are constants: gate and branches learn from CE(z_e) through z_e,
+    not from the divergence. The official code fixes T = 3. Op: ``mixed_logits_kl``.
+    """
+
+    def __init__(self, temperature=3.0, rampup_epochs=80, eps=1e-7):
+        super().__init__()
+        _schedule(self, temperature, rampup_epochs, eps)
+
+    def forward(self, logits, gate, labels, epoch):
+        tensors, count, rows = _heads(logits)
+        check.tensor("gate", gate)
+        if gate.shape != (rows, count):
+            raise ValueError(f"gate must have shape ({rows}, {count}), got {tuple(gate.shape)}")
+        ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        return mixed_logits_kl(
+            tensors,
+            gate[:, None],
+            labels,
+            self.temperature,
+            eps=self.eps,
+            ramp=ramp,
+            target_ce=True,
+        )
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+
+
+class ONEGate(nn.Module):
+    """Gate of ONE - Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
+
+    ``softmax(relu(norm(linear(x))))`` over the branches: the weight of each branch for each sample.
+    Shapes: x (B, features), pooled features of the shared layers -> (B, branches). The ReLU before the softmax, as in
+    the official code, keeps every weight above exp(-largest).
+    """
+
+    def __init__(self, features, branches):
+        super().__init__()
+        check.count("features", features)
+        check.count("branches", branches)
+        self.linear = nn.Linear(features, branches)
+        self.norm = nn.BatchNorm1d(branches)
+
+    def forward(self, x):
+        return torch.softmax(torch.relu(self.norm(self.linear(x))), dim=1)
+
+
+class OKDDip(nn.Module):
+    """OKDDip - Online Knowledge Distillation with Diverse Peers (Chen et al., AAAI 2020).
+
+    ``sum_i CE(z_i) + CE(leader) + alpha ramp [sum_i KL_eps(t_i || z_i) + KL_eps(mean_i z_i || leader)]`` averaged over
+    the batch, t_i = sum_j attention_ij z_j, itself included; KL_eps and ramp as in :class:`ONE`.
+    Shapes: logits of the peers a list of (B, C) or one (M, B, C), leader (B, C), attention (B, M, M) as
+    :class:`OKDDipAttention` gives it, labels (B,) integers, epoch an int or a 0-d tensor; 0-d, in nats.
+    Nothing is detached: peers and attention learn through the targets, too. The paper averages predictions, the
+    official code logits, and so does this. Op: ``mixed_logits_kl``.
+    """
+
+    def __init__(self, temperature=3.0, alpha=1.0, rampup_epochs=80, eps=1e-7):
+        super().__init__()
+        _schedule(self, temperature, rampup_epochs, eps, alpha)
+        self.alpha = alpha
+
+    def forward(self, logits, leader, attention, labels, epoch):
+        tensors, count, rows = _heads(logits)
+        check.logits("leader", leader)
+        check.tensor("attention", attention)
+        if attention.shape != (rows, count, count):
+            raise ValueError(f"attention must have shape ({rows}, {count}, {count}), got {tuple(attention.shape)}")
+        # One row more for the leader's target, one column more because no target contains the leader.
+        mean = torch.full_like(attention[:, :1], 1 / count)
+        mix = nn.functional.pad(torch.cat([attention, mean], 1), (0, 1))
+        ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        return mixed_logits_kl(
+            [*tensors, leader],
+            mix,
+            labels,
+            self.temperature,
+            eps=self.eps,
+            kl_weight=self.alpha,
+            ramp=ramp,
+            through_targets=True,
+        )
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+
+
+class OKDDipAttention(nn.Module):
+    """Attention of OKDDip - Online Knowledge Distillation with Diverse Peers (Chen et al., AAAI 2020).
+
+    ``softmax_j(query(x_i) . key(x_j))``, not divided by a root: how much peer i takes from peer j.
+    Shapes: x (B, M, features), the peers' pooled features -> (B, M, M). query and key are linear maps to features // 8
+    without bias.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        check.count("features", features)
+        if features < 8:
+            raise ValueError(f"features must be at least 8, of which query and key take an eighth, got {features}")
+        self.query = nn.Linear(features, features // 8, bias=False)
+        self.key = nn.Linear(features, features // 8, bias=False)
+
+    def forward(self, x):
+        return torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), dim=2)
+
+
+class FFL(nn.Module):
+    """FFL - Feature Fusion for Online Mutual Knowledge Distillation (Kim et al., ICPR 2020).
+
+    ``sum_i CE(z_i) + CE(fused) + ramp [sum_i KL_eps(fused || z_i) + KL_eps(mean_i z_i || fused)]`` averaged over the
+    batch; KL_eps and ramp as in :class:`ONE`.
+    Shapes: logits of the branches a list of (B, C) or one (M, B, C), fused (B, C) as :class:`FusionModule` gives it,
+    labels (B,) integers, epoch an int or a 0-d tensor; 0-d, in nats. All targets are constants. The official code has
+    two branches and T = 3. Op: ``mixed_logits_kl``.
+    """
+
+    def __init__(self, temperature=3.0, rampup_epochs=80, eps=1e-7):
+        super().__init__()
+        _schedule(self, temperature, rampup_epochs, eps)
+
+    def forward(self, logits, fused, labels, epoch):
+        tensors, count, rows = _heads(logits)
+        check.logits("fused", fused)
+        mix = _zeros(tensors[0], count + 1, count + 1)
+        mix[:count, count] = 1.0
+        mix[count, :count] = 1 / count
+        ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        return mixed_logits_kl(
+            [*tensors, fused],
+            mix.expand(rows, -1, -1),
+            labels,
+            self.temperature,
+            eps=self.eps,
+            ramp=ramp,
+        )
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+
+
+class FusionModule(nn.Module):
+    """Fusion of FFL - Feature Fusion for Online Mutual Knowledge Distillation (Kim et al., ICPR 2020).
+
+    The branches' last maps side by side, a depthwise 3x3 and a 1x1 convolution, each with norm and ReLU, average
+    pooling over `pool` x `pool` positions and a linear classifier.
+    Shapes: a list of two maps (B, channels, pool, pool), taken before the branches pool them -> logits (B, classes).
+    """
+
+    def __init__(self, channels, classes, pool):
+        super().__init__()
+        for name, value in (("channels", channels), ("classes", classes), ("pool", pool)):
+            check.count(name, value)
+        self.channels, self.pool = channels, pool
+        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, bias=False)
+        self.depthwise_norm = nn.BatchNorm2d(2 * channels)
+        self.pointwise = nn.Conv2d(2 * channels, channels, 1, bias=False)
+        self.pointwise_norm = nn.BatchNorm2d(channels)
+        self.classifier = nn.Linear(channels, classes)
+
+    def forward(self, maps):
+        if not isinstance(maps, (list, tuple)) or len(maps) != 2:
+            raise TypeError("maps must be a list of two maps, one per branch")
+        for index, x in enumerate(maps):
+            check.maps(f"maps[{index}]", x)
+            if x.shape[1:] != (self.channels, self.pool, self.pool):
+                expected = f"(B, {self.channels}, {self.pool}, {self.pool})"
+                raise ValueError(f"maps[{index}] must have shape {expected}, got {tuple(x.shape)}")
+        x = torch.relu(self.depthwise_norm(self.depthwise(torch.cat(list(maps), 1))))
+        x = torch.relu(self.pointwise_norm(self.pointwise(x)))
+        return self.classifier(x.mean((2, 3)))
+
+    def extra_repr(self):
+        return f"channels={self.channels}, pool={self.pool}"
+
+
+class CollaborativeLearning(nn.Module):
+    """CL-ILR - Collaborative Learning for Deep Neural Networks (Song and Chai, NeurIPS 2018).
+
+    ``sum_h CE(z_h) + alpha ramp sum_h KL_eps(mean_{j != h} z_j || z_h)`` averaged over the batch, as in the OKDDip
+    repository, for the authors published no code: KL_eps and ramp are those of :class:`ONE`, and ramp is 1 with
+    rampup_epochs=None.
+    Shapes: logits a list of at least two (B, C) or one (M, B, C), labels (B,) integers, epoch an int or a 0-d tensor
+    (or None with rampup_epochs=None); 0-d, in nats. The targets are not detached, as in that repository; in the paper
+    they are. :func:`rescale_gradient` goes with it, after the shared layers. Op: ``mixed_logits_kl``.
+    """
+
+    def __init__(self, temperature=3.0, alpha=1.0, rampup_epochs=None, eps=1e-7):
+        super().__init__()
+        _schedule(self, temperature, rampup_epochs, eps, alpha)
+        self.alpha = alpha
+
+    def forward(self, logits, labels, epoch=None):
+        tensors, count, rows = _heads(logits, least=2)
+        if epoch is None and self.rampup_epochs is not None:
+            raise ValueError(f"epoch must be given with rampup_epochs={self.rampup_epochs}, got None")
+        ramp = 1.0 if self.rampup_epochs is None else _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        mix = (1 - torch.eye(count, dtype=accumulator(tensors[0]), device=tensors[0].device)) / (count - 1)
+        return mixed_logits_kl(
+            tensors,
+            mix.expand(rows, -1, -1),
+            labels,
+            self.temperature,
+            eps=self.eps,
+            kl_weight=self.alpha,
+            ramp=ramp,
+            through_targets=True,
+        )
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+
+
+class _RescaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, heads):
+        ctx.heads = heads
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad / ctx.heads, None
+
+
+def rescale_gradient(x, heads):
+    """`x` itself, whose gradient is divided by the number of `heads` that share it (Song and Chai, NeurIPS 2018)."""
+    check.tensor("x", x)
+    check.count("heads", heads)
+    return _RescaleGradient.apply(x, heads)
+
+
+class KDCL(nn.Module):
+    """KDCL - Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020).
+
+    ``sum_i [CE(z_i) + weight T^2 KL(t || z_i)]`` averaged over the batch, with one target t for all networks:
+
+    - "naive": the logits of the network with the smallest cross-entropy, sample by sample;
+    - "linear": sum_m a_m z_m with the a on the simplex that gives the batch the smallest cross-entropy, solved exactly;
+    - "minlogit": ``min_m (z_m - z_m[label])`` of each class;
+    - "general": log sum_m a_m p_m, at least log 1e-30, with ``a = C^-1 1`` normalised and
+      ``C_ij = mean_b (p_i - onehot) . (p_j - onehot)`` of this batch, where the paper takes a validation set;
+    - "mean": mean_m z_m, which is none of the paper's.
+
+    Shapes: logits a list of (B, C) or one (M, B, C), labels (B,) integers; 0-d, in nats. The target is a constant;
+    :meth:`target` gives it. There is no official code. Op: ``mixed_logits_kl``.
+    """
+
+    RULES = ("naive", "linear", "minlogit", "general", "mean")
+
+    def __init__(self, temperature=2.0, rule="minlogit", weight=1.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        check.number("weight", weight)
+        if rule not in self.RULES:
+            raise ValueError(f"rule must be one of {', '.join(self.RULES)}, got {rule!r}")
+        self.temperature, self.rule, self.weight = temperature, rule, weight
+
+    def forward(self, logits, labels):
+        tensors, count, rows = _heads(logits)
+        labels = check.class_indices(labels, matrices(tensors)[0])
+        if self.rule == "general":
+            target = self._general(tensors, labels)
+            tensors = [*tensors, target.to(tensors[0].dtype)]
+            mix = nn.functional.pad(_zeros(target, rows, 1, count), (0, 1), value=1.0)
+        else:
+            mix = self._mix(tensors, labels)
+        return mixed_logits_kl(tensors, mix, labels, self.temperature, kl_weight=self.weight, learners=count)
+
+    @torch.no_grad()
+    def target(self, logits, labels):
+        """The target's logits (B, C), a constant, in the type of sums."""
+        tensors, _, rows = _heads(logits)
+        networks = matrices(tensors)
+        labels = check.class_indices(labels, networks[0])
+        if self.rule == "general":
+            return self._general(tensors, labels)
+        mix, dtype = self._mix(tensors, labels), accumulator(*networks)
+        origin = [torch.zeros(rows, dtype=dtype, device=labels.device)] * len(networks)
+        if mix is None:
+            return least(networks, origin, label_column(labels, networks[0].shape[1])[0], dtype)
+        return mixed(networks, origin, mix[:, 0], dtype)
+
+    @torch.no_grad()
+    def _mix(self, tensors, labels):
+        """Weights (B, 1, M) of the networks' logits; None for the least logits."""
+        networks = matrices(tensors)
+        if self.rule == "minlogit":
+            return None
+        if self.rule == "naive":
+            terms = torch.stack([cross_entropy(z, labels, reduction="none") for z in networks], 1)
+            best = torch.arange(len(networks), device=terms.device) == terms.argmin(1, keepdim=True)
+            return best[:, None].to(terms.dtype)
+        if self.rule == "mean":
+            weights = _zeros(networks[0], len(networks)) + 1 / len(networks)
+        else:
+            weights = _best_mixture(networks, labels).to(accumulator(*networks))
+        return weights.expand(len(labels), 1, -1)
+
+    @torch.no_grad()
+    def _general(self, tensors, labels):
+        return _least_error_mixture(matrices(tensors), labels)
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, rule={self.rule!r}, weight={self.weight}"
+
+
+STEPS = 60  # of KDCL's linear rule: an optimum of logits of any magnitude takes fewer
+
+
+def _best_mixture(networks, labels):
+    """argmin_a CE(sum_m a_m z_m, labels) over a (M,) on the simplex, in float64.
+
+    Damped Newton steps, each an exact quadratic programme; a step that does not help is undone and the next one damped
+    more. The number of steps is fixed, so that the host never waits.
+    """
+    column, _ = label_column(labels, networks[0].shape[1])
+    # Logits this far below the row's maximum weigh nothing in any mixture that matters.
+    z = torch.stack([(x - row_stats(x, 1.0, torch.float64)[0][:, None]).clamp(min=-1e4) for x in networks])
+    at_label = z.gather(2, column.expand(len(z), -1, 1))[:, :, 0]
+    rows = max(len(labels), 1)
+
+    def expand(a):
+        """-> value, gradient (M,), Hessian (M, M) at a."""
+        mixture = (a[:, None, None] * z).sum(0)
+        top, total = row_stats(mixture, 1.0, torch.float64)
+        p = (mixture - top[:, None]).exp() / total[:, None]
+        mean = fixed_sum(p * z)
+        value = fixed_sum(total.log() + top - (a[:, None] * at_label).sum(0)) / rows
+        second = torch.stack([fixed_sum(fixed_sum(p * x * z) - m * mean) for x, m in zip(z, mean, strict=True)])
+        return value, fixed_sum(mean - at_label) / rows, second / rows
+
+    a = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+    eye = torch.eye(len(z), dtype=torch.float64, device=z.device)
+    now = expand(a)
+    damping = 1e-3 * now[2].diagonal().sum()
+    for _ in range(STEPS):
+        model = now[2] + damping * eye
+        trial = simplex_minimum(model, now[1] - (model * a).sum(1), 1.0)
+        there = expand(trial)
+        better = there[0] <= now[0]
+        a = torch.where(better, trial, a)
+        now = [torch.where(better, x, y) for x, y in zip(there, now, strict=True)]
+        damping = torch.where(better, damping / 8, damping * 8)
+    return a
+
+
+def _least_error_mixture(networks, labels):
+    """log sum_m a_m p_m [rows, cols] with a = C^-1 1 of the networks' errors p - onehot, normalised."""
+    dtype = accumulator(*networks)
+    column, _ = label_column(labels, networks[0].shape[1])
+    p = [log_softmax(z, *row_stats(z, 1.0, dtype), 1.0).exp() for z in networks]
+    errors = [x - torch.zeros_like(x).scatter(1, column, 1.0) for x in p]
+    products = [[fixed_sum(fixed_sum(x * y).double()) for y in errors] for x in errors]
+    c = torch.stack([torch.stack(row) for row in products])
+    largest = c.diagonal().amax()
+    c = torch.where(largest > 0, c / largest, 0.0) + RIDGE * torch.eye(len(c), dtype=c.dtype, device=c.device)
+    a, _ = torch.linalg.solve_ex(c, torch.ones_like(c[0]))
+    a = (a / a.sum()).to(dtype)
+    mean = sum(weight * x for weight, x in zip(a.unbind(0), p, strict=True))
+    masked = torch.stack([z == -INF for z in networks]).all(0)
+    return torch.where(masked, -INF, mean.clamp(min=1e-30).log())
+
+
+class Codistillation(nn.Module):
+    """Codistillation - Large Scale Distributed Neural Network Training through Online Distillation (Anil, ICLR 2018).
+
+    By Anil et al.: "cross_entropy" ``-sum_c r log q``, or "reverse_kl" ``KL(q || r)``, the default of a public
+    implementation by others; q = softmax(student), r the mean of the peers' softmax, averaged over the batch.
+    Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), epoch an int, a 0-d tensor or None; 0-d, in nats.
+    Before epoch `burn_in` the loss and its gradient are 0; None counts as after. No gradient to the peers, which in the
+    paper are copies some steps old. There is no official code. Op: ``teachers_kl``.
+    """
+
+    MODES = ("cross_entropy", "reverse_kl")
+
+    def __init__(self, mode="cross_entropy", burn_in=0):
+        super().__init__()
+        if mode not in self.MODES:
+            raise ValueError(f"mode must be one of {', '.join(self.MODES)}, got {mode!r}")
+        check.number("burn_in", burn_in, 0)
+        self.mode, self.burn_in = mode, burn_in
+
+    def forward(self, student, peers, epoch=None):
+        check.logits("student", student)
+        epoch = None if epoch is None else _epoch(epoch, student.device)
+        weight = 1.0
+        if epoch is not None and not isinstance(epoch, torch.Tensor):
+            weight = 1.0 if epoch >= self.burn_in else 0.0
+        loss = teachers_kl(student, _detached("peers", peers), kind=self.mode, kl_weight=weight)
+        return torch.where(epoch < self.burn_in, 0.0, loss) if isinstance(epoch, torch.Tensor) else loss
+
+    def extra_repr(self):
+        return f"mode={self.mode!r}, burn_in={self.burn_in}"
+
+
+class AEKD(nn.Module):
+    """AE-KD - Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space (Du et al., NeurIPS 2020).
+
+    ``sum_m a_m T^2 KL(p_m || q)`` averaged over the batch, with one weight per teacher and batch:
+    ``min a' G a, sum a = 1, 0 <= a <= slack``, G_mn = v_m . v_n, v_m the batch's mean gradient of teacher m's
+    divergence in the student's logits. With `normalize`, v_m has length 1 there and a is divided by the lengths
+    afterwards, so that a weight may exceed slack. slack <= 1 / M is the plain average.
+    Shapes: student (B, C), teachers a list of (B, C) or one (M, B, C); 0-d, in nats; `weights` (M,) after each call.
+    Gradients flow to the student; teachers and weights are constants. The weights are the optimum, found on the device
+    and without a backward per teacher; the official code's solver stops early where gradients are small, with weights
+    that depend on the teachers' order. Op: ``aekd``.
+    """
+
+    def __init__(self, temperature=4.0, slack=0.6, normalize=False):
+        super().__init__()
+        check.positive("temperature", temperature)
+        check.number("slack", slack, 0, 1)
+        self.temperature, self.slack, self.normalize = temperature, slack, bool(normalize)
+        self.weights = None
+
+    def forward(self, student, teachers):
+        loss, self.weights = aekd(student, teachers, self.temperature, slack=self.slack, normalize=self.normalize)
+        return loss
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}, slack={self.slack}, normalize={self.normalize}"
+
+
+class EnD(nn.Module):
+    """EnD - Ensemble Distribution Distillation, its baseline of mean predictions (Malinin et al., ICLR 2020).
+
+    ``-T^2 mean_bc [r log q]``, r = mean_m softmax(teacher_m / T), q = softmax(student / T): the official mean over
+    B * C, C times smaller than the usual cross-entropy.
+    Shapes: student (B, C), teachers a list of (B, C) or one (M, B, C); 0-d, in nats. Gradients flow to all.
+    The teachers are not smoothed. Op: ``teachers_kl``.
+    """
+
+    def __init__(self, temperature=1.0):
+        super().__init__()
+        check.positive("temperature", temperature)
+        self.temperature = temperature
+
+    def forward(self, student, teachers):
+        check.logits("student", student)
+        share = 1 / student.shape[1]
+        return teachers_kl(student, teachers, None, self.temperature, kind="cross_entropy", kl_weight=share)
+
+    def extra_repr(self):
+        return f"temperature={self.temperature}"

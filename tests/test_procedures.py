@@ -1,0 +1,397 @@
+"""The procedures, each by training small networks on the digits: what they teach, to whom and in which order."""
+
+import copy
+import multiprocessing
+import os
+import signal
+import time
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import kdfast
+from kdfast import procedures
+from kdfast.procedures import PeerExchange, PeerWarning
+
+sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the [distill] extra is not installed")
+dist = pytest.importorskip("torch.distributed")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The networks are small: more threads gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def no_fallback_warning():
+    """Plain PyTorch trains as well."""
+    with kdfast.fallback():
+        yield
+
+
+def digits():
+    """-> training images (898, 64) and labels, test images and labels."""
+    images, labels = sklearn_datasets.load_digits(return_X_y=True)
+    images, labels = torch.tensor(images, dtype=torch.float32) / 16, torch.tensor(labels)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    train, test = order[:898], order[898:]
+    return images[train], labels[train], images[test], labels[test]
+
+
+def network(width=16):
+    return nn.Sequential(nn.Linear(64, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, 10))
+
+
+def batches(images, labels, epochs, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for index in torch.randperm(len(labels), generator=generator).split(64)[:-1]:
+            yield images[index], labels[index]
+
+
+def trainer(images, labels, epochs=8):
+    """-> train(network, objective) for the procedures, which also records what was trained."""
+
+    def train(net, objective):
+        train.trained.append(net)
+        optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+        for batch in batches(images, labels, epochs):
+            value = objective(*batch)
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+
+    train.trained = []
+    return train
+
+
+@torch.no_grad()
+def accuracy(net, images, labels):
+    return (net.eval()(images).argmax(1) == labels).double().mean().item()
+
+
+# ---- one network after the other -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("loss", [None, kdfast.CWTM(), kdfast.DKPP(temperature=2.0)], ids=["KD", "CWTM", "DKPP"])
+def test_born_again(loss):
+    """Every generation learns, with each of the paper's losses, and the ensemble beats their mean."""
+    images, labels, test_images, test_labels = digits()
+    train = trainer(images, labels)
+    networks = procedures.born_again(network, train, generations=2, loss=loss)
+    assert networks == train.trained and len({id(net) for net in networks}) == 3
+    assert not any(net.training or any(p.requires_grad for p in net.parameters()) for net in networks)
+    scores = [accuracy(net, test_images, test_labels) for net in networks]
+    assert min(scores) > 0.9, scores
+    assert accuracy(procedures.Ensemble(networks), test_images, test_labels) > sum(scores) / 3
+
+
+def test_born_again_learns_from_the_generation_before():
+    """Generation k's objective is the loss on what generation k - 1 says in evaluation mode."""
+    images, labels = torch.rand(8, 64), torch.arange(8)
+    seen, objectives = [], []
+
+    def loss(student, teacher, y):
+        assert student.requires_grad and not teacher.requires_grad and torch.equal(y, labels)
+        seen.append(teacher)
+        return student.sum()
+
+    def train(net, objective):
+        objectives.append(objective(images, labels))
+
+    networks = procedures.born_again(network, train, 2, loss)
+    assert len(seen) == 2
+    for teacher, net in zip(seen, networks, strict=False):
+        assert torch.equal(teacher, net(images))
+    first = copy.deepcopy(networks[0]).train()
+    torch.testing.assert_close(objectives[0], nn.functional.cross_entropy(first(images), labels))
+    with pytest.raises(ValueError, match="generations must be at least 1"):
+        procedures.born_again(network, train, 0)
+
+
+def test_ensemble_is_the_mean_of_probabilities():
+    networks = [network().eval() for _ in range(3)]
+    images = torch.rand(5, 64)
+    want = torch.stack([net(images).softmax(1) for net in networks]).mean(0)
+    torch.testing.assert_close(procedures.Ensemble(networks)(images).exp(), want)
+    with pytest.raises(ValueError, match="networks must have at least one network"):
+        procedures.Ensemble([])
+
+
+def test_refine_labels():
+    """No round after the first looks at the labels, or the first either where there is a refinery already."""
+    images, labels, test_images, test_labels = digits()
+    sizes, none = [], torch.full_like(labels, -1)  # a label that would be an error
+
+    def make(number):
+        sizes.append(number)
+        return network(16 + number)
+
+    trains = [trainer(images, y) for y in (labels, none, none)]
+    networks = procedures.refine_labels(make, lambda net, objective: trains[len(sizes) - 1](net, objective), rounds=3)
+    assert networks == [train.trained[0] for train in trains] and sizes == [0, 1, 2]
+    assert not any(net.training or any(p.requires_grad for p in net.parameters()) for net in networks)
+    scores = [accuracy(net, test_images, test_labels) for net in networks]
+    assert min(scores) > 0.9, scores
+    (pupil,) = procedures.refine_labels(make, trainer(images, none), 1, refinery=networks[2])
+    assert accuracy(pupil, test_images, test_labels) > 0.9
+
+
+def test_refined_labels_are_those_of_the_inputs():
+    """The soft cross-entropy with what the network before says, in evaluation mode, about the very batch."""
+    values, inputs = [], [torch.rand(8, 64) for _ in range(3)]
+
+    def train(net, objective):
+        values.append(objective(inputs[len(values)], torch.arange(8)))
+        before.append(copy.deepcopy(net))
+
+    before = []
+    networks = procedures.refine_labels(lambda number: network(), train, 3)
+    torch.testing.assert_close(values[0], nn.functional.cross_entropy(before[0](inputs[0]), torch.arange(8)))
+    for number in (1, 2):
+        refined = networks[number - 1](inputs[number]).softmax(1)
+        want = -(refined * before[number](inputs[number]).log_softmax(1)).sum(1).mean()
+        torch.testing.assert_close(values[number], want)
+    with pytest.raises(ValueError, match="rounds must be at least 1"):
+        procedures.refine_labels(lambda number: network(), train, 0)
+
+
+# ---- several networks together ---------------------------------------------------------------------------------------
+def plain_dml(student, peers, labels):
+    """The formula, for what does not ask about the kernels."""
+    ce = nn.functional.cross_entropy(student, labels)
+    return ce + sum(
+        nn.functional.kl_div(student.log_softmax(1), peer.softmax(1), reduction="batchmean") for peer in peers
+    )
+
+
+def test_mutual_learning_on_digits():
+    images, labels, test_images, test_labels = digits()
+    networks = [network() for _ in range(3)]
+    mutual = procedures.MutualLearning(networks, [torch.optim.Adam(net.parameters(), 1e-2) for net in networks])
+    losses = [mutual.step(*batch) for batch in batches(images, labels, 8)]
+    assert losses[0].shape == (3,) and torch.stack(losses[-5:]).mean() < torch.stack(losses[:5]).mean() / 2
+    assert min(accuracy(net, test_images, test_labels) for net in networks) > 0.9
+
+
+def test_mutual_learning_updates_in_turn():
+    """As written in the paper: each network's step is taken with the new weights of those before it."""
+    images, labels, *_ = digits()
+    networks = [nn.Linear(64, 10) for _ in range(3)]
+    by_hand = copy.deepcopy(networks)
+    mutual = procedures.MutualLearning(networks, [torch.optim.SGD(n.parameters(), 0.5) for n in networks], plain_dml)
+    for x, y in batches(images, labels, 1):
+        losses = mutual.step(x, y)
+        for i, net in enumerate(by_hand):
+            peers = [other(x).detach() for j, other in enumerate(by_hand) if j != i]
+            value = plain_dml(net(x), peers, y)
+            torch.testing.assert_close(losses[i], value.detach())
+            for p, grad in zip(net.parameters(), torch.autograd.grad(value, list(net.parameters())), strict=True):
+                p.data -= 0.5 * grad
+    for net, other in zip(networks, by_hand, strict=True):
+        torch.testing.assert_close(net.weight, other.weight)
+
+
+def test_mutual_learning_errors():
+    net, optimizer = network(), torch.optim.SGD(network().parameters(), 0.1)
+    with pytest.raises(ValueError, match="networks must be at least 2, got 1"):
+        procedures.MutualLearning([net], [optimizer], plain_dml)
+    with pytest.raises(ValueError, match="optimizers must be one per network, 2, got 1"):
+        procedures.MutualLearning([net, net], [optimizer], plain_dml)
+
+
+# ---- codistillation --------------------------------------------------------------------------------------------------
+def codistil(exchange, net, images, labels, steps, seed, before_step=lambda step: None):
+    """Train with the mean of the peers' probabilities as a second target."""
+    optimizer = torch.optim.Adam(net.parameters(), 1e-2)
+    for step, (x, y) in zip(range(steps), batches(images, labels, 100, seed), strict=False):
+        before_step(step)
+        logits, peers = net(x), exchange.logits(x)
+        value = nn.functional.cross_entropy(logits, y)
+        if peers:
+            value = value - (torch.stack(peers).softmax(2).mean(0) * logits.log_softmax(1)).sum(1).mean()
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        exchange.step()
+
+
+def pair(folder, **options):
+    networks = [network(), network()]
+    return networks, [PeerExchange(net, folder, peer=i, peers=2, **options) for i, net in enumerate(networks)]
+
+
+def test_exchange_every_n_steps(tmp_path):
+    """A peer is what it was at its last exchange, running statistics included, and has no gradient."""
+    images, labels, *_ = digits()
+    (net, other), (here, there) = pair(tmp_path, every=4)
+    assert here.logits(images[:3]) == [] and here.peer_steps == {}
+    codistil(there, other, images, labels, 5, seed=1)
+    copied = copy.deepcopy(other)  # one step later than what it wrote
+    codistil(here, net, images, labels, 3, seed=0)
+    assert here.peer_steps == {}
+    here.step()
+    assert here.peer_steps == {1: 4}
+    (said,) = here.logits(images[:9])
+    assert not said.requires_grad and not torch.equal(said, copied.eval()(images[:9]))
+    there.exchange()
+    (before,) = here.logits(images[:9])
+    assert torch.equal(before, said)
+    here.exchange()
+    (now,) = here.logits(images[:9])
+    assert here.peer_steps == {1: 5} and torch.equal(now, other.eval()(images[:9]))
+    assert sorted(os.listdir(tmp_path)) == ["peer0.pt", "peer1.pt"]
+
+
+def test_silent_peer(tmp_path, monkeypatch):
+    """One warning for each silence, with what is used instead; who comes back is heard."""
+    now = [1000.0]
+    monkeypatch.setattr(procedures.peers.time, "monotonic", lambda: now[0])
+    (_, other), (here, there) = pair(tmp_path, timeout=60.0)
+
+    def exchange(seconds):
+        now[0] += seconds
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            here.exchange()
+        assert all(w.category is PeerWarning and w.filename == __file__ for w in caught)
+        return [str(w.message) for w in caught]
+
+    assert exchange(59) == []
+    path = tmp_path / "peer1.pt"
+    assert exchange(2) == [f"peer 1 has written no weights to {path} for 61 s: going on without it"]
+    assert exchange(99) == []
+    there.steps = 40
+    there.exchange()
+    assert exchange(1) == [] and here.peer_steps == {1: 40} and exchange(59) == []
+    images = torch.rand(3, 64)
+    assert exchange(20) == [f"peer 1 has written no weights to {path} for 79 s: going on with those of its step 40"]
+    assert torch.equal(here.logits(images)[0], other.eval()(images)) and exchange(999) == []
+    there.exchange()
+    assert exchange(1) == [] and len(exchange(61)) == 1
+
+
+def test_damaged_file_is_silence(tmp_path):
+    """What cannot be read, half a file for example, leaves the weights from before."""
+    images = torch.rand(3, 64)
+    _, (here, there) = pair(tmp_path)
+    there.exchange()
+    here.exchange()
+    (before,) = here.logits(images)
+    for content in (b"", (tmp_path / "peer1.pt").read_bytes()[:1000], b"no weights at all"):
+        (tmp_path / "peer1.pt").write_bytes(content)
+        here.exchange()
+        assert torch.equal(here.logits(images)[0], before)
+    (tmp_path / "peer1.pt").unlink()
+    here.exchange()
+    assert torch.equal(here.logits(images)[0], before)
+
+
+def test_failed_write_leaves_no_file(tmp_path, monkeypatch):
+    _, (here, _) = pair(tmp_path)
+
+    def full_disk(*arguments):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        here.exchange()
+    assert os.listdir(tmp_path) == []
+
+
+def test_exchange_errors(tmp_path):
+    for options, error, message in (
+        ({}, ValueError, "peer and peers are required without torch.distributed"),
+        ({"peer": 2, "peers": 2}, ValueError, "peer must be from 0 to 1, got 2"),
+        ({"peer": 0, "peers": 2, "every": 0}, ValueError, "every must be at least 1"),
+        ({"peer": 0, "peers": 2, "timeout": 0}, ValueError, "timeout must be finite and above 0"),
+    ):
+        with pytest.raises(error, match=message):
+            PeerExchange(network(), tmp_path, **options)
+    PeerExchange(network(8), tmp_path, peer=1, peers=2).exchange()
+    with pytest.raises(ValueError, match="network must be the same on all peers; the weights in .*peer1.pt do not fit"):
+        PeerExchange(network(), tmp_path, peer=0, peers=2).exchange()
+
+
+STEPS, EVERY = 60, 10
+
+
+def rank(number, ranks, port, folder, results, dies_at):
+    """One process of gloo with its own share of the digits; rank 1 dies in the middle of step `dies_at`."""
+    torch.set_num_threads(1)
+    torch.manual_seed(number)
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=ranks)
+    images, labels, test_images, test_labels = digits()
+    net = network()
+    exchange = PeerExchange(net, folder, every=EVERY, timeout=0.5)
+    dist.barrier()  # together, as far as that goes
+
+    def before_step(step):
+        if number == 1 and step == dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        codistil(exchange, net, images[number::ranks], labels[number::ranks], STEPS, number, before_step)
+        if dies_at is None:
+            dist.barrier()
+        else:
+            give_up = time.monotonic() + 60
+            while exchange.peer_steps.get(1) != 20 and time.monotonic() < give_up:
+                exchange.exchange()
+            time.sleep(0.6)
+        exchange.exchange()
+    messages = [str(w.message) for w in caught if w.category is PeerWarning]
+    results.put((number, exchange.peer_steps, messages, accuracy(net, test_images, test_labels)))
+    results.close()
+    results.join_thread()
+    dist.destroy_process_group()
+
+
+def start(ranks, folder, dies_at=None):
+    """Rank -> [steps of its peers' weights, warnings, accuracy], of those that live to the end."""
+    context = multiprocessing.get_context("spawn")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
+    results = context.Queue()
+    arguments = [(i, ranks, store.port, str(folder), results, dies_at) for i in range(ranks)]
+    processes = [context.Process(target=rank, args=a) for a in arguments]
+    for process in processes:
+        process.start()
+    alive = [i for i in range(ranks) if dies_at is None or i != 1]
+    try:
+        found = {number: rest for number, *rest in (results.get(timeout=120) for _ in alive)}
+        for process in processes:
+            process.join(60)
+        codes = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert codes == [0 if i in alive else -signal.SIGKILL for i in range(ranks)]
+    return found
+
+
+needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+
+
+@needs_gloo
+def test_codistillation_between_processes(tmp_path):
+    """Two processes with half of the digits each: both have learnt, and heard the other's last weights."""
+    found = start(2, tmp_path)
+    for number, (steps, _, score) in found.items():
+        assert steps == {1 - number: STEPS} and score > 0.85
+
+
+@needs_gloo
+def test_a_dead_peer_is_tolerated(tmp_path):
+    """Of three, one is killed after 25 steps: the others end their training with its weights of step 20 and say so."""
+    found = start(3, tmp_path, dies_at=25)
+    assert found.keys() == {0, 2}
+    for steps, messages, score in found.values():
+        assert steps[1] == 20 and score > 0.85
+        dead = [message for message in messages if message.startswith("peer 1 ")]
+        assert len(dead) == 1 and dead[0].endswith("going on with those of its step 20")
