@@ -5,6 +5,7 @@ then `LOSSES`: each public loss from its paper, as a function (inputs, parameter
 0 log 0 = 0, and a class of probability 0 adds nothing whatever the other side says.
 """
 
+import itertools
 import math
 
 import torch
@@ -260,6 +261,167 @@ def pyramid_error(student, teacher):
             parts.append(F.mse_loss(*(F.adaptive_avg_pool2d(x, bins) for x in (s, t))))
             weights.append(weights[-1] / 2)
     return sum(w * part for w, part in zip(weights, parts, strict=True)) / sum(weights)
+
+
+# ---- several networks
+def _eps_kl(log_p, log_q, eps):
+    """KL with p' = p + eps, not normalised, of each row."""
+    if eps == 0:
+        return _kl(log_p, log_q)
+    p = log_p.exp() + eps
+    return (p * (p.log() - log_q)).sum(-1)
+
+
+def _mixtures(networks, mix, labels):
+    """-> mixed logits [targets, rows, cols] of networks [N, rows, cols], each centred; the least logits without mix."""
+    if mix is None:
+        at_label = labels.long()[None, :, None].expand(len(networks), -1, 1)
+        return (networks - networks.gather(2, at_label)).amin(0, keepdim=True)
+    return torch.einsum("brm,mbc->rbc", mix.double(), networks - networks.detach().amax(2, keepdim=True))
+
+
+def mixed_logits_kl(
+    networks,
+    mix,
+    labels=None,
+    temperature=1.0,
+    *,
+    eps=0.0,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    ramp=1.0,
+    learners=None,
+    target_ce=False,
+    through_targets=False,
+):
+    z = torch.stack([x.double() for x in networks])
+    targets = _mixtures(z, mix, labels)
+    kl_targets = targets if through_targets else targets.detach()
+    value = 0.0
+    for i, x in enumerate(z[:learners]):
+        log_p, log_q = _log_softmax(kl_targets[i % len(targets)], temperature), _log_softmax(x, temperature)
+        value = value + kl_weight * ramp * temperature**2 * _eps_kl(log_p, log_q, eps).sum()
+    if labels is not None:
+        for x in [*z[:learners], *(targets if target_ce else [])]:
+            value = value + ce_weight * F.cross_entropy(x, labels.long(), reduction="sum")
+    return value / max(1, z.shape[1])
+
+
+def teachers_kl(
+    student, teachers, labels=None, temperature=1.0, *, kind="kl", weight=None, kl_weight=1.0, ce_weight=1.0
+):
+    log_q = _log_softmax(student, temperature)
+    logs = [_log_softmax(x, temperature) for x in teachers]
+    if kind == "kl":
+        factors = [1.0] * len(logs) if weight is None else weight.double()
+        rows = sum(a * _kl(log_p, log_q) for a, log_p in zip(factors, logs, strict=True))
+    elif kind == "cross_entropy":
+        rows = -_expect(torch.stack(logs).exp().mean(0), log_q)
+    else:
+        rows = _kl(log_q, torch.stack(logs).logsumexp(0) - math.log(len(logs)))
+    value = kl_weight * temperature**2 * rows.sum()
+    if labels is not None:
+        value = value + ce_weight * F.cross_entropy(student.double(), labels.long(), reduction="sum")
+    return value / max(1, len(student))
+
+
+def capped_simplex_minimum(gram, cap):
+    """argmin a' G a with sum a = 1, 0 <= a <= cap: of every choice of weights at their bounds the best allowed one."""
+    count, best, least = len(gram), None, INF
+    gram = gram / gram.abs().max().clamp(min=1e-300)
+    for place in itertools.product((0.0, None, max(cap, 1 / count)), repeat=count):
+        free = [i for i, x in enumerate(place) if x is None]
+        a = torch.tensor([0.0 if x is None else x for x in place], dtype=torch.float64)
+        if free:
+            n = len(free)
+            system = torch.ones(n + 1, n + 1, dtype=torch.float64)
+            system[:n, :n], system[n, n] = gram[free][:, free], 0.0
+            right = torch.cat([-(gram @ a)[free], (1 - a.sum())[None]])
+            a[free] = (torch.linalg.pinv(system) @ right)[:n]
+        allowed = a.min() > -1e-9 and a.max() < max(cap, 1 / count) + 1e-9 and abs(a.sum() - 1) < 1e-9
+        if allowed and a @ gram @ a < least:
+            best, least = a, a @ gram @ a
+    return best
+
+
+def aekd_gram(student, teachers, temperature=4.0):
+    """G of the mean gradients, up to a factor."""
+    q = _log_softmax(student, temperature).exp()
+    v = torch.stack([(q - _log_softmax(x, temperature).exp()).mean(0) for x in teachers])
+    return v @ v.T
+
+
+def aekd_weights(student, teachers, temperature=4.0, slack=0.6, normalize=False):
+    gram = aekd_gram(student.detach(), teachers, temperature).cpu()
+    norm = gram.diagonal().sqrt() if normalize else torch.ones(len(gram), dtype=torch.float64)
+    a = capped_simplex_minimum(gram / norm / norm[:, None], slack) / norm
+    return (a / a.sum()).to(student.device)
+
+
+def sizes_mixed_logits_kl(
+    networks,
+    mix,
+    labels=None,
+    temperature=1.0,
+    *,
+    eps=0.0,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    ramp=1.0,
+    learners=None,
+    target_ce=False,
+    through_targets=False,
+):
+    """-> value; entries of the gradients [N, rows, cols]; of mix [rows, targets, N]."""
+    z = torch.stack([x.detach().double() for x in networks])
+    mix = None if mix is None else mix.detach()
+    targets = _mixtures(z, mix, labels)
+    # A mixed logit is off by the roundings of what it adds up, and so is each of its exponentials.
+    offsets = (z - z.amax(2, keepdim=True)).abs().masked_fill(z == -INF, 0)
+    spread = offsets.amax(0)[None] if mix is None else torch.einsum("brm,mbc->rbc", mix.double().abs(), offsets)
+    value, entries, target_entries = 0.0, torch.zeros_like(z), torch.zeros_like(targets)
+    kl_weight, share = abs(kl_weight * ramp), 1 / max(1, z.shape[1])
+    for i, x in enumerate(z[:learners]):
+        which = i % len(targets)
+        log_p, log_q = _log_softmax(targets[which], temperature), _log_softmax(x, temperature)
+        a, b = (torch.where(y.isinf(), 0.0, y.abs()) for y in (log_p, log_q))
+        p, q = log_p.exp(), log_q.exp()
+        off = 1 + (spread[which] + (p * spread[which]).sum(1, keepdim=True)) / temperature
+        log_eps = abs(math.log(eps)) if eps else 0.0
+        rows = 1 + (p * (a + b + off) + q * (a + b) + eps * (log_eps + b)).sum(1)
+        value = value + kl_weight * temperature**2 * rows.sum()
+        entries[i] += kl_weight * temperature * (q * (1 + b) + p * (1 + a) * off + eps)
+        if through_targets:
+            target_entries[which] += kl_weight * temperature * p * (1 + a + off) * (rows[:, None] + a + b)
+    if labels is not None:
+        cross = [(x, entries[i], torch.ones_like(x)) for i, x in enumerate(z[:learners])]
+        if target_ce:
+            each = [spread[i] + (x.softmax(1) * spread[i]).sum(1, keepdim=True) for i, x in enumerate(targets)]
+            cross += [(x, target_entries[i], 1 + each[i]) for i, x in enumerate(targets)]
+        for x, into, off in cross:
+            rows, each = sizes_ce(x, labels)
+            value = value + ce_weight * (rows * off.amax(1)).sum()
+            into += ce_weight * each * off
+    if mix is None:
+        return share * value, share * entries, None
+    entries += torch.einsum("brm,rbc->mbc", mix.double().abs(), target_entries)
+    return share * value, share * entries, share * torch.einsum("rbc,mbc->brm", target_entries, offsets)
+
+
+def sizes_teachers_kl(
+    student, teachers, labels=None, temperature=1.0, *, kind="kl", weight=None, kl_weight=1.0, ce_weight=1.0
+):
+    """-> value; entries of the gradients in the student and, [M, rows, cols], in the teachers."""
+    count, share = len(teachers), 1 / max(1, len(student))
+    factors = [1.0 if kind == "kl" else 1 / count] * count if weight is None else weight.double().abs()
+    parts = [sizes_kl(student, x, temperature) for x in teachers]
+    value = share * abs(kl_weight) * sum(a * rows.sum() for a, (rows, _) in zip(factors, parts, strict=True))
+    each = [share * abs(kl_weight) * a * entries for a, (_, entries) in zip(factors, parts, strict=True)]
+    entries = sum(each)
+    if labels is not None:
+        rows, of_labels = sizes_ce(student, labels)
+        value, entries = value + share * ce_weight * rows.sum(), entries + share * ce_weight * of_labels
+    return value, entries, torch.stack(each)
 
 
 # ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
@@ -816,6 +978,94 @@ def ensemble_uncertainty(teachers):
     }
 
 
+# ---- several networks: inputs are lists
+def _ramp(epoch, length):
+    return 1.0 if not length else math.exp(-5 * (1 - min(max(float(epoch), 0), length) / length) ** 2)
+
+
+def DML(student, peers, labels=None, temperature=1.0):
+    """Zhang et al. 2018, eq. 7 and 8 without the division."""
+    value = sum(softmax_kl(student, x.detach(), temperature) for x in peers)
+    return value if labels is None else value + F.cross_entropy(student.double(), labels)
+
+
+def ONE(logits, gate, labels, epoch, temperature=3.0, rampup_epochs=80, eps=1e-7):
+    """Lan et al. 2018, eq. 4 to 8."""
+    options = {"eps": eps, "ramp": _ramp(epoch, rampup_epochs), "target_ce": True}
+    return mixed_logits_kl(logits, gate[:, None], labels, temperature, **options)
+
+
+def OKDDip(logits, leader, attention, labels, epoch, temperature=3.0, alpha=1.0, rampup_epochs=80, eps=1e-7):
+    """Chen et al. 2020, eq. 5 to 9, on logits."""
+    z = torch.stack([x.double() for x in logits])
+    targets = torch.einsum("bij,jbc->ibc", attention.double(), z)
+    value = sum(F.cross_entropy(x, labels) for x in [*z, leader.double()])
+    for target, x in [*zip(targets, z, strict=True), (z.mean(0), leader)]:
+        kl = _eps_kl(_log_softmax(target, temperature), _log_softmax(x, temperature), eps).mean()
+        value = value + alpha * _ramp(epoch, rampup_epochs) * temperature**2 * kl
+    return value
+
+
+def FFL(logits, fused, labels, epoch, temperature=3.0, rampup_epochs=80, eps=1e-7):
+    """Kim et al. 2019, eq. 3 to 6."""
+    z = torch.stack([x.double() for x in logits])
+    value = sum(F.cross_entropy(x, labels) for x in [*z, fused.double()])
+    for target, x in [*((fused, x) for x in z), (z.mean(0), fused)]:
+        kl = _eps_kl(_log_softmax(target.detach(), temperature), _log_softmax(x, temperature), eps).mean()
+        value = value + _ramp(epoch, rampup_epochs) * temperature**2 * kl
+    return value
+
+
+def CollaborativeLearning(logits, labels, epoch=None, temperature=3.0, alpha=1.0, rampup_epochs=None, eps=1e-7):
+    """Song and Chai 2018, eq. 4 and 5, as the OKDDip repository weighs them."""
+    z = torch.stack([x.double() for x in logits])
+    value = sum(F.cross_entropy(x, labels) for x in z)
+    for x in z:
+        target = (z.sum(0) - x) / (len(z) - 1)
+        kl = _eps_kl(_log_softmax(target, temperature), _log_softmax(x, temperature), eps).mean()
+        value = value + alpha * _ramp(epoch, rampup_epochs) * temperature**2 * kl
+    return value
+
+
+def kdcl_target(logits, labels, rule):
+    z = torch.stack([x.detach().double() for x in logits])
+    rows = torch.arange(len(labels), device=labels.device)
+    if rule == "mean":
+        return z.mean(0)
+    if rule == "minlogit":
+        return (z - z[:, rows, labels][:, :, None]).amin(0)
+    if rule == "naive":
+        return z[torch.stack([F.cross_entropy(x, labels, reduction="none") for x in z]).argmin(0), rows]
+    p = z.softmax(2)
+    errors = p - F.one_hot(labels, z.shape[2])
+    c = torch.einsum("ibc,jbc->ij", errors, errors) / len(labels)
+    a = torch.linalg.solve(c, torch.ones_like(c[0]))
+    return (a[:, None, None] / a.sum() * p).sum(0).clamp(min=1e-30).log()
+
+
+def KDCL(logits, labels, temperature=2.0, rule="minlogit", weight=1.0):
+    """Guo et al. 2020, section 3.2. The linear rule's optimum is certified in tests/test_ensemble.py."""
+    target = kdcl_target(logits, labels, rule)
+    return sum(F.cross_entropy(x.double(), labels) + weight * softmax_kl(x, target, temperature) for x in logits)
+
+
+def Codistillation(student, peers, epoch=None, mode="cross_entropy", burn_in=0):
+    """Anil et al. 2018, algorithm 2."""
+    value = teachers_kl(student, [x.detach() for x in peers], kind=mode)
+    return value if epoch is None or epoch >= burn_in else 0 * value
+
+
+def AEKD(student, teachers, temperature=4.0, slack=0.6, normalize=False):
+    """Du et al. 2020, eq. 6 and 7."""
+    weights = aekd_weights(student, teachers, temperature, slack, normalize)
+    return teachers_kl(student, [x.detach() for x in teachers], temperature=temperature, weight=weights)
+
+
+def EnD(student, teachers, temperature=1.0):
+    """Malinin et al. 2020, eq. 4, with the mean over all elements of the official code."""
+    return teachers_kl(student, teachers, None, temperature, kind="cross_entropy") / student.shape[1]
+
+
 LOSSES = {
     f.__name__: f
     for f in (
@@ -823,6 +1073,7 @@ LOSSES = {
         *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
         *(AT, CCKD, FAKD, FSP, LKD, NST, PKT, SP),
         *(AB, FT, HCL, OFD, VID, FitNets, JacobianMatching),
+        *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
     )
 }

@@ -163,6 +163,16 @@ def test_behaviour(device, variant, same_bits):
     same_bits(run)
 
 
+def test_compiled_without_gradient(device):
+    """Evaluation, for any number of networks."""
+    student, logits = make(device, 4, 5, 6)
+    for count in range(1, 5):
+        torch.compiler.reset()
+        z = logits[:count]
+        compiled = torch.compile(lambda z: kdfast.EnDD()(student, z), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(z), kdfast.EnDD()(student, z))
+
+
 def test_errors(dtensor):
     student, teachers = make("cpu", 2, 4, 5)
     for arguments, error, message in (

@@ -153,6 +153,18 @@ def test_behaviour(device, relation, same_bits):
     same_bits(run)
 
 
+def test_compiled_without_gradient(device):
+    """Evaluation, for any number of networks."""
+    logits, labels = make(device, 4, 5, 6)
+    for count in range(1, 5):
+        torch.compiler.reset()
+        z = logits[:count]
+        compiled = torch.compile(
+            lambda z: kdfast.DiversityCooperation()(z, labels), fullgraph=True, backend="aot_eager"
+        )
+        torch.testing.assert_close(compiled(z), kdfast.DiversityCooperation()(z, labels))
+
+
 def test_labels_that_are_no_class():
     logits, labels = make("cpu", 2, 4, 5)
     labels[1] = 5

@@ -237,7 +237,7 @@ _TABLE += [
         teacher="student",
     ),
     LossRow(
-        "label-refinery-2",
+        "refinery-2",
         "a second round: label-refinery's student refines the labels",
         _kdfast("LabelRefinery"),
         ("student.logits", "teacher.probabilities"),

@@ -27,6 +27,10 @@ def _digamma_of_exp(u, smoothing):
     return torch.where(u > 50, u, torch.digamma(u.clamp(max=50).exp() + smoothing))
 
 
+def _log_concentrations(logits, scale):
+    return (logits.double() * scale).clamp(max=FAR)
+
+
 def _teacher(logits, temperature, share, smoothing):
     """-> softmax p, and P + smoothing with P = (1 - share) p + share / C [B, C]."""
     z = logits.double().clamp(max=FAR)
@@ -36,35 +40,30 @@ def _teacher(logits, temperature, share, smoothing):
 
 class _EnDD(torch.autograd.Function):
     # Everything is float64: at concentrations of e^10 the loss is a difference of numbers that agree in all digits of
-    # float32, and beyond e^88 float32 has no concentrations. A teacher is looked at at a time.
+    # float32, and beyond e^88 float32 has no concentrations. One teacher is looked at at a time.
+    # forward takes *args: where nothing needs a gradient, dynamo tells from their number whether there is a ctx.
     @staticmethod
-    def forward(ctx, student, smoothing, share, student_scale, teacher_temperature, scale, *teachers):
-        ctx.save_for_backward(student, *teachers)
+    def forward(ctx, *args):
+        student, smoothing, share, student_scale, teacher_temperature, scale, *teachers = args
+        log_mean = sum(_teacher(t, teacher_temperature, share, smoothing)[1].log() for t in teachers) / len(teachers)
+        ctx.save_for_backward(student, log_mean, *teachers)
         ctx.constants = (smoothing, share, student_scale, teacher_temperature, scale)
-        u, log_mean = _EnDD.evaluate(student, teachers, *ctx.constants[:4])
+        u = _log_concentrations(student, student_scale)
         a = u.exp()
-        total = fixed_sum(a)
-        rows = fixed_sum(torch.lgamma(a + smoothing) - (a - 1) * log_mean) - torch.lgamma(total + smoothing)
+        rows = fixed_sum(torch.lgamma(a + smoothing) - (a - 1) * log_mean) - torch.lgamma(fixed_sum(a) + smoothing)
         # Where a term overflows, infinities of both signs may meet. NaN stays where an input is NaN.
         broken = ~rows.isfinite() & ~u.isnan().any(1) & ~log_mean.isnan().any(1)
         rows = torch.where(broken, math.inf, rows)
         return (scale / max(1, len(rows)) * fixed_sum(rows)).to(accumulator(student, *teachers))
 
     @staticmethod
-    def evaluate(student, teachers, smoothing, share, student_scale, teacher_temperature):
-        """-> log concentrations u, and the mean over the teachers of log(P + smoothing) [B, C]."""
-        u = (student.double() * student_scale).clamp(max=FAR)
-        log_mean = sum(_teacher(t, teacher_temperature, share, smoothing)[1].log() for t in teachers)
-        return u, log_mean / len(teachers)
-
-    @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("EnDD")
-        student, *teachers = ctx.saved_tensors
+        student, log_mean, *teachers = ctx.saved_tensors
         smoothing, share, student_scale, teacher_temperature, scale = ctx.constants
-        u, log_mean = _EnDD.evaluate(student, teachers, *ctx.constants[:4])
-        a = u.exp().clamp(max=LARGEST)
         need_student, *need_teachers = ctx.needs_input_grad[:1] + ctx.needs_input_grad[6:]
+        u = _log_concentrations(student, student_scale)
+        a = u.exp().clamp(max=LARGEST)
         factor = grad.double() * (scale / max(1, len(u)))
 
         def limited(slope, x):

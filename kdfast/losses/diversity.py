@@ -51,8 +51,10 @@ RELATIONS = {"l2": _l2, "cos": _cos, "js": _js, "distil": _distil}
 
 
 class _Diversity(torch.autograd.Function):
+    # forward takes *args: where nothing needs a gradient, dynamo tells from their number whether there is a ctx.
     @staticmethod
-    def forward(ctx, labels, wrong, relation, temperature, sign, *heads):
+    def forward(ctx, *args):
+        labels, wrong, relation, temperature, sign, *heads = args
         ctx.save_for_backward(labels, *heads)
         ctx.constants = (relation, temperature, sign)
         terms = _Diversity.evaluate(labels, relation, temperature, heads)[1]

@@ -13,6 +13,7 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.ensemble import (
     RIDGE,
     aekd,
+    best_mixture,
     label_column,
     least,
     matrices,
@@ -20,7 +21,6 @@ from kdfast.ops.ensemble import (
     mixed_logits_kl,
     network_count,
     network_list,
-    simplex_minimum,
     teachers_kl,
 )
 from kdfast.ops.softmax_kl import INF, cross_entropy, log_softmax, row_stats
@@ -76,8 +76,8 @@ def _zeros(like, *shape):
 class DML(nn.Module):
     """DML - Deep Mutual Learning (Zhang et al., CVPR 2018).
 
-    ``[CE(student, labels)] + sum_j T^2 KL(p_j || q)`` of one network against its peers, averaged over the batch: a sum as
-    in the official code, where the paper divides by the number of peers.
+    ``[CE(student, labels)] + sum_j T^2 KL(p_j || q)`` of one network against its peers, averaged over the batch: a sum
+    as in the official code, where the paper divides by the number of peers.
     Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), labels (B,) integers or None for the divergences
     alone; 0-d, in nats. No gradient to the peers, which have losses of their own. The official TensorFlow code adds
     1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
@@ -409,7 +409,7 @@ class KDCL(nn.Module):
         if self.rule == "mean":
             weights = _zeros(networks[0], len(networks)) + 1 / len(networks)
         else:
-            weights = _best_mixture(networks, labels).to(accumulator(*networks))
+            weights = best_mixture(networks, labels).to(accumulator(*networks))
         return weights.expand(len(labels), 1, -1)
 
     @torch.no_grad()
@@ -418,46 +418,6 @@ class KDCL(nn.Module):
 
     def extra_repr(self):
         return f"temperature={self.temperature}, rule={self.rule!r}, weight={self.weight}"
-
-
-STEPS = 60  # of KDCL's linear rule: an optimum of logits of any magnitude takes fewer
-
-
-def _best_mixture(networks, labels):
-    """argmin_a CE(sum_m a_m z_m, labels) over a (M,) on the simplex, in float64.
-
-    Damped Newton steps, each an exact quadratic programme; a step that does not help is undone and the next one damped
-    more. The number of steps is fixed, so that the host never waits.
-    """
-    column, _ = label_column(labels, networks[0].shape[1])
-    # Logits this far below the row's maximum weigh nothing in any mixture that matters.
-    z = torch.stack([(x - row_stats(x, 1.0, torch.float64)[0][:, None]).clamp(min=-1e4) for x in networks])
-    at_label = z.gather(2, column.expand(len(z), -1, 1))[:, :, 0]
-    rows = max(len(labels), 1)
-
-    def expand(a):
-        """-> value, gradient (M,), Hessian (M, M) at a."""
-        mixture = (a[:, None, None] * z).sum(0)
-        top, total = row_stats(mixture, 1.0, torch.float64)
-        p = (mixture - top[:, None]).exp() / total[:, None]
-        mean = fixed_sum(p * z)
-        value = fixed_sum(total.log() + top - (a[:, None] * at_label).sum(0)) / rows
-        second = torch.stack([fixed_sum(fixed_sum(p * x * z) - m * mean) for x, m in zip(z, mean, strict=True)])
-        return value, fixed_sum(mean - at_label) / rows, second / rows
-
-    a = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
-    eye = torch.eye(len(z), dtype=torch.float64, device=z.device)
-    now = expand(a)
-    damping = 1e-3 * now[2].diagonal().sum()
-    for _ in range(STEPS):
-        model = now[2] + damping * eye
-        trial = simplex_minimum(model, now[1] - (model * a).sum(1), 1.0)
-        there = expand(trial)
-        better = there[0] <= now[0]
-        a = torch.where(better, trial, a)
-        now = [torch.where(better, x, y) for x, y in zip(there, now, strict=True)]
-        damping = torch.where(better, damping / 8, damping * 8)
-    return a
 
 
 def _least_error_mixture(networks, labels):

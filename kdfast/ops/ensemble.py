@@ -17,7 +17,7 @@ class and gets no eps. An empty target (-inf everywhere) teaches nothing.
 
 import torch
 
-from kdfast._kernels import define
+from kdfast._kernels import NAMESPACE, define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.softmax_kl import INF, kl_grad_p, kl_grad_q, kl_term, log_softmax, row_stats
@@ -26,13 +26,14 @@ KINDS = ("kl", "cross_entropy", "reverse_kl")
 MOST = 128  # networks in one call: the kernels take their addresses by value
 RIDGE = 1e-13  # of the largest entry of G: decides between weights that are equally good
 TOLERANCE = 1e-13  # of a slope that is scaled alike
+STEPS = 60  # at most, of KDCL's linear rule; logits of 1e2 take 30
 
 
 # ---- plain PyTorch: labels -------------------------------------------------------------------------------------------
 def label_column(labels, classes):
     """-> labels clamped into range [rows, 1], which of them are no class (an error on CPU, NaN elsewhere)."""
     wrong = (labels < 0) | (labels >= classes)
-    if labels.device.type == "cpu" and wrong.any():
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling() and wrong.any():
         check.label_range(labels, classes)
     return labels.clamp(0, classes - 1)[:, None], wrong
 
@@ -90,7 +91,7 @@ def with_eps(target, log_p, empty, z, eps):
         live = p > 0
         return p, torch.where(live, log_p, 0.0), (~empty).to(p.dtype)
     live = ((target > -INF) | (z > -INF)) & ~empty[:, None]
-    mass = (~empty).to(p.dtype) + eps * live.sum(1)
+    mass = (~empty).to(p.dtype) + eps * live.sum(1, dtype=p.dtype)
     return torch.where(live, p + eps, 0.0), torch.where(live, (p + eps).log(), 0.0), mass
 
 
@@ -284,7 +285,7 @@ def teachers_kl_backward_torch(
 
 
 # ---- plain PyTorch: weights on a capped simplex ----------------------------------------------------------------------
-def simplex_minimum(gram, slope, cap):
+def simplex_minimum_torch(gram, slope, cap):
     """argmin_a a' G a / 2 + slope' a with sum a = 1, 0 <= a <= cap, for a small convex G (M, M) in float64.
 
     An active set, exact up to rounding. Every step solves for the free weights with the others at their bounds, goes
@@ -295,7 +296,9 @@ def simplex_minimum(gram, slope, cap):
     a = gram.new_full((count,), 1 / count)
     if cap * count <= 1:
         return a
-    gram = gram + RIDGE * gram.diagonal().amax() * torch.eye(count, dtype=gram.dtype, device=gram.device)
+    largest = gram.diagonal().amax()
+    ridge = RIDGE * torch.where(largest > 0, largest, 1.0)
+    gram = gram + ridge * torch.eye(count, dtype=gram.dtype, device=gram.device)
     free, at_cap = torch.ones_like(a, dtype=torch.bool), torch.zeros_like(a, dtype=torch.bool)
     for _ in range(4 * count + 8):
         fixed = torch.where(free, 0.0, a)
@@ -310,7 +313,7 @@ def simplex_minimum(gram, slope, cap):
         length, stopped = room.clamp(min=0).min(0)
         blocked = length < 1
         hit = blocked & (index == stopped)
-        a = torch.where(hit, torch.where(step > 0, cap, 0.0), a + length.clamp(max=1) * step)
+        a = torch.where(hit, cap * (step > 0).to(a.dtype), a + length.clamp(max=1) * step)
         at_cap = (at_cap & ~free) | (hit & (step > 0))
         free = free & ~hit
         # Where every free weight has the same slope, those that are fixed may want to come back.
@@ -332,9 +335,9 @@ def aekd_weights(gram, slack, normalize):
     largest = gram.diagonal().amax()
     scaled = torch.where(largest > 0, gram / largest, 0.0)
     if not normalize:
-        return simplex_minimum(scaled, torch.zeros_like(gram[0]), slack)
+        return simplex_minimum_torch(scaled, torch.zeros_like(gram[0]), slack)
     norm = scaled.diagonal().sqrt().clamp(min=1e-12)  # of a teacher whose mean gradient is 0: all weight is its
-    a = simplex_minimum(scaled / norm[:, None] / norm, torch.zeros_like(norm), slack) / norm
+    a = simplex_minimum_torch(scaled / norm[:, None] / norm, torch.zeros_like(norm), slack) / norm
     return a / a.sum()
 
 
@@ -422,6 +425,68 @@ _aekd = define(
     aekd_forward_torch,
     _aekd_fake,
 )
+simplex_minimum = define(
+    "ensemble",
+    "simplex_minimum(Tensor gram, Tensor slope, float cap) -> Tensor",
+    simplex_minimum_torch,
+    lambda gram, slope, cap: torch.empty_like(slope),
+)
+
+
+# ---- KDCL's linear rule: an op without kernels of its own, so that compiled graphs do not unroll it
+def best_mixture_torch(networks, labels):
+    """argmin_a CE(sum_m a_m z_m, labels) over a (M,) on the simplex, in float64.
+
+    Damped Newton steps, each an exact quadratic programme; a step that does not help is undone and the next one damped
+    more. A CPU stops when nothing is left to gain; elsewhere the host does not wait, and all steps are taken.
+    """
+    dtype = accumulator(*networks)
+    column, _ = label_column(labels, networks[0].shape[1])
+    # Logits this far below the row's maximum weigh nothing in any mixture that matters.
+    z = torch.stack([(x.to(dtype) - row_stats(x, 1.0, dtype)[0][:, None]).clamp(min=-1e4) for x in networks])
+    at_label = z.gather(2, column.expand(len(z), -1, 1))[:, :, 0]
+    rows = max(len(labels), 1)
+
+    def mean(x):
+        return fixed_sum(x.double()) / rows
+
+    def expand(a):
+        """-> value, gradient (M,), Hessian (M, M) at a."""
+        a = a.to(dtype)
+        mixture = (a[:, None, None] * z).sum(0)
+        top, total = row_stats(mixture, 1.0, dtype)
+        p = (mixture - top[:, None]).exp() / total[:, None]
+        first = fixed_sum(p * z)
+        second = [mean(fixed_sum((x - m[:, None]) * p * z)) for x, m in zip(z, first, strict=True)]
+        return mean(total.log() + (top - (a[:, None] * at_label).sum(0))), mean(first - at_label), torch.stack(second)
+
+    a = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
+    eye = torch.eye(len(z), dtype=torch.float64, device=z.device)
+    now = expand(a)
+    damping = 1e-3 * now[2].diagonal().sum()
+    stops = z.device.type == "cpu"
+    for _ in range(STEPS):
+        # The gap to the best corner bounds what any point could gain.
+        if stops and (now[1] * a).sum() - now[1].min() <= 1e-13 * now[0]:
+            break
+        model = now[2] + damping * eye
+        trial = simplex_minimum(model, now[1] - (model * a).sum(1), 1.0)
+        there = expand(trial)
+        better = there[0] <= now[0]
+        a = torch.where(better, trial, a)
+        now = [torch.where(better, x, y) for x, y in zip(there, now, strict=True)]
+        damping = torch.where(better, damping / 8, damping * 8)
+    return a
+
+
+NAMESPACE.define("best_mixture(Tensor[] networks, Tensor labels) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+NAMESPACE.impl("best_mixture", best_mixture_torch, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "kdfast::best_mixture",
+    lambda networks, labels: networks[0].new_empty(len(networks), dtype=torch.float64),
+    lib=NAMESPACE,
+)
+best_mixture = torch.ops.kdfast.best_mixture.default
 
 
 # ---- lists of networks: each tensor is (B, C), or (M, B, C) and stands for M -----------------------------------------
@@ -446,9 +511,11 @@ def _regroup(grads, tensors, needed):
     return out
 
 
+# forward takes *args: where nothing needs a gradient, dynamo tells from the number of parameters whether there is a ctx.
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mix, labels, ramp, settings, through_targets, *tensors):
+    def forward(ctx, *args):
+        mix, labels, ramp, settings, through_targets, *tensors = args
         loss, stats = _mixed_logits_kl(matrices(tensors), mix, labels, ramp, *settings)
         ctx.save_for_backward(mix, labels, ramp, stats, *tensors)
         ctx.constants = (settings, through_targets)
@@ -470,7 +537,8 @@ class _MixedLogitsKL(torch.autograd.Function):
 
 class _TeachersKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, labels, weight, settings, *tensors):
+    def forward(ctx, *args):
+        student, labels, weight, settings, *tensors = args
         loss, stats = _teachers_kl(student, matrices(tensors), labels, weight, *settings)
         ctx.save_for_backward(student, labels, weight, stats, *tensors)
         ctx.settings = settings
@@ -489,7 +557,8 @@ class _TeachersKL(torch.autograd.Function):
 
 class _AEKD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, temperature, scale, slack, normalize, *tensors):
+    def forward(ctx, *args):
+        student, temperature, scale, slack, normalize, *tensors = args
         loss, stats, weights = _aekd(student, matrices(tensors), temperature, scale, slack, normalize)
         ctx.save_for_backward(student, weights, stats, *tensors)
         ctx.constants = ("kl", temperature, scale, 0.0)
