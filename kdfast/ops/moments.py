@@ -5,6 +5,7 @@ import torch
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.layout import flat, gradient_memory
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
@@ -18,15 +19,17 @@ def channel_moments_torch(x):
     channels = x.transpose(0, 1).to(accumulator(x))
     count = max(x.shape[0] * x.shape[2], 1)
     mean = fixed_sum(fixed_sum(channels)) / count
-    variance = fixed_sum(fixed_sum((channels - _per_channel(mean)).square())) / count
-    return torch.stack([mean, variance])
+    gaps = channels - _per_channel(mean)
+    rest = fixed_sum(fixed_sum(gaps)) / count  # what rounding left out of the mean
+    variance = (fixed_sum(fixed_sum(gaps.square())) / count - rest.square()).clamp(min=0)
+    return torch.stack([mean + rest, variance])
 
 
 def channel_moments_backward_torch(grad, x, moments):
     channels = x.transpose(0, 1).to(moments.dtype)
     mean, of_mean, of_variance = (_per_channel(values) for values in (moments[0], *grad))
     slopes = (of_mean + 2 * of_variance * (channels - mean)) / max(x.shape[0] * x.shape[2], 1)
-    return torch.empty_like(x).copy_(slopes.transpose(0, 1))
+    return gradient_memory(x, x).copy_(slopes.transpose(0, 1))
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
@@ -40,7 +43,7 @@ _channel_moments_backward = define(
     "moments",
     "channel_moments_backward(Tensor grad, Tensor x, Tensor moments) -> Tensor",
     channel_moments_backward_torch,
-    lambda grad, x, moments: torch.empty_like(x),
+    lambda grad, x, moments: gradient_memory(x, x),
 )
 
 
@@ -70,4 +73,4 @@ def channel_moments(x):
     Raises: TypeError, ValueError naming the argument.
     """
     check.embeddings("x", x)
-    return _ChannelMoments.apply(x.unsqueeze(2) if x.dim() == 2 else x.flatten(2))
+    return _ChannelMoments.apply(flat(x))
