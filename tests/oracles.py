@@ -614,6 +614,26 @@ def sizes_normalized(student, teacher, power=1):
     return value, *(e.view(x.shape) for e, x in zip(entries, (student, teacher), strict=True))
 
 
+def channel_moments(x):
+    """Means and biased variances of the channels, [2, C]."""
+    channels = x.double().transpose(0, 1).flatten(1)
+    mean = channels.sum(1) / max(channels.shape[1], 1)
+    return torch.stack([mean, (channels - mean[:, None]).square().sum(1) / max(channels.shape[1], 1)])
+
+
+def sizes_moments(x, upstream):
+    """-> values [2, C], entries of the gradient: x - mean is off by what the mean is, a sum of many terms. A variance has
+    only the square of that.
+    """
+    channels = x.detach().double().transpose(0, 1).flatten(1)
+    count = max(channels.shape[1], 1)
+    mean = channels.abs().sum(1) / count
+    variance = channel_moments(x.detach())[1] + SQUARED_ROUNDING * mean.square()
+    distance = x.detach().double().abs() + (count**0.5 * mean).view(-1, *[1] * (x.dim() - 2))
+    of_mean, of_variance = upstream.abs().double().view(2, -1, *[1] * (x.dim() - 2))
+    return torch.stack([mean, variance]), (of_mean + 2 * of_variance * distance) / count
+
+
 def sizes_pyramid(student, teacher):
     """Averages of differences without sign, as the value and its gradient take them."""
     leaf = (student.detach().double() - teacher.detach().double()).abs().requires_grad_()

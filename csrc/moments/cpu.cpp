@@ -11,9 +11,9 @@ namespace {
 
 // Work is cut into pieces, the same whatever the number of threads. A piece is read from memory once: what comes back
 // to it finds it in a cache.
-constexpr int64_t kPiece = 64 * kChunk;                           // positions of one channel, read chunk by chunk
-constexpr int64_t kBlock = 32 * 1024;                             // elements of all channels, position by position
-constexpr int64_t kLeastPositions = 32, kMostPositions = kChunk;  // few parts beside the elements; short sums
+constexpr int64_t kPiece = 64 * kChunk;                        // positions of one channel, read chunk by chunk
+constexpr int64_t kBlock = 32 * 1024;                          // elements of all channels, position by position
+constexpr int64_t kLeastPositions = 32, kMostPositions = 256;  // few parts beside the elements; short sums
 
 // ---- forward
 

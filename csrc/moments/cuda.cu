@@ -16,7 +16,8 @@ constexpr int64_t kPiece = 4 * kThreads * kStep;  // elements of a sample whose 
 
 // ---- forward
 
-// What a thread has seen of a channel. Values are counted from the first one, so that A holds their spread.
+// What a thread has seen of a channel. Values are counted from one of the first, so that A holds their spread: from the
+// smallest, which is no outlier that would cost the others their digits.
 template <class A>
 struct Running {
   Part<A> part{0, 0, 0};
@@ -25,7 +26,12 @@ struct Running {
   // The first n of the values.
   __device__ void add(const A (&values)[kStep], int n) {
     if (n == 0) return;
-    if (part.count == A(0) && Part<A>::is_finite(values[0])) shift = values[0];
+    if (part.count == A(0)) {
+      shift = infinity<A>();
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) shift = i < n && std::abs(values[i]) < std::abs(shift) ? values[i] : shift;
+      if (!Part<A>::is_finite(shift)) shift = 0;
+    }
     const A count = static_cast<A>(n);
     A sum = 0, squares = 0;
 #pragma unroll

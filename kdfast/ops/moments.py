@@ -22,7 +22,7 @@ def channel_moments_torch(x):
     gaps = channels - _per_channel(mean)
     rest = fixed_sum(fixed_sum(gaps)) / count  # what rounding left out of the mean
     variance = (fixed_sum(fixed_sum(gaps.square())) / count - rest.square()).clamp(min=0)
-    return torch.stack([mean + rest, variance])
+    return torch.stack([torch.where(mean.isinf(), mean, mean + rest), variance])
 
 
 def channel_moments_backward_torch(grad, x, moments):
