@@ -26,10 +26,9 @@ def residual_margin_loss(student, teacher, bn_weight, bn_bias):
 
 
 class JointLoss(nn.Module):
-    """JointRD - Residual Distillation: Towards Portable Deep Neural Networks without Shortcuts (Li et al., NeurIPS
-    2020).
+    """RD - Residual Distillation: Towards Portable Deep Neural Networks without Shortcuts (Li et al., NeurIPS 2020).
 
-    The plain student's prefixes go on through the residual teacher: each cut gives a joint path, and the plain student
+    Called JointRD by its code. The plain student's prefixes go on through the residual teacher: each cut gives a joint path, and the plain student
     alone is the last one. Stage "joint": ``1/n [m sum_{i<n} CE(z_i) + CE(z_n) + w (m sum_{i<n} d_i + d_n)]`` over n
     paths, d_i the feature losses (:func:`residual_margin_loss`), w = feature_weight, and
     ``m = floor + (1 - floor) (1 + cos(pi epoch / decay_epochs)) / 2`` until decay_epochs, floor after. Only so do the
