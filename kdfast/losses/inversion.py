@@ -74,6 +74,8 @@ def self_similarity(x, threshold):
     check.number("threshold", threshold)
     features = x.to(accumulator(x)).unsqueeze(2) if x.dim() == 2 else x.to(accumulator(x)).flatten(2)
     features = fixed_sum(features) / features.shape[2]
+    largest = features.detach().abs().amax(1, keepdim=True)  # cosines do not depend on it, but squares may overflow
+    features = features / torch.where(largest > 0, largest, 1.0)
     squares = fixed_sum(features.square())[:, None]
     units = features * torch.where(squares > 0, squares, 1.0).rsqrt()
     # A product of each pair, summed in a fixed order: batches of images to be made are small.

@@ -19,18 +19,24 @@ def residual_margin_loss(student, teacher, bn_weight, bn_bias):
     teacher. Op: ``partial_squared_error``.
     """
     check.embeddings("student", student)
+    check.same_shape("teacher", teacher, student)
+    for name, values in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
+        check.tensor(name, values)
+        check.floating(name, values)
+        if values.shape != student.shape[1:2]:
+            raise ValueError(f"{name} must have shape ({student.shape[1]},), got {tuple(values.shape)}")
+        check.same_device(name, values, student)
     margin = ofd_margin(bn_weight, bn_bias)
-    if margin.shape != student.shape[1:2]:
-        raise ValueError(f"bn_weight must have shape ({student.shape[1]},), got {tuple(bn_weight.shape)}")
     return partial_squared_error(student, teacher.detach(), margin) / (student.shape[0] + 1e-8)
 
 
 class JointLoss(nn.Module):
     """RD - Residual Distillation: Towards Portable Deep Neural Networks without Shortcuts (Li et al., NeurIPS 2020).
 
-    Called JointRD by its code. The plain student's prefixes go on through the residual teacher: each cut gives a joint path, and the plain student
-    alone is the last one. Stage "joint": ``1/n [m sum_{i<n} CE(z_i) + CE(z_n) + w (m sum_{i<n} d_i + d_n)]`` over n
-    paths, d_i the feature losses (:func:`residual_margin_loss`), w = feature_weight, and
+    Called JointRD by its code. The plain student's prefixes go on through the residual teacher: each cut gives a joint
+    path, and the plain student alone is the last one. Stage "joint" is
+    ``1/n [m sum_{i<n} CE(z_i) + CE(z_n) + w (m sum_{i<n} d_i + d_n)]`` over n paths, d_i the feature losses
+    (:func:`residual_margin_loss`), w = feature_weight, and
     ``m = floor + (1 - floor) (1 + cos(pi epoch / decay_epochs)) / 2`` until decay_epochs, floor after. Only so do the
     teacher's gradients reach the student's prefix. Stage "ta", which the public script runs, is ``CE(z_n) + w d_n``: it
     computes the joint paths and throws them away.
@@ -50,7 +56,7 @@ class JointLoss(nn.Module):
 
     def forward(self, logits, labels, feature_losses, epoch):
         *joint, plain = self._paths("logits", logits)
-        *joint_features, features = self._paths("feature_losses", feature_losses)
+        *joint_features, features = self._paths("feature_losses", feature_losses, dim=0)
         if len(joint_features) != len(joint):
             raise ValueError(
                 f"feature_losses must have one for each path, {len(joint) + 1}, got {len(joint_features) + 1}"
@@ -64,11 +70,15 @@ class JointLoss(nn.Module):
         return loss / (len(joint) + 1)
 
     @staticmethod
-    def _paths(name, values):
+    def _paths(name, values, dim=2):
         if not isinstance(values, (list, tuple, torch.Tensor)) or isinstance(values, torch.Tensor) and not values.dim():
             raise TypeError(f"{name} must be a list with one tensor for each path, or these stacked, got {values!r}")
         if not len(values):
             raise ValueError(f"{name} must have at least the plain student's, which comes last, got none")
+        for i, x in enumerate(values):
+            check.tensor(f"{name}[{i}]", x)
+            if x.dim() != dim:
+                raise ValueError(f"{name}[{i}] must be {dim}-d, got shape {tuple(x.shape)}")
         return list(values)
 
     def decay(self, epoch, device=None):
@@ -76,6 +86,8 @@ class JointLoss(nn.Module):
         if not isinstance(epoch, torch.Tensor):
             check.number("epoch", epoch, 0)
             epoch = torch.full((), epoch, device=device)
+        elif epoch.dim():
+            raise ValueError(f"epoch must be a number or a 0-d tensor, got shape {tuple(epoch.shape)}")
         share = (epoch.to(device, torch.float64) / self.decay_epochs).clamp(0, 1)
         return self.decay_floor + (1 - self.decay_floor) * (1 + torch.cos(math.pi * share)) / 2
 

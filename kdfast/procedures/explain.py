@@ -42,8 +42,9 @@ class NoiseSigma(nn.Module):
                 raise ValueError(f"{name} must have {size} x {size} pixels, got shape {tuple(x.shape)}")
         with torch.no_grad():
             self.sigma.clamp_(SMALLEST, LARGEST)
-        noise = F.interpolate(self.sigma, size=unit_noise.shape[2:], mode="nearest") * unit_noise
-        return image + noise, self.sigma.log().mean() + math.log(2 * math.pi) / 2 + 0.5
+        sigma = self.sigma.clone()  # of its own, so that another forward may clamp before this one's backward
+        noise = F.interpolate(sigma, size=unit_noise.shape[2:], mode="nearest") * unit_noise
+        return image + noise, sigma.log().mean() + math.log(2 * math.pi) / 2 + 0.5
 
     def extra_repr(self):
         return f"size={self.sigma.shape[2]}, image_size={self.image_size}"
@@ -93,6 +94,7 @@ def quantify_knowledge(sigma, weight_distance, checkpoints, foreground=None, thr
         inside = torch.zeros(size, dtype=torch.bool, device=sigma.device)
         inside[size // 6 : 5 * size // 6 + 1] = True
         foreground = inside[:, None] & inside
+    check.tensor("foreground", foreground)
     if foreground.dtype != torch.bool or foreground.shape not in ((size, size), (images, size, size)):
         raise ValueError(
             f"foreground must be booleans ({size}, {size}) or ({images}, {size}, {size}), "

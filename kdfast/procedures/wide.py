@@ -6,6 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator
 
 __all__ = ["data_inefficiency", "effective_logit"]
 
@@ -58,7 +59,7 @@ class _EffectiveLogit(torch.autograd.Function):
             slope = torch.exp(share + _log_sigmoid_slope(t / temperature) - own)
         ctx.save_for_backward(slope)
         ctx.dtype = teacher.dtype
-        return root.to(teacher.dtype)
+        return root.to(accumulator(teacher))
 
     @staticmethod
     def backward(ctx, grad):
@@ -74,8 +75,8 @@ def effective_logit(teacher_logit, label, soft_ratio, temperature):
     The root z of ``rho / T (sigma(z / T) - sigma(t / T)) + (1 - rho) (sigma(z) - label)``, where the derivative of the
     binary loss with the share rho = soft_ratio of soft labels is 0: t at rho = 1, infinite at rho = 0. The paper's
     student learns nothing from a teacher but this number. Shapes: teacher_logit any, label of the same shape, 0 or 1;
-    the result has the teacher's shape and type, and is computed in float64. The gradient in teacher_logit is that of
-    the implicit function.
+    the result has the teacher's shape, in float64 for float64, else in float32, and is computed in float64. The
+    gradient in teacher_logit is that of the implicit function.
 
     Raises: TypeError, ValueError naming the argument.
     """
@@ -90,7 +91,7 @@ def effective_logit(teacher_logit, label, soft_ratio, temperature):
         )
     check.same_device("label", label, teacher_logit, of="teacher_logit")
     if label.device.type == "cpu" and not torch.compiler.is_compiling() and not ((label == 0) | (label == 1)).all():
-        raise ValueError(f"label must be 0 or 1, got {label}")
+        raise ValueError(f"label must be 0 or 1, got {label[(label != 0) & (label != 1)][0].item()}")
     return _EffectiveLogit.apply(teacher_logit, label, soft_ratio, temperature)
 
 
@@ -111,7 +112,8 @@ def data_inefficiency(sizes, weight_changes):
     if sizes.dim() != 1 or len(sizes) < 2 or not (sizes > 0).all() or not (sizes.diff() > 0).all():
         raise ValueError(f"sizes must be at least two rising numbers above 0, got {sizes.tolist()}")
     changes = torch.atleast_2d(changes)
-    if changes.dim() != 2 or changes.shape[1] != len(sizes) or not (changes > 0).all():
+    finite = changes.numel() and ((changes > 0) & changes.isfinite()).all()
+    if changes.dim() != 2 or changes.shape[1] != len(sizes) or not finite:
         raise ValueError(
             f"weight_changes must be (runs, {len(sizes)}) numbers above 0, got shape {tuple(changes.shape)}"
         )
