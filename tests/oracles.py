@@ -614,6 +614,26 @@ def sizes_normalized(student, teacher, power=1):
     return value, *(e.view(x.shape) for e, x in zip(entries, (student, teacher), strict=True))
 
 
+def channel_moments(x):
+    """Means and biased variances of the channels, [2, C]."""
+    channels = x.double().transpose(0, 1).flatten(1)
+    mean = channels.sum(1) / max(channels.shape[1], 1)
+    return torch.stack([mean, (channels - mean[:, None]).square().sum(1) / max(channels.shape[1], 1)])
+
+
+def sizes_moments(x, upstream):
+    """-> values [2, C], entries of the gradient. x - mean is off by what the mean is, a sum of many terms; a variance
+    has only the square of that.
+    """
+    channels = x.detach().double().transpose(0, 1).flatten(1)
+    count = max(channels.shape[1], 1)
+    mean = channels.abs().sum(1) / count
+    variance = channel_moments(x.detach())[1] + SQUARED_ROUNDING * mean.square()
+    distance = x.detach().double().abs() + (count**0.5 * mean).view(-1, *[1] * (x.dim() - 2))
+    of_mean, of_variance = upstream.abs().double().view(2, -1, *[1] * (x.dim() - 2))
+    return torch.stack([mean, variance]), (of_mean + 2 * of_variance * distance) / count
+
+
 def sizes_pyramid(student, teacher):
     """Averages of differences without sign, as the value and its gradient take them."""
     leaf = (student.detach().double() - teacher.detach().double()).abs().requires_grad_()
@@ -1067,6 +1087,74 @@ def EnD(student, teachers, temperature=1.0):
     return teachers_kl(student, teachers, None, temperature, kind="cross_entropy") / student.shape[1]
 
 
+def JointLoss(
+    logits, labels, feature_losses, epoch, feature_weight=1e-3, decay_floor=0.5, decay_epochs=60, stage="joint"
+):
+    """Li et al. 2020 (residual), algorithm 1, as the code weighs it: the plain student is the last path."""
+    paths = [cross_entropy(z, labels) + feature_weight * d for z, d in zip(logits, feature_losses, strict=True)]
+    if stage == "ta":
+        return paths[-1]
+    decay = decay_floor + (1 - decay_floor) * (1 + math.cos(math.pi * min(epoch / decay_epochs, 1))) / 2
+    return (decay * sum(paths[:-1]) + paths[-1]) / len(paths)
+
+
+def residual_margin_loss(student, teacher, margin):
+    """Li et al. 2020 (residual), as the code has it: three cases, of which the teacher's own is no gradient."""
+    s, t, m = student.double(), teacher.detach().double(), margin.view(1, -1, 1, 1)
+    low, middle, high = t <= m, (t > m) & (t <= 0), t > 0
+    terms = (s - m) ** 2 * ((s > m) & low) + (s - t) ** 2 * ((s > t) & middle) + (s - t) ** 2 * high
+    return terms.sum() / (len(s) + 1e-8)
+
+
+# ---- terms of synthetic images, and of wide networks -----------------------------------------------------------------
+def bn_statistics_loss(x, running_mean, running_var, p=2, alpha_mean=1.0, alpha_var=1.0):
+    """Yin et al. 2020, eq. 4; Chawla et al. 2021, eq. 5."""
+    mean, variance = channel_moments(x)
+    gaps = running_mean.double() - mean, running_var.double() - variance
+    if p == 1:
+        lengths = [gap.abs().sum() for gap in gaps]
+    else:
+        lengths = [_root(gap.square().sum()) for gap in gaps]
+    return alpha_mean * lengths[0] + alpha_var * lengths[1]
+
+
+def total_variation(x):
+    """Yin et al. 2020: neighbours across, down, and on both diagonals, pixel by pixel."""
+    x = x.double()
+    height, width = x.shape[2:]
+    l1 = l2 = 0 * x.sum()
+    for dy, dx in ((0, 1), (1, 0), (1, -1), (1, 1)):
+        pairs = [
+            x[..., i, j] - x[..., i + dy, j + dx]
+            for i in range(height - dy)
+            for j in range(width)
+            if 0 <= j + dx < width
+        ]
+        if pairs:
+            differences = torch.stack(pairs)
+            l1, l2 = l1 + differences.abs().mean(), l2 + _root(differences.square().sum())
+    return l1, l2
+
+
+def self_similarity(x, threshold):
+    """Chawla et al. 2021, pair by pair."""
+    features = x.double().flatten(2).mean(2) if x.dim() > 2 else x.double()
+    total = 0 * features.sum()
+    for i, j in itertools.permutations(range(len(x)), 2):
+        cosine = F.cosine_similarity(features[i], features[j], dim=0, eps=1e-300)
+        total = total + torch.where(cosine >= threshold, cosine, 0.0) ** 2
+    return _root(total)
+
+
+def adaptive_inversion(student, teacher, temperature=3.0):
+    """Yin et al. 2020, eq. 8 and 9, as the code has them: the KL the other way, everything clamped."""
+    p, q = (_log_softmax(x, temperature).exp() for x in (student, teacher))
+    m = ((p + q) / 2).clamp(0.01, 0.99)
+    p, q = p.clamp(0.01, 0.99), q.clamp(0.01, 0.99)
+    divergence = (m * (m / p).log() / 2 + m * (m / q).log() / 2).sum() / len(student)
+    return 1 - divergence.clamp(0, 1)
+
+
 LOSSES = {
     f.__name__: f
     for f in (
@@ -1075,6 +1163,7 @@ LOSSES = {
         *(AT, CCKD, FAKD, FSP, LKD, NST, PKT, SP),
         *(AB, FT, HCL, OFD, VID, FitNets, JacobianMatching),
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
+        JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
     )
 }

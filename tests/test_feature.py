@@ -13,7 +13,7 @@ from conftest import assert_close
 
 import kdfast
 from kdfast import ops
-from kdfast.ops.feature import _maps
+from kdfast.ops.layout import flat
 
 raw = torch.ops.kdfast
 GOLDEN = Path(__file__).parent / "golden"
@@ -159,19 +159,19 @@ def test_gradcheck(implementation, name):
 def test_opcheck(implementation):
     """Schemas, shape functions and dynamic shapes of the raw ops, on inputs that need no gradient."""
     student, teacher, margin = make(implementation, SMALL, torch.float32)
-    flat, grad = [_maps(x) for x in (student, teacher)], student.new_tensor(2.0)
-    last = [_maps(x.contiguous(memory_format=torch.channels_last)) for x in (student, teacher)]
-    stats = raw.normalized_error(*flat, 1)[1]
+    pair, grad = [flat(x) for x in (student, teacher)], student.new_tensor(2.0)
+    last = [flat(x.contiguous(memory_format=torch.channels_last)) for x in (student, teacher)]
+    stats = raw.normalized_error(*pair, 1)[1]
     per_channel, per_sample = student.new_ones(5), student.new_ones(3)
     calls = [
-        ("feature_error", (*flat, None, 0, 0.0, 0, 0.5)),
+        ("feature_error", (*pair, None, 0, 0.0, 0, 0.5)),
         ("feature_error", (*last, None, 0, 0.0, 2, 0.5)),
-        ("feature_error", (*flat, None, 1, 1.5, 1, 0.5)),
-        ("feature_error", (*flat, margin, 2, 0.0, 1, 0.5)),
+        ("feature_error", (*pair, None, 1, 1.5, 1, 0.5)),
+        ("feature_error", (*pair, margin, 2, 0.0, 1, 0.5)),
         ("feature_error_backward", (grad, *last, None, 0, 0.0, 0, 0.5, True, True)),
-        ("feature_error_backward", (per_channel, *flat, None, 0, 0.0, 2, 0.5, True, False)),
-        ("feature_error_backward", (per_sample, *flat, margin, 2, 0.0, 1, 0.5, False, True)),
-        ("normalized_error", (*flat, 1)),
+        ("feature_error_backward", (per_channel, *pair, None, 0, 0.0, 2, 0.5, True, False)),
+        ("feature_error_backward", (per_sample, *pair, margin, 2, 0.0, 1, 0.5, False, True)),
+        ("normalized_error", (*pair, 1)),
         ("normalized_error_backward", (grad, *last, stats, 1, True, True)),
         ("pyramid_error", (student, teacher)),
         ("pyramid_error_backward", (grad, student, teacher, True, True)),
@@ -232,7 +232,7 @@ def test_memory_format_is_kept(implementation, dtype):
     for memory_format in (torch.contiguous_format, torch.channels_last):
         *maps, margin = make(implementation, SMALL, dtype)
         maps = [x.contiguous(memory_format=memory_format) for x in maps]
-        assert all(_maps(x).data_ptr() == x.data_ptr() for x in maps)
+        assert all(flat(x).data_ptr() == x.data_ptr() for x in maps)
         for variant in VARIANTS.values():
             leaves = [x.clone().requires_grad_() for x in maps]
             grads = torch.autograd.grad(variant.call(ops, *leaves, margin).sum(), leaves, allow_unused=True)

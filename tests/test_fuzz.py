@@ -415,6 +415,32 @@ def draw_ensemble(draw):
     return Trial(networks, call, sizes, True, upstream)
 
 
+def draw_moments(draw):
+    """Maps as in `draw_feature`; one number of all moments."""
+    rows = draw(st.sampled_from([2, 3, 4, 1, 0]), label="rows")
+    channels = draw(st.one_of(st.integers(1, 5), st.just(33)), label="channels")
+    positions = draw(st.one_of(st.integers(1, 70), st.sampled_from([1023, 1025, 2049])), label="positions")
+    dtype = draw(st.sampled_from(FLOATS), label="dtype")
+    x = lay_out(draw, draw_matrix(draw, rows, channels * positions, dtype))
+    by_channel = draw(st.booleans(), label="channels_last")
+    of_mean, of_variance = (draw(st.sampled_from([1.0, -3.0, 0.0]), label=name) for name in ("mean", "variance"))
+
+    def maps(x):
+        return x.unflatten(1, (positions, channels)).movedim(-1, 1) if by_channel else x.unflatten(1, (channels, -1))
+
+    def call(o, x):
+        mean, variance = o.channel_moments(maps(x)).sum(1)
+        return of_mean * mean + of_variance * variance
+
+    def sizes(x):
+        upstream = torch.tensor([[of_mean], [of_variance]]).expand(2, channels)
+        values, entries = oracles.sizes_moments(maps(x), upstream)
+        size = abs(of_mean) * values[0] + abs(of_variance) * values[1]
+        return size, (entries.movedim(1, -1) if by_channel else entries).flatten(1)
+
+    return Trial([x], call, sizes, True, torch.tensor(draw(st.sampled_from([1.0, -3.0, 0.0, 1e-3]), label="upstream")))
+
+
 FAMILIES = {
     "ensemble": draw_ensemble,
     "softmax_kl": draw_softmax_kl,
@@ -422,6 +448,7 @@ FAMILIES = {
     "gram": draw_gram,
     "attention": draw_attention,
     "nce": draw_nce,
+    "moments": draw_moments,
     **{f"feature-{name}": functools.partial(draw_feature, name) for name in FEATURES},
 }
 

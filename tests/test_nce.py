@@ -481,7 +481,8 @@ def test_alias_table_is_vectorised():
 # ---- behaviour in PyTorch --------------------------------------------------------------------------------------------
 def loss_of(data, **options):
     """The op as a function of its anchors."""
-    return lambda student, teacher: ops.nce(student, teacher, *data.fixed, **options)
+    fixed = data.fixed
+    return lambda student, teacher: ops.nce(student, teacher, *fixed, **options)
 
 
 def test_double_backward_raises(implementation):

@@ -21,7 +21,9 @@ MODULES = [
     for name in kdfast.__all__
     if inspect.isclass(getattr(kdfast, name)) and issubclass(getattr(kdfast, name), torch.nn.Module)
 ]
-PUBLIC = [name for name in MODULES if getattr(kdfast, name) not in kdfast.losses.LAYERS]
+PUBLIC = [
+    name for name in MODULES if hasattr(kdfast.losses, name) and getattr(kdfast, name) not in kdfast.losses.LAYERS
+]
 # Losses with weights, and how they are made.
 WITH_STATE = {
     "CRD": lambda: kdfast.CRD(student_dim=11, teacher_dim=7, n_data=20),
@@ -39,6 +41,7 @@ def of_two_networks(loss, images, labels, *networks):
 
 # Losses of more than tensors, and how they are called with tensors.
 CALLS = {"JacobianMatching": of_two_networks}
+CALLS |= {"JointLoss": lambda loss, *tensors: loss(*tensors, epoch=30)}
 
 # Parameters other than the defaults, and the kinds of the inputs, see `inputs`.
 CASES = [
@@ -103,6 +106,10 @@ CASES = [
     ("JSD", {"beta": 0, "temperature": 2.0}, "st"),
     ("JSD", {"beta": 1, "temperature": 2.0}, "st"),
     ("JacobianMatching", {}, "xyWV"),
+    ("JointLoss", {}, "zyj"),
+    ("JointLoss", {"feature_weight": 0.5, "decay_floor": 0.2, "decay_epochs": 40}, "Zyj"),
+    ("JointLoss", {"decay_epochs": 20}, "zyj"),  # over by then
+    ("JointLoss", {"stage": "ta"}, "zyj"),
     ("KD", {}, "st"),
     ("KD", {}, "sty"),  # without alpha labels are ignored
     ("KD", {"temperature": 1.0, "reduction": "none"}, "st"),
@@ -286,8 +293,55 @@ OFFICIAL |= {
     "endd_dirichletendddirtemploss": _endd("dirichlet_temperature"),
     "endd_dirichletenddrevloss": _endd("reverse"),
 }
+
+
+def _joint(stage):
+    def build(p):
+        loss = kdfast.JointLoss(p["dis_weight"], p["dc"], stage=stage)
+        return functools.partial(loss, epoch=p["epoch"])
+
+    return Official(build, ("logits_student", "labels", "loss_dis"))
+
+
+def _total_variation(p):
+    return lambda x: sum(
+        p[weight] * value for weight, value in zip(("w1", "w2"), kdfast.total_variation(x), strict=True)
+    )
+
+
+OFFICIAL |= {
+    "jointrd_joint": _joint("joint"),
+    "jointrd_ta": _joint("ta"),
+    # Its margins are float32.
+    "jointrd_margin": Official(
+        lambda p: kdfast.residual_margin_loss,
+        ("source", "target", "bn_weight", "bn_bias"),
+        softmax=False,
+        digits=1e-7,
+    ),
+    **dict.fromkeys(
+        ("deepinversion_bn", "diode_bn"),
+        _relation(
+            lambda p: functools.partial(
+                kdfast.bn_statistics_loss,
+                p=p["p_norm"],
+                alpha_mean=p.get("alpha_mean", 1.0),
+                alpha_var=p.get("alpha_var", 1.0),
+            ),
+            ("x", "running_mean", "running_var"),
+        ),
+    ),
+    **dict.fromkeys(("deepinversion_tv", "diode_tv"), _relation(_total_variation, "x")),
+    "diode_selfsim": _relation(
+        lambda p: functools.partial(kdfast.self_similarity, threshold=p["threshold"]),
+        "x",
+    ),
+    "deepinversion_adi": Official(
+        lambda p: functools.partial(kdfast.adaptive_inversion, temperature=p["T"]), ("student", "teacher")
+    ),
+}
 # The others are no losses, or have a state: the tests of their own files read them.
-OTHERS = ("crd_", "ban_dkpp_permute", "endd_uncertainties", "endd_temperature", "ofd_margin__")
+OTHERS = ("crd_", "ban_dkpp_permute", "endd_uncertainties", "endd_temperature", "ofd_margin__", "explain_")
 FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith(OTHERS))
 
 
@@ -338,6 +392,8 @@ def inputs(kinds, device, rows=6, cols=11):
         # What IRG reads of two networks: maps that are pooled, in windows that overlap; embeddings; logits.
         "E": lambda: [normal(2, 7, 4), normal(4, 3, 4), normal(9), normal(cols)],
         "F": lambda: [normal(3, 4, 4), normal(3, 4, 4), normal(5), normal(cols)],
+        # A number for each network.
+        "j": lambda: [normal()[0].square() for _ in range(3)],
         # Images, and two networks.
         "x": lambda: normal(3, 4, 2),
         "W": lambda: network(5),

@@ -220,6 +220,22 @@ def ensemble(device):
                 yield Call(f"{name}, {where}", function, leaves)
 
 
+def moments(device):
+    shapes = [
+        (2, 3, 1, 5),  # less than the elements that a thread reads at once
+        (3, 33, 5, 7),  # one channel more than a warp has lanes
+        (5, 2, 17, 19),  # more positions than a block takes
+        (3, 1, 105, 105),  # more elements of a channel than a block takes
+    ]
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                x = torch.randn(shape, generator=torch.Generator().manual_seed(shape[1])).to(dtype)
+                leaf = x.to(device, memory_format=memory_format).requires_grad_()
+                where = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}, {memory_format}"
+                yield Call(f"moments, {where}", ops.channel_moments, [leaf])
+
+
 FAMILIES = {
     "ensemble": ensemble,
     "softmax_kl": softmax_kl,
@@ -227,6 +243,7 @@ FAMILIES = {
     "nce": nce,
     "attention and gram": maps,
     "feature": feature,
+    "moments": moments,
 }
 
 

@@ -1,10 +1,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/chunk.h"
 #include "common/lanes.h"
+#include "common/map_chunk.h"
 #include "common/parallel.h"
-#include "feature/layout.h"
 #include "feature/math.h"
 
 namespace kdfast {
@@ -13,50 +12,10 @@ namespace {
 
 // Work is cut into pieces of a sample, the same whatever the number of threads; each adds up chunk by chunk.
 constexpr int64_t kPiece = 64 * kChunk;
-constexpr int64_t kLeast = 32 * 1024;  // elements that are worth a thread
 
 int64_t pieces_of(int64_t n) { return (n + kPiece - 1) / kPiece; }
-int64_t grain_for(int64_t elements) { return std::max<int64_t>(1, kLeast / std::max<int64_t>(elements, 1)); }
 
-// ---- reading and writing maps
-
-// Elements [begin, begin + n) of a sample in the given order: in place where that is possible, else copied.
-template <class A>
-const A* read(const Map& x, const Order& order, int64_t sample, int64_t begin, int64_t n, A* buffer) {
-  const int64_t offset = sample * x.sample;
-  const bool dense = is_dense(x, order);
-  if (dense && x.dtype == kDtype<A>) return static_cast<const A*>(x.data) + offset + begin;
-  dispatch_float(x.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    const T* from = static_cast<const T*>(x.data) + offset;
-    if (dense) return widen(from + begin, 1, n, buffer);
-    int64_t outer = begin / order.inner, inner = begin % order.inner;
-    for (int64_t done = 0, run; done < n; done += run) {
-      run = std::min(order.inner - inner, n - done);
-      widen(from + outer * x.outer + inner * x.inner, x.inner, run, buffer + done);
-      ++outer;
-      inner = 0;
-    }
-  });
-  return buffer;
-}
-
-// Where to put n elements of a dense output: straight into it if that holds A, else into `buffer`, for `write`; null
-// if there is no output.
-template <class A>
-A* target(const Output& out, int64_t at, A* buffer) {
-  if (!out.data) return nullptr;
-  return out.dtype == kDtype<A> ? static_cast<A*>(out.data) + at : buffer;
-}
-
-template <class A>
-void write(const Output& out, int64_t at, int64_t n, const A* values) {
-  if (!out.data || out.dtype == kDtype<A>) return;
-  dispatch_float(out.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    narrow(values, n, static_cast<T*>(out.data) + at);
-  });
-}
+// ---- numbers of channels
 
 // One number per channel for elements [begin, begin + n) of a sample; null if there are none.
 template <class A>
@@ -463,8 +422,8 @@ struct Planes : PyramidMaps {
       A *s = target(to_s, at, grad_s.data()), *t = target(to_t, at, grad_t.data());
       write_plane(plane(student, b, c, own), plane(teacher, b, c, other), pyramid, line.data(), slopes, lane,
                   static_cast<A>(2 * pyramid.own), factor, s, t);
-      feature::write(to_s, at, size, s);
-      feature::write(to_t, at, size, t);
+      kdfast::write(to_s, at, size, s);
+      kdfast::write(to_t, at, size, t);
     });
   }
 };
@@ -523,8 +482,8 @@ struct Positions : PyramidMaps {
       const Line<A> out_s = line_of(to_s, grad_s), out_t = line_of(to_t, grad_t);
       write_line(s, t, pyramid.columns, n, slopes + row, static_cast<A>(2 * pyramid.own), factor, out_s, out_t);
       for (int64_t x = 0; x < width; ++x) {
-        if (!grad_s.empty()) feature::write(to_s, at + x * channels, n, out_s.data + x * out_s.step);
-        if (!grad_t.empty()) feature::write(to_t, at + x * channels, n, out_t.data + x * out_t.step);
+        if (!grad_s.empty()) kdfast::write(to_s, at + x * channels, n, out_s.data + x * out_s.step);
+        if (!grad_t.empty()) kdfast::write(to_t, at + x * channels, n, out_t.data + x * out_t.step);
       }
     });
   }

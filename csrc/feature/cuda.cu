@@ -1,8 +1,7 @@
 #include <torch/csrc/stable/ops.h>
 
-#include "common/group.cuh"
+#include "common/map_step.cuh"
 #include "common/sum.cuh"
-#include "feature/layout.h"
 #include "feature/math.h"
 
 namespace kdfast {
@@ -13,21 +12,6 @@ constexpr int kThreads = 256;
 constexpr int kBlocksAtOnce = 1;  // on a multiprocessor: without a number, ptxas spills registers to fit more
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kPiece = 4 * kThreads * kStep;  // elements of a sample that one block works on
-
-// ---- reading and writing maps, kStep consecutive elements at a time
-
-// Elements [at, at + kStep) of a sample in the given order; 0 beyond its end.
-template <class A>
-__device__ void read(const Map& x, const Order& order, int64_t sample, int64_t at, A (&to)[kStep]) {
-  const int64_t offset = sample * x.sample;
-  if (is_dense(x, order)) return read(Matrix{x.data, x.dtype, x.sample, 1}, sample, at, order.size(), A(0), to);
-  int64_t outer = at / order.inner, inner = at % order.inner;
-#pragma unroll
-  for (int i = 0; i < kStep; ++i) {
-    to[i] = outer < order.outer ? read_one<A>(x.data, x.dtype, offset + outer * x.outer + inner * x.inner) : A(0);
-    if (++inner == order.inner) inner = 0, ++outer;
-  }
-}
 
 // What a kernel needs of two maps. Gradients are dense in their order.
 struct Pair {

@@ -35,8 +35,10 @@ from kdfast.losses.feature import (
     ofd_margin,
 )
 from kdfast.losses.gram import CCKD, FAKD, FSP, LKD, NST, PKT, SP
+from kdfast.losses.inversion import adaptive_inversion, bn_statistics_loss, self_similarity, total_variation
 from kdfast.losses.nce import CRD
 from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
+from kdfast.losses.residual import JointLoss, residual_margin_loss
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 
 # Layers that are trained beside a loss.
@@ -71,6 +73,7 @@ __all__ = [
     "IRGTransformation",
     "JSD",
     "JacobianMatching",
+    "JointLoss",
     "KD",
     "KDCL",
     "LKD",
@@ -94,7 +97,12 @@ __all__ = [
     "TfKDSelf",
     "Translator",
     "VID",
+    "adaptive_inversion",
+    "bn_statistics_loss",
     "ensemble_uncertainty",
     "ofd_margin",
     "rescale_gradient",
+    "residual_margin_loss",
+    "self_similarity",
+    "total_variation",
 ]

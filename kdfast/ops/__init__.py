@@ -11,6 +11,7 @@ from kdfast.ops.feature import (
     squared_error,
 )
 from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
+from kdfast.ops.moments import channel_moments
 from kdfast.ops.nce import alias_table, draw_negatives, nce, update_bank
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
@@ -21,6 +22,7 @@ __all__ = [
     "affinity",
     "alias_table",
     "attention_transfer",
+    "channel_moments",
     "channel_squared_error",
     "cross_entropy",
     "cross_entropy_kl",

@@ -15,13 +15,12 @@ lie in memory as the student's map does: position after position where the chann
 float32.
 """
 
-import math
-
 import torch
 
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.layout import flat, gradient_memory
 
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
@@ -30,18 +29,10 @@ LEVELS = (4, 2, 1)  # windows of the pyramid in each direction; level k of those
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def _memory(x, student):
-    """Uninitialised memory for the gradient of a map (B, C, ...)."""
-    batch, channels, *positions = x.shape
-    if channels > 1 and math.prod(positions) > 1 and student.stride(1) == 1:
-        return x.new_empty((batch, *positions, channels)).movedim(-1, 1)
-    return x.new_empty(x.shape)
-
-
 def _gradients(student_grad, student, teacher_grad, teacher, need_student, need_teacher):
     """Both gradients in the types of their maps; an empty tensor for one that is not needed."""
     return tuple(
-        _memory(x, student).copy_(grad) if need else x.new_empty(0)
+        gradient_memory(x, student).copy_(grad) if need else x.new_empty(0)
         for grad, x, need in ((student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
     )
 
@@ -185,7 +176,7 @@ def _pyramid_error_fake(student, teacher):
 def _backward_fake(grad, student, teacher, *args):
     need_student, need_teacher = args[-2:]
     sides = ((student, need_student), (teacher, need_teacher))
-    return tuple(_memory(x, student) if need else x.new_empty(0) for x, need in sides)
+    return tuple(gradient_memory(x, student) if need else x.new_empty(0) for x, need in sides)
 
 
 _feature_error = define(
@@ -278,15 +269,10 @@ class _PyramidError(torch.autograd.Function):
         return _needed(_pyramid_error_backward(grad, *ctx.saved_tensors, *needs), needs)
 
 
-def _maps(x):
-    """(B, C) or (B, C, ...) as (B, C, N); of channels_last memory, too, without a copy."""
-    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
-
-
 def _pair(student, teacher):
     check.embeddings("student", student)
     check.same_shape("teacher", teacher, student)
-    return _maps(student), _maps(teacher)
+    return flat(student), flat(teacher)
 
 
 def _reduced(student, teacher, margin, kind, boundary, reduction):

@@ -5,9 +5,23 @@ The training loop stays yours. A procedure that trains one network after the oth
 several together has a ``step`` for your loop to call.
 """
 
+from kdfast.procedures.explain import NoiseSigma, pixel_entropy, quantify_knowledge
 from kdfast.procedures.generations import Ensemble, born_again
 from kdfast.procedures.mutual import MutualLearning
 from kdfast.procedures.peers import PeerExchange, PeerWarning
 from kdfast.procedures.refinery import refine_labels
+from kdfast.procedures.wide import data_inefficiency, effective_logit
 
-__all__ = ["Ensemble", "MutualLearning", "PeerExchange", "PeerWarning", "born_again", "refine_labels"]
+__all__ = [
+    "Ensemble",
+    "MutualLearning",
+    "NoiseSigma",
+    "PeerExchange",
+    "PeerWarning",
+    "born_again",
+    "data_inefficiency",
+    "effective_logit",
+    "pixel_entropy",
+    "quantify_knowledge",
+    "refine_labels",
+]

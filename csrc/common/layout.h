@@ -1,6 +1,6 @@
-// Maps (B, C, positions...) in memory. A sample's elements are counted as the student's lie there: channel after
-// channel, or position after position (channels_last), so that both networks' maps are read in one direction, mostly as
-// they are.
+// Maps (B, C, positions...) in memory. A sample's elements are counted as they lie there: channel after channel, or
+// position after position (channels_last). Of two networks' maps both are counted as the student's lie, so that they
+// are read in one direction, mostly as they are.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -8,7 +8,6 @@
 #include "common/tensor.h"
 
 namespace kdfast {
-namespace feature {
 
 inline int64_t positions(const Tensor& x) {
   int64_t n = 1;
@@ -74,5 +73,4 @@ inline Tensor gradient(const Tensor& x, const Tensor& student, bool wanted) {
   return out;
 }
 
-}  // namespace feature
 }  // namespace kdfast

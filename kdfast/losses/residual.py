@@ -1,0 +1,98 @@
+"""Residual distillation: a network without shortcuts learns with the help of one that has them."""
+
+import math
+
+import torch
+from torch import nn
+
+from kdfast.losses.feature import ofd_margin
+from kdfast.ops import check, cross_entropy, partial_squared_error
+
+
+def residual_margin_loss(student, teacher, bn_weight, bn_bias):
+    """Distance of a path's features from the residual teacher's (Li et al., NeurIPS 2020), as OFD measures it.
+
+    ``sum (s - u)^2 / (B + 1e-8)``, u = max(t, margin), without the elements where s <= u <= 0;
+    the margin of each channel is :func:`ofd_margin` of the teacher's last batch norm (the official code rounds it to
+    float32, and divides by zero at a weight of 0). Shapes: student, teacher (B, C, H, W) before the ReLU, the student's
+    brought to the teacher's channels by an :class:`OFDConnector`; bn_weight, bn_bias (C,); 0-d. No gradient to the
+    teacher. Op: ``partial_squared_error``.
+    """
+    check.embeddings("student", student)
+    check.same_shape("teacher", teacher, student)
+    for name, values in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
+        check.tensor(name, values)
+        check.floating(name, values)
+        if values.shape != student.shape[1:2]:
+            raise ValueError(f"{name} must have shape ({student.shape[1]},), got {tuple(values.shape)}")
+        check.same_device(name, values, student)
+    margin = ofd_margin(bn_weight, bn_bias)
+    return partial_squared_error(student, teacher.detach(), margin) / (student.shape[0] + 1e-8)
+
+
+class JointLoss(nn.Module):
+    """RD - Residual Distillation: Towards Portable Deep Neural Networks without Shortcuts (Li et al., NeurIPS 2020).
+
+    Called JointRD by its code. The plain student's prefixes go on through the residual teacher: each cut gives a joint
+    path, and the plain student alone is the last one. Stage "joint" is
+    ``1/n [m sum_{i<n} CE(z_i) + CE(z_n) + w (m sum_{i<n} d_i + d_n)]`` over n paths, d_i the feature losses
+    (:func:`residual_margin_loss`), w = feature_weight, and
+    ``m = floor + (1 - floor) (1 + cos(pi epoch / decay_epochs)) / 2`` until decay_epochs, floor after. Only so do the
+    teacher's gradients reach the student's prefix. Stage "ta", which the public script runs, is ``CE(z_n) + w d_n``: it
+    computes the joint paths and throws them away.
+    Shapes: logits a list of (B, C) or one (n, B, C), feature_losses a list of n 0-d tensors or one (n,), labels (B,)
+    integers, epoch an int or a 0-d tensor; 0-d. Op: ``cross_entropy``.
+    """
+
+    def __init__(self, feature_weight=1e-3, decay_floor=0.5, decay_epochs=60, stage="joint"):
+        super().__init__()
+        check.number("feature_weight", feature_weight)
+        check.number("decay_floor", decay_floor, 0, 1)
+        check.positive("decay_epochs", decay_epochs)
+        if stage not in ("joint", "ta"):
+            raise ValueError(f"stage must be 'joint' or 'ta', got {stage!r}")
+        self.feature_weight, self.decay_floor, self.decay_epochs = feature_weight, decay_floor, decay_epochs
+        self.stage = stage
+
+    def forward(self, logits, labels, feature_losses, epoch):
+        *joint, plain = self._paths("logits", logits)
+        *joint_features, features = self._paths("feature_losses", feature_losses, dim=0)
+        if len(joint_features) != len(joint):
+            raise ValueError(
+                f"feature_losses must have one for each path, {len(joint) + 1}, got {len(joint_features) + 1}"
+            )
+        loss = cross_entropy(plain, labels) + self.feature_weight * features
+        if self.stage == "ta":
+            return loss
+        decay = self.decay(epoch, plain.device).to(loss.dtype)
+        for path, path_features in zip(joint, joint_features, strict=True):
+            loss = loss + decay * (cross_entropy(path, labels) + self.feature_weight * path_features)
+        return loss / (len(joint) + 1)
+
+    @staticmethod
+    def _paths(name, values, dim=2):
+        if not isinstance(values, (list, tuple, torch.Tensor)) or isinstance(values, torch.Tensor) and not values.dim():
+            raise TypeError(f"{name} must be a list with one tensor for each path, or these stacked, got {values!r}")
+        if not len(values):
+            raise ValueError(f"{name} must have at least the plain student's, which comes last, got none")
+        for i, x in enumerate(values):
+            check.tensor(f"{name}[{i}]", x)
+            if x.dim() != dim:
+                raise ValueError(f"{name}[{i}] must be {dim}-d, got shape {tuple(x.shape)}")
+        return list(values)
+
+    def decay(self, epoch, device=None):
+        """m of an epoch, as a 0-d tensor on `device`, so that a compiled graph serves every epoch."""
+        if not isinstance(epoch, torch.Tensor):
+            check.number("epoch", epoch, 0)
+            epoch = torch.full((), epoch, device=device)
+        elif epoch.dim():
+            raise ValueError(f"epoch must be a number or a 0-d tensor, got shape {tuple(epoch.shape)}")
+        share = (epoch.to(device, torch.float64) / self.decay_epochs).clamp(0, 1)
+        return self.decay_floor + (1 - self.decay_floor) * (1 + torch.cos(math.pi * share)) / 2
+
+    def extra_repr(self):
+        return (
+            f"feature_weight={self.feature_weight}, decay_floor={self.decay_floor}, "
+            f"decay_epochs={self.decay_epochs}, stage={self.stage!r}"
+        )

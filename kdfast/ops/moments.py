@@ -1,0 +1,76 @@
+"""Mean and variance of each channel of a map: what a batch norm sees of its input."""
+
+import torch
+
+from kdfast._kernels import define
+from kdfast.ops import check
+from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.layout import flat, gradient_memory
+
+
+# ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
+def _per_channel(values):
+    """(C,) as (C, 1, 1), beside maps that are (B, C, N) with the first two dimensions swapped."""
+    return values[:, None, None]
+
+
+def channel_moments_torch(x):
+    """-> mean, biased variance [2, C], the variance from centred values: a large mean costs no digits."""
+    channels = x.transpose(0, 1).to(accumulator(x))
+    count = max(x.shape[0] * x.shape[2], 1)
+    mean = fixed_sum(fixed_sum(channels)) / count
+    gaps = channels - _per_channel(mean)
+    rest = fixed_sum(fixed_sum(gaps)) / count  # what rounding left out of the mean
+    variance = (fixed_sum(fixed_sum(gaps.square())) / count - rest.square()).clamp(min=0)
+    return torch.stack([torch.where(mean.isinf(), mean, mean + rest), variance])
+
+
+def channel_moments_backward_torch(grad, x, moments):
+    channels = x.transpose(0, 1).to(moments.dtype)
+    mean, of_mean, of_variance = (_per_channel(values) for values in (moments[0], *grad))
+    slopes = (of_mean + 2 * of_variance * (channels - mean)) / max(x.shape[0] * x.shape[2], 1)
+    return gradient_memory(x, x).copy_(slopes.transpose(0, 1))
+
+
+# ---- the ops ---------------------------------------------------------------------------------------------------------
+_channel_moments = define(
+    "moments",
+    "channel_moments(Tensor x) -> Tensor",
+    channel_moments_torch,
+    lambda x: x.new_empty((2, x.shape[1]), dtype=accumulator(x)),
+)
+_channel_moments_backward = define(
+    "moments",
+    "channel_moments_backward(Tensor grad, Tensor x, Tensor moments) -> Tensor",
+    channel_moments_backward_torch,
+    lambda grad, x, moments: gradient_memory(x, x),
+)
+
+
+class _ChannelMoments(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        moments = _channel_moments(x)
+        ctx.save_for_backward(x, moments)
+        return moments
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("channel_moments")
+        return _channel_moments_backward(grad, *ctx.saved_tensors)
+
+
+def channel_moments(x):
+    """Mean and biased variance of each channel over samples and positions, (2, C).
+
+    Args:
+        x: (B, C, ...) or (B, C), float32, float64, float16 or bfloat16, any strides.
+
+    Returns: (2, C) in the accumulation type: float64 for float64, else float32. Of no samples both are 0.
+
+    Gradients flow to x; there is no second derivative (RuntimeError).
+
+    Raises: TypeError, ValueError naming the argument.
+    """
+    check.embeddings("x", x)
+    return _ChannelMoments.apply(flat(x))
