@@ -395,3 +395,79 @@ def test_a_dead_peer_is_tolerated(tmp_path):
         assert steps[1] == 20 and score > 0.85
         dead = [message for message in messages if message.startswith("peer 1 ")]
         assert len(dead) == 1 and dead[0].endswith("going on with those of its step 20")
+
+
+# ---- residual distillation -------------------------------------------------------------------------------------------
+class Shortcut(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def paths(cuts=(1, 2)):
+    """Three stages of 8 numbers and a classifier; the teacher's with shortcuts."""
+    student = [nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(3)]
+    teacher = [Shortcut(nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(3)]
+    return procedures.JointPaths([*student, nn.Linear(8, 10)], [*teacher, nn.Linear(8, 10)], cuts)
+
+
+def test_joint_paths():
+    """Each path is the student's prefix and then the teacher; a prefix runs once, whatever the number of paths."""
+    joint = paths().train()
+    assert not any(module.training for module in joint.teacher.modules()) and joint.student.training
+    x = torch.randn(16, 8)
+    logits, features = joint(x)
+    assert joint.student[0][0].num_batches_tracked == 1 and joint.teacher[2][0].num_batches_tracked == 0
+    reference = copy.deepcopy(joint)
+    for cut, z, feature in zip((1, 2, 4), logits, features, strict=True):
+        prefix, rest = reference.student[: min(cut, 3)], reference.teacher[cut:3]
+        want = nn.Sequential(*prefix, *rest)(x)
+        torch.testing.assert_close(feature, want)
+        last = reference.student[3] if cut == 4 else reference.teacher[3]
+        torch.testing.assert_close(z, last(want))
+    target = joint.targets(x)
+    torch.testing.assert_close(target.logits[0], nn.Sequential(*joint.teacher)(x))
+    torch.testing.assert_close(target.features[0], nn.Sequential(*joint.teacher[:3])(x))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_joint_path_sends_the_teachers_gradients_through_the_prefix(cut):
+    """To the student's stages before the cut, to none after it, and to nothing of the teacher."""
+    joint = paths([cut])
+    through_teacher, plain = joint(torch.randn(16, 8)).logits
+    through_teacher.logsumexp(1).sum().backward(retain_graph=True)
+    assert [stage[0].weight.grad is not None for stage in joint.student[:3]] == [cut > i for i in range(3)]
+    assert joint.student[3].weight.grad is None
+    assert all(p.grad is None and not p.requires_grad for p in joint.teacher.parameters())
+    plain.logsumexp(1).sum().backward()
+    assert all(p.grad is not None for p in joint.student.parameters())
+
+
+def test_joint_loss_trains_the_prefix_by_its_paths_and_stage_ta_does_not():
+    joint, x, labels = paths(), torch.randn(16, 8), torch.arange(16) % 10
+    gradients = {}
+    for stage in ("joint", "ta"):
+        logits, features = joint(x)
+        loss = kdfast.JointLoss(stage=stage)(logits, labels, [f.square().mean() for f in features], epoch=0)
+        gradients[stage] = torch.autograd.grad(loss, joint.student[0][1].weight, retain_graph=True)[0]
+        alone = kdfast.ops.cross_entropy(logits[-1], labels) + 1e-3 * features[-1].square().mean()
+        if stage == "ta":
+            (want,) = torch.autograd.grad(alone, joint.student[0][1].weight)
+            torch.testing.assert_close(gradients["ta"], want)
+    assert (gradients["joint"] - gradients["ta"] / 3).abs().max() > 0.1 * gradients["ta"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "cuts", "named"),
+    [
+        (3, 2, [1], "student and teacher must be equally long lists of at least 2 stages, got 3 and 2"),
+        (1, 1, [], "at least 2 stages, got 1 and 1"),
+        (3, 3, [0], "cuts must be at least 1, got 0"),
+        (3, 3, [3], "cuts must be rising numbers of stages from 1 to 2"),
+        (3, 3, [2, 1], r"cuts must be rising .* got \[2, 1\]"),
+    ],
+)
+def test_joint_paths_refuse(student, teacher, cuts, named):
+    with pytest.raises(ValueError, match=named):
+        procedures.JointPaths([nn.Identity()] * student, [nn.Identity()] * teacher, cuts)

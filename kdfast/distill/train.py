@@ -15,7 +15,7 @@ from kdfast.distill.ensembles import LAYOUTS, Together
 from kdfast.distill.losses import LossRow
 from kdfast.distill.models import STUDENT, TEACHER, ConvNet, Outputs
 
-__all__ = ["Batch", "Objective", "Run", "Trainer", "reproducible"]
+__all__ = ["Batch", "Objective", "Run", "Trainer", "derived_seed", "reproducible"]
 
 # Adam's, with a cosine decay to 0; its steps do not grow with the scale of a loss.
 LEARNING_RATES = {"teacher": 2e-3, "student": 1e-2}
@@ -96,7 +96,7 @@ def reproducible(threads):
         deterministic.fill_uninitialized_memory = before_fill
 
 
-def _derived_seed(*parts):
+def derived_seed(*parts):
     """One seed from several numbers: seed 0, epoch 1 has nothing in common with seed 1, epoch 0."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
@@ -114,7 +114,7 @@ class Trainer:
         self.teacher, self.teachers = teacher, teachers
         self.history = []  # (mean training loss, test accuracy) of each epoch
         widths = TEACHER if run.network == "teacher" else STUDENT
-        torch.manual_seed(_derived_seed(run.seed, *widths))
+        torch.manual_seed(derived_seed(run.seed, *widths))
         self.network = self._students(lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths))
         self.objective = Objective(run.row, self._example()).to(self.device)
         parameters = [*self.network.parameters(), *self.objective.parameters()]
@@ -169,7 +169,7 @@ class Trainer:
     def _batches(self, epoch):
         """Index tensors of the epoch's batches; a last one that is not full is left out, its statistics are noisy."""
         # A function of (seed, epoch) alone: a resumed epoch needs no state to see the same order.
-        generator = torch.Generator().manual_seed(_derived_seed(self.run.seed, epoch))
+        generator = torch.Generator().manual_seed(derived_seed(self.run.seed, epoch))
         order = torch.randperm(self.samples, generator=generator).to(self.device)
         full = self.samples - self.samples % self.batch_size
         return order[:full].split(self.batch_size)

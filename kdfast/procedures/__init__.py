@@ -10,12 +10,15 @@ from kdfast.procedures.generations import Ensemble, born_again
 from kdfast.procedures.mutual import MutualLearning
 from kdfast.procedures.peers import PeerExchange, PeerWarning
 from kdfast.procedures.refinery import refine_labels
+from kdfast.procedures.residual import JointPaths, PathOutputs
 from kdfast.procedures.wide import data_inefficiency, effective_logit
 
 __all__ = [
     "Ensemble",
+    "JointPaths",
     "MutualLearning",
     "NoiseSigma",
+    "PathOutputs",
     "PeerExchange",
     "PeerWarning",
     "born_again",

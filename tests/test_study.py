@@ -1,0 +1,147 @@
+"""`kdfast study`: what each study writes, that a stopped one continues to the same bits, that errors are one line."""
+
+import csv
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+for extra in ("sklearn", "PIL", "matplotlib", "rich"):
+    pytest.importorskip(extra, reason="the [distill] extra is not installed")
+
+from PIL import Image  # noqa: E402
+
+from kdfast import _kernels  # noqa: E402
+from kdfast.cli import main  # noqa: E402
+from kdfast.distill import storage  # noqa: E402
+from kdfast.study import residual, run  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def private_state(monkeypatch, tmp_path):
+    """Keep the families' "warned once" marks, and any run without --out, to the test."""
+    monkeypatch.setattr(_kernels, "_warned", set())
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The studies' networks and samples, as few as show that the parts fit together."""
+    monkeypatch.setattr(residual, "BLOCKS", 1)
+
+
+TINY = {
+    "residual": ["--epochs", "1", "--seeds", "1"],
+}
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def error_line(capsys):
+    """The one line that the command has printed to stderr."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("kdfast study") and ": error: " in lines[0]
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, monkeypatch, capsys):
+    """Each third step is the last before a Ctrl-C; pictures, table and records are those of a run without any."""
+    study = importlib.import_module(f"kdfast.study.{name.replace('-', '_')}")
+    arguments = ["study", name, *TINY[name]]
+    assert main([*arguments, "--out", "whole"]) == 0
+    whole = capsys.readouterr()
+    assert max(map(len, whole.out.splitlines()[:3])) <= 80
+    for picture in study.PICTURES:
+        with Image.open(tmp_path / "whole" / picture) as image:
+            assert min(image.size) > 200
+    save, done, stops = storage.save_checkpoint, [], 0
+
+    def save_or_stop(path, state):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(path.name)
+        save(path, state)
+
+    monkeypatch.setattr(storage, "save_checkpoint", save_or_stop)
+    arguments += ["--out", "stopped"]
+    while (code := main([*arguments, *(["--resume"] if stops else [])])) == 130:
+        assert f"continue with: kdfast study {name} --resume --out stopped" in capsys.readouterr().err
+        stops += 1
+        done.clear()
+    assert code == 0 and stops
+    for file in run.files(study):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert capsys.readouterr().out.replace("stopped", "whole") == whole.out
+
+
+def test_residual_rows(tiny):
+    assert main(["study", "residual", "--epochs", "2", "--seeds", "1", "--seed", "3", "--out", "run"]) == 0
+    found = rows("run/results.csv")
+    assert [row["network"] for row in found] == list(residual.ROWS) and {row["seed"] for row in found} == {"3"}
+    assert all(float(row["accuracy_percent"]) > 15 for row in found), "nothing has learnt"
+    teacher = storage.load_checkpoint(Path("run/checkpoints/teacher-seed-3.pt"))["network"]
+    assert len(teacher) > len(storage.load_checkpoint(Path("run/checkpoints/joint-seed-3.pt"))["network"]), (
+        "the shortcuts"
+    )
+
+
+# ---- wrong arguments -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ([], "STUDY: got '', expected one of residual"),
+        (["residuals"], "STUDY: got 'residuals', expected one of residual"),
+        (["residual", "--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
+        (["residual", "--seed", "-1"], "--seed: got '-1', expected"),
+        (["residual", "--seeds", "two"], "--seeds: got 'two', expected"),
+        (["residual", "--threads", "0"], "--threads: got '0', expected"),
+        (["residual", "--out", "file"], "file is a file"),
+        (["residual", "--out", "other"], "has a results.csv that belongs to no run"),
+    ],
+)
+def test_wrong_arguments(options, named, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/results.csv").write_text("of something else")
+    assert main(["study", *options]) == 2
+    assert named in error_line(capsys)
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"], "a refused study leaves files"
+
+
+def test_resume_refuses_other_settings_and_damaged_files(tiny, tmp_path, capsys):
+    arguments = ["study", "residual", "--epochs", "1", "--seeds", "1", "--out", "run"]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "holds a run already; continue it with --resume" in error_line(capsys)
+    assert main([*arguments, "--resume", "--epochs", "2"]) == 2
+    assert "--epochs was 1 and is 2" in error_line(capsys)
+    checkpoint = tmp_path / "run/checkpoints/kd-seed-0.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    assert main(["study", "residual", "--out", "run", "--resume"]) == 2
+    assert f"{checkpoint.relative_to(tmp_path)} is damaged" in error_line(capsys)
+    (tmp_path / "run/settings.json").write_text("{}")
+    assert main(["study", "residual", "--out", "run", "--resume"]) == 2
+    assert "settings.json is damaged" in error_line(capsys)
+
+
+def test_resume_without_out_takes_the_newest_of_the_study(tiny, tmp_path):
+    assert main(["study", "residual", "--epochs", "1", "--seeds", "1"]) == 0
+    assert main(["study", "residual", "--resume"]) == 0
+    assert len(list(tmp_path.glob("runs/study-residual-*"))) == 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the command."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
