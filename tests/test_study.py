@@ -16,7 +16,8 @@ from PIL import Image  # noqa: E402
 from kdfast import _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.distill import storage  # noqa: E402
-from kdfast.study import residual, run  # noqa: E402
+from kdfast.procedures import effective_logit  # noqa: E402
+from kdfast.study import residual, run, wide  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +31,15 @@ def private_state(monkeypatch, tmp_path):
 def tiny(monkeypatch):
     """The studies' networks and samples, as few as show that the parts fit together."""
     monkeypatch.setattr(residual, "BLOCKS", 1)
+    monkeypatch.setattr(wide, "WIDTH", 64)
+    monkeypatch.setattr(wide, "SIZES", (8, 16))
+    monkeypatch.setattr(wide, "TEACHER_STEPS", {"teacher": 100, "stopped early": 10})
+    monkeypatch.setattr(wide, "CHECK", {"width": 128, "samples": 8, "soft_ratio": 0.5, "steps": 20, "rate": 1.0})
 
 
 TINY = {
     "residual": ["--epochs", "1", "--seeds", "1"],
+    "wide": ["--seeds", "2"],
 }
 
 
@@ -70,15 +76,15 @@ def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, mo
         save(path, state)
 
     monkeypatch.setattr(storage, "save_checkpoint", save_or_stop)
-    arguments += ["--out", "stopped"]
+    arguments += ["--out", "pause"]
     while (code := main([*arguments, *(["--resume"] if stops else [])])) == 130:
-        assert f"continue with: kdfast study {name} --resume --out stopped" in capsys.readouterr().err
+        assert f"continue with: kdfast study {name} --resume --out pause" in capsys.readouterr().err
         stops += 1
         done.clear()
     assert code == 0 and stops
     for file in run.files(study):
-        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
-    assert capsys.readouterr().out.replace("stopped", "whole") == whole.out
+        assert (tmp_path / "pause" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert capsys.readouterr().out.replace("pause", "whole") == whole.out
 
 
 def test_residual_rows(tiny):
@@ -92,16 +98,46 @@ def test_residual_rows(tiny):
     )
 
 
+@pytest.mark.parametrize("soft_ratio", [0.1, 0.5, 1.0])
+def test_wide_soft_ratio_loss_is_least_at_the_effective_logit(soft_ratio):
+    teacher, labels = torch.randn(2, 32, dtype=torch.float64).unbind()
+    labels = (labels > 0).double()
+    student = effective_logit(3 * teacher, labels, soft_ratio, 2.0).requires_grad_()
+    loss = wide.soft_ratio_loss(student, 3 * teacher, labels, soft_ratio, 2.0)
+    assert torch.autograd.grad(loss, student)[0].abs().max() < 1e-12
+    assert wide.soft_ratio_loss(student + 0.1, 3 * teacher, labels, soft_ratio, 2.0) > loss
+
+
+def test_wide_student_is_the_least_squares_solution():
+    """The kernel is that of all gradients, and the fitted student the shortest step of the weights to its targets."""
+    inputs, target = torch.randn(12, 64, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
+    weights = [w.requires_grad_() for w in wide._start(32, seed=0)]
+    logits, _ = wide._student(inputs, *weights)
+    gradients = torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(z, weights, retain_graph=True)]) for z in logits]
+    )
+    with torch.no_grad():
+        kernel, start = wide.kernel(inputs, *weights)
+        torch.testing.assert_close(kernel, gradients @ gradients.T)
+        index = torch.tensor([0, 5, 7])
+        length, fitted = wide.fitted(kernel, start, target, index)
+        step = torch.linalg.pinv(gradients[index]) @ (target - start)[index]
+        torch.testing.assert_close(length, step.norm())
+        torch.testing.assert_close(fitted, start + gradients @ step)
+        torch.testing.assert_close(fitted[index], target[index])
+
+
 # ---- wrong arguments -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ([], "STUDY: got '', expected one of residual"),
-        (["residuals"], "STUDY: got 'residuals', expected one of residual"),
+        ([], "STUDY: got '', expected one of residual, wide"),
+        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide"),
         (["residual", "--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
         (["residual", "--seed", "-1"], "--seed: got '-1', expected"),
         (["residual", "--seeds", "two"], "--seeds: got 'two', expected"),
         (["residual", "--threads", "0"], "--threads: got '0', expected"),
+        (["wide", "--epochs", "1"], "--epochs: got '1', but kdfast study wide has no epochs"),
         (["residual", "--out", "file"], "file is a file"),
         (["residual", "--out", "other"], "has a results.csv that belongs to no run"),
     ],

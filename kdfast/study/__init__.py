@@ -27,10 +27,14 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Findings:
-    """What a study shows: a table of text, lines below it, the rows of results.csv, and figures by file name."""
+    """What a study shows: a table of text, lines below it, the rows of results.csv, and figures by file name.
+
+    A line is drawn below the rows whose first cell is in `sections`.
+    """
 
     titles: list[str]
     rows: list[list[str]]
     records: list[dict]
     notes: list[str] = field(default_factory=list)
     pictures: dict[str, Any] = field(default_factory=dict)
+    sections: list[str] = field(default_factory=list)

@@ -8,6 +8,7 @@ __all__ = ["add_arguments", "run"]
 
 STUDIES = {
     "residual": "a plain student without shortcuts learns through a residual teacher",
+    "wide": "how much data a soft label saves a wide network, and what a hard label mends",
 }
 
 

@@ -85,7 +85,7 @@ def run(study, options, folder):
     rows = [[repr(v) if isinstance(v, float) else v for v in record.values()] for record in findings.records]
     storage.write_atomically(folder / RESULTS, report.csv_bytes(titles, rows))
     written = f"written: {', '.join(str(folder / name) for name in files(study))}"
-    report.print_table(findings.titles, findings.rows, [*findings.notes, written])
+    report.print_table(findings.titles, findings.rows, [*findings.notes, written], findings.sections)
 
 
 def _do(steps, folder):
