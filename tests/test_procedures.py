@@ -471,3 +471,35 @@ def test_joint_loss_trains_the_prefix_by_its_paths_and_stage_ta_does_not():
 def test_joint_paths_refuse(student, teacher, cuts, named):
     with pytest.raises(ValueError, match=named):
         procedures.JointPaths([nn.Identity()] * student, [nn.Identity()] * teacher, cuts)
+
+
+# ---- what a network knows of its input -------------------------------------------------------------------------------
+def test_learn_sigma():
+    """Of a linear network: sigma is inverse to its weights, at the asked entropy, and each image has its own."""
+    weight = torch.tensor([1.0, 2.0, 4.0, 8.0]).reshape(1, 1, 2, 2)
+    # The second half of the network looks at a quarter of the image, and sees nothing of the first image.
+    images = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+    large = weight.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def features(x):
+        assert x.shape[1:] == (1, 4, 4)
+        return x * large
+
+    generator = torch.Generator().manual_seed(0)
+    sigma = procedures.learn_sigma(features, images, 2, penalty=-2.0, noises=256, steps=200, generator=generator)
+    assert sigma.shape == (2, 2, 2)
+    want = (1 / weight[0]) * torch.exp(-2.0 - 0.5 * torch.tensor(2 * torch.pi).log() - 0.5 + weight.log().mean())
+    torch.testing.assert_close(sigma, want.expand(2, 2, 2), rtol=0.08, atol=0)
+    again = procedures.learn_sigma(features, images, 2, penalty=-2.0, noises=256, steps=200, generator=generator)
+    assert not torch.equal(again, sigma)
+
+
+def test_learn_sigma_finds_what_the_network_reads():
+    """A network that reads the left half of the image only."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, 8)).requires_grad_(False)
+    images = torch.randn(3, 1, 8, 8)
+    sigma = procedures.learn_sigma(lambda x: net(x[..., :4].contiguous()), images, 8, penalty=-1.5, steps=120)
+    assert sigma[:, :, 4:].min() > 2 * sigma[:, :, :4].mean()
+    for wrong, named in (({"size": 0}, "size"), ({"noises": 0}, "noises"), ({"rate": -1.0}, "rate")):
+        with pytest.raises(ValueError, match=named):
+            procedures.learn_sigma(net, images, **{"size": 8, **wrong})

@@ -13,11 +13,12 @@ for extra in ("sklearn", "PIL", "matplotlib", "rich"):
 
 from PIL import Image  # noqa: E402
 
+import kdfast  # noqa: E402
 from kdfast import _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.distill import storage  # noqa: E402
 from kdfast.procedures import effective_logit  # noqa: E402
-from kdfast.study import residual, run, wide  # noqa: E402
+from kdfast.study import digits, explain, residual, run, wide  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +32,8 @@ def private_state(monkeypatch, tmp_path):
 def tiny(monkeypatch):
     """The studies' networks and samples, as few as show that the parts fit together."""
     monkeypatch.setattr(residual, "BLOCKS", 1)
+    monkeypatch.setattr(explain, "IMAGES", 3)
+    monkeypatch.setattr(explain, "NOISE", {"noises": 4, "steps": 6})
     monkeypatch.setattr(wide, "WIDTH", 64)
     monkeypatch.setattr(wide, "SIZES", (8, 16))
     monkeypatch.setattr(wide, "TEACHER_STEPS", {"teacher": 100, "stopped early": 10})
@@ -40,6 +43,7 @@ def tiny(monkeypatch):
 TINY = {
     "residual": ["--epochs", "1", "--seeds", "1"],
     "wide": ["--seeds", "2"],
+    "explain": ["--epochs", "3", "--seeds", "2"],
 }
 
 
@@ -127,12 +131,37 @@ def test_wide_student_is_the_least_squares_solution():
         torch.testing.assert_close(fitted[index], target[index])
 
 
+def test_explain_counts_the_concepts_of_quantify_knowledge(monkeypatch):
+    """Of one checkpoint rho is the share of the images with a concept, and the slope over a distance of 1 their number."""
+    monkeypatch.setattr(explain, "IMAGES", 4)
+    _, ink = explain.pictured()
+    sigma = torch.rand(4, 1, 8, 8, dtype=torch.float64) * 0.5 + 0.01
+    sigma[0] = 0.9  # nothing is kept of this image
+    found, _ = explain.concepts(sigma)
+    knowledge = kdfast.quantify_knowledge(sigma, [0.5, 0.5], [1], ink)
+    for side, key in ((ink[:, None], "fore"), (~ink[:, None], "back")):
+        counts = (found & side).sum((1, 2, 3)).double()
+        torch.testing.assert_close(knowledge[f"{key}_max_slope"], counts.mean())  # per distance, which is 1
+        torch.testing.assert_close(knowledge[f"{key}_percent"], (counts > 0).double().mean())
+    assert ink.flatten(1).any(1).all() and not ink.flatten(1).all(1).any()
+
+
+def test_explain_teaches_the_stages_by_features_alone():
+    network, teacher = explain.ConvNet(1, 10, (4, 8, 64)), explain.ConvNet(1, 10, (16, 32, 64))
+    objective = explain._from_features(network, teacher.eval())
+    images, labels = digits.load().train_images[:16], digits.load().train_labels[:16]
+    gradients = [
+        torch.autograd.grad(objective(images, y, 0), network.stages[0][0].weight)[0] for y in (labels, labels.flip(0))
+    ]
+    assert torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
 # ---- wrong arguments -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ([], "STUDY: got '', expected one of residual, wide"),
-        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide"),
+        ([], "STUDY: got '', expected one of residual, wide, explain"),
+        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide, explain"),
         (["residual", "--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
         (["residual", "--seed", "-1"], "--seed: got '-1', expected"),
         (["residual", "--seeds", "two"], "--seeds: got 'two', expected"),

@@ -5,7 +5,7 @@ The training loop stays yours. A procedure that trains one network after the oth
 several together has a ``step`` for your loop to call.
 """
 
-from kdfast.procedures.explain import NoiseSigma, pixel_entropy, quantify_knowledge
+from kdfast.procedures.explain import NoiseSigma, learn_sigma, pixel_entropy, quantify_knowledge
 from kdfast.procedures.generations import Ensemble, born_again
 from kdfast.procedures.mutual import MutualLearning
 from kdfast.procedures.peers import PeerExchange, PeerWarning
@@ -24,6 +24,7 @@ __all__ = [
     "born_again",
     "data_inefficiency",
     "effective_logit",
+    "learn_sigma",
     "pixel_entropy",
     "quantify_knowledge",
     "refine_labels",

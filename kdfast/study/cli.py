@@ -9,6 +9,7 @@ __all__ = ["add_arguments", "run"]
 STUDIES = {
     "residual": "a plain student without shortcuts learns through a residual teacher",
     "wide": "how much data a soft label saves a wide network, and what a hard label mends",
+    "explain": "which pixels a student keeps information of, with and without a teacher",
 }
 
 
