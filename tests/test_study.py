@@ -18,7 +18,7 @@ from kdfast import _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.distill import storage  # noqa: E402
 from kdfast.procedures import effective_logit  # noqa: E402
-from kdfast.study import digits, explain, residual, run, wide  # noqa: E402
+from kdfast.study import data_free, digits, explain, residual, run, scenes, wide  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +29,25 @@ def private_state(monkeypatch, tmp_path):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny(monkeypatch, request):
     """The studies' networks and samples, as few as show that the parts fit together."""
     monkeypatch.setattr(residual, "BLOCKS", 1)
+    for name, value in (
+        *(
+            ("TRAINING", 64),
+            ("TEST", 8),
+            ("EPOCHS", 1),
+            ("STUDENT_STEPS", 2),
+            ("IMAGES", 32),
+            ("BATCHES", 1),
+            ("STEPS", 3),
+        ),
+        *(("DIGITS", 20), ("DIGIT_EPOCHS", 1), ("DIGIT_STEPS", 2), ("DIGIT_STUDENT_STEPS", 2)),
+    ):
+        monkeypatch.setattr(data_free, name, value)
+    for cached in (data_free._training_scenes, data_free._test_scenes):
+        cached.cache_clear()  # they were drawn, or will be, in another number
+        request.addfinalizer(cached.cache_clear)
     monkeypatch.setattr(explain, "IMAGES", 3)
     monkeypatch.setattr(explain, "NOISE", {"noises": 4, "steps": 6})
     monkeypatch.setattr(wide, "WIDTH", 64)
@@ -44,6 +60,7 @@ TINY = {
     "residual": ["--epochs", "1", "--seeds", "1"],
     "wide": ["--seeds", "2"],
     "explain": ["--epochs", "3", "--seeds", "2"],
+    "data-free": [],
 }
 
 
@@ -132,7 +149,7 @@ def test_wide_student_is_the_least_squares_solution():
 
 
 def test_explain_counts_the_concepts_of_quantify_knowledge(monkeypatch):
-    """Of one checkpoint rho is the share of the images with a concept, and the slope over a distance of 1 their number."""
+    """Of one checkpoint, rho is the share of images with a concept, and the slope over a distance of 1 their number."""
     monkeypatch.setattr(explain, "IMAGES", 4)
     _, ink = explain.pictured()
     sigma = torch.rand(4, 1, 8, 8, dtype=torch.float64) * 0.5 + 0.01
@@ -156,17 +173,76 @@ def test_explain_teaches_the_stages_by_features_alone():
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0
 
 
+# ---- scenes and their detector ---------------------------------------------------------------------------------------
+def test_scenes_show_what_their_boxes_say():
+    """Each box holds one colour that the slope behind it does not have, and another seed gives other scenes."""
+    images, boxes, labels = scenes.scenes(20, 0)
+    again, other = scenes.scenes(20, 0), scenes.scenes(20, 1)
+    assert torch.equal(images, again[0]) and not torch.equal(images, other[0])
+    assert (
+        images.min() >= 0
+        and images.max() <= 1
+        and (labels >= 0).any(1).all()
+        and set(labels.unique().tolist()) == {-1, 0, 1, 2}
+    )
+    for image, box, label in zip(images, boxes, labels, strict=True):
+        for left, top, right, bottom in box[label >= 0].tolist():
+            row, column = int((top + bottom) / 2), int((left + right) / 2)
+            centre = image[:, row - 1 : row + 2, column - 1 : column + 2]
+            assert centre.flatten(1).std(1).max() < 0.15, "the centre of every shape has its colour"
+            assert 0 <= left < right <= scenes.SIDE and 0 <= top < bottom <= scenes.SIDE
+
+
+def test_detector_loss_rises_away_from_what_decodes_to_the_boxes():
+    _, boxes, labels = scenes.scenes(20, 0)
+    raw = torch.zeros(20, 8, 8, 8)
+    raw[:, 0] = -5
+    for i, j in (labels >= 0).nonzero().tolist():
+        left, top, right, bottom = (boxes[i, j] / scenes.CELL).tolist()
+        x, y = (left + right) / 2, (top + bottom) / 2
+        own = raw[i, :, int(y), int(x)]
+        own[0] = 5
+        own[1:3] = torch.tensor([x % 1, y % 1]).logit()
+        own[3:5] = torch.tensor([right - left, bottom - top]).log()
+        own[5 + labels[i, j]] = 20
+    found = scenes.decode(raw)
+    assert scenes.mean_average_precision(found, boxes, labels) == pytest.approx(100)
+    for i, (seen, names, scores) in enumerate(found):
+        want = boxes[i, labels[i] >= 0]
+        overlaps = scenes.box_overlap(seen, want)
+        assert len(seen) == len(want) and overlaps.amax(1).min() > 0.999 and (scores > 0.99).all()
+        assert torch.equal(names, labels[i, labels[i] >= 0][overlaps.argmax(1)])
+    least = scenes.detection_loss(raw, boxes, labels)
+    for channel in range(5):
+        changed = raw.clone()
+        changed[:, channel] += 1.0
+        assert scenes.detection_loss(changed, boxes, labels) > least, channel
+
+
+def test_mean_average_precision():
+    """By hand: two discs and one square; a second hit of a disc is wrong, and a class without objects counts 0."""
+    boxes = torch.tensor([[[0.0, 0, 10, 10], [20, 20, 30, 30], [0, 20, 10, 30]]])
+    labels = torch.tensor([[0, 0, 1]])
+    seen = torch.stack([boxes[0, 0], boxes[0, 0] + 1, boxes[0, 1], boxes[0, 2]])
+    found = [(seen, torch.tensor([0, 0, 0, 1]), torch.tensor([0.9, 0.8, 0.7, 0.6]))]
+    # Discs: precision 1 at recall 1/2, then 2/3 at recall 1; squares 1; crosses 0.
+    assert scenes.mean_average_precision(found, boxes, labels) == pytest.approx(100 * (5 / 6 + 1 + 0) / 3)
+    nothing = [(torch.zeros(0, 4), torch.zeros(0, dtype=torch.long), torch.zeros(0))]
+    assert scenes.mean_average_precision(nothing, boxes, labels) == 0
+
+
 # ---- wrong arguments -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ([], "STUDY: got '', expected one of residual, wide, explain"),
-        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide, explain"),
+        ([], "STUDY: got '', expected one of residual, wide, explain, data-free"),
+        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide, explain, data-free"),
         (["residual", "--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
         (["residual", "--seed", "-1"], "--seed: got '-1', expected"),
         (["residual", "--seeds", "two"], "--seeds: got 'two', expected"),
         (["residual", "--threads", "0"], "--threads: got '0', expected"),
         (["wide", "--epochs", "1"], "--epochs: got '1', but kdfast study wide has no epochs"),
+        (["data-free", "--seeds", "2"], "--seeds: got '2', but kdfast study data-free has no seeds"),
         (["residual", "--out", "file"], "file is a file"),
         (["residual", "--out", "other"], "has a results.csv that belongs to no run"),
     ],

@@ -10,6 +10,7 @@ STUDIES = {
     "residual": "a plain student without shortcuts learns through a residual teacher",
     "wide": "how much data a soft label saves a wide network, and what a hard label mends",
     "explain": "which pixels a student keeps information of, with and without a teacher",
+    "data-free": "images out of a detector and a classifier, and students that learn on them",
 }
 
 

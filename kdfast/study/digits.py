@@ -1,4 +1,4 @@
-"""The data of the studies, scikit-learn's handwritten digits, and the training loop that they share."""
+"""The data of most studies, scikit-learn's handwritten digits, and the training loop that they share."""
 
 import functools
 import math
@@ -27,20 +27,21 @@ def seeded(make, *parts):
     return make()
 
 
-def fit(network, objective, epochs, rate, seed, after=None):
-    """Train the parameters of `network` that need gradients with ``objective(images, labels, epoch)`` on the digits.
+def fit(network, objective, epochs, rate, seed, after=None, samples=None, batch=BATCH):
+    """Train the parameters of `network` that need gradients with ``objective(*samples of a batch, epoch)``.
 
-    Adam, from `rate` along a cosine to 0, in batches whose order depends on `seed` alone; ``after(epoch)`` is called
-    after each epoch.
+    `samples` are equally long tensors, by default images and labels of the training set. Adam, from `rate` along a
+    cosine to 0, in batches whose order depends on `seed` alone; ``after(epoch)`` is called after each epoch.
     """
-    images, labels = load().train_images, load().train_labels
+    samples = (load().train_images, load().train_labels) if samples is None else samples
+    count = len(samples[0])
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=rate)
     for epoch in range(epochs):
         optimizer.param_groups[0]["lr"] = rate * (1 + math.cos(math.pi * epoch / epochs)) / 2
-        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(derived_seed(seed, epoch)))
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(derived_seed(seed, epoch)))
         network.train()
-        for index in order[: len(labels) - len(labels) % BATCH].split(BATCH):
-            value = objective(images[index], labels[index], epoch)
+        for index in order[: count - count % batch].split(batch):
+            value = objective(*(x[index] for x in samples), epoch)
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
