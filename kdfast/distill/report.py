@@ -72,7 +72,7 @@ class Progress:
             columns = (
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=None),
-                progress.TextColumn("{task.completed:.0f}/{task.total} " + unit),
+                progress.TextColumn("{task.fields[done]}/{task.total} " + unit),
                 progress.TimeRemainingColumn(),
             )
             self.bar = progress.Progress(*columns, console=self.console, transient=True)
@@ -80,7 +80,7 @@ class Progress:
     def __enter__(self):
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.total)
+            self.task = self.bar.add_task("starting", total=self.total, done=0)
         return self
 
     def __exit__(self, *exception):
@@ -90,7 +90,7 @@ class Progress:
     def at(self, completed, description):
         """Move the bar."""
         if self.bar:
-            self.bar.update(self.task, completed=completed, description=description)
+            self.bar.update(self.task, completed=completed, done=int(completed), description=description)
 
     def line(self, text):
         """What stands in place of a bar."""

@@ -18,7 +18,6 @@ from kdfast.ops import cross_entropy
 from kdfast.procedures import Augment, ImagePrior, add_boxes, random_boxes, synthesize
 from kdfast.procedures.generations import frozen
 from kdfast.study import Findings, Step, digits, scenes
-from kdfast.study.explain import Logits
 
 __all__ = ["DEFAULTS", "PICTURES", "findings", "steps"]
 
@@ -29,7 +28,7 @@ TRAINING, TEST = 1200, 400  # scenes
 WIDTHS = {"teacher": 12, "student": 6}
 EPOCHS = 12  # of the teacher on its scenes
 STUDENT_STEPS = 450  # the same for every student, whatever it learns on
-IMAGES, BATCHES = 64, 3  # made at a time, and how many times
+IMAGES, BATCHES = 64, 4  # made at a time, and how many times
 STEPS = 100  # in the pixels
 PRIOR = ImagePrior(statistics=1.0, p=2, variation_l2=3e-3)
 
@@ -150,7 +149,7 @@ def _fit_student(network, objective, images, steps, batch, seed, progress):
 
 # ---- digits ----------------------------------------------------------------------------------------------------------
 def _classifier(seed, results, progress):
-    network = digits.seeded(lambda: Logits(ConvNet(1, 10, TEACHER)), seed)
+    network = digits.seeded(lambda: digits.Logits(ConvNet(1, 10, TEACHER)), seed)
 
     def objective(images, labels, epoch):
         return cross_entropy(network(images), labels)
@@ -160,7 +159,7 @@ def _classifier(seed, results, progress):
 
 
 def _stored(results, name, widths):
-    network = Logits(ConvNet(1, 10, widths))
+    network = digits.Logits(ConvNet(1, 10, widths))
     network.load_state_dict(results[name]["network"])
     return frozen(network)
 
@@ -203,7 +202,7 @@ def _distil_classifier(seed, parts, results, progress):
         images = digits.load().train_images
     teacher, network = (
         _stored(results, "classifier", TEACHER),
-        Logits(digits.seeded(lambda: ConvNet(1, 10, STUDENT), seed)),
+        digits.Logits(digits.seeded(lambda: ConvNet(1, 10, STUDENT), seed)),
     )
     loss = KD(temperature=4.0, alpha=1.0)
 

@@ -10,7 +10,7 @@ from kdfast.distill import data
 from kdfast.distill.settings import DIGITS
 from kdfast.distill.train import derived_seed
 
-__all__ = ["accuracy", "fit", "load", "seeded"]
+__all__ = ["Logits", "accuracy", "fit", "load", "seeded"]
 
 BATCH = 64
 
@@ -47,6 +47,17 @@ def fit(network, objective, epochs, rate, seed, after=None, samples=None, batch=
             optimizer.step()
         if after is not None:
             after(epoch)
+
+
+class Logits(nn.Module):
+    """Images -> logits alone."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images):
+        return self.network(images).logits
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ learns all from the labels. The foreground is the ink of the digit.
 import functools
 
 import torch
-from torch import nn
 
 from kdfast._extras import require
 from kdfast.distill.models import ConvNet
@@ -70,7 +69,7 @@ def _train(settings, name, seed, results, progress):
     def after(epoch):
         weights.append(_weights(network))
         distances.append((weights[-1] - weights[-2]).norm() / weights[0].norm())
-        accuracies.append(digits.accuracy(Logits(network)))
+        accuracies.append(digits.accuracy(digits.Logits(network)))
         if epoch in looks:
             sigmas.append(_look(network, derived_seed(seed, epoch)))
         progress((epoch + 1) / settings.epochs)
@@ -96,17 +95,6 @@ def _look(network, seed):
     for p in requires:
         p.requires_grad_(True)
     return sigma
-
-
-class Logits(nn.Module):
-    """Images -> logits alone."""
-
-    def __init__(self, network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images):
-        return self.network(images).logits
 
 
 def _from_labels(network):

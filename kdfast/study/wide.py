@@ -206,7 +206,7 @@ def findings(settings, results):
 
 
 def _notes(settings, results, names, inefficiency, accuracies):
-    yield f"odd or even digit, test set, {settings.seeds} draws of samples and start, T = {TEMPERATURE:g}"
+    yield f"odd or even digit, test set, T = {TEMPERATURE:g}, draws of samples and start: {settings.seeds}"
     yield f"inefficiency: d ln |dw| / d ln n, mean over n from {SIZES[0]} to {SIZES[-1]}; teachers with their accuracy"
     for i, name in enumerate(names):
         least = SOFT_RATIOS[int(torch.stack(inefficiency[i]).mean(1).argmin())]
