@@ -28,7 +28,7 @@ TRAINING, TEST = 1200, 400  # scenes
 WIDTHS = {"teacher": 12, "student": 6}
 EPOCHS = 12  # of the teacher on its scenes
 STUDENT_STEPS = 450  # the same for every student, whatever it learns on
-IMAGES, BATCHES = 64, 4  # made at a time, and how many times
+IMAGES, BATCHES = 64, 3  # made at a time, and how many times
 STEPS = 100  # in the pixels
 PRIOR = ImagePrior(statistics=1.0, p=2, variation_l2=3e-3)
 
