@@ -11,6 +11,7 @@ from kdfast._extras import MissingExtra
 COMMANDS = {
     "doctor": ("kdfast.doctor", "say what is built and which path each op takes here"),
     "distill": ("kdfast.distill.cli", "train a student network from a teacher"),
+    "study": ("kdfast.study.cli", "run a method that is more than a loss, to its result on small data"),
     "bench": ("kdfast.bench", "time the kernels against plain PyTorch"),
 }
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import kdfast
 from kdfast import procedures
-from kdfast.procedures import PeerExchange, PeerWarning
+from kdfast.procedures import PeerExchange, PeerWarning, inversion
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the [distill] extra is not installed")
 dist = pytest.importorskip("torch.distributed")
@@ -395,3 +395,235 @@ def test_a_dead_peer_is_tolerated(tmp_path):
         assert steps[1] == 20 and score > 0.85
         dead = [message for message in messages if message.startswith("peer 1 ")]
         assert len(dead) == 1 and dead[0].endswith("going on with those of its step 20")
+
+
+# ---- residual distillation -------------------------------------------------------------------------------------------
+class Shortcut(nn.Sequential):
+    """x + layers(x)."""
+
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+def paths(cuts=(1, 2)):
+    """Three stages of 8 numbers and a classifier; the teacher's with shortcuts."""
+    student = [nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(3)]
+    teacher = [Shortcut(nn.BatchNorm1d(8), nn.Linear(8, 8)) for _ in range(3)]
+    return procedures.JointPaths([*student, nn.Linear(8, 10)], [*teacher, nn.Linear(8, 10)], cuts)
+
+
+def test_joint_paths():
+    """Each path is the student's prefix and then the teacher; a prefix runs once, whatever the number of paths."""
+    joint = paths().train()
+    assert not any(module.training for module in joint.teacher.modules()) and joint.student.training
+    x = torch.randn(16, 8)
+    logits, features = joint(x)
+    assert joint.student[0][0].num_batches_tracked == 1 and joint.teacher[2][0].num_batches_tracked == 0
+    reference = copy.deepcopy(joint)
+    for cut, z, feature in zip((1, 2, 4), logits, features, strict=True):
+        prefix, rest = reference.student[: min(cut, 3)], reference.teacher[cut:3]
+        want = nn.Sequential(*prefix, *rest)(x)
+        torch.testing.assert_close(feature, want)
+        last = reference.student[3] if cut == 4 else reference.teacher[3]
+        torch.testing.assert_close(z, last(want))
+    target = joint.targets(x)
+    torch.testing.assert_close(target.logits[0], nn.Sequential(*joint.teacher)(x))
+    torch.testing.assert_close(target.features[0], nn.Sequential(*joint.teacher[:3])(x))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_joint_path_sends_the_teachers_gradients_through_the_prefix(cut):
+    """To the student's stages before the cut, to none after it, and to nothing of the teacher."""
+    joint = paths([cut])
+    through_teacher, plain = joint(torch.randn(16, 8)).logits
+    through_teacher.logsumexp(1).sum().backward(retain_graph=True)
+    assert [stage[0].weight.grad is not None for stage in joint.student[:3]] == [cut > i for i in range(3)]
+    assert joint.student[3].weight.grad is None
+    assert all(p.grad is None and not p.requires_grad for p in joint.teacher.parameters())
+    plain.logsumexp(1).sum().backward()
+    assert all(p.grad is not None for p in joint.student.parameters())
+
+
+def test_joint_loss_trains_the_prefix_by_its_paths_and_stage_ta_does_not():
+    joint, x, labels = paths(), torch.randn(16, 8), torch.arange(16) % 10
+    gradients = {}
+    for stage in ("joint", "ta"):
+        logits, features = joint(x)
+        loss = kdfast.JointLoss(stage=stage)(logits, labels, [f.square().mean() for f in features], epoch=0)
+        gradients[stage] = torch.autograd.grad(loss, joint.student[0][1].weight, retain_graph=True)[0]
+        alone = kdfast.ops.cross_entropy(logits[-1], labels) + 1e-3 * features[-1].square().mean()
+        if stage == "ta":
+            (want,) = torch.autograd.grad(alone, joint.student[0][1].weight)
+            torch.testing.assert_close(gradients["ta"], want)
+    assert (gradients["joint"] - gradients["ta"] / 3).abs().max() > 0.1 * gradients["ta"].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "cuts", "named"),
+    [
+        (3, 2, [1], "student and teacher must be equally long lists of at least 2 stages, got 3 and 2"),
+        (1, 1, [], "at least 2 stages, got 1 and 1"),
+        (3, 3, [0], "cuts must be at least 1, got 0"),
+        (3, 3, [3], "cuts must be rising numbers of stages from 1 to 2"),
+        (3, 3, [2, 1], r"cuts must be rising .* got \[2, 1\]"),
+    ],
+)
+def test_joint_paths_refuse(student, teacher, cuts, named):
+    with pytest.raises(ValueError, match=named):
+        procedures.JointPaths([nn.Identity()] * student, [nn.Identity()] * teacher, cuts)
+
+
+# ---- what a network knows of its input -------------------------------------------------------------------------------
+def test_learn_sigma():
+    """Of a linear network: sigma is inverse to its weights, at the asked entropy, and each image has its own."""
+    weight = torch.tensor([1.0, 2.0, 4.0, 8.0]).reshape(1, 1, 2, 2)
+    # The second half of the network looks at a quarter of the image, and sees nothing of the first image.
+    images = torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4)])
+    large = weight.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def features(x):
+        assert x.shape[1:] == (1, 4, 4)
+        return x * large
+
+    generator = torch.Generator().manual_seed(0)
+    sigma = procedures.learn_sigma(features, images, 2, penalty=-2.0, noises=256, steps=200, generator=generator)
+    assert sigma.shape == (2, 2, 2)
+    want = (1 / weight[0]) * torch.exp(-2.0 - 0.5 * torch.tensor(2 * torch.pi).log() - 0.5 + weight.log().mean())
+    torch.testing.assert_close(sigma, want.expand(2, 2, 2), rtol=0.08, atol=0)
+    again = procedures.learn_sigma(features, images, 2, penalty=-2.0, noises=256, steps=200, generator=generator)
+    assert not torch.equal(again, sigma)
+
+
+def test_learn_sigma_finds_what_the_network_reads():
+    """A network that reads the left half of the image only."""
+    net = nn.Sequential(nn.Flatten(), nn.Linear(32, 8)).requires_grad_(False)
+    images = torch.randn(3, 1, 8, 8)
+    sigma = procedures.learn_sigma(lambda x: net(x[..., :4].contiguous()), images, 8, penalty=-1.5, steps=120)
+    assert sigma[:, :, 4:].min() > 2 * sigma[:, :, :4].mean()
+    for wrong, named in (({"size": 0}, "size"), ({"noises": 0}, "noises"), ({"rate": -1.0}, "rate")):
+        with pytest.raises(ValueError, match=named):
+            procedures.learn_sigma(net, images, **{"size": 8, **wrong})
+
+
+# ---- images out of a network -----------------------------------------------------------------------------------------
+def inverted():
+    """A classifier of 8 x 8 images that has been trained for a moment, and its batch norms."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 8, 3), nn.BatchNorm2d(8), nn.ReLU()
+    )
+    net = nn.Sequential(net, nn.Flatten(), nn.Linear(8 * 16, 10))
+    images, labels, *_ = digits()
+    train = trainer(images.reshape(-1, 1, 8, 8), labels, epochs=2)
+    train(net, lambda x, y: kdfast.ops.cross_entropy(net(x), y))
+    net.zero_grad()
+    return net.eval(), [net[0][1], net[0][4]]
+
+
+def test_synthesize_reaches_the_labels_and_the_statistics():
+    net, norms = inverted()
+    before = copy.deepcopy(net.state_dict())
+    labels, start = torch.arange(20) % 10, torch.rand(20, 1, 8, 8)
+    kept = start.clone()
+
+    def loss(logits, shown, change, step):
+        assert torch.equal(logits, net(shown)) and change == procedures.Change(8)
+        return kdfast.ops.cross_entropy(logits, labels)
+
+    def gaps(images):
+        with torch.no_grad(), inversion.norm_inputs(norms) as inputs:
+            net(images)
+            return [
+                kdfast.bn_statistics_loss(x, n.running_mean, n.running_var) for x, n in zip(inputs, norms, strict=True)
+            ]
+
+    images = procedures.synthesize(net, norms, loss, start, steps=60, limits=(0, 1))
+    assert torch.equal(start, kept) and not images.requires_grad and images.amin() >= 0 and images.amax() <= 1
+    assert accuracy(net, images, labels) == 1
+    assert all(after < before for after, before in zip(gaps(images), gaps(start), strict=True))
+    assert all(torch.equal(x, before[name]) for name, x in net.state_dict().items()), "the network has moved"
+    assert all(p.grad is None for p in net.parameters()) and not norms[0]._forward_pre_hooks
+
+
+def test_image_prior_is_the_sum_of_its_terms():
+    net, norms = inverted()
+    images = torch.rand(4, 1, 8, 8)
+    with inversion.norm_inputs(norms) as inputs:
+        net(images)
+    first, second = (
+        kdfast.bn_statistics_loss(x, n.running_mean, n.running_var, 1) for x, n in zip(inputs, norms, strict=True)
+    )
+    l1, l2 = kdfast.total_variation(images)
+    want = 0.5 * (3 * first + second) + 0.1 * l1 + 0.2 * l2 + 0.3 * images.flatten(1).norm(dim=1).mean()
+    torch.testing.assert_close(procedures.ImagePrior(0.5, 3, 1, 0.1, 0.2, 0.3)(images, norms, inputs), want)
+    torch.testing.assert_close(inputs[0], net[0][0](images))
+
+
+def test_synthesize_refuses():
+    net, norms = inverted()
+    images = torch.rand(2, 1, 8, 8)
+
+    def loss(logits, *rest):
+        return logits.sum()
+
+    with pytest.raises(ValueError, match=r"norms must all be used by model, numbers \[2\] are not"):
+        procedures.synthesize(net, [*norms, nn.BatchNorm2d(3).eval()], loss, images, 1)
+    with pytest.raises(ValueError, match=r"norms must have running statistics, norms\[0\]"):
+        procedures.synthesize(net, [nn.BatchNorm2d(3, track_running_stats=False).eval()], loss, images, 1)
+    with pytest.raises(ValueError, match="steps must be at least 1"):
+        procedures.synthesize(net, norms, loss, images, 0)
+    with pytest.raises(ValueError, match=r"evaluation mode, but norms\[0\] is training"):
+        procedures.synthesize(net.train(), norms, loss, images, 1)
+
+
+def test_a_change_moves_boxes_with_their_images():
+    generator = torch.Generator().manual_seed(0)
+    augment = procedures.Augment(jitter=2, contrast=0.2, brightness=0.1, generator=generator)
+    flips = set()
+    for _ in range(20):
+        change = augment.draw(16)
+        flips.add(change.flip)
+        box = torch.tensor([[4.0, 5.0, 9.0, 8.0]])
+        image = torch.zeros(1, 1, 16, 16)
+        image[..., 5:8, 4:9] = 1
+        torch.testing.assert_close(change.restored(change.boxes(box)), box)
+        left, top, right, bottom = change.boxes(box)[0].long().tolist()
+        moved = change.images(image) - change.brightness
+        inside = torch.zeros_like(image)
+        inside[..., top:bottom, left:right] = change.contrast
+        torch.testing.assert_close(moved, inside)
+        assert abs(change.down) <= 2 and abs(change.right) <= 2 and 0.8 <= change.contrast <= 1.2
+    assert flips == {True, False}
+    erased = procedures.Augment(False, 0, 0, 0, erase=3, generator=generator).draw(8).images(torch.ones(2, 1, 8, 8))
+    assert (erased == 0).sum() == 2 * 9 and ((erased == 0) | (erased == 1)).all()
+
+
+def test_boxes():
+    boxes, labels = procedures.random_boxes(50, 3, 32, 6, 12, torch.Generator().manual_seed(0))
+    sizes = boxes[:, 0, 2:] - boxes[:, 0, :2]
+    assert (
+        boxes.shape == (50, 1, 4)
+        and boxes.min() >= 0
+        and boxes.max() <= 32
+        and set(labels.flatten().tolist()) == {0, 1, 2}
+    )
+    assert sizes.min() >= 6 - 1e-5 and sizes.max() <= 12 + 1e-5
+    a = torch.tensor([[0.0, 0, 2, 2], [5, 5, 5, 5]])
+    b = torch.tensor([[1.0, 0, 3, 2], [0, 0, 2, 2], [5, 5, 5, 5]])
+    torch.testing.assert_close(procedures.box_overlap(a, b), torch.tensor([[1 / 3, 1, 0], [0, 0, 0]]))
+    with pytest.raises(ValueError, match="smallest and largest must be sizes from 0 to side = 32, got 9 and 40"):
+        procedures.random_boxes(2, 3, 32, 9, 40)
+
+
+def test_add_boxes_takes_the_best_that_is_free():
+    boxes, labels = torch.tensor([[[0.0, 0, 4, 4]]]).repeat(3, 1, 1), torch.tensor([[1], [0], [2]])
+    near, far, other = [0.0, 1, 4, 5], [10.0, 10, 14, 14], [20.0, 20, 24, 24]
+    found = [
+        (torch.tensor([near, far, other]), torch.tensor([0, 2, 1])),
+        (torch.tensor([near]), torch.tensor([0])),
+        (torch.zeros(0, 4), torch.zeros(0, dtype=torch.long)),
+    ]
+    more, names = procedures.add_boxes(boxes, labels, found)
+    assert names.tolist() == [[1, 2], [0, -1], [2, -1]] and more[0, 1].tolist() == far
+    again, names = procedures.add_boxes(more, names, found, most=2)
+    assert names.tolist() == [[1, 2, -1], [0, -1, -1], [2, -1, -1]]

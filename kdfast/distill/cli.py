@@ -7,7 +7,7 @@ from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
 from kdfast.distill.settings import DEFAULTS
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "answer", "run"]
 
 
 def add_arguments(parser):
@@ -37,25 +37,32 @@ def add_arguments(parser):
 
 def run(options) -> int:
     """Train, compare and report as `options` say; returns the exit code."""
+    # Imported here: `kdfast --help` needs none of it.
+    from kdfast.distill import pipeline
+
+    return answer(
+        pipeline.COMMAND, lambda: pipeline.output_folder(options), lambda folder: pipeline.distill(options, folder)
+    )
+
+
+def answer(command, output_folder, work):
+    """``work(output_folder())`` -> the exit code of `command`, with one line on stderr where it is not 0."""
     folder = None
     try:
-        # Imported here: `kdfast --help` needs none of it.
-        from kdfast.distill import pipeline
-
-        folder = pipeline.output_folder(options)
-        pipeline.distill(options, folder)
+        folder = output_folder()
+        work(folder)
         return 0
     except (DistillError, MissingExtra) as error:
-        return _fail(str(error))
+        return _fail(command, str(error))
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        return _fail(command, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         started = folder is not None and (folder / "settings.json").exists()
-        hint = f"continue with: kdfast distill --resume --out {folder}" if started else "nothing was trained yet"
-        print(f"\nkdfast distill: interrupted; {hint}", file=sys.stderr)
+        hint = f"continue with: {command} --resume --out {folder}" if started else "nothing was trained yet"
+        print(f"\n{command}: interrupted; {hint}", file=sys.stderr)
         return 130
 
 
-def _fail(message):
-    print(f"kdfast distill: error: {' '.join(message.split())}", file=sys.stderr)
+def _fail(command, message):
+    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2

@@ -15,8 +15,9 @@ from kdfast.distill import DistillError, data, report, settings, storage, timing
 from kdfast.distill.losses import ALONE, needed
 from kdfast.distill.train import Run, Trainer, reproducible
 
-__all__ = ["distill", "output_folder"]
+__all__ = ["COMMAND", "distill", "environment", "output_folder"]
 
+COMMAND = "kdfast distill"
 DEFAULT_ROOT = Path("runs")
 
 
@@ -28,11 +29,11 @@ def distill(options, folder):
     _require_all(chosen)
     _require_kernels(chosen.device)
     images = data.load(chosen.data, chosen.image_size)
-    environment = _environment()
+    here = environment()
     if stored is None:
         folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(settings_file, settings.record(chosen, images.fingerprint(), environment))
-    elif found := settings.differences(stored, chosen, images.fingerprint(), environment):
+        storage.write_atomically(settings_file, settings.record(chosen, images.fingerprint(), here))
+    elif found := settings.differences(stored, chosen, images.fingerprint(), here):
         raise DistillError(f"cannot resume {folder}: {'; '.join(found)}; train anew with another --out")
     with reproducible(chosen.threads), warnings.catch_warnings():
         # The table says which path ran, row by row.
@@ -43,30 +44,31 @@ def distill(options, folder):
 
 
 # ---- before the training ---------------------------------------------------------------------------------------------
-def output_folder(options):
-    """The folder of the run: a new one, or with --resume the one to continue."""
+def output_folder(options, command=COMMAND, files=report.FILES):
+    """The folder of a run of `command`, which writes `files`: a new one, or with --resume the one to continue."""
+    stem = command.removeprefix("kdfast ").replace(" ", "-")
     if options.out is not None and not options.out:
         raise DistillError("--out: got '', expected a folder")
-    folder = Path(options.out) if options.out else (_newest() if options.resume else None) or _unused()
+    folder = Path(options.out) if options.out else (_newest(stem) if options.resume else None) or _unused(stem)
     if folder.exists() and not folder.is_dir():
         raise DistillError(f"--out: {folder} is a file; expected a folder")
     if (folder / "settings.json").exists():
         if not options.resume:
             raise DistillError(f"--out: {folder} holds a run already; continue it with --resume, or take another --out")
-    elif taken := [name for name in report.FILES if (folder / name).exists()]:
+    elif taken := [name for name in files if (folder / name).exists()]:
         raise DistillError(f"--out: {folder} has a {taken[0]} that belongs to no run; take another --out")
     elif options.resume:
-        print(f"kdfast distill: nothing to resume, starting in {folder}", file=sys.stderr)
+        print(f"{command}: nothing to resume, starting in {folder}", file=sys.stderr)
     return folder
 
 
-def _newest():
-    runs = [path.parent for path in DEFAULT_ROOT.glob("distill-*/settings.json")]
+def _newest(stem):
+    runs = [path.parent for path in DEFAULT_ROOT.glob(f"{stem}-*/settings.json")]
     return max(runs, key=lambda path: path.name, default=None)
 
 
-def _unused():
-    name = time.strftime("distill-%Y%m%d-%H%M%S")
+def _unused(stem):
+    name = time.strftime(f"{stem}-%Y%m%d-%H%M%S")
     folder, number = DEFAULT_ROOT / name, 1
     while folder.exists():
         number += 1
@@ -87,7 +89,7 @@ def _require_kernels(device):
         raise DistillError(f"--device {device}: it has no kernels, and KDFAST_REQUIRE_KERNELS is 1: {library.reason}")
 
 
-def _environment():
+def environment():
     """What decides the bits of the results besides the settings and the images."""
     loaded = [name for name, library in _kernels.status().items() if library.loaded]
     return {
@@ -121,7 +123,7 @@ def _train_all(chosen, images, folder):
     learnt_from = {"teacher", "student", *(run.row.teacher for run in runs)}
     results = []
     epochs = sum(run.row.pre_stage_epochs(chosen.epochs) + chosen.epochs for run in runs)
-    with report.Progress(len(runs), epochs) as progress:
+    with report.RunProgress(len(runs), epochs) as progress:
         for run in runs:
             teacher = trained[run.row.teacher, run.seed] if run.row.taught else None
             teachers = [trained["teacher", run.seed + OTHER_TEACHERS * i] for i in range(run.row.teachers)]

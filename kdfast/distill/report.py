@@ -14,7 +14,19 @@ from dataclasses import dataclass
 from kdfast._extras import require
 from kdfast.distill.storage import write_atomically
 
-__all__ = ["FILES", "LABELS", "Progress", "Result", "write_files", "write_table"]
+__all__ = [
+    "FILES",
+    "LABELS",
+    "Progress",
+    "Result",
+    "RunProgress",
+    "csv_bytes",
+    "mean_and_spread",
+    "png_bytes",
+    "print_table",
+    "write_files",
+    "write_table",
+]
 
 FILES = ("results.csv", "history.csv", "curves.png")
 TIMES = ("step_ms", "objective_ms", "loss_ms", "fallback_ms")
@@ -46,15 +58,13 @@ def by_name(results):
 
 # ---- progress --------------------------------------------------------------------------------------------------------
 class Progress:
-    """A bar on a terminal, and one line per training where the output is a file or a pipe.
+    """A bar on a terminal, and lines where the output is a file or a pipe: `total` counts `unit`.
 
     It goes to stderr, so that stdout holds the table alone.
     """
 
-    def __init__(self, runs, epochs):
-        """`runs` trainings, of `epochs` together."""
-        self.runs, self.epochs = runs, epochs
-        self.finished = self.behind = 0  # trainings, and their epochs
+    def __init__(self, total, unit):
+        self.total = total
         self.console = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
         self.bar = None
         if self.console.is_terminal:
@@ -62,7 +72,7 @@ class Progress:
             columns = (
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=None),
-                progress.TextColumn("{task.completed}/{task.total} epochs"),
+                progress.TextColumn("{task.fields[done]}/{task.total} " + unit),
                 progress.TimeRemainingColumn(),
             )
             self.bar = progress.Progress(*columns, console=self.console, transient=True)
@@ -70,55 +80,85 @@ class Progress:
     def __enter__(self):
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.epochs)
+            self.task = self.bar.add_task("starting", total=self.total, done=0)
         return self
 
     def __exit__(self, *exception):
         if self.bar:
             self.bar.stop()
 
+    def at(self, completed, description):
+        """Move the bar."""
+        if self.bar:
+            self.bar.update(self.task, completed=completed, done=int(completed), description=description)
+
+    def line(self, text):
+        """What stands in place of a bar."""
+        if not self.bar:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+
+class RunProgress(Progress):
+    """Of `runs` trainings, of `epochs` together."""
+
+    def __init__(self, runs, epochs):
+        super().__init__(epochs, "epochs")
+        self.runs = runs
+        self.finished = self.behind = 0  # trainings, and their epochs
+
     def epoch(self, run, done):
         """`run` has `done` epochs behind it."""
-        if self.bar:
-            description = f"{LABELS.get(run.name, run.name)}, seed {run.seed}"
-            self.bar.update(self.task, completed=self.behind + done, description=description)
+        self.at(self.behind + done, f"{LABELS.get(run.name, run.name)}, seed {run.seed}")
 
     def run(self, result, epochs):
         """One training, of so many epochs, is finished."""
         self.finished += 1
         self.behind += epochs
-        if not self.bar:
-            label = LABELS.get(result.name, result.name)
-            line = f"[{self.finished}/{self.runs}] {label}, seed {result.seed}: {result.accuracy:.2f} %"
-            self.console.print(line, markup=False)
+        label = LABELS.get(result.name, result.name)
+        self.line(f"[{self.finished}/{self.runs}] {label}, seed {result.seed}: {result.accuracy:.2f} %")
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-def write_table(results, notes):
-    """Print the table, one row per loss, and the lines `notes` below it, to stdout."""
+def print_table(titles, rows, notes, sections=()):
+    """Print rows of text, numbers to the right, and the lines `notes` below them, to stdout.
+
+    A line is drawn below the rows whose first cell is in `sections`.
+    """
     console = require("rich.console", extra="distill").Console(highlight=False)
     box = require("rich.box", extra="distill").SIMPLE_HEAD
     # Without edges, two numbers above 100 ms still fit into 80 columns.
     table = require("rich.table", extra="distill").Table(box=box, show_edge=False, pad_edge=False)
-    table.add_column("loss", no_wrap=True)
-    for title in ("accuracy %", "ms a step", "in the loss", "fused : fallback ms"):
+    table.add_column(titles[0], no_wrap=True)
+    for title in titles[1:]:
         table.add_column(title, justify="right")
-    plus_minus = "+-" if console.options.ascii_only else "±"
-    for name, group in by_name(results).items():
-        table.add_row(LABELS.get(name, name), *_cells(group, plus_minus), end_section=name == "student")
+    for row in rows:
+        cells = (cell.replace("±", "+-") if console.options.ascii_only else cell for cell in row)
+        table.add_row(*cells, end_section=row[0] in sections)
     console.print(table)
     console.print()
     for note in notes:
         console.print(note, markup=False, soft_wrap=True)
 
 
-def _cells(group, plus_minus):
-    accuracies = [result.accuracy for result in group]
-    spread = f" {plus_minus} {statistics.stdev(accuracies):.2f}" if len(group) > 1 else ""
+def mean_and_spread(values, digits=2):
+    """The mean of `values` and, of more than one, their standard deviation, as text."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def write_table(results, notes):
+    """Print the table, one row per loss, and the lines `notes` below it, to stdout."""
+    rows = [[LABELS.get(name, name), *_cells(group)] for name, group in by_name(results).items()]
+    titles = ["loss", "accuracy %", "ms a step", "in the loss", "fused : fallback ms"]
+    print_table(titles, rows, notes, sections=[LABELS["student"]])
+
+
+def _cells(group):
     step, objective, loss, fallback = (_median(group, key) for key in TIMES)
     path = group[0].times["path"]
     fused = f"{loss:.2f} : {fallback:.2f} ({fallback / loss:.1f}x)" if path == "kernel" else _NOT_FUSED[path]
-    return f"{statistics.mean(accuracies):.2f}{spread}", f"{step:.2f}", f"{100 * objective / step:.0f} %", fused
+    accuracy = mean_and_spread([result.accuracy for result in group])
+    return accuracy, f"{step:.2f}", f"{100 * objective / step:.0f} %", fused
 
 
 _NOT_FUSED = {"fallback": "fallback", "torch": "-"}
@@ -137,7 +177,8 @@ def write_files(folder, results, title):
     write_atomically(folder / "curves.png", _curves_png(results, title))
 
 
-def _csv(header, rows):
+def csv_bytes(header, rows):
+    """A CSV file of these rows."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
     return buffer.getvalue().encode()
@@ -148,7 +189,7 @@ def _results_csv(results):
     for result in results:
         measured = ["" if result.times[key] is None else f"{result.times[key]:.4f}" for key in TIMES]
         rows.append([result.name, result.seed, repr(result.accuracy), *measured, result.times["path"]])
-    return _csv(["loss", "seed", "accuracy_percent", *TIMES, "path"], rows)
+    return csv_bytes(["loss", "seed", "accuracy_percent", *TIMES, "path"], rows)
 
 
 def _history_csv(results):
@@ -157,7 +198,7 @@ def _history_csv(results):
         for result in results
         for epoch, (training_loss, accuracy) in enumerate(result.history, start=1)
     ]
-    return _csv(["loss", "seed", "epoch", "training_loss", "accuracy_percent"], rows)
+    return csv_bytes(["loss", "seed", "epoch", "training_loss", "accuracy_percent"], rows)
 
 
 # ---- curves ----------------------------------------------------------------------------------------------------------
@@ -194,7 +235,7 @@ def _curves_png(results, title):
     figure.suptitle(f"{title}{band}")
     lines = panels[0, 0].get_lines()
     figure.legend(lines[:3], ["teacher", "student alone", "student with the loss"], loc="outside lower center", ncols=3)
-    return _png(figure)
+    return png_bytes(figure)
 
 
 def _draw(panel, group, colour):
@@ -215,7 +256,8 @@ def _limits(results):
     return low - margin, min(high + margin, 100 + margin)
 
 
-def _png(figure):
+def png_bytes(figure):
+    """A PNG file of this figure."""
     require("matplotlib.backends.backend_agg", extra="distill").FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

@@ -7,7 +7,7 @@ from pathlib import Path
 from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
 
-__all__ = ["DEFAULTS", "DIGITS", "Settings", "differences", "read", "record", "resolve"]
+__all__ = ["DEFAULTS", "DIGITS", "Settings", "differences", "read", "record", "resolve", "whole"]
 
 DIGITS = "digits"  # the bundled data, where --data is not given
 DEFAULTS = {
@@ -56,7 +56,8 @@ def resolve(options, stored=None):
     return Settings(**values)
 
 
-def _whole(minimum, maximum=None):
+def whole(minimum, maximum=None):
+    """-> check(argument, text) -> int, which refuses anything but a whole number from `minimum` to `maximum`."""
     expected = f"a whole number of at least {minimum}" + (f" and at most {maximum}" if maximum else "")
 
     def check(argument, text):
@@ -107,14 +108,14 @@ def _device(argument, text):
 _CHECKS = {
     "data": _path,
     # Three stages halve the side twice; 512 keeps a folder of images in memory.
-    "image_size": _whole(8, 512),
+    "image_size": whole(8, 512),
     "loss": _losses,
-    "epochs": _whole(1),
-    "batch_size": _whole(2),  # batch normalisation and relations within a batch need two images
-    "seed": _whole(0),
-    "seeds": _whole(1),
+    "epochs": whole(1),
+    "batch_size": whole(2),  # batch normalisation and relations within a batch need two images
+    "seed": whole(0),
+    "seeds": whole(1),
     "device": _device,
-    "threads": _whole(1, 1024),
+    "threads": whole(1, 1024),
 }
 
 
@@ -125,11 +126,11 @@ def record(settings, fingerprint, environment):
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def read(path):
-    """The dict of a settings.json."""
+def read(path, names=DEFAULTS):
+    """The dict of a settings.json, whose settings have these `names`."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if set(content["settings"]) != set(DEFAULTS) or not {"data", "environment"} <= set(content):
+        if set(content["settings"]) != set(names) or not {"data", "environment"} <= set(content):
             raise KeyError("settings")
         return content
     except (ValueError, KeyError, TypeError) as error:

@@ -15,7 +15,7 @@ from torch import nn
 from kdfast.distill.losses import LossRow
 from kdfast.distill.models import STUDENT, TEACHER, ConvNet, Observed, Outputs, Together
 
-__all__ = ["Batch", "Example", "Objective", "Run", "Trainer", "reproducible"]
+__all__ = ["Batch", "Example", "Objective", "Run", "Trainer", "derived_seed", "reproducible"]
 
 # Adam's, with a cosine decay to 0; its steps do not grow with the scale of a loss.
 LEARNING_RATES = {"teacher": 2e-3, "student": 1e-2}
@@ -109,7 +109,7 @@ def reproducible(threads):
         deterministic.fill_uninitialized_memory = before_fill
 
 
-def _derived_seed(*parts):
+def derived_seed(*parts):
     """One seed from several numbers: seed 0, epoch 1 has nothing in common with seed 1, epoch 0."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
@@ -130,7 +130,7 @@ class Trainer:
         self.pre_stage_losses = []  # mean training loss of each epoch of the pre-stage
         self.history = []  # (mean training loss, test accuracy) of each epoch
         widths = TEACHER if run.network == "teacher" else STUDENT
-        torch.manual_seed(_derived_seed(run.seed, *widths))
+        torch.manual_seed(derived_seed(run.seed, *widths))
         self.network = run.row.layout(
             lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths), run.row.students
         ).to(self.device)
@@ -230,7 +230,7 @@ class Trainer:
         A last batch that is not full is left out, because its statistics are noisy.
         """
         # A function of (seed, number) alone: a resumed epoch needs no state to see the same order.
-        generator = torch.Generator().manual_seed(_derived_seed(self.run.seed, order))
+        generator = torch.Generator().manual_seed(derived_seed(self.run.seed, order))
         samples = torch.randperm(self.samples, generator=generator).to(self.device)
         full = self.samples - self.samples % self.batch_size
         return samples[:full].split(self.batch_size)
