@@ -485,6 +485,15 @@ def loss_of(data, **options):
     return lambda student, teacher: ops.nce(student, teacher, *fixed, **options)
 
 
+def test_crd_of_several_ranks_is_no_graph(monkeypatch):
+    """A graph would leave the other ranks' rows out of the banks and say nothing."""
+    monkeypatch.setattr(kdfast.distributed, "world_size", lambda: 2)
+    crd = kdfast.CRD(8, 8, 50, feature_dim=4, negatives=6)
+    compiled = torch.compile(crd, fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="Observed exception|CRD exchanges rows"):
+        compiled(torch.randn(4, 8), torch.randn(4, 8), torch.arange(4))
+
+
 def test_double_backward_raises(implementation):
     data = make(implementation, *SMALL)
     leaves = behaviour.leaves_of(data.anchors)

@@ -118,9 +118,14 @@ class CRD(nn.Module):
 
     def _checked(self, student, teacher, index, contrast_index):
         """Checks the arguments; -> how many rows each rank has, or None if this is the only one."""
-        if not self.sync or torch.compiler.is_compiling() or distributed.world_size() == 1:
+        if not self.sync or distributed.world_size() == 1:
             self._check(student, teacher, index, contrast_index)
             return None
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "CRD exchanges rows with the other ranks, which torch.compile cannot do in a graph: compile the networks "
+                "and call the loss outside (torch.compiler.disable), or pass sync=False for banks that differ"
+            )
         error, columns = None, 1 + self.negatives
         try:
             self._check(student, teacher, index, contrast_index)
