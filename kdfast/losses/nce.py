@@ -123,7 +123,7 @@ class CRD(nn.Module):
             return None
         if torch.compiler.is_compiling():
             raise RuntimeError(
-                "CRD exchanges rows with the other ranks, which torch.compile cannot do in a graph: compile the networks "
+                "CRD exchanges rows with the other ranks, which no graph can do: compile the networks "
                 "and call the loss outside (torch.compiler.disable), or pass sync=False for banks that differ"
             )
         error, columns = None, 1 + self.negatives
