@@ -15,7 +15,7 @@ LOGITS = ("student.logits", "teacher.logits")
 NETWORKS = ("student", "teacher")
 TARGETS = ("labels", "index")
 
-# Losses of the relations among a batch's samples; LKD and FAKD only where their settings make them so.
+# Losses of the relations among a batch's samples; FAKD is one in its instance form.
 RELATIONAL = (
     kdfast.CCKD,
     kdfast.CWTM,
@@ -24,6 +24,7 @@ RELATIONAL = (
     kdfast.IRG,
     kdfast.IRGEdge,
     kdfast.IRGTransformation,
+    kdfast.LKD,
     kdfast.PKT,
     kdfast.RKD,
     kdfast.RKDAngle,
