@@ -47,10 +47,15 @@ def run(options) -> int:
     from kdfast.distill import pipeline
 
     if imagenet.asked_for(options):
-        return imagenet.run(options)
-    return answer(
-        pipeline.COMMAND, lambda: pipeline.output_folder(options), lambda folder: pipeline.distill(options, folder)
-    )
+        from kdfast.imagenet import command
+
+        return command.run(options)
+
+    def folder():
+        imagenet.refuse(options, imagenet.OWN, "is for timm models; expected with --student and --teacher")
+        return pipeline.output_folder(options)
+
+    return answer(pipeline.COMMAND, folder, lambda folder: pipeline.distill(options, folder))
 
 
 def answer(command, output_folder, work):

@@ -58,7 +58,7 @@ def by_name(results):
 
 # ---- progress --------------------------------------------------------------------------------------------------------
 class Progress:
-    """A bar on a terminal, and lines where the output is a file or a pipe: `total` counts `unit`, of which some are `done`.
+    """A bar on a terminal, and lines where the output is a file or a pipe: `done` of `total` `unit` so far.
 
     It goes to stderr, so that stdout holds the table alone.
     """

@@ -2,6 +2,7 @@
 
 The parts, in the order a run meets them: ``settings`` (options and their checks), ``ranks`` (processes), ``readers``
 (folders and shards), ``data`` (which images a step sees), ``networks``, ``train``, ``checkpoints``, ``log``; ``run``
-puts them together. timm has the models, the transforms, the optimizers, the schedule, the average of the weights and the
-evaluation; what is here is what it lacks: steps that can be made again exactly.
+puts them together, and ``command`` around it turns errors into lines. timm has the models, the transforms, the
+optimizers, the schedule, the average of the weights and the test; what is here is what it lacks: steps that can be made
+again exactly.
 """

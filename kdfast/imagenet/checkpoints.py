@@ -2,7 +2,7 @@
 
 from kdfast.distill import DistillError, storage
 
-__all__ = ["newest", "save"]
+__all__ = ["exist", "newest", "save"]
 
 KEPT = 2
 
@@ -14,19 +14,19 @@ def save(folder, step, state):
         path.unlink()
 
 
-def newest(folder, say):
-    """The newest state that is whole, or None where there is none at all; ``say(line)`` tells of damaged ones.
+def exist(folder):
+    """Whether there are any, damaged ones too."""
+    return bool(_paths(folder))
 
-    Raises a DistillError if there are checkpoints, and none of them is whole.
-    """
+
+def newest(folder, say):
+    """The newest state that is whole; ``say(line)`` tells of damaged ones. A DistillError if none is whole."""
     for path in reversed(_paths(folder)):
         try:
             return storage.load_checkpoint(path)
         except DistillError:
             say(f"{path} is damaged; trying the one before")
-    if _paths(folder):
-        raise DistillError(f"{folder} has only damaged checkpoints; train anew with another --out")
-    return None
+    raise DistillError(f"{folder} has no checkpoint that is whole; train anew with another --out")
 
 
 def _paths(folder):

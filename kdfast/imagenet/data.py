@@ -124,7 +124,8 @@ class Steps:
 def loader(images, keys, workers, pin_memory):
     """A DataLoader of `Batch`es: one for each list of keys in `keys`."""
     return DataLoader(
-        *(images, None, None, None, keys),  # a batch sampler
+        images,
+        batch_sampler=keys,
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=pin_memory,

@@ -5,6 +5,7 @@ means of ``loss`` and its parts since the row before. ``epochs.csv`` has a row f
 validation images in percent, and the cross-entropy, of the student and of its moving average.
 """
 
+import contextlib
 import csv
 import math
 import time
@@ -12,7 +13,7 @@ import time
 from kdfast._extras import require
 from kdfast.distill import DistillError, report, storage
 
-__all__ = ["FILES", "Log"]
+__all__ = ["FILES", "Log", "Silent"]
 
 FILES = ("train.csv", "epochs.csv")
 DIGITS = 6  # of a number in a CSV file, but for the losses
@@ -76,6 +77,22 @@ class Log:
 
     def _epoch(self, step):
         return math.ceil(step / self.an_epoch)
+
+
+class Silent(contextlib.AbstractContextManager):
+    """The log of a process that writes none."""
+
+    def __exit__(self, *exception):
+        pass
+
+    def restart_clock(self, step):
+        """Nothing."""
+
+    def steps(self, step, batch_size, learning_rate, losses):
+        """Nothing."""
+
+    def epoch(self, step, results):
+        """Nothing."""
 
 
 class _Rows:

@@ -7,8 +7,10 @@ import torch
 
 from kdfast.distill import DistillError
 from kdfast.distill.train import derived_seed
+from kdfast.integrations.presets import PRESETS, recipe
+from kdfast.integrations.timm import DistillationTask
 
-__all__ = ["student", "teacher"]
+__all__ = ["student", "task", "teacher"]
 
 
 def student(chosen, classes):
@@ -30,7 +32,7 @@ def teacher(chosen, classes, image_size):
         raise
     except Exception as error:  # a damaged file can raise anything, and so can a download
         where = f"--teacher-weights: {file}" if file else "--teacher"
-        hint = f"expected the weights of a {name} of {classes} classes" if file else "name a file with --teacher-weights"
+        hint = f"expected those of a {name} of {classes} classes" if file else "name a file with --teacher-weights"
         raise DistillError(f"{where}: cannot load the weights of {name}; {hint}: {_shortened(error)}") from error
     if model.num_classes != classes:
         raise DistillError(
@@ -38,6 +40,20 @@ def teacher(chosen, classes, image_size):
             "name a file of a teacher of these classes with --teacher-weights"
         )
     return _sized(model, image_size)
+
+
+def task(chosen, student, teacher, labels, image_size, device):
+    """The DistillationTask of both models with the chosen preset, on `device`; `labels` are the training set's."""
+    if chosen.preset not in PRESETS:
+        raise DistillError(f"--preset: got {chosen.preset!r}, expected one of {', '.join(PRESETS)}")
+    student, teacher = student.to(device), teacher.to(device)
+    torch.manual_seed(derived_seed(chosen.seed))  # for the layers and banks of the losses
+    try:
+        sizes = {"n_data": len(labels), "image_size": (3, image_size, image_size)}
+        made = recipe(chosen.preset, student, teacher, labels=labels, **sizes)
+    except ValueError as error:
+        raise DistillError(f"--preset {chosen.preset}: {error}") from error
+    return DistillationTask(student, teacher, made.terms, task_loss_weight=made.task_loss_weight, verbose=False)
 
 
 def _create(option, name, **arguments):

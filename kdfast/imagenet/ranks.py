@@ -15,7 +15,11 @@ __all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "ignore_signals", "ran
 
 
 class OtherRankFailed(Exception):
-    """Another process says what is wrong; this one ends silently."""
+    """Another process says what is wrong; this one ends silently, with the exit code `code`."""
+
+    def __init__(self, code=2):
+        super().__init__(code)
+        self.code = code
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,7 +44,7 @@ class Ranks:
         return self.rank == 0
 
     def together(self, work):
-        """``work()`` of this process, if none has failed; else the first that has raises its error, the others another."""
+        """``work()``, if no process fails in it; else the first that does raises its error, and the others another."""
         error = result = None
         try:
             result = work()

@@ -31,7 +31,9 @@ def open_readers(data, train_split, val_split, classes):
         train, val = _folders(Path(data))
         counted = len(train.class_to_idx)
         if classes not in (None, counted):
-            raise DistillError(f"--classes: got {classes}, but {data} has {counted} class folders; leave the option out")
+            raise DistillError(
+                f"--classes: got {classes}, but {data} has {counted} class folders; leave the option out"
+            )
         return train, val, counted
     train, val = (IndexedShards(data.removeprefix(SHARDS), split) for split in (train_split, val_split))
     classes = classes or max(label for _, label, *_ in train.samples) + 1

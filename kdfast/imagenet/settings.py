@@ -8,7 +8,7 @@ from pathlib import Path
 from kdfast.distill import DistillError
 from kdfast.distill.settings import device, whole
 
-__all__ = ["FREE", "Settings", "add_arguments", "asked_for", "refuse", "resolve"]
+__all__ = ["DEFAULTS", "FREE", "OWN", "Settings", "add_arguments", "asked_for", "refuse", "resolve"]
 
 # Options that may change when a run is resumed: they do not change the weights.
 FREE = ("workers", "checkpoint_every", "log_every", "strict")
@@ -59,8 +59,8 @@ def add_arguments(parser):
     """Declare the options that the other trainer does not have; one that is not given is None."""
     group = parser.add_argument_group(
         "timm models (--student and --teacher; needs --data and --out, runs under torchrun, too)",
-        "--data is a folder with train/ and val/, or wds/FOLDER of webdataset shards; --batch-size counts the images of "
-        "an optimizer step on all processes",
+        "--data is a folder with train/ and val/, or wds/FOLDER of webdataset shards; --batch-size counts the images "
+        "of an optimizer step on all processes",
     )
 
     def add(name, metavar, text):

@@ -52,11 +52,23 @@ class Trainer:
         if chosen.compile:
             task.compile()
         if ranks.size > 1:
-            # This also keeps the gradients in the same buckets from the first step on: after a restart the sums over
-            # the ranks have the same order as in a run that was not disturbed.
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-            task.prepare_distributed(device_ids=ids, find_unused_parameters=True)
+            task.prepare_distributed(device_ids=ids)
         return task
+
+    def warm_up(self, shape):
+        """Run the task once, on gray images of `shape` (B, 3, H, W); a `state` has to be loaded after it.
+
+        After its first backward, DistributedDataParallel puts the gradients into other buckets, and sums over three or
+        more ranks are rounded in another order. With this, no step of the training is the first: none after a restart.
+        """
+        self.task.train()
+        rows = torch.arange(shape[0], device=self.ranks.device)
+        with self._autocast():
+            images = torch.zeros(shape, device=self.ranks.device).to(memory_format=self.layout)
+            result = self.task(images, torch.zeros_like(rows), rows)
+        result["loss"].backward()
+        self.optimizer.zero_grad()
 
     # ---- a step ------------------------------------------------------------------------------------------------------
     def step(self, batches):
@@ -123,6 +135,8 @@ class Trainer:
                 timm.utils.distribute_bn(model, self.ranks.size)  # those of rank 0, which the checkpoint has
         for batch in batches:
             readable = batch.labels >= 0
+            if not readable.any():
+                continue
             images = self._images(batch.images[readable])
             labels = batch.labels[readable].to(self.ranks.device)
             for name, model in models.items():
@@ -140,8 +154,8 @@ class Trainer:
         """All that the rest of the training depends on, beside the settings; all ranks have to call it."""
         self._share_sums()
         average = self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}
-        state = {"steps": self.steps, "optimizer": self.optimizer.state_dict(), "sums": self.sums, "summed": self.summed}
-        return state | self.task.get_checkpoint_state() | average
+        own = {"steps": self.steps, "sums": self.sums, "summed": self.summed, "optimizer": self.optimizer.state_dict()}
+        return own | self.task.get_checkpoint_state() | average
 
     def load(self, state):
         """Continue from a `state`."""
