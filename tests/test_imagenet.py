@@ -459,7 +459,7 @@ def test_unreadable_images_are_named_and_skipped(photographs, tmp_path, capsys):
     text.write_text("no image")
     assert main(arguments(root, tmp_path / "run", "--workers", 1)) == 0
     printed = capsys.readouterr()
-    assert printed.err.count(f"cannot read {cut}, skipped (1 so far): image file is truncated") == 1
+    assert printed.err.count(f"cannot read {cut}, skipped (1 so far): ") == 1
     assert printed.err.count(f"cannot read {text}, skipped (2 so far): cannot identify image file") == 1
     assert "48 training and 16 validation images, 2 skipped" in printed.out
     accuracy = float(rows(tmp_path / "run/epochs.csv")[-1]["top1"])
@@ -588,7 +588,7 @@ def test_truncated_shard(photographs, tmp_path, capsys):
         (["--batch-size", "100"], "--batch-size: got 100, expected at most the 48 training images"),
         (["--warmup-epochs", "2"], "--warmup-epochs: got 2, expected less than the 2 of --epochs"),
         (["--lr", "0"], "--lr: got '0', expected a number greater than 0"),
-        (["--lr", "1e30"], "a loss is not finite before step"),
+        (["--lr", "1e30"], "a loss is not finite before step"),  # found while it runs
         (["--ema", "1"], "--ema: got '1', expected a number of at least 0 and below 1"),
         (["--optimizer", "sdg"], "--optimizer: "),
         (["--auto-augment", "round-m9"], "--auto-augment: timm does not take 'round-m9'"),
@@ -599,6 +599,7 @@ def test_truncated_shard(photographs, tmp_path, capsys):
 )  # fmt: skip
 def test_bad_arguments(more, expected, photographs, tmp_path, capsys):
     assert expected in refused(capsys, arguments(photographs, tmp_path / "run", *more))
+    assert not (tmp_path / "run").exists() or "1e30" in more, "a refused run leaves files"
 
 
 def test_missing_arguments(photographs, tmp_path, capsys):
@@ -617,13 +618,6 @@ def test_changed_arguments_and_data(photographs, tmp_path, capsys, monkeypatch):
     assert "--lr was 0.02 and is 0.03" in refused(capsys, [*resume, "--lr", "0.03"])
     next(root.glob("train/*/*.jpg")).unlink()
     assert "have changed" in refused(capsys, resume)
-
-
-def test_without_timm(photographs, tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "timm.task")
-    monkeypatch.setitem(sys.modules, "timm", None)
-    line = refused(capsys, arguments(photographs, tmp_path / "run"))
-    assert "timm is not installed; install it with: pip install 'kdfast[imagenet]'" in line
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------

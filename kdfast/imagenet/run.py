@@ -30,10 +30,11 @@ def train(chosen, options, folder, here):
     train_reader, val_reader, classes = here.on_first(
         lambda: open_readers(chosen.data, chosen.train_split, chosen.val_split, chosen.classes)
     )
-    here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
     with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
-        _Run(chosen, here, folder, train_reader, val_reader, classes).go()
+        run = _Run(chosen, here, folder, train_reader, val_reader, classes)
+        here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
+        run.go()
 
 
 def _settle(chosen, folder, data):
