@@ -523,7 +523,10 @@ def test_wrong_tasks():
     with pytest.raises(TypeError, match="student must be an nn.Module, got str"):
         DistillationTask("resnet18", teacher, [])
     with pytest.raises(TypeError, match="int"):
-        DistillationTask(student, 3, [])
+        DistillationTask(student, 3, [Term(kdfast.KD())])
+    with pytest.raises(ValueError, match="teacher must share no parameters with the student"):
+        DistillationTask(student, student, [Term(kdfast.KD())])
+    assert all(parameter.requires_grad for parameter in student.parameters())
     with pytest.raises(ValueError, match=r"no layer 'layer5' \(near: layer"):
         DistillationTask(student, teacher, [Term(kdfast.AT(), 1.0, of_layers(["layer5"]))])
     task = DistillationTask(student, teacher, [Term(kdfast.FitNets(), 1.0, ("student.layer2", "teacher.layer2"))])
