@@ -234,6 +234,23 @@ def test_micro_batches_add_up(photographs, undisturbed):
     assert_close(weights(undisturbed("--accumulate", 3)), weights(undisturbed()), start_weights(photographs))
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_precision_and_layout(on, photographs, tmp_path, monkeypatch):
+    """What the task gets and returns in a step, and the student in a test."""
+    seen, forward = set(), DistillationTask.forward
+
+    def look(self, images, *others):
+        result = forward(self, images, *others)
+        seen.add((images.is_contiguous(memory_format=torch.channels_last), result["output"].dtype))
+        return result
+
+    monkeypatch.setattr(DistillationTask, "forward", look)
+    options = ["--amp", "--channels-last"] if on else []
+    assert main(arguments(photographs, tmp_path / "run", "--epochs", 1, *options)) == 0
+    assert seen == {(on, torch.bfloat16 if on else torch.float32)}
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
+
+
 def test_compiled(photographs, undisturbed, tmp_path, monkeypatch):
     """Through dynamo alone, whose graphs are the networks' own code: inductor would compile for a minute."""
     compiled, compile_task = [], DistillationTask.compile
@@ -281,6 +298,18 @@ def test_stop_and_resume(preset, photographs, undisturbed, tmp_path, monkeypatch
     assert_same_results(out, expected)
     assert main(["distill", "--resume", "--out", str(out)]) == 0  # of a finished run
     assert_same_results(out, expected)
+
+
+def test_dropout_goes_on_where_it_was(photographs, tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, drop_rate=0.5, **more))
+    assert main(arguments(photographs, tmp_path / "expected")) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert main(arguments(photographs, tmp_path / "run")) == 128 + signal.SIGTERM
+    torch.manual_seed(1)
+    assert main(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert_same_results(tmp_path / "run", tmp_path / "expected")
 
 
 def test_damaged_checkpoints(photographs, undisturbed, tmp_path, monkeypatch, capsys):
