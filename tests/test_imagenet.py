@@ -29,7 +29,7 @@ from timm.data import create_transform  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.imagenet import data, networks, readers, settings, train  # noqa: E402
-from kdfast.imagenet.ranks import Ranks  # noqa: E402
+from kdfast.imagenet.ranks import Ranks, Stop  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
 
 CLASSES, TRAIN, VAL, SIDE = 4, 12, 4, 48  # images of a class and their side
@@ -298,6 +298,28 @@ def test_stop_and_resume(preset, photographs, undisturbed, tmp_path, monkeypatch
     assert_same_results(out, expected)
     assert main(["distill", "--resume", "--out", str(out)]) == 0  # of a finished run
     assert_same_results(out, expected)
+
+
+def test_second_signals(monkeypatch):
+    """A second Ctrl-C is meant; torchrun's are the first one once more."""
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGINT)
+        assert stop.signal == stop.agreed() == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+
+
+def test_no_checkpoint_after_a_loss_that_is_not_finite(photographs, tmp_path, capsys):
+    argv = arguments(photographs, tmp_path / "run", "--lr", 1e30, "--log-every", 100, "--checkpoint-every", 1)
+    assert "a loss is not finite before step" in refused(capsys, argv)
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    assert all(torch.isfinite(x).all() for x in torch.load(newest)["sums"].values())
 
 
 def test_dropout_goes_on_where_it_was(photographs, tmp_path, monkeypatch):

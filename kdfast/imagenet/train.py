@@ -5,7 +5,6 @@ step: with `Steps` they need no state. What has one is in `state`.
 """
 
 import contextlib
-import math
 
 import timm.optim
 import timm.scheduler
@@ -116,16 +115,22 @@ class Trainer:
         self._share_sums()
         losses = {name: value.item() / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
-        if not all(map(math.isfinite, losses.values())):
-            raise DistillError(f"a loss is not finite before step {self.steps}: {losses}; try a smaller --lr")
         return losses
 
     def _share_sums(self):
-        """Give every rank the mean over the ranks, so that rank 0's checkpoint is right for all."""
-        if self.ranks.size > 1 and self.sums:
-            means = torch.stack(list(self.sums.values()))
-            torch.distributed.all_reduce(means)
-            self.sums = dict(zip(self.sums, means / self.ranks.size, strict=True))
+        """Give every rank the mean over the ranks, so that rank 0's checkpoint is right for all.
+
+        Raises a DistillError where it is infinite or NaN: no checkpoint is written of what comes after that.
+        """
+        if not self.sums:
+            return
+        sums = torch.stack(list(self.sums.values()))
+        if self.ranks.size > 1:
+            torch.distributed.all_reduce(sums)
+            self.sums = dict(zip(self.sums, sums / self.ranks.size, strict=True))
+        if not sums.isfinite().all():
+            losses = {name: value.item() for name, value in self.sums.items()}
+            raise DistillError(f"a loss is not finite before step {self.steps}: {losses}; try a smaller --lr")
 
     # ---- a test ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
