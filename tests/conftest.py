@@ -19,6 +19,13 @@ from kdfast import _kernels
 
 pytest.register_assert_rewrite("behaviour")  # its failed assertions show their values, too
 
+
+def pytest_configure(config):
+    """Processes that test side by side (pytest -n) share the processor's cores."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+
+
 # ---- tolerances ------------------------------------------------------------------------------------------------------
 # An oracle gets the inputs as they are after rounding to the tested dtype and works in float64. What then differs is
 # rounding in the accumulation type (float32, or float64 if an input is float64): each term of a sum is off by a few eps

@@ -201,11 +201,28 @@ KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_
   return {sum, dot};
 }
 
-// sum += q - p of a piece, in double, from the exponentials.
+// sum += q - p of a piece, from the exponentials.
 template <class A>
-KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, double* sum) {
+KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, A* sum) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(e_q[i] * inverse_q - e_p[i] * inverse_p);
+  for (int64_t i = 0; i < n; ++i) sum[i] += e_q[i] * inverse_q - e_p[i] * inverse_p;
+}
+
+// Moves the sums of a few rows to those of all.
+template <class A>
+KD_MULTIVERSION void move_sums(A* few, int64_t n, double* all) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    all[i] += static_cast<double>(few[i]);
+    few[i] = 0;
+  }
+}
+
+KD_MULTIVERSION double dot_product(const double* x, const double* y, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
 }
 
 // out = of_q exp2(c rate) + of_1 exp(c)
@@ -824,6 +841,7 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
 
 // ---- aekd
 constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
+constexpr int64_t kFew = 8;      // rows that are added up in the type of the logits, before they go to a double
 
 // G of sum_b (q - p_m); the statistics of the rows on the way.
 template <class A>
@@ -836,7 +854,9 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
     const Scratch<A> scratch(2 * count + 2);
     double* sum = sums.get() + block * size;
     std::fill(sum, sum + size, 0.0);
-    for (int64_t row = block * per_block; row < std::min(op.rows, (block + 1) * per_block); ++row) {
+    std::vector<A> few(size, A(0));
+    const int64_t first = block * per_block, end = std::min(op.rows, first + per_block);
+    for (int64_t row = first; row < end; ++row) {
       taught_row<1>(op, row, scratch);
       const Side<A> q = op.stats.student(row);
       Chunk<A> chunk;
@@ -847,9 +867,10 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
           const Side<A> p = op.stats.teacher(m, row);
           A* e_p = scratch.piece(count + 2 + m);
           if (cols > kChunk) exponentials<1>(chunk.z[m], padded(n), p.max, op.rate, e_p);
-          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), sum + m * cols + begin);
+          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), few.data() + m * cols + begin);
         }
       });
+      if ((row - first) % kFew == kFew - 1 || row + 1 == end) move_sums(few.data(), size, sum);
     }
   });
   for_each((size + kChunk - 1) / kChunk, 4, [&](int64_t chunk) {
@@ -861,9 +882,7 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
   std::vector<double> gram(count * count, 0.0);
   for (int64_t i = 0; blocks && i < count; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
-      double dot = 0;
-      for (int64_t c = 0; c < cols; ++c) dot += sums[i * cols + c] * sums[j * cols + c];
-      gram[i * count + j] = gram[j * count + i] = dot;
+      gram[i * count + j] = gram[j * count + i] = dot_product(sums.get() + i * cols, sums.get() + j * cols, cols);
     }
   }
   return gram;
