@@ -43,7 +43,8 @@ class Trainer:
 
     def _prepared(self, task):
         chosen, ranks = self.chosen, self.ranks
-        task.to(memory_format=self.layout)
+        for module in task.children():  # timm before 1.0.31 cannot move a task itself to a layout
+            module.to(memory_format=self.layout)
         if chosen.ema is not None:
             task.setup_ema(decay=chosen.ema)
         if chosen.compile:
