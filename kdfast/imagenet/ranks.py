@@ -100,6 +100,8 @@ def _device(name, local):
     device = torch.device(name)
     if device.type != "cuda":
         return device
+    if device.index is not None and _by_torchrun():
+        raise DistillError(f"--device: got {name}, expected cuda: torchrun numbers the processes, and each has its own")
     if device.index is None:
         device = torch.device("cuda", local)
     if device.index >= torch.cuda.device_count():
