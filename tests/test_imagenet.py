@@ -695,16 +695,22 @@ def test_changed_arguments_and_data(photographs, tmp_path, capsys, monkeypatch):
 # ---- the teacher -----------------------------------------------------------------------------------------------------
 def test_teacher_from_the_cache(photographs, tmp_path, capsys, monkeypatch):
     """Pretrained weights out of timm's cache, and one line where they are not there or of other classes."""
+    import huggingface_hub.constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     argv = arguments(photographs, tmp_path / "run")
     place = argv.index("--teacher-weights")
     del argv[place : place + 2]
-    monkeypatch.setenv("TIMM_USE_OLD_CACHE", "0")
     assert "name a file with --teacher-weights" in refused(capsys, argv)
     model = timm.create_model(TEACHER)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **more: model.state_dict())
-    assert "test_resnet knows 1000 classes, the data has 4" in refused(capsys, [*argv, "--resume"])
-    chosen = settings.Settings("", STUDENT, TEACHER)
-    found = networks.teacher(chosen, 1000, 32).state_dict()
+    cached = tmp_path / f"cache/models--timm--{TEACHER}.{model.pretrained_cfg['tag']}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(model.state_dict(), cached / "snapshots" / ("0" * 40) / "model.safetensors")
+    assert "test_resnet knows 1000 classes, the data has 4" in refused(capsys, argv)
+    found = networks.teacher(settings.Settings("", STUDENT, TEACHER), 1000, 32).state_dict()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
