@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-FAMILIES = ("softmax_kl", "ensemble", "pairwise", "attention", "gram", "feature", "moments", "nce")
+FAMILIES = ("softmax_kl", "ensemble", "pairwise", "attention", "gram", "feature", "moments", "nce", "step", "compat")
 REQUIRED = ("pytest", "pytest_benchmark")
 NOTHING_SELECTED = 5  # pytest's exit status
 
