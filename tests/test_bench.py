@@ -310,6 +310,34 @@ def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch):
     assert left_out["eager"] == f"out of memory: {pairwise.eager_bytes('RKD angle', 4096, 512) / 1e9:.0f} GB"
 
 
+@pytest.mark.parametrize("name", step.LOSSES)
+def test_a_step_trains(name):
+    """The student's weights move, the same way with the baseline as with kdfast, and no gradient is left behind."""
+    part = step.part_of_step(name, 4, 64, 500, "cpu")
+    case = step.step_case(name, part, 4, 64, 500)
+    assert case.part == (part.loss, part.shape)
+    inputs, moves = case.inputs("cpu"), []
+    for function in (case.eager, case.kdfast):
+        step.training.cache_clear()
+        step.contrast.cache_clear()
+        student = step.training(name, 500, inputs[0].device).student
+        before = torch.cat([p.detach().flatten() for p in student.parameters()])
+        call = harness.Call(function, [inputs], "both", "cpu")
+        (argument,), _ = call.setup()
+        call.run(argument)
+        assert all(p.grad is None for p in student.parameters())
+        moves.append(torch.cat([p.detach().flatten() for p in student.parameters()]) - before)
+    step.training.cache_clear()
+    step.contrast.cache_clear()
+    assert moves[0].any()
+    assert (moves[1] - moves[0]).norm() < 1e-3 * moves[0].norm()
+
+
+def test_a_step_needs_the_operations_of_its_networks():
+    """ImageNet's resnet18 multiplies 1.814 billion times for an image, resnet34 3.664 billion times."""
+    assert step.operations(2, 224) == pytest.approx(2 * 2 * (3 * 1.814e9 + 3.664e9), rel=0.001)
+
+
 def test_implementations_of_a_case_run_one_after_another(monkeypatch):
     monkeypatch.setattr(harness, "has_kernels", lambda device, family: True)
     settings = harness.Settings("cpu", quick=False)
@@ -361,7 +389,7 @@ def options(*arguments):
 
 @pytest.mark.parametrize(
     ("family", "loss", "baselines"),
-    [("softmax_kl", "KD", {"eager", "fallback"}), ("pairwise", "RKDangle", {"fallback"})],
+    [("softmax_kl", "KD", {"eager", "fallback"}), ("pairwise", "RKDangle", {"fallback"}), ("step", "RKD", {"eager"})],
 )
 def test_bench_measures_a_tiny_shape(family, loss, baselines, tmp_path, capfd):
     select = f"{loss}-4x16 and ({' or '.join(baselines)}) and not Reverse"
