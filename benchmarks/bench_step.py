@@ -238,7 +238,7 @@ def cases(settings, shapes):
     quick, pixels, rows = settings.quick, *STEPS[device]
     batches, batch, names = (QUICK, QUICK[0], ("KD",)) if quick else (BATCHES, STEP_BATCH, tuple(LOSSES))
     bank = bench_nce.CIFAR if quick else bench_nce.IMAGENET
-    found = [alone(name, rows, width, device, bank) for name, width in WIDTHS.items() for rows in batches]
+    found = [alone(name, count, width, device, bank) for name, width in WIDTHS.items() for count in batches]
     for name in names:
         part = part_of_step(name, batch, pixels, rows, device)
         known = any((case.loss, case.shape) == (part.loss, part.shape) for case in found)
