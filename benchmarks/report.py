@@ -393,18 +393,48 @@ def draw_bars(plt, results):
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------
+OVERVIEW = ["loss", "shape", "eager", "compile", "kdfast", "x eager", "x compile", "extra MB"]
+
+
 def readme_block(readme_path, *json_paths, library=None):
-    """What belongs between a page's marks: the tables of each results file, of one `library`'s losses or of none's."""
-    parts = []
+    """What belongs between a page's marks: an overview of each device, or all figures of one `library`'s losses."""
+    devices = {}
     for path in map(Path, json_paths):
         results = of_library(json.loads(path.read_text()), library)
-        if not results["figures"]:
+        if results["figures"]:
+            link = os.path.relpath(path.with_suffix(".md"), Path(readme_path).parent).replace(os.sep, "/")
+            devices.setdefault(slug(results), []).append((link, results))
+    if library is None:
+        return "\n\n".join(overview(families) for families in devices.values())
+    return "\n\n".join(
+        f"{markdown_table(main_rows(results), 2)}\n\n{caption(results)}\n[All figures]({link})."
+        for families in devices.values()
+        for link, results in families
+    )
+
+
+def overview(families):
+    """One device's (link, results): every loss at the first of its shapes, and whole training steps."""
+    rows, steps = {}, []
+    for _, results in families:
+        if len(of_steps := step_rows(results)) > 1:
+            steps += ["", markdown_table(of_steps, 2), "", STEPS]
             continue
-        link = os.path.relpath(path.with_suffix(".md"), Path(readme_path).parent).replace(os.sep, "/")
-        parts.append(f"{markdown_table(main_rows(results), 2)}\n\n{caption(results)}\n[All figures]({link}).")
-        if len(steps := step_rows(results)) > 1:
-            parts.append(f"{markdown_table(steps, 2)}\n\n{STEPS}")
-    return "\n\n".join(parts)
+        heading, *lines = main_rows(results)
+        for line in lines:
+            cells = dict(zip(heading, line, strict=True))
+            rows.setdefault(cells["loss"], [cells.get(name, "-") for name in OVERVIEW])
+    machine = families[0][1]["machine"]
+    threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
+    words = (
+        f"{machine['device']}{threads}, torch {machine['torch']}. Forward + backward, float32 unless the shape says "
+        "otherwise, every loss at the first of its shapes: median milliseconds of eager PyTorch, torch.compile and "
+        "kdfast; how many times faster kdfast is; peak extra memory, eager / kdfast. All shapes, forward and backward "
+        "alone, the plain-PyTorch form, shares of the machine's limits and the host's overhead:"
+    )
+    links = ", ".join(f"[{results['family']}]({link})" for link, results in families)
+    table = [markdown_table([OVERVIEW, *rows.values()], 2), ""] if rows else []
+    return "\n".join([*table, textwrap.fill(words, 110), f"{links}.", *steps])
 
 
 def of_library(results, library):

@@ -176,7 +176,7 @@ def test_save_and_readme(results, tmp_path):
         report.update_readme(readme, path)
         content = readme.read_text()
         assert content.startswith("before\n") and content.endswith("\nafter\n") and "stale" not in content
-        assert content.count("| KD ") == 2 and "(some-cpu-r-9-2-cores/softmax_kl.md)" in content
+        assert content.count("| KD ") == 1 and "(some-cpu-r-9-2-cores/softmax_kl.md)" in content
 
 
 def test_readme_needs_its_marks(results, tmp_path):
