@@ -40,6 +40,36 @@ LAYOUTS = {
 }
 
 
+# ---- layouts of a map (B, C, H, W) -----------------------------------------------------------------------------------
+def _strided_map(x):
+    wide = x.new_full((*x.shape[:3], 3 * x.shape[3]), 99.0)
+    wide[..., 1::3] = x
+    return wide[..., 1::3]
+
+
+def _offset_map(x):
+    """No sample starts at a multiple of 16 bytes."""
+    memory = x.new_full((x.numel() + 1,), 99.0)
+    return memory[1:].view(x.shape).copy_(x)
+
+
+def _part_of_channels(x):
+    """A part of the channels of a map in channels_last memory, as torch.split gives it."""
+    wide = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), 99.0).contiguous(memory_format=torch.channels_last)
+    wide[:, 2:-1] = x
+    return wide[:, 2:-1]
+
+
+MAP_LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "strided": _strided_map,
+    "offset": _offset_map,
+    "padded": _part_of_channels,
+    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "expanded": lambda x: x[:, :, :1, :1].expand_as(x),
+}
+
+
 @contextlib.contextmanager
 def sparse_memory(elements, device):
     """A bfloat16 tensor of so many elements: on a CPU a file that is mostly holes."""

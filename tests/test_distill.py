@@ -118,7 +118,8 @@ def error_line(capsys):
 # ---- results ---------------------------------------------------------------------------------------------------------
 def test_digits_end_to_end(tmp_path):
     """All losses on the bundled digits, as a command in a process of its own."""
-    command = [sys.executable, "-m", "kdfast", "distill", "--epochs=1", "--seeds=1", "--seed=5", "--out=run"]
+    command = [sys.executable, "-m", "kdfast", "distill", "--loss=all", "--epochs=1", "--seeds=1", "--seed=5"]
+    command += ["--out=run"]
     done = subprocess.run(command, env=CHILD_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = ["teacher", "student", *losses.ROWS]
@@ -678,6 +679,7 @@ def test_what_runs_in_a_step(images):
 
 def test_all_is_every_row():
     assert settings._losses("--loss", "all") == ",".join(losses.ROWS)
+    assert settings._losses("--loss", settings.DEFAULTS["loss"]) == settings.DEFAULTS["loss"]
 
 
 # ---- pre-stages ------------------------------------------------------------------------------------------------------

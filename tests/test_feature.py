@@ -8,7 +8,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from behaviour import FLOATS, HALVES
+from behaviour import FLOATS, HALVES, MAP_LAYOUTS
 from conftest import assert_close
 
 import kdfast
@@ -185,42 +185,13 @@ def test_opcheck(implementation):
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-def _strided(x):
-    wide = x.new_full((*x.shape[:3], 3 * x.shape[3]), 99.0)
-    wide[..., 1::3] = x
-    return wide[..., 1::3]
-
-
-def _offset(x):
-    """No sample starts at a multiple of 16 bytes."""
-    memory = x.new_full((x.numel() + 1,), 99.0)
-    return memory[1:].view(x.shape).copy_(x)
-
-
-def _padded(x):
-    """A part of the channels of a map in channels_last memory, as torch.split gives it."""
-    wide = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), 99.0).contiguous(memory_format=torch.channels_last)
-    wide[:, 2:-1] = x
-    return wide[:, 2:-1]
-
-
-LAYOUTS = {
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "strided": _strided,
-    "offset": _offset,
-    "padded": _padded,
-    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "expanded": lambda x: x[:, :, :1, :1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MAP_LAYOUTS)
 @every_variant
 def test_layouts(implementation, name, layout):
     """Either map in the layout, or both; the gradient lies as the student does."""
     for dtype in (torch.float32, torch.bfloat16):
         *maps, margin = make(implementation, (2, 4, 6, 5), dtype)
-        changed = [LAYOUTS[layout](x) for x in maps]
+        changed = [MAP_LAYOUTS[layout](x) for x in maps]
         for pair in (changed, (changed[0], maps[1]), (maps[0], changed[1])):
             plain = [x.clone(memory_format=torch.contiguous_format) for x in pair]
             check(VARIANTS[name], [x.detach().requires_grad_() for x in pair] + [margin], want=plain)

@@ -4,7 +4,7 @@ import behaviour
 import oracles
 import pytest
 import torch
-from behaviour import FLOATS, HALVES
+from behaviour import FLOATS, HALVES, MAP_LAYOUTS
 from conftest import assert_close
 
 import kdfast
@@ -83,38 +83,10 @@ def test_opcheck(implementation):
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-def _strided(x):
-    wide = x.new_full((*x.shape[:3], 3 * x.shape[3]), 99.0)
-    wide[..., 1::3] = x
-    return wide[..., 1::3]
-
-
-def _offset(x):
-    """No sample starts at a multiple of 16 bytes."""
-    memory = x.new_full((x.numel() + 1,), 99.0)
-    return memory[1:].view(x.shape).copy_(x)
-
-
-def _padded(x):
-    """A part of the channels of a map in channels_last memory, as torch.split gives it."""
-    wide = x.new_full((x.shape[0], x.shape[1] + 3, *x.shape[2:]), 99.0).contiguous(memory_format=torch.channels_last)
-    wide[:, 2:-1] = x
-    return wide[:, 2:-1]
-
-
-LAYOUTS = {
-    "strided": _strided,
-    "offset": _offset,
-    "padded": _padded,
-    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "expanded": lambda x: x[:, :, :1, :1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", MAP_LAYOUTS)
 def test_layouts(implementation, layout):
     for dtype in (torch.float32, torch.bfloat16):
-        x = LAYOUTS[layout](make(implementation, (2, 4, 6, 5), dtype))
+        x = MAP_LAYOUTS[layout](make(implementation, (2, 4, 6, 5), dtype))
         check(x.detach().requires_grad_(), want=x.clone(memory_format=torch.contiguous_format))
 
 

@@ -35,6 +35,14 @@ KD_MULTIVERSION void narrow(const A* from, int64_t n, T* to) {
 }
 
 template <class A>
+KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
+  A top = start;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
+  return top;
+}
+
+template <class A>
 constexpr ScalarType kDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
 // Elements [begin, begin + n) of a row, and `absent` up to a whole vector: in place where that is possible, else

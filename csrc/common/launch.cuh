@@ -33,6 +33,8 @@ struct Grid {
   size_t shared_bytes = 0;
 };
 
+inline int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
+
 #if defined(KD_SIMT)
 
 struct OnDevice {

@@ -8,8 +8,6 @@ namespace kdfast {
 constexpr int kSumThreads = 256;
 constexpr int64_t kPerSum = 8192;  // values that one block adds up
 
-inline int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
-
 struct Partial {
   const double* sums;
 

@@ -13,14 +13,6 @@ namespace ensemble {
 namespace {
 
 // ---- pieces of a row, vectorised; whole vectors, of which -inf fills the last
-template <class A>
-KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
-  A top = start;
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
-  return top;
-}
-
 // sum_m w_m (z_m - max_m)
 template <class A>
 KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t count, int64_t n, A* out) {

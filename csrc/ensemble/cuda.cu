@@ -1,4 +1,4 @@
-#include "common/group.cuh"
+#include "common/rows.cuh"
 #include "common/sum.cuh"
 #include "ensemble/layout.h"
 
@@ -6,18 +6,9 @@ namespace kdfast {
 namespace ensemble {
 namespace {
 
-constexpr int kBlock = 256;
-constexpr int kBlocksAtOnce = 1;     // on a multiprocessor: without a number, ptxas spills registers to fit more
-constexpr int64_t kShortRow = 2048;  // up to here a warp reads a row, above it a block
-constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
-constexpr int kAtOnce = 4;                      // learners or weights that share a read of what they have in common
+constexpr int kAtOnce = 4;  // learners or weights that share a read of what they have in common
 
 // ---- who works on what
-template <int kThreads>
-__device__ int64_t group_index() {
-  return int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-}
-
 template <int kThreads>
 __device__ bool leads() {
   return threadIdx.x % kThreads == 0;
@@ -33,35 +24,9 @@ __device__ void group_sync() {
   }
 }
 
-// f(col) for the first column of each step of this thread, in columns [begin, end).
-template <int kThreads, class F>
-__device__ void for_steps(int64_t begin, int64_t end, const F& f) {
-  for (int64_t col = begin + (threadIdx.x % kThreads) * kStep; col < end; col += kThreads * kStep) f(col);
-}
-
-// A long row is shared by several blocks, so that few rows still fill the device.
-struct Part {
-  int64_t row, begin, end;
-};
-
-template <int kThreads>
-__device__ Part part(int64_t cols) {
-  const int64_t index = group_index<kThreads>();
-  if (kThreads == kWarp) return {index, 0, cols};
-  const int64_t parts = (cols + kPiece - 1) / kPiece, begin = index % parts * kPiece;
-  return {index / parts, begin, begin + kPiece < cols ? begin + kPiece : cols};
-}
-
 template <class A>
 __device__ A finite_max(A max) {
   return is_masked(max) ? A(0) : max;
-}
-
-template <class A>
-__device__ A max_of(const A (&z)[kStep], A top) {
-#pragma unroll
-  for (int i = 0; i < kStep; ++i) top = max(top, z[i]);
-  return top;
 }
 
 // The largest logit of a row, 0 where all are -inf.
@@ -642,18 +607,6 @@ __global__ void simplex_minimum_kernel(Matrix gram, Column slope, int64_t count,
 }
 
 // ---- the ops
-
-// Starts one of a kernel's two forms over all rows; `parts`: groups to a row in the form for long rows.
-template <class... P, class... Q>
-void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...), int64_t rows, int64_t cols,
-                 int64_t parts, Q... args) {
-  if (rows == 0) return;
-  if (cols <= kShortRow) {
-    launch(device, {blocks_for(rows, kBlock / kWarp), kBlock}, warp, args...);
-  } else {
-    launch(device, {rows * parts, kBlock}, block, args...);
-  }
-}
 
 template <class A>
 struct Each {

@@ -12,14 +12,6 @@ namespace {
 
 // ---- pieces of a row, vectorised
 template <class A>
-KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
-  A top = start;
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
-  return top;
-}
-
-template <class A>
 struct KlSums {
   A p, q, dot, q_1;
 };

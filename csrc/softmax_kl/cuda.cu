@@ -1,34 +1,10 @@
-#include "common/group.cuh"
+#include "common/rows.cuh"
 #include "common/sum.cuh"
 #include "softmax_kl/layout.h"
 
 namespace kdfast {
 namespace softmax_kl {
 namespace {
-
-constexpr int kBlock = 256;
-constexpr int kBlocksAtOnce = 1;     // on a multiprocessor: without a number, ptxas spills a register to fit more
-constexpr int64_t kShortRow = 2048;  // up to here a warp reads a row, above it a block
-constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
-
-// ---- who works on what
-template <int kThreads>
-__device__ int64_t group_index() {
-  return int64_t(blockIdx.x) * (kBlock / kThreads) + threadIdx.x / kThreads;
-}
-
-// f(col) for the first column of each step of this thread, in columns [begin, end).
-template <int kThreads, class F>
-__device__ void for_steps(int64_t begin, int64_t end, const F& f) {
-  for (int64_t col = begin + (threadIdx.x % kThreads) * kStep; col < end; col += kThreads * kStep) f(col);
-}
-
-template <class A>
-__device__ A max_of(const A (&z)[kStep], A top) {
-#pragma unroll
-  for (int i = 0; i < kStep; ++i) top = max(top, z[i]);
-  return top;
-}
 
 // Reads a step of a row, with the class `hidden` as -inf.
 template <class A>
@@ -268,19 +244,6 @@ void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_
 
 // ---- backward
 
-// A long row is shared by several blocks, so that few rows still fill the device.
-struct Part {
-  int64_t row, begin, end;
-};
-
-template <int kThreads>
-__device__ Part part(int64_t cols) {
-  const int64_t index = group_index<kThreads>();
-  if (kThreads == kWarp) return {index, 0, cols};
-  const int64_t parts = (cols + kPiece - 1) / kPiece, begin = index % parts * kPiece;
-  return {index / parts, begin, begin + kPiece < cols ? begin + kPiece : cols};
-}
-
 template <class A>
 __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max_p, A max_q, A rate, const KlGrad<A>& g,
                              A (&to_p)[kStep], A (&to_q)[kStep]) {
@@ -393,18 +356,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 }
 
 // ---- the ops
-
-// Starts one of a kernel's two forms over all rows; `parts`: groups to a row in the form for long rows.
-template <class... P, class... Q>
-void launch_rows(const OnDevice& device, void (*warp)(P...), void (*block)(P...), int64_t rows, int64_t cols,
-                 int64_t parts, Q... args) {
-  if (rows == 0) return;
-  if (cols <= kShortRow) {
-    launch(device, {blocks_for(rows, kBlock / kWarp), kBlock}, warp, args...);
-  } else {
-    launch(device, {rows * parts, kBlock}, block, args...);
-  }
-}
 
 Tensor loss_like(const Tensor& student, ScalarType dtype, bool reduce) {
   return reduce ? empty(student, dtype, {}) : empty(student, dtype, {student.size(0)});

@@ -19,7 +19,7 @@ def add_arguments(parser):
 
     add("--data", "PATH", "folder of class folders of images, or of train/ and test/ (default: scikit-learn's digits)")
     add("--image-size", "N", f"side to which the images of --data are resized (default: {DEFAULTS['image_size']})")
-    add("--loss", "A,B,...", f"losses to compare, or all (the default). {losses}")
+    add("--loss", "A,B,...", f"losses to compare, or all (default: {DEFAULTS['loss']}). {losses}")
     add("--epochs", "N", f"epochs of each training (default: {DEFAULTS['epochs']})")
     add("--batch-size", "N", f"images a step (default: {DEFAULTS['batch_size']})")
     add("--seed", "N", f"the first seed (default: {DEFAULTS['seed']})")

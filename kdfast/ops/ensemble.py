@@ -212,6 +212,7 @@ def divergence(log_p, log_q, kind):
 
 
 def log_ratio(log_p, log_q, kind):
+    """What p weighs in `divergence`: log p - log q, or -log q alone; [rows, cols]."""
     return -log_q if kind == "cross_entropy" else log_p - log_q
 
 
@@ -227,6 +228,7 @@ def mean_log(logs):
 
 
 def teacher_weights(weight, teachers, dtype, device):
+    """One weight per teacher [M]; 1 each without any."""
     return torch.ones(len(teachers), dtype=dtype, device=device) if weight is None else weight.to(dtype)
 
 

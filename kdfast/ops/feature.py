@@ -61,6 +61,7 @@ def _terms(student, teacher, margin, kind, boundary):
 
 
 def feature_error_torch(student, teacher, margin, kind, boundary, over, scale):
+    """-> `scale` times the terms of maps (B, C, N), summed over everything (0-d), a sample (B,) or a channel (C,)."""
     values = _terms(student, teacher, margin, kind, boundary)[0]
     if over == CHANNEL:
         return scale * _sample_sum(values.transpose(0, 1))
@@ -71,6 +72,7 @@ def feature_error_torch(student, teacher, margin, kind, boundary, over, scale):
 def feature_error_backward_torch(
     grad, student, teacher, margin, kind, boundary, over, scale, need_student, need_teacher
 ):
+    """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     _, student_grad, teacher_grad = _terms(student, teacher, margin, kind, boundary)
     factor = scale * grad.to(student_grad.dtype)
     factor = factor.view({TOTAL: (1, 1, 1), SAMPLE: (-1, 1, 1), CHANNEL: (1, -1, 1)}[over])
@@ -101,6 +103,7 @@ def normalized_error_torch(student, teacher, power):
 
 
 def normalized_error_backward_torch(grad, student, teacher, stats, power, need_student, need_teacher):
+    """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     s, t, gap = _normalized(student, teacher, *stats[:2])
     slopes = _power(gap, power)[1]
     grads = []
@@ -137,6 +140,7 @@ def _window_average(gap, rows, columns, size):
 
 
 def pyramid_error_torch(student, teacher):
+    """-> the weighted mean squared error of maps (B, C, H, W) and of their averages, 0-d."""
     dtype = accumulator(student, teacher)
     gap = student.to(dtype) - teacher.to(dtype)
     own, windows = _pyramid(gap.shape)
@@ -148,6 +152,7 @@ def pyramid_error_torch(student, teacher):
 
 
 def pyramid_error_backward_torch(grad, student, teacher, need_student, need_teacher):
+    """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     gap = student.to(grad.dtype) - teacher.to(grad.dtype)
     own, windows = _pyramid(gap.shape)
     slopes = 2 * own * gap

@@ -48,6 +48,7 @@ def inverse_norms(gram, eps):
 
 
 def cosines(gram, inverse):
+    """Cosines [Z, n, n] of the rows, at most 1, from their inner products and `inverse_norms`."""
     return (gram * (inverse[:, :, None] * inverse[:, None, :])).clamp(max=1)
 
 

@@ -26,6 +26,7 @@ def channel_moments_torch(x):
 
 
 def channel_moments_backward_torch(grad, x, moments):
+    """-> the gradient of x from that of mean and variance [2, C], in the memory order of x."""
     channels = x.transpose(0, 1).to(moments.dtype)
     mean, of_mean, of_variance = (_per_channel(values) for values in (moments[0], *grad))
     slopes = (of_mean + 2 * of_variance * (channels - mean)) / max(x.shape[0] * x.shape[2], 1)

@@ -82,6 +82,7 @@ def _direction(anchors, bank, index, z, temperature, need_grad, scores):
 def nce_torch(
     student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature, need_grad, need_scores
 ):
+    """-> loss (0-d), gradients of both anchors [B, D], scores [2, B, K + 1]; empty where not needed."""
     if index.device.type == "cpu":
         check_rows("contrast_index", index, len(bank_student))
     dtype, batch = accumulator(student, teacher, bank_student, bank_teacher), max(1, index.shape[0])
@@ -97,6 +98,7 @@ def nce_torch(
 
 
 def nce_log_sums_torch(student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature):
+    """-> log of the sum of all exp(score / T) of either direction [2], float64; 0 where its constant is set already."""
     if index.device.type == "cpu":
         check_rows("contrast_index", index, len(bank_student))
     sums = []
@@ -114,6 +116,7 @@ def nce_log_sums_torch(student, teacher, bank_student, bank_teacher, index, z_st
 
 
 def update_bank_torch(bank, rows, index, momentum):
+    """Moves the rows `index` of the bank [N, D] towards `rows` [B, D], in place, to unit length."""
     if index.device.type == "cpu":
         check_rows("index", index, len(bank))
     if not len(index):
@@ -154,6 +157,7 @@ def _draw(row, column, attempt, n_data, seed, table):
 
 
 def draw_negatives_torch(index, k, n_data, seed, labels, table):
+    """-> [B, K + 1] indices: the positive, then k draws that depend on the seed and the positive alone."""
     if index.device.type == "cpu":
         check_rows("index", index, n_data)
     out = torch.cat([index[:, None], index.new_empty((len(index), k))], 1)
