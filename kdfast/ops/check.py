@@ -233,7 +233,9 @@ def top_k_message(row, i, index, classes):
     """What the CPU kernel says of a bad index, too."""
     twice = 0 <= index < classes
     return f"teacher.indices[{row}, {i}] is {index}" + (
-        ", which the row has already: expected each class at most once" if twice else f", expected a class from 0 to {classes - 1}"
+        ", which the row has already: expected each class at most once"
+        if twice
+        else f", expected a class from 0 to {classes - 1}"
     )
 
 

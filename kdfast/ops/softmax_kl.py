@@ -26,7 +26,7 @@ INF = float("inf")
 
 
 class TopK(NamedTuple):
-    """A teacher's k largest logits of each row, and what its other classes weigh: :func:`softmax_kl` says how it is used.
+    """A teacher's k largest logits of each row, and what its other classes weigh; :func:`softmax_kl` says how.
 
     Attributes:
         values: (B, k) logits, any floating-point dtype.
@@ -167,7 +167,7 @@ def _outcomes(student, values, column, rest, temperature, dtype):
 
 
 def softmax_kl_topk_forward_torch(student, values, indices, rest, weight, temperature, scale, reduce):
-    """-> loss, stats: max, sum of the student; of the teacher; of the student's other classes; KL."""
+    """-> loss, stats: those of softmax_kl, and max, sum of the student's other classes."""
     dtype = accumulator(student, values)
     column, wrong = _kept_classes(indices, student.shape[1])
     of_student, of_teacher, top_s, top_r, sum_r = _outcomes(student, values, column, rest, temperature, dtype)
@@ -178,12 +178,14 @@ def softmax_kl_topk_forward_torch(student, values, indices, rest, weight, temper
     kl = torch.where(wrong, float("nan"), fixed_sum(kl_term(log_p.exp(), log_p - log_q)))
     rows = kl if weight is None else torch.where(weight == 0, 0.0, weight.to(dtype) * kl)
     rows = scale * rows
-    return fixed_sum(rows) if reduce else rows, torch.stack([top_s, sum_s, top_t, sum_t, top_r, sum_r, kl])
+    return fixed_sum(rows) if reduce else rows, torch.stack(
+        [top_s, sum_s, torch.zeros_like(kl), top_t, sum_t, kl, top_r, sum_r]
+    )
 
 
 def softmax_kl_topk_backward_torch(grad, student, values, indices, rest, weight, stats, temperature, scale):
     """-> gradient of the student."""
-    top_s, sum_s, top_t, sum_t, top_r, sum_r, kl = stats
+    top_s, sum_s, _, top_t, sum_t, kl, top_r, sum_r = stats
     column = indices.clamp(0, student.shape[1] - 1)
     of_student, of_teacher, *_ = _outcomes(student, values, column, rest, temperature, stats.dtype)
     q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, temperature).exp()
@@ -348,7 +350,7 @@ _softmax_kl_topk = define(
     "softmax_kl_topk(Tensor student, Tensor values, Tensor indices, Tensor? rest, Tensor? weight, float temperature, "
     "float scale, bool reduce) -> (Tensor, Tensor)",
     softmax_kl_topk_forward_torch,
-    _forward_fake(7),
+    _forward_fake(8),
 )
 _softmax_kl_topk_backward = define(
     "softmax_kl",
