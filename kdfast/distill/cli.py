@@ -1,11 +1,16 @@
-"""The arguments of `kdfast distill`, and its exit codes: 0, 2 for a problem the user can solve, 130 for Ctrl-C."""
+"""The arguments of `kdfast distill`, and its exit codes: 0, 2 for a problem the user can solve, 130 for Ctrl-C.
 
+With ``--student`` the run is that of `kdfast.imagenet`, which also stops on a SIGTERM, with 143.
+"""
+
+import signal
 import sys
 
 from kdfast._extras import MissingExtra
 from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
 from kdfast.distill.settings import DEFAULTS
+from kdfast.imagenet import settings as imagenet
 
 __all__ = ["add_arguments", "answer", "run"]
 
@@ -33,6 +38,7 @@ def add_arguments(parser):
         help="continue the run in --out, or else the newest under runs, from its last epoch; "
         "options that are not given are those of the run",
     )
+    imagenet.add_arguments(parser)
 
 
 def run(options) -> int:
@@ -40,9 +46,16 @@ def run(options) -> int:
     # Imported here: `kdfast --help` needs none of it.
     from kdfast.distill import pipeline
 
-    return answer(
-        pipeline.COMMAND, lambda: pipeline.output_folder(options), lambda folder: pipeline.distill(options, folder)
-    )
+    if imagenet.asked_for(options):
+        from kdfast.imagenet import command
+
+        return command.run(options)
+
+    def folder():
+        imagenet.refuse(options, imagenet.OWN, "is for timm models; expected with --student and --teacher")
+        return pipeline.output_folder(options)
+
+    return answer(pipeline.COMMAND, folder, lambda folder: pipeline.distill(options, folder))
 
 
 def answer(command, output_folder, work):
@@ -56,11 +69,11 @@ def answer(command, output_folder, work):
         return _fail(command, str(error))
     except OSError as error:
         return _fail(command, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         started = folder is not None and (folder / "settings.json").exists()
         hint = f"continue with: {command} --resume --out {folder}" if started else "nothing was trained yet"
         print(f"\n{command}: interrupted; {hint}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
 
 
 def _fail(command, message):

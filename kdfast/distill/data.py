@@ -11,7 +11,7 @@ from kdfast._extras import require
 from kdfast.distill import DistillError
 from kdfast.distill.settings import DIGITS
 
-__all__ = ["Data", "load"]
+__all__ = ["Data", "load", "subfolders"]
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
@@ -109,7 +109,7 @@ def _split_folders(root):
     """(training folder, test folder), or (root, None) where the class folders lie in `root` itself."""
     train = root / "train"
     # A folder "train" that holds images and no folders is a class: cars, trains, trams.
-    if not _subfolders(train):
+    if not subfolders(train):
         return root, None
     for name in TEST_FOLDERS:
         if (root / name).is_dir():
@@ -117,14 +117,15 @@ def _split_folders(root):
     raise DistillError(f"--data: {root} has a folder train and no test or val beside it; add one, or pass {train}")
 
 
-def _subfolders(folder):
+def subfolders(folder):
+    """The names of the folders in `folder` that are not hidden, sorted; none where it is no folder."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _classes(root):
-    classes = _subfolders(root)
+    classes = subfolders(root)
     if len(classes) < 2:
         found = f"only the class folder {classes[0]}" if classes else "no class folders"
         raise DistillError(f"--data: {root} has {found}; expected at least 2 folders, one per class, with images")

@@ -58,13 +58,13 @@ def by_name(results):
 
 # ---- progress --------------------------------------------------------------------------------------------------------
 class Progress:
-    """A bar on a terminal, and lines where the output is a file or a pipe: `total` counts `unit`.
+    """A bar on a terminal, and lines where the output is a file or a pipe: `done` of `total` `unit` so far.
 
     It goes to stderr, so that stdout holds the table alone.
     """
 
-    def __init__(self, total, unit):
-        self.total = total
+    def __init__(self, total, unit, done=0):
+        self.total, self.done = total, done
         self.console = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
         self.bar = None
         if self.console.is_terminal:
@@ -80,7 +80,7 @@ class Progress:
     def __enter__(self):
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.total, done=0)
+            self.task = self.bar.add_task("starting", total=self.total, completed=self.done, done=self.done)
         return self
 
     def __exit__(self, *exception):

@@ -7,7 +7,7 @@ from pathlib import Path
 from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
 
-__all__ = ["DEFAULTS", "DIGITS", "Settings", "differences", "read", "record", "resolve", "whole"]
+__all__ = ["DEFAULTS", "DIGITS", "Settings", "device", "differences", "read", "record", "resolve", "whole"]
 
 DIGITS = "digits"  # the bundled data, where --data is not given
 DEFAULTS = {
@@ -89,7 +89,8 @@ def _path(argument, text):
     return str(Path(text).resolve())
 
 
-def _device(argument, text):
+def device(argument, text):
+    """`text` as the name of a device that is there: cpu or cuda."""
     import torch
 
     expected = "expected cpu or cuda (or cuda:0, cuda:1, ...)"
@@ -114,7 +115,7 @@ _CHECKS = {
     "batch_size": whole(2),  # batch normalisation and relations within a batch need two images
     "seed": whole(0),
     "seeds": whole(1),
-    "device": _device,
+    "device": device,
     "threads": whole(1, 1024),
 }
 

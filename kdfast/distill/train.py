@@ -91,21 +91,25 @@ class Objective(nn.Module):
 
 
 @contextlib.contextmanager
-def reproducible(threads):
-    """Inside, the same inputs give the same bits: deterministic algorithms and a fixed number of threads."""
+def reproducible(threads, warn_only=False):
+    """Inside, the same inputs give the same bits: deterministic algorithms and a fixed number of threads.
+
+    An operation that has no such algorithm on its device is an error, or with `warn_only` a warning.
+    """
     # cuBLAS reads it when it starts; without it some of its sums depend on timing.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     deterministic = torch.utils.deterministic
     before_threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     before_fill = deterministic.fill_uninitialized_memory
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
     deterministic.fill_uninitialized_memory = False  # a debugging aid that would be timed as part of each step
     try:
         yield
     finally:
         torch.set_num_threads(before_threads)
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
         deterministic.fill_uninitialized_memory = before_fill
 
 

@@ -1,0 +1,56 @@
+"""`kdfast distill --student`: exit codes, and one line for what goes wrong, from whichever process."""
+
+import os
+from pathlib import Path
+
+from kdfast._extras import MissingExtra, require
+from kdfast.distill import DistillError
+from kdfast.distill import settings as stored_runs
+from kdfast.distill.cli import answer
+from kdfast.imagenet import settings
+from kdfast.imagenet.ranks import OtherRankFailed, Stopped, ranks
+
+__all__ = ["run"]
+
+COMMAND = "kdfast distill"
+NEEDED = ("timm.task", "torchvision", "tensorboard", "rich.console")
+
+
+def run(options) -> int:
+    """Train and report as `options` say; returns the exit code."""
+    try:
+        return answer(COMMAND, lambda: _folder(options), lambda folder: _run(options, folder))
+    except OtherRankFailed as silent:
+        return silent.code
+
+
+def _folder(options):
+    if not options.out and _speaks():
+        raise DistillError("--out: is missing; expected the folder of this run, where --resume finds it again")
+    return Path(options.out or "")
+
+
+def _run(options, folder):
+    try:
+        chosen = _chosen(options, folder)
+    except (DistillError, MissingExtra) as error:  # the same in every process
+        raise error if _speaks() else OtherRankFailed from error
+    from kdfast.imagenet.run import train
+
+    with ranks(chosen.device) as here:
+        try:
+            train(chosen, options, folder, here)
+        except Stopped as stopped:
+            raise stopped if here.first else OtherRankFailed(128 + stopped.signal) from stopped
+
+
+def _chosen(options, folder):
+    for module in NEEDED:
+        require(module, extra="imagenet")
+    path = folder / "settings.json"
+    stored = stored_runs.read(path, settings.DEFAULTS) if options.resume and path.exists() else None
+    return settings.resolve(options, stored)
+
+
+def _speaks():
+    return os.environ.get("RANK", "0") == "0"

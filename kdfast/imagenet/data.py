@@ -1,0 +1,161 @@
+"""Which images a step sees, and how each is augmented: functions of (seed, epoch, index) alone.
+
+So a resumed run needs a step number and nothing else to see the same batches, ranks share a batch without talking, and
+an augmented image can be made again later: ``Images(...)[augmentation, index]``.
+"""
+
+import contextlib
+import random
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from kdfast.distill import DistillError
+from kdfast.distill.train import derived_seed
+from kdfast.imagenet.ranks import ignore_signals
+
+__all__ = ["Batch", "Images", "Steps", "Unread", "loader", "seeded"]
+
+UNREADABLE_IN_A_ROW = 10  # then it is the disk, and not an image
+
+
+class Batch(NamedTuple):
+    """One rank's share of a micro-batch."""
+
+    images: torch.Tensor  # (B, 3, H, W) uint8
+    labels: torch.Tensor  # (B,) int64; -1 for a validation image that could not be read
+    index: torch.Tensor  # (B,) int64, places in the data set of the images that were read
+    augmentation: int
+    unread: list  # (index, message) of the images that could not be read
+
+
+@contextlib.contextmanager
+def seeded(seed):
+    """Inside, the random numbers of Python, numpy and torch's CPU are those of `seed`; afterwards as if nothing was."""
+    states = random.getstate(), np.random.get_state(), torch.random.default_generator.get_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.random.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.default_generator.set_state(states[2])
+
+
+class Images(Dataset):
+    """The images of a timm reader by (augmentation, index): the same pair gives the same bytes in every process.
+
+    An item is ``(image (3, H, W) uint8, label, augmentation, index, unread)``. An image that cannot be read is replaced
+    by the next one that can (`replace`), else by zeros with the label -1; `unread` lists (index, message) of those.
+    """
+
+    def __init__(self, reader, transform, seed, replace):
+        self.reader, self.transform, self.seed, self.replace = reader, transform, seed, replace
+
+    def __len__(self):
+        return len(self.reader)
+
+    def __getitem__(self, key):
+        augmentation, index = key
+        unread = []
+        while True:
+            try:
+                image, label = self._read(index)
+                break
+            except MemoryError:
+                raise
+            except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error and more
+                unread.append((index, str(error) or repr(error)))
+            if not self.replace or len(unread) == UNREADABLE_IN_A_ROW:
+                image, label = Image.new("RGB", (32, 32)), -1
+                break
+            index = (index + 1) % len(self)
+        with seeded(derived_seed(self.seed, augmentation, index)):
+            return self.transform(image), label, augmentation, index, unread
+
+    def _read(self, index):
+        file, label = self.reader[index]
+        with file, Image.open(file) as image:
+            return image.convert("RGB"), label  # decodes it, to the last byte
+
+
+class Steps:
+    """The keys of one rank's micro-batches from step ``start`` to the end of the training, in order.
+
+    A step is a global batch of `batch_size` images in `accumulate` micro-batches. Of each micro-batch every rank has
+    one slice, in the order of the ranks, so that together they are the micro-batch of one process. An epoch is a
+    permutation of the data set without its last images, which would not fill a batch. The augmentation of a key is the
+    epoch, or counts from 0 to `augmentations` - 1 again and again.
+    """
+
+    def __init__(self, samples, batch_size, accumulate, ranks, seed, epochs, augmentations=None):
+        if samples < batch_size:
+            raise DistillError(f"--batch-size: got {batch_size}, expected at most the {samples} training images")
+        if batch_size % (accumulate * ranks.size):
+            parts = f"{accumulate} micro-batches (--accumulate) on {ranks.size} processes"
+            raise DistillError(f"--batch-size: got {batch_size}, expected a multiple of {parts}")
+        self.samples, self.batch_size, self.seed = samples, batch_size, seed
+        self.accumulate, self.rank, self.ranks = accumulate, ranks.rank, ranks.size
+        self.augmentations = augmentations or epochs
+        self.an_epoch = samples // batch_size
+        self.total = self.an_epoch * epochs
+        self.start = 0
+
+    def __len__(self):
+        return (self.total - self.start) * self.accumulate
+
+    def __iter__(self):
+        order = None
+        for step in range(self.start, self.total):
+            epoch, position = divmod(step, self.an_epoch)
+            if order is None or position == 0:
+                generator = torch.Generator().manual_seed(derived_seed(self.seed, epoch))
+                order = torch.randperm(self.samples, generator=generator)
+            batch = order[position * self.batch_size :][: self.batch_size]
+            for micro in batch.chunk(self.accumulate):
+                yield [(epoch % self.augmentations, index) for index in micro.chunk(self.ranks)[self.rank].tolist()]
+
+
+def loader(images, keys, workers, pin_memory):
+    """A DataLoader of `Batch`es: one for each list of keys in `keys`."""
+    return DataLoader(
+        images,
+        batch_sampler=keys,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=ignore_signals,
+    )
+
+
+def _collate(items):
+    images, labels, (augmentation, *_), index, unread = zip(*items, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(index), augmentation, sum(unread, []))
+
+
+class Unread:
+    """The images that could not be read: ``say(line)`` names each once; where `strict`, the first ends the run."""
+
+    def __init__(self, strict, say):
+        self.strict, self.say = strict, say
+        self.names = set()
+
+    def note(self, batch, reader):
+        """Look at a `batch` of images from `reader`."""
+        for index, message in batch.unread:
+            name = reader.filename(index, absolute=True)
+            if self.strict:
+                raise DistillError(f"--data: cannot read {name}: {message}")
+            if name not in self.names:
+                self.names.add(name)
+                self.say(f"cannot read {name}, skipped ({len(self.names)} so far): {message}")
+
+    def refuse_gaps(self, batch):
+        """Raise a DistillError if a training image was not replaced, because too many in a row cannot be read."""
+        if (batch.labels < 0).any():
+            raise DistillError(f"--data: {UNREADABLE_IN_A_ROW} images in a row cannot be read, see the lines above")

@@ -1,0 +1,78 @@
+"""Student and teacher: timm models, with errors that say what to do."""
+
+import difflib
+
+import timm
+import torch
+
+from kdfast.distill import DistillError
+from kdfast.distill.train import derived_seed
+from kdfast.integrations.presets import PRESETS, recipe
+from kdfast.integrations.timm import DistillationTask
+
+__all__ = ["student", "task", "teacher"]
+
+
+def student(chosen, classes):
+    """The student that `chosen` names, for `classes` classes, from random weights that depend on the seed alone."""
+    torch.manual_seed(derived_seed(chosen.seed))
+    return _sized(_create("--student", chosen.student, num_classes=classes), chosen.image_size)
+
+
+def teacher(chosen, classes, image_size):
+    """The teacher that `chosen` names, with its weights, for images of `image_size` pixels."""
+    name, file = chosen.teacher, chosen.teacher_weights
+    try:
+        if file is not None:
+            model = _create("--teacher", name, num_classes=classes)
+            timm.models.load_checkpoint(model, file)
+        else:
+            model = _create("--teacher", name, pretrained=True)
+    except DistillError:
+        raise
+    except Exception as error:  # a damaged file can raise anything, and so can a download
+        where = f"--teacher-weights: {file}" if file else "--teacher"
+        hint = f"expected those of a {name} of {classes} classes" if file else "name a file with --teacher-weights"
+        raise DistillError(f"{where}: cannot load the weights of {name}; {hint}: {_shortened(error)}") from error
+    if model.num_classes != classes:
+        raise DistillError(
+            f"--teacher: {name} knows {model.num_classes} classes, the data has {classes}; "
+            "name a file of a teacher of these classes with --teacher-weights"
+        )
+    return _sized(model, image_size)
+
+
+def task(chosen, student, teacher, labels, image_size, device):
+    """The DistillationTask of both models with the chosen preset, on `device`; `labels` are the training set's."""
+    if chosen.preset not in PRESETS:
+        raise DistillError(f"--preset: got {chosen.preset!r}, expected one of {', '.join(PRESETS)}")
+    student, teacher = student.to(device), teacher.to(device)
+    torch.manual_seed(derived_seed(chosen.seed))  # for the layers and banks of the losses
+    try:
+        sizes = {"n_data": len(labels), "image_size": (3, image_size, image_size)}
+        made = recipe(chosen.preset, student, teacher, labels=labels, **sizes)
+    except ValueError as error:
+        raise DistillError(f"--preset {chosen.preset}: {error}") from error
+    return DistillationTask(student, teacher, made.terms, task_loss_weight=made.task_loss_weight, verbose=False)
+
+
+def _create(option, name, **arguments):
+    known = timm.list_models()
+    base = name.removeprefix("timm/").split(".")[0]
+    if "/" not in base and ":" not in base and base not in known:  # a prefix names a place outside of timm
+        near = difflib.get_close_matches(base, known, n=3)
+        hint = f"expected {' or '.join(near)}" if near else "timm.list_models() has the names"
+        raise DistillError(f"{option}: timm has no model {name!r}; {hint}")
+    return timm.create_model(name, **arguments)
+
+
+def _sized(model, image_size):
+    """The model for images of that many pixels; one that takes images of any size already does."""
+    if image_size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=(image_size, image_size))
+    return model
+
+
+def _shortened(error):
+    text = " ".join(str(error).split()) or repr(error)
+    return text if len(text) < 300 else f"{text[:300]} ..."

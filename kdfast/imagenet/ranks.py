@@ -1,0 +1,132 @@
+"""The processes of a run: one, or those that torchrun has started, and how they stop together."""
+
+import contextlib
+import os
+import signal
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from kdfast import distributed
+from kdfast.distill import DistillError
+
+__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "ignore_signals", "ranks"]
+
+
+class OtherRankFailed(Exception):
+    """Another process says what is wrong; this one ends silently, with the exit code `code`."""
+
+    def __init__(self, code=2):
+        super().__init__(code)
+        self.code = code
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and its checkpoint is written."""
+
+    def __init__(self, number):
+        super().__init__(f"signal {number}")
+        self.signal = number
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among `size`; `device` is the one it computes on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self):
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def together(self, work):
+        """``work()``, if no process fails in it; else the first that does raises its error, and the others another."""
+        error = result = None
+        try:
+            result = work()
+        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
+            error = caught
+        failed = [rank for rank, failed in enumerate(self.gather(error is not None)) if failed]
+        if failed and failed[0] == self.rank:
+            raise error
+        if failed:
+            raise OtherRankFailed
+        return result
+
+    def on_first(self, work):
+        """``work()`` of rank 0, for every rank."""
+        result = [self.together(lambda: work() if self.first else None)]
+        if self.size > 1:
+            dist.broadcast_object_list(result, 0, device=torch.device("cpu"))
+        return result[0]
+
+    def gather(self, value):
+        """The `value` of every rank, in order."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def ranks(device):
+    """The `Ranks` of this process on the device named `device`; under torchrun their process group, until the end."""
+    if "LOCAL_RANK" not in os.environ:  # torchrun has not started it
+        yield Ranks(0, 1, _device(device, 0))
+        return
+    local = int(os.environ["LOCAL_RANK"])
+    here = _device(device, local)
+    # Whole numbers and names travel on the CPU in either case, without a wait for the GPU.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name, local):
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is None:
+        device = torch.device("cuda", local)
+    if device.index >= torch.cuda.device_count():
+        raise DistillError(f"--device: process {local} of this machine finds {torch.cuda.device_count()} CUDA devices")
+    torch.cuda.set_device(device)
+    return device
+
+
+# ---- stopping --------------------------------------------------------------------------------------------------------
+def ignore_signals(_worker):
+    """For the processes that load images: they end with the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class Stop:
+    """Within it, the first SIGTERM or SIGINT is noted, and a second one ends the process as usual."""
+
+    def __init__(self):
+        self.signal = 0
+
+    def __enter__(self):
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, frame):
+        self.signal = number
+        self.__exit__()
+
+    def agreed(self):
+        """The number of a signal that some rank has got, or 0; the same on every rank, which all have to call it."""
+        if distributed.world_size() == 1:
+            return self.signal
+        return max(number for (number,) in distributed.exchange([self.signal]))

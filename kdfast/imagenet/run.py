@@ -1,0 +1,204 @@
+"""The whole of the trainer of timm models: settings, processes, data, networks, the loop, the report."""
+
+import sys
+import warnings
+
+import timm
+import torch
+import torchvision
+from timm.data import create_transform, resolve_data_config
+
+import kdfast
+from kdfast.distill import DistillError, pipeline, report, storage
+from kdfast.distill import settings as stored_runs
+from kdfast.distill.train import reproducible
+from kdfast.imagenet import checkpoints, networks, settings
+from kdfast.imagenet.data import Images, Steps, Unread, loader
+from kdfast.imagenet.log import FILES, Log, Silent
+from kdfast.imagenet.ranks import Stop, Stopped
+from kdfast.imagenet.readers import fingerprint, open_readers
+from kdfast.imagenet.train import Trainer
+
+__all__ = ["train"]
+
+STUDENT, AVERAGE = "student.pt", "student-ema.pt"  # as timm.create_model(checkpoint_path=...) reads them
+
+
+def train(chosen, options, folder, here):
+    """Train as `chosen` says, among the processes `here`; `options` are those of the command line."""
+    here.on_first(lambda: pipeline.output_folder(options, files=(STUDENT, AVERAGE, *FILES)))
+    train_reader, val_reader, classes = here.on_first(
+        lambda: open_readers(chosen.data, chosen.train_split, chosen.val_split, chosen.classes)
+    )
+    here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
+    run = _Run(chosen, here, folder, train_reader, val_reader, classes)
+    with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        run.go()
+
+
+def _settle(chosen, folder, data):
+    """Write down what is asked for, or compare it with what was."""
+    path = folder / "settings.json"
+    here = pipeline.environment() | {"timm": timm.__version__, "torchvision": torchvision.__version__}
+    if not path.exists():
+        folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
+        storage.write_atomically(path, stored_runs.record(chosen, data, here))
+        return
+    stored = stored_runs.read(path, settings.DEFAULTS)
+    stored["settings"] |= {name: getattr(chosen, name) for name in settings.FREE}
+    if found := stored_runs.differences(stored, chosen, data, stored["environment"]):
+        raise DistillError(f"cannot resume {folder}: {'; '.join(found)}; train anew with another --out")
+    if found := stored_runs.differences(stored, chosen, data, here):
+        _say(f"the weights may differ in their last bits: {'; '.join(found)}")
+
+
+def _say(text):
+    print(f"{pipeline.COMMAND}: {text}", file=sys.stderr)
+
+
+class _Run:
+    """What the loop needs, made in every process."""
+
+    def __init__(self, chosen, here, folder, train_reader, val_reader, classes):
+        self.chosen, self.here, self.folder, self.checkpoints = chosen, here, folder, folder / "checkpoints"
+        self.steps = here.together(
+            lambda: Steps(len(train_reader), chosen.batch_size, chosen.accumulate, here, chosen.seed, chosen.epochs)
+        )
+        task, config = here.together(lambda: self._task(train_reader, classes))
+        self.train_images, self.val_images = here.together(lambda: self._images(train_reader, val_reader, config))
+        normalization = config["mean"], config["std"]
+        self.shape = chosen.batch_size // chosen.accumulate // here.size, *config["input_size"]
+        self.trainer = here.together(lambda: Trainer(chosen, here, task, self.steps.an_epoch, normalization))
+        self.unread = Unread(chosen.strict, _say)
+
+    def _task(self, train_reader, classes):
+        """-> timm's task, and its data config for the student."""
+        chosen = self.chosen
+        student = networks.student(chosen, classes)
+        size = {} if chosen.image_size is None else {"img_size": chosen.image_size}
+        config = resolve_data_config(size, model=student)
+        image_size = config["input_size"][-1]
+        teacher = networks.teacher(chosen, classes, image_size)
+        labels = torch.tensor([label for _, label, *_ in train_reader.samples])
+        return networks.task(chosen, student, teacher, labels, image_size, self.here.device), config
+
+    def _images(self, train_reader, val_reader, config):
+        common = {name: config[name] for name in ("input_size", "interpolation", "mean")}
+        common["normalize"] = False  # bytes travel to the device
+        try:
+            augmented = create_transform(
+                **common, is_training=True, color_jitter=None, auto_augment=self.chosen.auto_augment
+            )
+        except Exception as error:  # timm asserts
+            raise DistillError(
+                f"--auto-augment: timm does not take {self.chosen.auto_augment!r}, expected such as rand-m9-mstd0.5: "
+                f"{error or repr(error)}"
+            ) from error
+        plain = create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
+        seed = self.chosen.seed
+        return Images(train_reader, augmented, seed, replace=True), Images(val_reader, plain, seed, replace=False)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+    def go(self):
+        """Train from the newest checkpoint, or the start, to the end."""
+        self.here.on_first(self._first_checkpoint)
+        if self.here.size > 1:
+            self.trainer.warm_up(self.shape)
+        self.here.together(self._restore)
+        start, total = self.trainer.steps, self.steps.total
+        log = self.here.together(lambda: self._log(start))
+        with Stop() as stop, log:
+            ended = start and start % self.steps.an_epoch == 0
+            if ended and not self.here.on_first(lambda: log.evaluated(start)):
+                self._evaluate(log, stop)
+            self.steps.start = start
+            batches = iter(self._loader(self.train_images, self.steps))
+            log.restart_clock(start)
+            while self.trainer.steps < total:
+                self._step(batches, log, stop)
+        self._finish(log)
+
+    def _log(self, start):
+        return Log(self.folder, start, self.steps.total, self.steps.an_epoch) if self.here.first else Silent()
+
+    def _first_checkpoint(self):
+        """One before the first step: the state to start from, and a disk that cannot be written is known at once."""
+        if not checkpoints.exist(self.checkpoints):
+            checkpoints.save(self.checkpoints, 0, self.trainer.state())
+
+    def _restore(self):
+        state = checkpoints.newest(self.checkpoints, _say if self.here.first else lambda text: None)
+        try:
+            self.trainer.load(state)
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:  # of something else
+            raise DistillError(f"{self.checkpoints} are of another run ({error}); take another --out") from error
+        if self.here.first and self.trainer.steps:
+            _say(f"resumed after step {self.trainer.steps} of {self.steps.total}")
+
+    def _loader(self, images, keys):
+        return loader(images, keys, self.chosen.workers, pin_memory=self.here.device.type == "cuda")
+
+    def _step(self, batches, log, stop):
+        trainer, chosen = self.trainer, self.chosen
+        trainer.step([self._taken(batches) for _ in range(chosen.accumulate)])
+        ended = trainer.steps % self.steps.an_epoch == 0
+        if trainer.steps % chosen.log_every == 0 or ended:
+            log.steps(trainer.steps, chosen.batch_size, trainer.learning_rate, trainer.losses())
+        number = stop.agreed()
+        if number or ended or trainer.steps % chosen.checkpoint_every == 0:
+            self._save()
+            log.restart_clock(trainer.steps)
+        if number:
+            raise Stopped(number)
+        if ended:
+            self._evaluate(log, stop)
+            log.restart_clock(trainer.steps)
+
+    def _taken(self, batches):
+        batch = next(batches)
+        self.unread.note(batch, self.train_images.reader)
+        self.unread.refuse_gaps(batch)
+        return batch
+
+    def _save(self):
+        state = self.trainer.state()
+        if self.here.first:
+            checkpoints.save(self.checkpoints, self.trainer.steps, state)
+
+    def _evaluate(self, log, stop):
+        """Test the epoch that has just ended; its checkpoint is written already."""
+        here, size = self.here, max(1, self.chosen.batch_size // self.here.size)
+        mine = range(here.rank, len(self.val_images), here.size)
+        keys = [[(0, index) for index in mine[first : first + size]] for first in range(0, len(mine), size)]
+        log.epoch(self.trainer.steps, self.trainer.evaluate(self._readable(self._loader(self.val_images, keys), stop)))
+
+    def _readable(self, batches, stop):
+        for batch in batches:
+            if stop.signal:
+                raise Stopped(stop.signal)
+            self.unread.note(batch, self.val_images.reader)
+            yield batch
+
+    # ---- after the training ------------------------------------------------------------------------------------------
+    def _finish(self, log):
+        skipped = len(set().union(*self.here.gather(self.unread.names)))
+        if not self.here.first:
+            return
+        weights = {STUDENT: self.trainer.task.get_checkpoint_state()["state_dict"]}
+        if self.chosen.ema is not None:
+            weights[AVERAGE] = self.trainer.task.get_checkpoint_state(ema=True)["state_dict_ema"]
+        for name, state in weights.items():
+            storage.save_checkpoint(self.folder / name, state)
+        last = {name: float(value) for name, value in log.epochs.rows[-1].items()}
+        rows = [["student", *(f"{last[name]:.2f}" for name in ("top1", "top5"))]]
+        if self.chosen.ema is not None:
+            rows.append(["its average", *(f"{last[f'ema_{name}']:.2f}" for name in ("top1", "top5"))])
+        chosen = self.chosen
+        notes = [
+            f"{chosen.student} from {chosen.teacher} with {chosen.preset}: {self.steps.total} steps",
+            f"{len(self.train_images)} training and {len(self.val_images)} validation images, {skipped} skipped",
+            f"written: {', '.join(str(self.folder / name) for name in (*weights, *FILES))}",
+        ]
+        report.print_table(["last epoch", "top-1 %", "top-5 %"], rows, notes)

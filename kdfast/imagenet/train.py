@@ -1,0 +1,168 @@
+"""The training itself: a step, a test, and the state between two steps.
+
+The random numbers of a step (dropout, stochastic depth) depend on (seed, step, rank) alone, the learning rate on the
+step: with `Steps` they need no state. What has one is in `state`.
+"""
+
+import contextlib
+import math
+
+import timm.optim
+import timm.scheduler
+import timm.utils
+import torch
+
+from kdfast.distill import DistillError
+from kdfast.distill.train import derived_seed
+
+__all__ = ["Trainer"]
+
+MOMENTUM = 0.9
+
+
+class Trainer:
+    """A timm `task` in training; `steps` of `an_epoch` a piece are done.
+
+    `normalization` is mean and standard deviation of the student's images, whose pixels are from 0 to 1.
+    """
+
+    def __init__(self, chosen, ranks, task, an_epoch, normalization):
+        self.chosen, self.ranks, self.an_epoch = chosen, ranks, an_epoch
+        self.steps = 0
+        self.sums, self.summed = {}, 0  # of the losses since they were last read
+        self.layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in normalization)
+        self.mean, self.std = mean.to(ranks.device), std.to(ranks.device)
+        self.task = self._prepared(task)
+        self.optimizer = timm.optim.create_optimizer_v2(
+            self.task.get_trainable_module(),
+            **dict(opt=chosen.optimizer, lr=chosen.lr, weight_decay=chosen.weight_decay, momentum=MOMENTUM),
+        )
+        self.scheduler, _ = timm.scheduler.create_scheduler_v2(
+            self.optimizer,
+            **dict(sched="cosine", num_epochs=chosen.epochs, warmup_epochs=chosen.warmup_epochs, warmup_lr=0.0),
+            **dict(step_on_epochs=False, updates_per_epoch=an_epoch),
+        )
+
+    def _prepared(self, task):
+        chosen, ranks = self.chosen, self.ranks
+        task.to(memory_format=self.layout)
+        if chosen.ema is not None:
+            task.setup_ema(decay=chosen.ema)
+        if chosen.compile:
+            task.compile()
+        if ranks.size > 1:
+            ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+            task.prepare_distributed(device_ids=ids)
+        return task
+
+    def warm_up(self, shape):
+        """Run the task once, on gray images of `shape` (B, 3, H, W); a `state` has to be loaded after it.
+
+        After its first backward, DistributedDataParallel puts the gradients into other buckets, and sums over three or
+        more ranks are rounded in another order. With this, no step of the training is the first: none after a restart.
+        """
+        self.task.train()
+        rows = torch.arange(shape[0], device=self.ranks.device)
+        with self._autocast():
+            images = torch.zeros(shape, device=self.ranks.device).to(memory_format=self.layout)
+            result = self.task(images, torch.zeros_like(rows), rows)
+        result["loss"].backward()
+        self.optimizer.zero_grad()
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+    def step(self, batches):
+        """One optimizer step on the micro-batches `batches` of this rank."""
+        self.task.train()
+        torch.manual_seed(derived_seed(self.chosen.seed, self.steps, self.ranks.rank))
+        self.scheduler.step_update(self.steps)
+        for number, batch in enumerate(batches, 1):
+            # The gradients travel once a step.
+            with contextlib.nullcontext() if number == len(batches) else self.task.no_sync():
+                with self._autocast():
+                    result = self.task(self._images(batch.images), *self._targets(batch))
+                (result["loss"] / len(batches)).backward()
+            for name, value in result.items():
+                if name != "output":
+                    self.sums[name] = self.sums.get(name, 0.0) + value.detach().double() / len(batches)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps += 1
+        self.summed += 1
+        self.task.update_ema(step=self.steps)
+
+    def _images(self, images):
+        images = images.to(self.ranks.device, non_blocking=True, memory_format=self.layout)
+        return (images - self.mean) / self.std
+
+    def _targets(self, batch):
+        return (x.to(self.ranks.device, non_blocking=True) for x in (batch.labels, batch.index))
+
+    def _autocast(self):
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.chosen.amp)
+
+    @property
+    def learning_rate(self):
+        """That of the last step."""
+        return max(group["lr"] for group in self.optimizer.param_groups)
+
+    def losses(self):
+        """Name -> mean over the steps since the last call and over the ranks; all ranks have to call it."""
+        self._share_sums()
+        losses = {name: value.item() / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        if not all(map(math.isfinite, losses.values())):
+            raise DistillError(f"a loss is not finite before step {self.steps}: {losses}; try a smaller --lr")
+        return losses
+
+    def _share_sums(self):
+        """Give every rank the mean over the ranks, so that rank 0's checkpoint is right for all."""
+        if self.ranks.size > 1 and self.sums:
+            means = torch.stack(list(self.sums.values()))
+            torch.distributed.all_reduce(means)
+            self.sums = dict(zip(self.sums, means / self.ranks.size, strict=True))
+
+    # ---- a test ------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def evaluate(self, batches):
+        """Name -> value of the student, and of its average, on this rank's `batches`, together with the other ranks."""
+        self.task.eval()
+        names = {"": False} | ({"ema_": True} if self.task.has_ema() else {})
+        models = {name: self.task.get_eval_model(ema=ema) for name, ema in names.items()}
+        evaluators = {name: self.task.create_evaluator() for name in names}
+        if self.ranks.size > 1:
+            for model in models.values():
+                timm.utils.distribute_bn(model, self.ranks.size)  # those of rank 0, which the checkpoint has
+        for batch in batches:
+            readable = batch.labels >= 0
+            if not readable.any():
+                continue
+            images = self._images(batch.images[readable])
+            labels = batch.labels[readable].to(self.ranks.device)
+            for name, model in models.items():
+                with self._autocast():
+                    logits = model(images)
+                evaluators[name].update(logits, labels)
+        return {
+            f"{name}{metric}": value
+            for name, evaluator in evaluators.items()
+            for metric, value in evaluator.compute(distributed=self.ranks.size > 1).items()
+        }
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+    def state(self):
+        """All that the rest of the training depends on, beside the settings; all ranks have to call it."""
+        self._share_sums()
+        average = self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}
+        own = {"steps": self.steps, "sums": self.sums, "summed": self.summed, "optimizer": self.optimizer.state_dict()}
+        return own | self.task.get_checkpoint_state() | average
+
+    def load(self, state):
+        """Continue from a `state`."""
+        self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
+        if self.task.has_ema():
+            self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps = state["steps"]
+        self.sums = {name: value.to(self.ranks.device) for name, value in state["sums"].items()}
+        self.summed = state["summed"]

@@ -1,0 +1,1 @@
+"""kdfast inside other libraries' training loops; each module needs the library that it is named after."""

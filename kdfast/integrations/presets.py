@@ -1,0 +1,256 @@
+"""The terms of a paper for a pair of timm models, with the weights of a public ImageNet recipe.
+
+The layers are found by what timm says about its models: `stages`, `preactivation` and `embedding` name them. A new
+preset is a new row of the table.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+import kdfast
+from kdfast.distill import layers
+from kdfast.integrations.terms import LOGITS, Term, of_layers
+
+__all__ = ["PRESETS", "Pair", "Preset", "Recipe", "embedding", "preactivation", "recipe", "stages"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The terms of an objective, and the weight of the labels' loss beside them."""
+
+    terms: list
+    task_loss_weight: float
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One row: `terms` makes them for a `Pair`; `source` says where the weights come from."""
+
+    name: str
+    source: str
+    terms: Callable
+    task_loss_weight: float = 1.0
+
+
+def recipe(name, student, teacher, *, n_data=None, labels=None, image_size=None):
+    """The terms of the preset `name` for two timm models.
+
+    Example::
+
+        crd = recipe("crd", student, teacher, n_data=len(dataset))
+        task = DistillationTask(student, teacher, crd.terms, task_loss_weight=crd.task_loss_weight)
+
+    student, teacher: models, of which presets with layers run one image of image_size (C, H, W), by default the
+    student's own. n_data: samples of the training set, which CRD's banks need; labels (n_data,): their classes, which
+    it then leaves out of the negatives.
+
+    Errors: ValueError for a name that is no preset, n_data that is missing, and models without the layers it needs,
+    with those that they have.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
+    for side, model in (("student", student), ("teacher", teacher)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{side} must be an nn.Module, got {type(model).__name__}")
+    preset = PRESETS[name]
+    return Recipe(preset.terms(Pair(student, teacher, n_data, labels, image_size)), preset.task_loss_weight)
+
+
+# ---- layers by what they are -----------------------------------------------------------------------------------------
+def stages(model):
+    """Stride -> the layer of a timm model that ends its stage of this stride, from 4 on: {4: "layer1", 8: ...}.
+
+    Raises ValueError, with the layers that the model has, where timm lists no such stages.
+    """
+    info = getattr(model, "feature_info", [])
+    found = {row["reduction"]: row["module"] for row in getattr(info, "info", info) if row["reduction"] >= 4}
+    existing = dict(model.named_modules())
+    if not found or any(layer not in existing for layer in found.values()):
+        raise ValueError(f"the model lists no stages in feature_info: {_read_by_name(model)}")
+    return found
+
+
+def embedding(model):
+    """The layer of a timm model that the classifier reads: "fc:input"."""
+    classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
+    classifier = classifier[0] if isinstance(classifier, (list, tuple)) else classifier
+    if classifier not in dict(model.named_modules()):
+        raise ValueError(f"the model names no classifier in pretrained_cfg: {_read_by_name(model)}")
+    return f"{classifier}:input"
+
+
+def preactivation(model, stage):
+    """Of a ResNet's stage the layer before its last ReLU and the batch norm before it: "layer4.1.act2:input", norm."""
+    blocks = model.get_submodule(stage)
+    block = blocks[-1] if isinstance(blocks, nn.Sequential) and len(blocks) else None
+    number = 3 if hasattr(block, "conv3") else 2
+    norm = getattr(block, f"bn{number}", None)
+    if not isinstance(norm, nn.BatchNorm2d) or not hasattr(block, f"act{number}"):
+        raise ValueError(f"{stage} of {_kind(model)} does not end with batch norm and ReLU as a ResNet's blocks do")
+    return f"{stage}.{len(blocks) - 1}.act{number}:input", norm
+
+
+def _kind(model):
+    return type(model).__name__
+
+
+def _read_by_name(model):
+    names = ", ".join(name for name, _ in model.named_children())
+    return f"take a Term that reads layers by their names; those of {_kind(model)} are in {names}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two models and the data that a preset is built for; the arguments are those of `recipe`."""
+
+    student: nn.Module
+    teacher: nn.Module
+    n_data: int | None = None
+    labels: torch.Tensor | None = None
+    image_size: tuple | None = None
+
+    def stages(self):
+        """The layers of the student and of the teacher that end stages of equal strides, as two lists."""
+        student, teacher = stages(self.student), stages(self.teacher)
+        both = [stride for stride in student if stride in teacher]
+        if not both:
+            raise ValueError(
+                f"student and teacher must have stages of equal strides, got {list(student)} and {list(teacher)}: "
+                f"{_read_by_name(self.student)}"
+            )
+        return [student[stride] for stride in both], [teacher[stride] for stride in both]
+
+    def embeddings(self):
+        """The layers of both embeddings."""
+        return embedding(self.student), embedding(self.teacher)
+
+    def example(self, student, teacher):
+        """What these layers, of the student and of the teacher, return for one image: zeros of these shapes."""
+        size = self.image_size or getattr(self.student, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+        names = {"student": student, "teacher": teacher}
+        maps = {network: _shapes(getattr(self, network), names[network], size) for network in names}
+        return SimpleNamespace(**{network: SimpleNamespace(maps=maps[network]) for network in names})
+
+
+@torch.no_grad()
+def _shapes(model, names, size):
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with kdfast.capture(model, names) as features:
+            model(next(model.parameters()).new_zeros(1, *size))
+            return [torch.zeros(value.shape) for value in features.values()]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# ---- terms -----------------------------------------------------------------------------------------------------------
+def _logits(loss, weight, *others):
+    return lambda pair: [Term(loss(), weight, (*LOGITS, *others))]
+
+
+def _embeddings(loss, weight):
+    def terms(pair):
+        student, teacher = pair.embeddings()
+        return [Term(loss(), weight, (f"student.{student}", f"teacher.{teacher}"))]
+
+    return terms
+
+
+def _maps(loss, weight, first=0):
+    """Of a loss without layers of its own, on the stages from `first` on."""
+
+    def terms(pair):
+        student, teacher = pair.stages()
+        return [Term(loss(), weight, of_layers(student[first:], teacher[first:]))]
+
+    return terms
+
+
+def _fitnets(pair):
+    student, teacher = (names[1:2] for names in pair.stages())
+    _require_maps(example := pair.example(student, teacher))
+    return [Term(layers.Hints(example), 100.0, of_layers(student, teacher), "fitnets")]
+
+
+def _vid(pair):
+    student, teacher = pair.stages()
+    _require_maps(example := pair.example(student, teacher))
+    return [Term(layers.Information(example), 1.0, of_layers(student, teacher), "vid")]
+
+
+def _ofd(pair):
+    student, teacher = pair.stages()
+    student = [preactivation(pair.student, stage)[0] for stage in student]
+    teacher, norms = zip(*(preactivation(pair.teacher, stage) for stage in teacher), strict=True)
+    example = pair.example(student, teacher)
+    example.teacher_network = SimpleNamespace(stages=[SimpleNamespace(norm=norm) for norm in norms])
+    return [Term(layers.Overhaul(example), 1e-4, of_layers(student, teacher), "ofd")]
+
+
+def _crd(pair):
+    if pair.n_data is None:
+        raise ValueError("n_data must be the number of samples of the training set, which crd's banks have, got None")
+    student, teacher = pair.embeddings()
+    example = pair.example([student], [teacher])
+    dims = (network.maps[0][0].numel() for network in (example.student, example.teacher))
+    negatives = min(16384, max(1, pair.n_data // 3))
+    loss = kdfast.CRD(*dims, pair.n_data, negatives=negatives, labels=pair.labels)
+    return [Term(loss, 0.8, (f"student.{student}", f"teacher.{teacher}", "index"))]
+
+
+def _crd_kd(pair):
+    return [*_crd(pair), Term(kdfast.KD(temperature=4.0))]
+
+
+def _require_maps(example):
+    for network in ("student", "teacher"):
+        for x in getattr(example, network).maps:
+            if x.dim() != 4:
+                raise ValueError(
+                    f"{network} must have stages of maps (B, C, H, W), got shape {tuple(x.shape)}: take a preset of "
+                    "logits or embeddings"
+                )
+
+
+# "torchdistill" are its ImageNet configurations of ResNet-34 and ResNet-18 (configs/official/ilsvrc2012, "sample": in
+# configs/sample/ilsvrc2012, some of other ResNets); "mdistiller" is configs/imagenet/r34_r18; "RepDistiller" are its
+# scripts for CIFAR-100, where no recipe for ImageNet is public.
+_TABLE = [
+    Preset(
+        "kd", "torchdistill and mdistiller: T 1, half and half", _logits(lambda: kdfast.KD(temperature=1.0), 0.5), 0.5
+    ),
+    # There the weight of DKD rises from 0 during the first epoch.
+    Preset(
+        "dkd",
+        "mdistiller: T 1, alpha 1, beta 0.5",
+        _logits(lambda: kdfast.DKD(temperature=1.0, alpha=1.0, beta=0.5), 1.0, "labels"),
+    ),
+    Preset(
+        "dist",
+        "torchdistill, sample: beta, gamma and T 1, weight 2, as the paper's code",
+        _logits(lambda: kdfast.DIST(beta=1.0, gamma=1.0, temperature=1.0), 2.0),
+    ),
+    # There on the last maps; here on the embeddings, which the paper and RepDistiller take and ranks exchange cheaply.
+    Preset(
+        "rkd",
+        "torchdistill, sample: distances 1, angles 2, as the paper",
+        _embeddings(lambda: kdfast.RKD(distance_weight=1.0, angle_weight=2.0), 1.0),
+    ),
+    Preset("pkt", "torchdistill, sample: weight 30000", _embeddings(kdfast.PKT, 30000.0)),
+    Preset("sp", "RepDistiller, as the paper: weight 3000, the last maps", _maps(kdfast.SP, 3000.0, first=-1)),
+    Preset("at", "torchdistill: weight 1000, the last two stages", _maps(kdfast.AT, 1000.0, first=-2)),
+    Preset("nst", "RepDistiller: weight 50, every stage", _maps(kdfast.NST, 50.0)),
+    Preset("fitnets", "RepDistiller: weight 100, the second stage through a regressor", _fitnets),
+    Preset("vid", "torchdistill, sample: weight 1, every stage, as wide as the teacher", _vid),
+    Preset("ofd", "the paper's code for ImageNet: weight 1e-4, an earlier stage counts half", _ofd),
+    Preset("crd", "torchdistill: weight 0.8, 16384 negatives, 128 features, T 0.07, momentum 0.5", _crd),
+    Preset("crd-kd", "torchdistill, sample: crd, and KD of T 4 with weight 1", _crd_kd),
+]
+
+PRESETS = {preset.name: preset for preset in _TABLE}

@@ -1,0 +1,165 @@
+"""The terms of an objective: losses of one student and one teacher, with their weights and what they read."""
+
+import inspect
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import kdfast
+from kdfast import distributed
+
+__all__ = ["LOGITS", "Objective", "Term", "of_layers"]
+
+LOGITS = ("student.logits", "teacher.logits")
+NETWORKS = ("student", "teacher")
+TARGETS = ("labels", "index")
+
+# Losses of the relations among a batch's samples; FAKD is one in its instance form.
+RELATIONAL = (
+    kdfast.CCKD,
+    kdfast.CWTM,
+    kdfast.DIST,
+    kdfast.HardDarkRank,
+    kdfast.IRG,
+    kdfast.IRGEdge,
+    kdfast.IRGTransformation,
+    kdfast.LKD,
+    kdfast.PKT,
+    kdfast.RKD,
+    kdfast.RKDAngle,
+    kdfast.RKDDistance,
+    kdfast.SP,
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss of an objective: ``weight * loss(*reads)``.
+
+    loss: a module that returns a 0-d tensor; its parameters are trained with the student. reads: its arguments in their
+    order, each a name or a list of names, which the loss gets as a list of tensors:
+
+    - ``student.logits``, ``teacher.logits``: what the networks return;
+    - ``student.LAYER``, ``teacher.LAYER``: LAYER as :class:`kdfast.capture` takes it, ``student.layer4`` or
+      ``student.fc:input``;
+    - ``labels``: the training loop's targets; ``index``: the samples' places in the data set.
+
+    name: of its value in the results; by default that of the loss in small letters. gather: whether the loss sees the
+    batches of all ranks of torch.distributed as one; by default the losses of relations among samples do.
+
+    Example::
+
+        Term(kdfast.AT(), 1000.0, of_layers(["layer3", "layer4"]))
+        Term(kdfast.CRD(512, 2048, len(dataset)), 0.8, ("student.fc:input", "teacher.fc:input", "index"))
+    """
+
+    loss: nn.Module
+    weight: float = 1.0
+    reads: tuple = LOGITS
+    name: str | None = None
+    gather: bool | None = None
+
+    def __post_init__(self):
+        if not isinstance(self.loss, nn.Module):
+            raise TypeError(f"loss must be an nn.Module, got {type(self.loss).__name__}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
+            raise TypeError(f"weight must be a number, got {type(self.weight).__name__}")
+        if isinstance(self.reads, str) or not isinstance(self.reads, (list, tuple)):
+            raise TypeError(f"reads must be a tuple of the loss's arguments, got {self.reads!r}")
+        for read in self.names:
+            network, _, layer = read.partition(".") if isinstance(read, str) else ("", "", "")
+            if read not in TARGETS and not (network in NETWORKS and layer):
+                raise ValueError(
+                    f"reads must be student.LAYER, teacher.LAYER, student.logits, teacher.logits, labels or index, "
+                    f"got {read!r}"
+                )
+        _check_arguments(self.loss, self.reads)
+        if self.name is None:
+            object.__setattr__(self, "name", type(self.loss).__name__.lower())
+        if not self.name.isidentifier():
+            raise ValueError(f"name must be an identifier, got {self.name!r}")
+        if self.gather is None:
+            object.__setattr__(self, "gather", any(map(_is_relational, self.loss.modules())))
+
+    @property
+    def names(self):
+        """All that it reads, without lists."""
+        return [name for read in self.reads for name in ([read] if isinstance(read, str) else read)]
+
+
+def of_layers(student, teacher=None):
+    """The reads of a loss of lists: these layers of the student and of the teacher, by default of the same names."""
+    teacher = student if teacher is None else teacher
+    return [f"student.{name}" for name in student], [f"teacher.{name}" for name in teacher]
+
+
+def _is_relational(loss):
+    instance = isinstance(loss, kdfast.FAKD) and loss.affinity == "instance"
+    return instance or isinstance(loss, RELATIONAL)
+
+
+def _check_arguments(loss, reads):
+    try:
+        inspect.signature(loss.forward).bind(*reads)
+    except TypeError as error:
+        takes = ", ".join(inspect.signature(loss.forward).parameters)
+        raise ValueError(f"reads must be the arguments of {type(loss).__name__} ({takes}), got {reads}") from error
+
+
+class Objective(nn.Module):
+    """The losses of `terms`, computed from the values of all names that they read."""
+
+    def __init__(self, terms):
+        super().__init__()
+        self.terms = tuple(terms)
+        for term in self.terms:
+            if not isinstance(term, Term):
+                raise TypeError(f"terms must be Terms, got {type(term).__name__}")
+        names = [term.name for term in self.terms]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"terms must have different names, got {name!r} twice; set Term.name")
+        for term in self.terms:
+            self.add_module(term.name, term.loss)
+
+    def layers(self, network):
+        """The layers of "student" or "teacher" that are read, in their order."""
+        read = dict.fromkeys(name for term in self.terms for name in term.names)
+        layers = [name.partition(".")[2] for name in read if name.startswith(f"{network}.")]
+        return [layer for layer in layers if layer != "logits"]
+
+    def readers(self, name):
+        """The names of the terms that read `name`."""
+        return [term.name for term in self.terms if name in term.names]
+
+    def forward(self, values):
+        """Name of a term -> its loss without the weight. `values`: name -> tensor."""
+        gathered = {}
+        if distributed.world_size() > 1:
+            names = dict.fromkeys(name for term in self.terms if term.gather for name in term.names)
+            gathered = {name: distributed.gather(values[name]) for name in names}
+        losses = {}
+        for term in self.terms:
+            source = gathered if term.gather and gathered else values
+            arguments = [
+                source[read] if isinstance(read, str) else [source[name] for name in read] for read in term.reads
+            ]
+            losses[term.name] = self._loss(term, arguments)
+        return losses
+
+    def _loss(self, term, arguments):
+        try:
+            return getattr(self, term.name)(*arguments)
+        except (TypeError, ValueError) as error:
+            shapes = ", ".join(map(_described, arguments))
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"term {term.name} of {shapes}: {error}") from error
+
+
+def _described(argument):
+    if isinstance(argument, torch.Tensor):
+        return str(tuple(argument.shape))
+    if isinstance(argument, list):
+        return f"[{', '.join(map(_described, argument))}]"
+    return type(argument).__name__

@@ -1,0 +1,229 @@
+"""Distillation as a training task of timm: any kdfast losses in timm's training loop, with its checkpoints."""
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdfast import distributed
+from kdfast._extras import require
+from kdfast.capture import capture
+from kdfast.integrations.terms import LOGITS, Objective, Term, of_layers
+
+__all__ = ["LOGITS", "DistillationTask", "Term", "of_layers"]
+
+_task = require("timm.task", extra="imagenet")
+_models = require("timm.models", extra="imagenet")
+_utils = require("timm.utils", extra="imagenet")
+
+# What a model without a pretrained_cfg is taken to expect.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class DistillationTask(_task.TrainingTask):
+    """A student that learns from the labels and from a frozen teacher, with any losses of layers and logits.
+
+    ``task_loss_weight * criterion(logits, target) + sum term.weight * term.loss(...)``
+
+    Example::
+
+        task = DistillationTask(
+            timm.create_model("resnet18"),
+            timm.create_model("resnet34", pretrained=True),
+            [Term(kdfast.KD(temperature=4.0)), Term(kdfast.AT(), 1000.0, of_layers(["layer3", "layer4"]))],
+        )
+        optimizer = create_optimizer_v2(task.get_trainable_module(), "sgd", lr=0.1)
+        task(images, labels)["loss"].backward()
+
+    student: a timm model, on its device, not wrapped. teacher: a model, its name in timm (with its pretrained weights)
+    or timm's DistillationTeacher. terms: :class:`Term` s. criterion: of the student's logits and the targets, by
+    default the cross-entropy; it does not run where task_loss_weight is 0. device: of the losses and the teacher, by
+    default the student's.
+
+    ``task(input, target, index=None)`` returns a dict: ``loss``, ``output`` (the student's logits), ``task_loss`` and
+    ``NAME_loss`` of each term, without its weight. `input` is normalised for the student; a teacher of another
+    normalisation gets its own. Where a term reads the index and a training loop knows nothing of it, `target` may be
+    (B, 2) integers, label and index of each sample. ``task.weights``, name of a term -> weight, may be changed at any
+    time.
+
+    - The teacher is in eval mode, without gradients, outside of DistributedDataParallel, in any mode of the task.
+    - The losses with their layers and banks are in the module that DistributedDataParallel wraps, so
+      ``get_trainable_module()`` has all that is trained. The eval model and the checkpoint's ``state_dict`` are the
+      student alone, which a plain model of timm loads; the losses' state is the checkpoint's ``task_state``. The moving
+      average (EMA) is the student's.
+    - ``compile()`` compiles student and teacher, each for itself; losses have compiled kernels without it.
+    - With several ranks, losses of relations among samples see the samples of all ranks, see ``Term.gather``.
+
+    Errors: TypeError and ValueError on what is no model, term or layer; ValueError for an index that is missing; a
+    loss's own error on widths and shapes, with the name of its term.
+    """
+
+    def __init__(
+        self, student, teacher, terms, *, criterion=None, task_loss_weight=1.0, device=None, dtype=None, verbose=True
+    ):
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
+        device = next(student.parameters()).device if device is None else torch.device(device)
+        super().__init__(device=device, dtype=dtype, verbose=verbose)
+        objective = Objective(terms).to(device)
+        self.teacher = _teacher(teacher, student, device, dtype)
+        self.trainable_module = Trainable(student, objective)
+        layers = objective.layers("teacher")
+        self._teacher_features = capture(self.teacher.model, layers) if layers else {}
+        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.task_loss_weight = float(task_loss_weight)
+        self.weights = {term.name: float(term.weight) for term in objective.terms}
+        self._index_readers = objective.readers("index")
+        self._set_normalization(student)
+
+    def _set_normalization(self, student):
+        """The teacher's input is ``scale * input + shift``; `_same_input`: it is the input itself."""
+        student, teacher = (_normalization(_utils.unwrap_model(m)) for m in (student, self.teacher.model))
+        self._same_input = student == teacher
+        (mean, std), (teacher_mean, teacher_std) = (
+            [torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in pair]
+            for pair in (student, teacher)
+        )
+        for name, x in (("_scale", std / teacher_std), ("_shift", (mean - teacher_mean) / teacher_std)):
+            self.register_buffer(name, x.to(device=self.device, dtype=self.dtype), persistent=False)
+
+    # ---- a step ------------------------------------------------------------------------------------------------------
+    def forward(self, input, target, index=None):
+        """Losses and logits of a batch: input (B, C, H, W), target (B,) or as the criterion takes it, index (B,)."""
+        labels, index = self._targets(target, index)
+        values = {"labels": labels, **self._taught(input)}
+        if index is not None:
+            values["index"] = index
+        logits, losses = self.trainable_module(input, values)
+        result = {"output": logits}
+        loss = sum(self.weights[name] * value for name, value in losses.items())
+        if self.task_loss_weight:
+            result["task_loss"] = self.criterion(logits, labels)
+            loss = loss + self.task_loss_weight * result["task_loss"]
+        return {"loss": loss, **result, **{f"{name}_loss": value for name, value in losses.items()}}
+
+    def _targets(self, target, index):
+        if not self._index_readers:
+            return target, None
+        if index is None and target.dim() == 2 and target.shape[1] == 2 and not target.is_floating_point():
+            target, index = target.unbind(1)
+        if index is None:
+            raise ValueError(
+                f"index must be the samples' places in the data set, which {', '.join(self._index_readers)} reads, "
+                "got None; pass it, or a target of (B, 2) integers: label and index"
+            )
+        return target, index
+
+    @torch.no_grad()
+    def _taught(self, input):
+        """Name -> what the teacher says about the images."""
+        values = {"teacher.logits": self.teacher(input if self._same_input else input * self._scale + self._shift)}
+        return values | {f"teacher.{name}": value for name, value in self._teacher_features.items()}
+
+    # ---- timm's interface --------------------------------------------------------------------------------------------
+    def train(self, mode=True):
+        """The student's and the losses' mode; the teacher stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def prepare_distributed(self, device_ids=None, **ddp_kwargs):
+        """Wrap student and losses in DistributedDataParallel; banks are left to their losses, the teacher is not in."""
+        module = distributed.ignore_banks(self.trainable_module)
+        self.trainable_module = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
+        return self
+
+    def compile(self, backend="inductor", mode=None, **compile_kwargs):
+        """Compile student and teacher, each in place; returns the student."""
+        student = self._trainable().student
+        student.compile(backend=backend, mode=mode, **compile_kwargs)
+        self.teacher.model.compile(backend=backend, mode=mode, **compile_kwargs)
+        return student
+
+    def _trainable(self):
+        return _utils.unwrap_model(self.trainable_module)
+
+    def get_eval_model(self, module=None, ema=False):
+        """The student, or its moving average."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        inner = None if resolved is None else _utils.unwrap_model(resolved)
+        return inner.student if isinstance(inner, Trainable) else resolved
+
+    def setup_ema(self, decay=0.9999, use_warmup=False, device=None, **kwargs):
+        """Start a moving average of the student."""
+        student = self._trainable().student
+        self.trainable_module_ema = _utils.ModelEmaV3(
+            student, decay=decay, use_warmup=use_warmup, device=device, **kwargs
+        )
+        return self.trainable_module_ema
+
+    def update_ema(self, step=None):
+        """Move the average towards the student."""
+        if self.has_ema():
+            self.trainable_module_ema.update(self._trainable().student, step=step)
+
+    def get_clip_parameters(self, exclude_head=False):
+        """The parameters whose gradients are clipped; without those of the student's classifier, if excluded."""
+        trainable = self._trainable()
+        student = list(trainable.student.parameters())
+        return [*(student[:-2] if exclude_head else student), *trainable.objective.parameters()]
+
+    def get_task_state(self, module=None, ema=False):
+        """The state of the losses: their layers, variances and banks."""
+        losses = {} if ema else self._trainable().objective.state_dict()
+        return {"losses": losses} if losses else {}
+
+    def load_task_state(self, state, strict=True, module=None, ema=False):
+        """Load the losses' state; RuntimeError if it is not there, or another's, unless strict is False."""
+        objective = self._trainable().objective
+        if ema or not (state or (strict and objective.state_dict())):
+            return
+        if not state or "losses" not in state:
+            raise RuntimeError(
+                f"the checkpoint has no task_state of the losses {', '.join(self.weights)}: the student would go on "
+                "with untrained ones; load it with strict=False to start so"
+            )
+        objective.load_state_dict(state["losses"], strict=strict)
+
+
+class Trainable(nn.Module):
+    """All that is trained: the student and the losses with their layers, in one forward, which DDP wraps."""
+
+    def __init__(self, student, objective):
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        layers = objective.layers("student")
+        self._features = capture(student, layers) if layers else {}
+
+    def forward(self, input, values):
+        """-> the student's logits and the losses by their names. `values`: of the other names that they read."""
+        logits = self.student(input)
+        features = {f"student.{name}": value for name, value in self._features.items()}
+        return logits, self.objective({"student.logits": logits, **features, **values})
+
+    def no_weight_decay(self):
+        """The names of parameters that the student wants without weight decay, which timm's optimizers ask for."""
+        names = getattr(_utils.unwrap_model(self.student), "no_weight_decay", set)()
+        return {f"student.{name}" for name in names}
+
+    def group_matcher(self, coarse=False):
+        """timm's grouping of parameters into layers, for a decay of learning rates: losses go with the last layer."""
+        student = _utils.unwrap_model(self.student)
+        groups = _models.group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)
+        last = max(groups.values(), default=0)
+        return lambda name: groups.get(name.removeprefix("student."), last)
+
+
+def _teacher(teacher, student, device, dtype):
+    """A frozen timm DistillationTeacher of a model or of its name."""
+    if not isinstance(teacher, _task.DistillationTeacher):
+        student = _utils.unwrap_model(student)
+        sizes = {"num_classes": student.num_classes, "in_chans": student.in_chans} if isinstance(teacher, str) else {}
+        teacher = _task.DistillationTeacher(teacher, **sizes, device=device, dtype=dtype)
+    return teacher.to(device).requires_grad_(False).eval()
+
+
+def _normalization(model):
+    """Mean and standard deviation (C,) of the images that a model expects."""
+    config = getattr(model, "pretrained_cfg", {})
+    return tuple(config.get("mean", IMAGENET_MEAN)), tuple(config.get("std", IMAGENET_STD))
