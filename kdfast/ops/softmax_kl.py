@@ -62,6 +62,12 @@ class TopK(NamedTuple):
         top, total = row_stats(others, temperature, others.dtype)
         return cls(values, indices, top + temperature * total.log(), float(temperature))
 
+    def to(self, *args, **kwargs):
+        """The same on another device, with the arguments of ``torch.Tensor.to``."""
+        values, indices = (x.to(*args, **kwargs) for x in self[:2])
+        rest = None if self.rest is None else self.rest.to(*args, **kwargs)
+        return TopK(values, indices, rest, self.temperature)
+
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
 def row_stats(logits, temperature, dtype):
