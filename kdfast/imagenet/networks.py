@@ -17,7 +17,8 @@ __all__ = ["student", "task", "teacher"]
 def student(chosen, classes):
     """The student that `chosen` names, for `classes` classes, from random weights that depend on the seed alone."""
     torch.manual_seed(derived_seed(chosen.seed))
-    return _sized(_create("--student", chosen.student, num_classes=classes), chosen.image_size)
+    model = _sized(_create("--student", chosen.student, num_classes=classes), chosen.image_size)
+    return timm.layers.convert_sync_batchnorm(model) if chosen.sync_bn else model
 
 
 def teacher(chosen, classes, image_size):

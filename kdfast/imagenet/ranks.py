@@ -80,10 +80,14 @@ def ranks(device):
         return
     local = int(os.environ["LOCAL_RANK"])
     here = _device(device, local)
+    # Of its own after each restart: torchrun's store may still have the addresses of the processes that are gone.
+    store, rank, size = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     # Whole numbers and names travel on the CPU in either case, without a wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), here)
+        yield Ranks(rank, size, here)
     finally:
         dist.destroy_process_group()
 

@@ -36,10 +36,9 @@ def train(chosen, options, folder, here):
     )
     if not storing:
         here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
-    run = _Run(chosen, here, folder, train_reader, val_reader, classes)
     with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
-        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        run = _Run(chosen, here, folder, train_reader, val_reader, classes)
         run.store_teacher() if storing else run.go()
 
 
@@ -162,7 +161,7 @@ class _Run:
         trainer.step([self._taken(batches) for _ in range(chosen.accumulate)])
         ended = trainer.steps % self.steps.an_epoch == 0
         if trainer.steps % chosen.log_every == 0 or ended:
-            log.steps(trainer.steps, chosen.batch_size, trainer.learning_rate, trainer.losses())
+            log.steps(trainer.steps, chosen.batch_size, trainer.learning_rate, self.here.together(trainer.losses))
         number = stop.agreed()
         if number or ended or trainer.steps % chosen.checkpoint_every == 0:
             self._save()

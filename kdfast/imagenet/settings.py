@@ -140,6 +140,8 @@ def resolve(options, stored=None):
             values[name] = default
     values["device"] = values["device"] or _default_device()
     _check_store(options, values)
+    if values["sync_bn"] and not values["device"].startswith("cuda"):
+        raise DistillError("--sync-bn: torch has it for CUDA alone; leave it out, or take a student without batch norm")
     if values["warmup_epochs"] >= values["epochs"]:
         raise DistillError(
             f"--warmup-epochs: got {values['warmup_epochs']}, expected less than the {values['epochs']} of --epochs"

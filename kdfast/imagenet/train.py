@@ -11,6 +11,7 @@ import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
+import torch.nn.functional as F
 
 from kdfast.distill import DistillError
 from kdfast.distill.train import derived_seed
@@ -138,11 +139,11 @@ class Trainer:
     # ---- a test ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def evaluate(self, batches):
-        """Name -> value of the student, and of its average, on this rank's `batches`, together with the other ranks."""
+        """Name -> value of the student, and of its average, on the `batches` of all ranks; top-1, top-5 in percent."""
         self.task.eval()
         names = {"": False} | ({"ema_": True} if self.task.has_ema() else {})
         models = {name: self.task.get_eval_model(ema=ema) for name, ema in names.items()}
-        evaluators = {name: self.task.create_evaluator() for name in names}
+        totals = {name: torch.zeros(4, dtype=torch.float64, device=self.ranks.device) for name in names}
         if self.ranks.size > 1:
             for model in models.values():
                 timm.utils.distribute_bn(model, self.ranks.size)  # those of rank 0, which the checkpoint has
@@ -155,12 +156,16 @@ class Trainer:
             for name, model in models.items():
                 with self._autocast():
                     logits = model(images)
-                evaluators[name].update(logits, labels)
-        return {
-            f"{name}{metric}": value
-            for name, evaluator in evaluators.items()
-            for metric, value in evaluator.compute(distributed=self.ranks.size > 1).items()
-        }
+                totals[name] += _totals(logits.float(), labels)
+        return {f"{name}{key}": x for name in names for key, x in self._metrics(totals[name]).items()}
+
+    def _metrics(self, totals):
+        if self.ranks.size > 1:
+            torch.distributed.all_reduce(totals)
+        loss, top1, top5, images = totals.tolist()
+        if not images:
+            raise DistillError("--data: none of the validation images can be read, see the lines above")
+        return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
     def state(self):
@@ -179,3 +184,10 @@ class Trainer:
         self.steps = state["steps"]
         self.sums = {name: value.to(self.ranks.device) for name, value in state["sums"].items()}
         self.summed = state["summed"]
+
+
+def _totals(logits, labels):
+    """Cross-entropy, hits among the first 1 and 5, and images of a batch: sums (4,)."""
+    hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    loss = F.cross_entropy(logits.double(), labels, reduction="sum")
+    return torch.stack([loss, hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=loss.device)])
