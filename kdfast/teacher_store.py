@@ -236,7 +236,7 @@ class TeacherStore:
 
     Example::
 
-        store = kdfast.teacher_store.TeacherStore("store")
+        store = TeacherStore("store")
         store.check(classes=1000, samples=len(images))
         loss = kdfast.KD()(student(x), store.logits(index, augmentation=epoch % store.contents.augmentations))
 

@@ -227,8 +227,8 @@ class _Run:
             logits = []
             for _ in range(shard.begin, shard.end, size):
                 if stop.signal:
-                    _say(f"the same command continues the store after {number - 1} of {len(shards)} shards")
-                    raise Stopped(stop.signal)
+                    hint = f"the same command continues the store after {number - 1} of {len(shards)} missing shards"
+                    raise Stopped(stop.signal, hint)
                 logits.append(self.trainer.teacher_logits(self._taken(batches)).float().cpu())
             writer.write(shard, torch.cat(logits))
 
