@@ -346,6 +346,8 @@ def test_damaged_settings(tmp_path, capsys):
         (["--device", "cuda:99"], "--device: got 'cuda:99'"),
         (["--image-size", "16"], "--image-size: the digits have a size of their own"),
         (["--data", "nowhere"], "nowhere is not a folder"),
+        (["--preset", "kd"], "--preset: is for timm models; expected with --student and --teacher"),
+        (["--student", "resnet18"], "--out: is missing"),
         (["--out", "file"], "file is a file"),
         (["--out", "other"], "has a results.csv that belongs to no run"),
     ],
@@ -440,6 +442,14 @@ def test_missing_extra(module, package, images, tmp_path, monkeypatch, capsys):
     options = ["--out", "run"] if module == "sklearn" else arguments(images, tmp_path / "run")[1:]
     assert main(["distill", *options]) == 2
     assert f"{package} is not installed; install it with: pip install 'kdfast[distill]'" in error_line(capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_student_without_timm(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    options = ["--student", "resnet18", "--teacher", "resnet34", "--data", "images", "--out", "run"]
+    assert main(["distill", *options]) == 2
+    assert "timm is not installed; install it with: pip install 'kdfast[imagenet]'" in error_line(capsys)
     assert not (tmp_path / "run").exists()
 
 

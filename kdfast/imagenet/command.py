@@ -13,7 +13,7 @@ from kdfast.imagenet.ranks import OtherRankFailed, Stopped, ranks
 __all__ = ["run"]
 
 COMMAND = "kdfast distill"
-NEEDED = ("timm.task", "torchvision", "tensorboard", "rich.console")
+NEEDED = ("timm", "timm.task", "torchvision", "tensorboard", "rich.console")
 
 
 def run(options) -> int:

@@ -27,19 +27,19 @@ STUDENT, AVERAGE = "student.pt", "student-ema.pt"  # as timm.create_model(checkp
 
 
 def train(chosen, options, folder, here):
-    """Train as `chosen` says, among the processes `here`; `options` are those of the command line."""
-    storing = chosen.store_teacher is not None
-    if not storing:
+    """Train as `chosen` says, or store the teacher; among the processes `here`, `options` of the command line."""
+    if not chosen.store_teacher:
         here.on_first(lambda: pipeline.output_folder(options, files=(STUDENT, AVERAGE, *FILES)))
     train_reader, val_reader, classes = here.on_first(
         lambda: open_readers(chosen.data, chosen.train_split, chosen.val_split, chosen.classes)
     )
-    if not storing:
-        here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
     with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
         run = _Run(chosen, here, folder, train_reader, val_reader, classes)
-        run.store_teacher() if storing else run.go()
+        if chosen.store_teacher:
+            return run.store_teacher()
+        here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
+        run.go()
 
 
 def _settle(chosen, folder, data):

@@ -36,10 +36,7 @@ class Trainer:
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in normalization)
         self.mean, self.std = mean.to(ranks.device), std.to(ranks.device)
         self.task = self._prepared(task)
-        self.optimizer = timm.optim.create_optimizer_v2(
-            self.task.get_trainable_module(),
-            **dict(opt=chosen.optimizer, lr=chosen.lr, weight_decay=chosen.weight_decay, momentum=MOMENTUM),
-        )
+        self.optimizer = self._optimizer()
         self.scheduler, _ = timm.scheduler.create_scheduler_v2(
             self.optimizer,
             **dict(sched="cosine", num_epochs=chosen.epochs, warmup_epochs=chosen.warmup_epochs, warmup_lr=0.0),
@@ -57,6 +54,13 @@ class Trainer:
             ids = [ranks.device.index] if ranks.device.type == "cuda" else None
             task.prepare_distributed(device_ids=ids)
         return task
+
+    def _optimizer(self):
+        chosen, known = self.chosen, timm.optim.list_optimizers()
+        if chosen.optimizer not in known:
+            raise DistillError(f"--optimizer: timm has no {chosen.optimizer!r}, expected one of {', '.join(known)}")
+        sizes = {"lr": chosen.lr, "weight_decay": chosen.weight_decay, "momentum": MOMENTUM}
+        return timm.optim.create_optimizer_v2(self.task.get_trainable_module(), chosen.optimizer, **sizes)
 
     def warm_up(self, shape):
         """Run the task once, on gray images of `shape` (B, 3, H, W); a `state` has to be loaded after it.

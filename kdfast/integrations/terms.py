@@ -117,6 +117,8 @@ class Objective(nn.Module):
             if not isinstance(term, Term):
                 raise TypeError(f"terms must be Terms, got {type(term).__name__}")
         names = [term.name for term in self.terms]
+        if not names:
+            raise ValueError("terms must have at least one Term, got none")
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"terms must have different names, got {name!r} twice; set Term.name")

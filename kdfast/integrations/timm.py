@@ -228,6 +228,11 @@ def _teacher(teacher, student, device, dtype):
         student = _utils.unwrap_model(student)
         sizes = {"num_classes": student.num_classes, "in_chans": student.in_chans} if isinstance(teacher, str) else {}
         teacher = _task.DistillationTeacher(teacher, **sizes, device=device, dtype=dtype)
+    trained = set(student.parameters())
+    if any(parameter in trained for parameter in teacher.parameters()):
+        raise ValueError(
+            "teacher must share no parameters with the student, which would be frozen with it; pass a copy"
+        )
     return teacher.to(device).requires_grad_(False).eval()
 
 
