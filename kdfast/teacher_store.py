@@ -203,8 +203,10 @@ class TeacherStoreWriter:
         """The shards that are still to be written."""
         return self._store.missing()
 
-    def write(self, shard, logits):
+    def write(self, shard, logits, absent=None):
         """Write the teacher's logits (rows, classes) of all images of `shard`, in their order.
+
+        `absent` (rows,) marks images that could not be read: a reader raises if it is asked for them.
 
         Raises: ValueError for another shape or NaN; DistillError if the disk is full or the dtype too narrow.
         """
@@ -216,6 +218,8 @@ class TeacherStoreWriter:
         if logits.isnan().any() or (logits == float("inf")).any():
             bad = int((logits.isnan() | (logits == float("inf"))).any(1).nonzero()[0])
             raise ValueError(f"logits must be numbers, got NaN or inf for image {shard.begin + bad}")
+        if absent is not None:
+            logits = logits.masked_fill(absent[:, None], float("nan"))
         tensors = {name: x.contiguous() for name, x in contents.encode(logits).items()}
         metadata = {"sha256": _digest(tensors), "contents": contents.digest}
         content = self._safetensors.save(tensors, metadata)
@@ -272,7 +276,8 @@ class TeacherStore:
     def logits(self, index, augmentation):
         """The teacher's logits of images `index` (B,) in `augmentation`: (B, classes), or a `TopK`; on the CPU.
 
-        Raises: IndexError for an image or augmentation that the store does not have; DistillError for a damaged shard.
+        Raises: IndexError for an image or augmentation that the store does not have; DistillError for a damaged shard
+        and for an image that could not be read when it was written.
         """
         contents, rows = self.contents, self._store.rows
         if not 0 <= augmentation < contents.augmentations:
@@ -288,6 +293,13 @@ class TeacherStore:
                 if name not in batch:
                     batch[name] = rows_of.new_empty((len(index), *rows_of.shape[1:]))
                 batch[name][places] = rows_of[index[places] - number * rows]
+        absent = batch["logits" if contents.top_k is None else "values"][:, 0].isnan()
+        if absent.any():
+            where = f"image {int(index[absent][0])} in augmentation {augmentation}"
+            raise DistillError(
+                f"{self._store.folder} has no logits of {where}, which could not be read when they were written: write "
+                "the store anew"
+            )
         return contents.decode(batch)
 
     def verify(self):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,10 +21,8 @@ from test_imagenet import (  # noqa: E402
     TRAIN,
     arguments,
     assert_same_results,
-    finished,
     refused,
     rows,
-    torchrun,
     weights,
 )
 
@@ -128,7 +127,9 @@ def test_resumed(photographs, store, tmp_path, monkeypatch, capsys):
 def test_store_of_two_processes(photographs, store, tmp_path):
     """Ranks write shards in turn: together those of one process."""
     command = storing(photographs, tmp_path / "teacher", "--store-dtype", "float32")
-    finished(torchrun(2, command))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdfast"]
+    done = subprocess.run([*torchrun, *command], env=CHILD_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     ours, theirs = (TeacherStore(f) for f in (tmp_path / "teacher", store("--store-dtype", "float32")))
     assert ours.contents == theirs.contents
     index = torch.arange(CLASSES * TRAIN)
@@ -142,8 +143,8 @@ def test_stopped_store_continues(photographs, store, tmp_path, monkeypatch, caps
     write, written = teacher_store.TeacherStoreWriter.write, []
     monkeypatch.setattr(teacher_store, "SHARD_ROWS", 13)
 
-    def stopping(self, shard, logits):
-        write(self, shard, logits)
+    def stopping(self, shard, *arguments):
+        write(self, shard, *arguments)
         written.append(shard)
         if len(written) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -160,6 +161,22 @@ def test_stopped_store_continues(photographs, store, tmp_path, monkeypatch, caps
         torch.testing.assert_close(
             ours.logits(index, augmentation), theirs.logits(index, augmentation), rtol=2e-3, atol=1e-4
         )
+
+
+def test_unreadable_image(photographs, tmp_path, capsys):
+    """Neither in the store nor asked for; a student that can read it is told."""
+    broken = tmp_path / "photographs"
+    shutil.copytree(photographs, broken)
+    path = sorted((broken / "train" / "sky").iterdir())[3]
+    content = path.read_bytes()
+    path.write_bytes(b"no image")
+    command = storing(broken, tmp_path / "teacher", "--teacher-weights", photographs / "teacher.pt")
+    assert main(command) == 0
+    assert f"cannot read {path}, skipped" in capsys.readouterr().err
+    assert main(learning(broken, tmp_path / "teacher", tmp_path / "run")) == 0
+    path.write_bytes(content)
+    line = refused(capsys, learning(broken, tmp_path / "teacher", tmp_path / "another"))
+    assert re.search(r"has no logits of image \d+ in augmentation 0, which could not be read", line)
 
 
 def test_as_a_command(photographs, tmp_path):

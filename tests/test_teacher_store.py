@@ -198,6 +198,19 @@ def test_too_little_space_is_seen_before(tmp_path, monkeypatch):
         TeacherStoreWriter(tmp_path, CONTENTS, ROWS)
 
 
+def test_unread_images(tmp_path):
+    """Rows of images that could not be read are never taken for logits."""
+    for contents in (CONTENTS, TOP_K):
+        writer = TeacherStoreWriter(tmp_path / str(contents.top_k), contents, ROWS)
+        for shard in writer.missing():
+            logits = teacher_logits(shard.augmentation, shard.begin, shard.end)
+            writer.write(shard, logits, absent=torch.arange(shard.begin, shard.end) == 7)
+        store = TeacherStore(tmp_path / str(contents.top_k))
+        store.logits([6, 8], 0)
+        with pytest.raises(DistillError, match="has no logits of image 7 in augmentation 1, which could not be read"):
+            store.logits([6, 7], 1)
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 def test_another_store_in_the_folder(tmp_path):
     write(tmp_path / "store", shards=slice(0, 1))

@@ -224,13 +224,16 @@ class _Run:
         ]
         batches = iter(self._loader(self.train_images, keys))
         for number, shard in enumerate(shards, 1):
-            logits = []
+            logits, index = [], []
             for _ in range(shard.begin, shard.end, size):
                 if stop.signal:
                     hint = f"the same command continues the store after {number - 1} of {len(shards)} missing shards"
                     raise Stopped(stop.signal, hint)
-                logits.append(self.trainer.teacher_logits(self._taken(batches)).float().cpu())
-            writer.write(shard, torch.cat(logits))
+                batch = self._taken(batches)
+                logits.append(self.trainer.teacher_logits(batch).float().cpu())
+                index.append(batch.index)
+            # In place of an image that cannot be read there is another one.
+            writer.write(shard, torch.cat(logits), torch.cat(index) != torch.arange(shard.begin, shard.end))
 
     # ---- after the training ------------------------------------------------------------------------------------------
     def _finish(self, log):
