@@ -397,7 +397,11 @@ ERRORS = [
     (lambda s, t: kdfast.FitNets()([], []), ValueError, "as many layers, and at least one, got 0 and 0"),
     (lambda s, t: kdfast.FitNets()(s, 1.0), TypeError, "teacher must be a torch.Tensor, got float"),
     (lambda s, t: kdfast.FitNets()(s, t[:2]), ValueError, r"teacher must have the student's shape \(3, 5, 6, 5\)"),
-    (lambda s, t: kdfast.FT()(s[0, 0, 0], t), ValueError, r"student must be \(batch, features\) or \(batch, ...\)"),
+    (
+        lambda s, t: kdfast.FT()(s[0, 0, 0], t),
+        ValueError,
+        r"student_factor must be \(batch, features\) or \(batch, ...\)",
+    ),
     (
         lambda s, t: kdfast.HCL()([s, s], [t, t[:1]]),
         ValueError,

@@ -308,6 +308,7 @@ def test_compile_inductor(implementation):
     behaviour.check_compiled(_all_losses, _pair(implementation))
 
 
+@pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
 def test_settings_change_nothing(implementation):
     """Neither autocast nor the precision that torch allows to products of float32."""
     precision = torch.get_float32_matmul_precision()

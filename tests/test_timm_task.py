@@ -163,6 +163,16 @@ def test_autocast_and_a_frozen_teacher_in_every_mode():
         assert not any(module.training for module in task.teacher.modules())
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_networks_in_bfloat16(preset):
+    task = preset_task(preset, *(network.bfloat16() for network in networks()), dtype=torch.bfloat16).train()
+    images, labels, index = batch()
+    result = task(images.bfloat16(), labels, index)
+    result["loss"].backward()
+    assert result["output"].dtype == torch.bfloat16 and result["loss"].isfinite()
+    assert all(p.grad.isfinite().all() for p in task.get_trainable_module().parameters())
+
+
 def test_the_teacher_gets_its_own_normalization():
     student, teacher = networks()
     mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -527,6 +537,8 @@ def test_wrong_tasks():
     with pytest.raises(ValueError, match="teacher must share no parameters with the student"):
         DistillationTask(student, student, [Term(kdfast.KD())])
     assert all(parameter.requires_grad for parameter in student.parameters())
+    with pytest.raises(ValueError, match="terms must not be named 'task'"):
+        DistillationTask(student, teacher, [Term(kdfast.KD(), name="task")])
     with pytest.raises(ValueError, match=r"no layer 'layer5' \(near: layer"):
         DistillationTask(student, teacher, [Term(kdfast.AT(), 1.0, of_layers(["layer5"]))])
     task = DistillationTask(student, teacher, [Term(kdfast.FitNets(), 1.0, ("student.layer2", "teacher.layer2"))])

@@ -13,13 +13,16 @@ namespace ensemble {
 namespace {
 
 // ---- pieces of a row, vectorised; whole vectors, of which -inf fills the last
-// sum_m w_m (z_m - max_m)
-template <class A>
-KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t count, int64_t n, A* out) {
+// Of kR targets: sum_m w_mr (z_m - max_m), with the weights of one network side by side.
+template <int kR, class A>
+KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t count, int64_t n, A* const* out) {
   for (int64_t i = 0; i < n; i += kLanesOf<A>) {
-    Lanes<A> sum = {};
-    for (int64_t m = 0; m < count; ++m) sum += all(w[m]) * (load(z[m] + i) - all(max[m]));
-    store(out + i, sum);
+    Lanes<A> sum[kR] = {};
+    for (int64_t m = 0; m < count; ++m) {
+      const Lanes<A> c = load(z[m] + i) - all(max[m]);
+      for (int r = 0; r < kR; ++r) sum[r] += all(w[m * kR + r]) * c;
+    }
+    for (int r = 0; r < kR; ++r) store(out[r] + i, sum[r]);
   }
 }
 
@@ -125,18 +128,6 @@ KD_MULTIVERSION bool any_masked(const A* t, int64_t n) {
 }
 
 // ---- pieces of gradients
-// log2 p' (log2 p without eps) of a target.
-template <class A>
-KD_MULTIVERSION void raised_logs(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps, A* out) {
-  if (eps == 0) {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = (t[i] - s.max) * s.rate - s.log2_sum;
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) out[i] = fast_log2(e[i] * s.inverse + eps);
-  }
-}
-
 template <int kT, bool kMasked, class A>
 KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
                                         LearnerGrad<A> g, A* out) {
@@ -148,14 +139,17 @@ KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, in
   }
 }
 
-// Adds the gradient of one learner's divergence in its target's logits; slope in bits.
-template <class A>
-KD_MULTIVERSION void target_grad_piece(const A* z, const A* e_t, const A* log_raised, int64_t n, LogSoftmax<A> q,
-                                       A inverse_t, A slope, A scale, A* out) {
+// The same, and the gradient of the divergence in the target's logits, which is added to `to_target`; slope in bits.
+template <int kT, bool kMasked, bool kEps, class A>
+KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
+                                      LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
-    out[i] += scale * target_term(e_t[i] * inverse_t, log_raised[i], log_q, slope);
+    const A c = z[i] - q.max, e = exp2(c * q.rate), p_t = e_t[i] * p.inverse;
+    const bool live = !kMasked || !(is_masked(z[i]) && is_masked(t[i]));
+    out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
+    const A log_raised = kEps ? fast_log2(p_t + eps) : (t[i] - p.max) * p.rate - p.log2_sum;
+    to_target[i] += scale * target_term(p_t, log_raised, c * q.rate - q.log2_sum, slope);
   }
 }
 
@@ -207,11 +201,28 @@ KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_
   return {sum, dot};
 }
 
-// sum += q - p of a piece, in double, from the exponentials.
+// sum += q - p of a piece, from the exponentials.
 template <class A>
-KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, double* sum) {
+KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, A* sum) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += static_cast<double>(e_q[i] * inverse_q - e_p[i] * inverse_p);
+  for (int64_t i = 0; i < n; ++i) sum[i] += e_q[i] * inverse_q - e_p[i] * inverse_p;
+}
+
+// Moves the sums of a few rows to those of all.
+template <class A>
+KD_MULTIVERSION void move_sums(A* few, int64_t n, double* all) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    all[i] += static_cast<double>(few[i]);
+    few[i] = 0;
+  }
+}
+
+KD_MULTIVERSION double dot_product(const double* x, const double* y, int64_t n) {
+  double sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
 }
 
 // out = of_q exp2(c rate) + of_1 exp(c)
@@ -397,36 +408,52 @@ Raised<A> all_raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A 
   return {sums.rise + last.rise, sums.logs + last.logs, sums.live + last.live};
 }
 
-// The weights of one row's targets that are not 0, or where the least logits are measured from.
-template <class A>
-struct Weights {
+// Writes the logits of kR targets, from r on, in a chunk of the row; false if a network counts for some of them only.
+template <int kR, class A>
+bool mix_targets(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* const* out) {
   const A* z[kMost];
-  A max[kMost], w[kMost];
+  A max[kMost], w[kMost * kR];
   int64_t count = 0;
-};
-
-// Writes a target's logits in a chunk of the row.
-template <class A>
-void target_piece(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* out) {
-  Weights<A> some;
-  const Column weights = op.mix.column(row, r);
   for (int64_t m = 0; m < op.networks.count; ++m) {
-    const A w = op.mix.data ? read<A>(weights, m) : A(1);
-    if (w == 0) continue;
-    some.z[some.count] = chunk.z[m];
-    some.max[some.count] = op.stats.max(m, row);
-    if (!op.mix.data) {
-      const A at_label = read_one<A>(op.networks[m], row, op.labels.at(row));
-      if (!is_masked(at_label)) some.max[some.count] = at_label;
+    int zeros = 0;
+    for (int k = 0; k < kR; ++k) {
+      w[count * kR + k] = read<A>(op.mix.column(row, r + k), m);
+      zeros += w[count * kR + k] == 0;
     }
-    some.w[some.count++] = w;
+    if (zeros == kR) continue;  // adds nothing, also where it is -inf
+    if (zeros > 0) return false;
+    z[count] = chunk.z[m];
+    max[count++] = op.stats.max(m, row);
   }
+  mix_piece<kR>(z, max, w, count, padded(n), out);
+  return true;
+}
+
+// The logits of the one target that takes the least of each class.
+template <class A>
+void least_target(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, A* out) {
+  A origin[kMost];
+  for (int64_t m = 0; m < op.networks.count; ++m) {
+    const A at_label = read_one<A>(op.networks[m], row, op.labels.at(row));
+    origin[m] = is_masked(at_label) ? op.stats.max(m, row) : at_label;
+  }
+  least_piece(chunk.z, origin, op.networks.count, padded(n), out);
+}
+
+// The logits of all targets in a chunk of the row, in pieces of the scratch from `first` on.
+template <class A>
+void target_pieces(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, const Scratch<A>& scratch,
+                   int64_t first) {
+  A* out[kMost];
+  for (int64_t r = 0; r < op.targets; ++r) out[r] = scratch.piece(first + r);
   if (op.mix.data) {
-    mix_piece(some.z, some.max, some.w, some.count, padded(n), out);
+    int64_t r = 0;
+    while (r + 4 <= op.targets && mix_targets<4>(op, row, r, chunk, n, out + r)) r += 4;
+    for (; r < op.targets; ++r) mix_targets<1>(op, row, r, chunk, n, out + r);
   } else {
-    least_piece(some.z, some.max, some.count, padded(n), out);
+    least_target(op, row, chunk, n, out[0]);
   }
-  std::fill(out + n, out + padded(n), -infinity<A>());
+  for (int64_t r = 0; r < op.targets; ++r) std::fill(out[r] + n, out[r] + padded(n), -infinity<A>());
 }
 
 // The logits of one class of a target.
@@ -473,7 +500,7 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, T
   const auto mix_chunk = [&](int64_t begin, int64_t n) {
     if (mixed && op.cols <= kChunk) return;
     load_chunk(begin, n);
-    for (int64_t r = 0; r < op.targets; ++r) target_piece(op, row, r, chunk, n, scratch.piece(logits + r));
+    target_pieces(op, row, chunk, n, scratch, logits);
     mixed = true;
   };
 
@@ -595,8 +622,8 @@ template <int kT, class A>
 void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, const Scratch<A>& scratch) {
   const MixedStats<A>& stats = op.stats;
   const int64_t count = op.networks.count, written = grad.flows ? count : op.learners;
-  const int64_t logits = count, powers = logits + op.targets, logs = powers + op.targets,
-                target_grads = logs + op.targets, outs = target_grads + op.targets;
+  const int64_t logits = count, powers = logits + op.targets, target_grads = powers + op.targets,
+                outs = target_grads + op.targets;
   const int64_t label = op.labels.index ? op.labels.at(row) : -1;
   std::vector<double> dots(grad.mix_grad.data ? count * op.targets : 0, 0.0);
   Chunk<A> chunk;
@@ -604,13 +631,11 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
     const int64_t at = label - begin, whole = padded(n);
     const bool has_label = at >= 0 && at < n;
     chunk.read(op.networks, row, begin, n, scratch, 0);
+    target_pieces(op, row, chunk, n, scratch, logits);
     for (int64_t r = 0; r < op.targets; ++r) {
       A *t = scratch.piece(logits + r), *e = scratch.piece(powers + r), *g = scratch.piece(target_grads + r);
-      target_piece(op, row, r, chunk, n, t);
       exponentials<kT>(t, whole, stats.target_max(r, row), op.rate, e);
       if (!grad.flows) continue;
-      const LogSoftmax<A> p(stats.target(r, row), op.rate);
-      if (grad.through_targets) raised_logs(t, e, whole, p, op.eps, scratch.piece(logs + r));
       std::fill(g, g + whole, A(0));
       if (op.target_ce) {
         const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
@@ -625,18 +650,19 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
         const A *t = scratch.piece(logits + r), *e_t = scratch.piece(powers + r);
         const LearnerGrad<A> g = learner_grad(stats.target(r, row), stats.learner(m, row), stats.sum_1(m, row),
                                               stats.mass(m, row), op.eps, grad.kl, op.labels.index ? grad.ce : A(0));
-        if (op.eps != 0 && any_masked(t, n)) {
-          learner_grad_piece<kT, true>(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+        const bool masked = op.eps != 0 && any_masked(t, n);
+        const A slope = A(kLog2E) * stats.slope(m, row);
+        if (grad.through_targets && slope != infinity<A>()) {
+          const LogSoftmax<A> q(stats.learner(m, row), op.rate), p(stats.target(r, row), op.rate);
+          const auto piece = op.eps == 0 ? both_grads_piece<kT, false, false, A>
+                             : masked    ? both_grads_piece<kT, true, true, A>
+                                         : both_grads_piece<kT, false, true, A>;
+          piece(chunk.z[m], t, e_t, whole, q, p, g, op.eps, slope, grad.kl, out, scratch.piece(target_grads + r));
         } else {
-          learner_grad_piece<kT, false>(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+          const auto piece = masked ? learner_grad_piece<kT, true, A> : learner_grad_piece<kT, false, A>;
+          piece(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
         }
         if (has_label) out[at] -= grad.ce;
-        const A slope = stats.slope(m, row);
-        if (grad.through_targets && slope != infinity<A>()) {
-          target_grad_piece(chunk.z[m], e_t, scratch.piece(logs + r), whole,
-                            LogSoftmax<A>(stats.learner(m, row), op.rate), stats.target(r, row).inverse(),
-                            A(kLog2E) * slope, grad.kl, scratch.piece(target_grads + r));
-        }
       } else {
         std::fill(out, out + whole, A(0));
       }
@@ -815,6 +841,7 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
 
 // ---- aekd
 constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
+constexpr int64_t kFew = 8;      // rows that are added up in the type of the logits, before they go to a double
 
 // G of sum_b (q - p_m); the statistics of the rows on the way.
 template <class A>
@@ -827,7 +854,9 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
     const Scratch<A> scratch(2 * count + 2);
     double* sum = sums.get() + block * size;
     std::fill(sum, sum + size, 0.0);
-    for (int64_t row = block * per_block; row < std::min(op.rows, (block + 1) * per_block); ++row) {
+    std::vector<A> few(size, A(0));
+    const int64_t first = block * per_block, end = std::min(op.rows, first + per_block);
+    for (int64_t row = first; row < end; ++row) {
       taught_row<1>(op, row, scratch);
       const Side<A> q = op.stats.student(row);
       Chunk<A> chunk;
@@ -838,9 +867,10 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
           const Side<A> p = op.stats.teacher(m, row);
           A* e_p = scratch.piece(count + 2 + m);
           if (cols > kChunk) exponentials<1>(chunk.z[m], padded(n), p.max, op.rate, e_p);
-          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), sum + m * cols + begin);
+          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), few.data() + m * cols + begin);
         }
       });
+      if ((row - first) % kFew == kFew - 1 || row + 1 == end) move_sums(few.data(), size, sum);
     }
   });
   for_each((size + kChunk - 1) / kChunk, 4, [&](int64_t chunk) {
@@ -852,9 +882,7 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
   std::vector<double> gram(count * count, 0.0);
   for (int64_t i = 0; blocks && i < count; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
-      double dot = 0;
-      for (int64_t c = 0; c < cols; ++c) dot += sums[i * cols + c] * sums[j * cols + c];
-      gram[i * count + j] = gram[j * count + i] = dot;
+      gram[i * count + j] = gram[j * count + i] = dot_product(sums.get() + i * cols, sums.get() + j * cols, cols);
     }
   }
   return gram;
@@ -938,7 +966,7 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
                   cols, 1};
     }
     dispatch_temperature(op.rate, [&](auto t_1) {
-      for_rows<A>(rows, cols, count, 2 * count + 4 * targets,
+      for_rows<A>(rows, cols, count, 2 * count + 3 * targets,
                   [&](int64_t row, const Scratch<A>& scratch) { mixed_grad_row<t_1.value>(op, g, row, scratch); });
     });
   });

@@ -6,7 +6,7 @@ from torch import nn
 
 import kdfast
 
-__all__ = ["Boundaries", "Factors", "Flow", "Hierarchy", "Hints", "Information", "Overhaul", "Reconstruction"]
+__all__ = ["Boundaries", "Factors", "Flow", "Graph", "Hierarchy", "Hints", "Information", "Overhaul", "Reconstruction"]
 
 
 def _channels(maps):
@@ -139,3 +139,16 @@ class Overhaul(_Connected):
         margins = self.buffers(recurse=False)
         parts = zip(self.connect(student), teacher, margins, strict=True)
         return _halved(self.loss(*part) for part in parts)
+
+
+class Graph(nn.Module):
+    """IRG: the batch's samples as a graph, in the last two maps, the embedding and the logits."""
+
+    def __init__(self, example):
+        super().__init__()
+        self.loss = kdfast.IRG()
+
+    def forward(self, *read):
+        """The loss of (maps, embedding, logits) of the student, then of the teacher."""
+        student, teacher = ([*maps[-2:], *ends] for maps, *ends in (read[:3], read[3:]))
+        return self.loss(student, teacher)

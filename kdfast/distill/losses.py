@@ -141,6 +141,12 @@ _TABLE = [
         ("student.embedding", "teacher.embedding"),
     ),
     LossRow(
+        "irg",
+        "a graph of the batch's samples, in two maps, embedding and logits",
+        layers.Graph,
+        tuple(f"{network}.{read}" for network in ("student", "teacher") for read in ("maps", "embedding", "logits")),
+    ),
+    LossRow(
         "at",
         "attention maps of every stage",
         _kdfast("AT", p=2),

@@ -135,6 +135,10 @@ class Pair:
         maps = {network: _shapes(getattr(self, network), names[network], size) for network in names}
         return SimpleNamespace(**{network: SimpleNamespace(maps=maps[network]) for network in names})
 
+    def in_its_type(self, loss):
+        """The loss with convolutions in the student's type, as they read its maps: torch multiplies no two types."""
+        return loss.to(next(self.student.parameters()).dtype)
+
 
 @torch.no_grad()
 def _shapes(model, names, size):
@@ -175,7 +179,7 @@ def _maps(loss, weight, first=0):
 def _fitnets(pair):
     student, teacher = (names[1:2] for names in pair.stages())
     _require_maps(example := pair.example(student, teacher))
-    return [Term(layers.Hints(example), 100.0, of_layers(student, teacher), "fitnets")]
+    return [Term(pair.in_its_type(layers.Hints(example)), 100.0, of_layers(student, teacher), "fitnets")]
 
 
 def _vid(pair):
@@ -190,7 +194,7 @@ def _ofd(pair):
     teacher, norms = zip(*(preactivation(pair.teacher, stage) for stage in teacher), strict=True)
     example = pair.example(student, teacher)
     example.teacher_network = SimpleNamespace(stages=[SimpleNamespace(norm=norm) for norm in norms])
-    return [Term(layers.Overhaul(example), 1e-4, of_layers(student, teacher), "ofd")]
+    return [Term(pair.in_its_type(layers.Overhaul(example)), 1e-4, of_layers(student, teacher), "ofd")]
 
 
 def _crd(pair):

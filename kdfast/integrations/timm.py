@@ -37,7 +37,8 @@ class DistillationTask(_task.TrainingTask):
     student: a timm model, on its device, not wrapped. teacher: a model, its name in timm (with its pretrained weights)
     or timm's DistillationTeacher; None if each batch comes with `teacher_logits` of a store. terms: :class:`Term` s.
     criterion: of the student's logits and the targets, by default the cross-entropy; it does not run where
-    task_loss_weight is 0. device: of the losses and the teacher, by default the student's.
+    task_loss_weight is 0. device: of the losses and the teacher, by default the student's. dtype: of a teacher that is
+    made by its name; a loss keeps the type that it has.
 
     ``task(input, target, index=None, teacher_logits=None)`` returns a dict: ``loss``, ``output`` (the student's
     logits), ``task_loss`` and ``NAME_loss`` of each term, without its weight. `input` is normalised for the student; a
@@ -75,6 +76,8 @@ class DistillationTask(_task.TrainingTask):
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.task_loss_weight = float(task_loss_weight)
         self.weights = {term.name: float(term.weight) for term in objective.terms}
+        if "task" in self.weights:
+            raise ValueError("terms must not be named 'task', whose loss is the criterion's")
         self._index_readers = objective.readers("index")
         if self.teacher is not None:
             self._set_normalization(student)

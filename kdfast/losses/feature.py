@@ -75,7 +75,8 @@ class FT(nn.Module):
     """
 
     def forward(self, student_factor, teacher_factor):
-        pairs = check.layers(student_factor, teacher_factor, check.embeddings, check.same_shape)
+        names = ("student_factor", "teacher_factor")
+        pairs = check.layers(student_factor, teacher_factor, check.embeddings, check.same_shape, names)
         return total(normalized_error(s, t) for s, t in pairs)
 
 

@@ -27,6 +27,12 @@ def tensor(name, x):
         )
 
 
+def alike(x, other):
+    """`x` and `other` are plain tensors, and what passes a check of type, shape or device for one passes for both."""
+    plain = type(x) in _PLAIN and type(other) in _PLAIN
+    return plain and x.dtype == other.dtype and x.shape == other.shape and x.device == other.device
+
+
 def floating(name, x):
     """`x` has one of the four floating-point types."""
     if x.dtype not in FLOATS:
@@ -94,12 +100,13 @@ def maps(name, x):
         raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(x.shape)}")
 
 
-def layers(student, teacher, each, fit=same_batch, **per_channel):
+def layers(student, teacher, each, fit=same_batch, names=("student", "teacher"), **per_channel):
     """-> tuples (student, teacher, *per_channel), one per layer: of tensors, or of equally long lists of tensors.
 
     `each(name, x)` checks a map, `fit(name, teacher, student, of)` the two maps of a layer, `channel_values` the rest.
+    `names`: of the arguments student and teacher, for messages.
     """
-    arguments = {"student": student, "teacher": teacher, **per_channel}
+    arguments = {names[0]: student, names[1]: teacher, **per_channel}
     lists = [isinstance(x, (list, tuple)) for x in arguments.values()]
     if any(lists) and not all(lists):
         kinds = _listed(type(x).__name__ for x in arguments.values())
@@ -115,7 +122,7 @@ def layers(student, teacher, each, fit=same_batch, **per_channel):
         (name_s, s), (name_t, t), *others = layer.items()
         each(name_s, s)
         each(name_t, t)
-        fit(name_t, t, s, of=name_s if any(lists) else "the student")
+        fit(name_t, t, s, of=name_s if any(lists) else f"the {name_s}")
         for name, values in others:
             channel_values(name, values, s)
     return [tuple(layer.values()) for layer in named]

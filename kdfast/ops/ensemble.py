@@ -590,28 +590,34 @@ def network_list(name, x, like=None, of="the student"):
     tensors = [x] if isinstance(x, torch.Tensor) else x
     if not isinstance(tensors, (list, tuple)):
         raise TypeError(f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got {type(x).__name__}")
-    names = [name if x is tensors[0] and isinstance(x, torch.Tensor) else f"{name}[{i}]" for i in range(len(tensors))]
     if isinstance(x, torch.Tensor) and x.dim() == 2:
         raise ValueError(f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got shape {tuple(x.shape)}")
-    for each, tensor in zip(names, tensors, strict=True):
-        check.tensor(each, tensor)
-        check.floating(each, tensor)
-        if tensor.dim() not in (2, 3):
-            raise ValueError(f"{each} must be (B, C), or (M, B, C) for M of them, got shape {tuple(tensor.shape)}")
+
+    def named(i):
+        return name if isinstance(x, torch.Tensor) else f"{name}[{i}]"
+
+    other = [i for i, tensor in enumerate(tensors) if i == 0 or not check.alike(tensor, tensors[0])]
+    for i in other:
+        check.tensor(named(i), tensors[i])
+        check.floating(named(i), tensors[i])
+        if tensors[i].dim() not in (2, 3):
+            raise ValueError(
+                f"{named(i)} must be (B, C), or (M, B, C) for M of them, got shape {tuple(tensors[i].shape)}"
+            )
     count = network_count(tensors)
     if not 1 <= count <= MOST:
         raise ValueError(f"{name} must have from 1 to {MOST} networks, got {count}")
-    first, of = (tensors[0], names[0]) if like is None else (like, of)
+    first, of = (tensors[0], named(0)) if like is None else (like, of)
     shape = first.shape[-2:]
     if shape[1] == 0:
-        raise ValueError(f"{names[0]} must have at least one class, got shape {tuple(first.shape)}")
-    for each, tensor in zip(names, tensors, strict=True):
-        if tensor.shape[-2:] != shape:
+        raise ValueError(f"{named(0)} must have at least one class, got shape {tuple(first.shape)}")
+    for i in other:
+        if tensors[i].shape[-2:] != shape:
             raise ValueError(
-                f"{each} must have {of}'s batch and classes {tuple(shape)}, got shape {tuple(tensor.shape)}"
+                f"{named(i)} must have {of}'s batch and classes {tuple(shape)}, got shape {tuple(tensors[i].shape)}"
             )
-        check.same_device(each, tensor, first, of)
-    if any(x.dtype != tensors[0].dtype for x in tensors):
+        check.same_device(named(i), tensors[i], first, of)
+    if any(tensors[i].dtype != tensors[0].dtype for i in other):
         tensors = [x.to(accumulator(*tensors)) for x in tensors]
     return list(tensors)
 

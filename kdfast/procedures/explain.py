@@ -118,7 +118,7 @@ def quantify_knowledge(sigma, weight_distance, checkpoints, foreground=None, thr
 
     A pixel is a concept where its entropy is more than `threshold` nats below the mean over the background. An image's
     knowledge is complete at the checkpoint with the most concepts (the first of those); how far the weights had moved
-    by then says how quickly the network learned it.
+    by then says how quickly the network learned it. A measurement, not a loss: on CUDA it waits for the device.
 
     Args:
         sigma: (images, checkpoints, s, s), of :class:`NoiseSigma` at each checkpoint.
