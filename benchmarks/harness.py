@@ -21,7 +21,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 import pytest
@@ -33,6 +33,7 @@ PHASES = ("both", "forward", "backward")
 WARM_UP_CALLS = 3
 ROUNDS = (8, 300)  # fewest and most, whatever the budget
 SLOW, SLOW_ROUNDS = 1.0, 3  # a call of so many seconds is warm after two, and measured with so few
+VERY_SLOW = 5.0  # one of so many is warm after itself
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------------
@@ -52,9 +53,15 @@ class Case:
     phases: tuple = PHASES
     size: int | None = None  # what the loss grows with: its chart then shows the growth
     left_out: dict = field(default_factory=dict)  # implementation -> what the table says in place of a figure
+    part: tuple | None = None  # of a whole training step: loss and shape of the case that is its loss alone
 
     def __str__(self):
         return f"{self.loss}-{self.shape}-{self.dtype}".replace(" ", "")
+
+
+def against_eager(case, **changes):
+    """`case` in forward + backward and against its baseline alone; its family's file has the rest."""
+    return replace(case, phases=PHASES[:1], left_out=case.left_out | {"compile": "-", "fallback": "-"}, **changes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +111,10 @@ def implementations(device, family):
 
 
 def has_kernels(device, family):
-    """Whether any op of `family` has a compiled kernel on `device`."""
-    ops = kdfast._kernels.OPS
-    return any(on[device] == "kernel" for name, on in kdfast._kernels.paths().items() if ops[name].family == family)
+    """Whether any op of `family` has a compiled kernel on `device`; one without ops of its own uses those of all."""
+    ops, paths = kdfast._kernels.OPS, kdfast._kernels.paths()
+    own = [name for name in paths if ops[name].family == family]
+    return any(paths[name][device] == "kernel" for name in own or paths)
 
 
 def importable(name):
@@ -204,7 +212,7 @@ class Call:
             queued = time.perf_counter() - start
             synchronize(self.device)
             finished = time.perf_counter() - start
-            if index and finished > SLOW:
+            if finished > (SLOW if index else VERY_SLOW):
                 break
         self.host_seconds = queued  # of the last call, not of one that compiled
         return finished + (2 * queued if self.device == "cuda" else 0)
@@ -297,6 +305,7 @@ def measure_loss(benchmark, job, settings):
         ceiling=case.ceiling,
         size=case.size,
         left_out=case.left_out,
+        part=case.part,
         peak_bytes=peak,
     )
 

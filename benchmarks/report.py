@@ -26,7 +26,15 @@ SHARES = {
     "gather": "the bytes of the rows the work has to read, per second, as a share of reading random rows of a large "
     "table (over 100 % where a cache holds the banks)",
 }
+NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "fallback": "kdfast's plain-PyTorch fallback"}
 STATISTICS = ("median", "q1", "q3", "rounds")
+STEPS = textwrap.fill(
+    "A whole training step: the teacher's forward, the student's, cross-entropy and the loss, backward, the optimizer. "
+    "Median milliseconds with the loss in eager PyTorch and with kdfast's; of them what the loss alone takes, forward "
+    "and backward, on such features; how long the step is beside that of the first row; how many times faster the step "
+    "with kdfast's loss is; peak extra memory, eager / kdfast.",
+    110,
+)
 
 
 # ---- from pytest-benchmark's JSON to the results file ----------------------------------------------------------------
@@ -73,11 +81,14 @@ def save(results, folder, chart=True):
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
-def cases(results, phase="both"):
-    """(loss, shape with dtype) -> implementation -> figure, of one phase, in the order of measurement."""
+def cases(results, phase="both", steps=False):
+    """(loss, shape with dtype) -> implementation -> figure, of one phase, in the order of measurement.
+
+    Of losses, or of whole training `steps`.
+    """
     table = {}
     for figure in results["figures"]:
-        if figure["phase"] == phase:
+        if figure["phase"] == phase and bool(figure.get("part")) == steps:
             key = figure["loss"], figure["shape"] + SHORT_DTYPES.get(figure["dtype"], f" {figure['dtype']}")
             table.setdefault(key, {})[figure["implementation"]] = figure
     return table
@@ -92,23 +103,48 @@ def speed_up(figures, over):
 
 def main_rows(results):
     """The one table: forward + backward of every case, a heading first."""
-    table = cases(results)
-    liger = any("liger" in figures for figures in table.values())
-    shown = IMPLEMENTATIONS if liger else IMPLEMENTATIONS[:-1]
-    others = ["eager", "compile"] + ["liger"] * liger
-    rows = [["loss", "shape", *shown, *(f"x {name}" for name in others), f"of {ceiling_of(results)}", "extra MB"]]
+    table, shown, ceilings = cases(results), implementations(results), ceilings_of(results)
+    others = [name for name in ("eager", "compile", "liger") if name in shown]
+    limit = ceilings[0] if len(ceilings) == 1 else "limit"
+    rows = [["loss", "shape", *shown, *(f"x {name}" for name in others), f"of {limit}", "extra MB"]]
     for (loss, shape), figures in table.items():
-        left_out = next(iter(figures.values()))["left_out"]
-        times = [milliseconds(figures.get(name), left_out.get(name, "-")) for name in shown]
+        any_figure = next(iter(figures.values()))
+        times = [milliseconds(figures.get(name), any_figure["left_out"].get(name, "-")) for name in shown]
         ratios = [number(speed_up(figures, name), "{:.1f}") for name in others]
-        share = number(figures.get("kdfast", {}).get("share"), "{:.0%}")
+        limit = "" if len(ceilings) == 1 else f" {any_figure['ceiling']}"
+        share = number(figures.get("kdfast", {}).get("share"), f"{{:.0%}}{limit}")
         rows.append([loss, shape, *times, *ratios, share, memory(figures)])
+    return rows
+
+
+def implementations(results):
+    """The columns of the one table: all but those that no case has, liger where it was not measured."""
+    figures = [figure for figures in cases(results).values() for figure in figures.values()]
+    liger = any(figure["implementation"] == "liger" for figure in figures)
+    left_out = {name for name in ("compile", "fallback") if all(f["left_out"].get(name) == "-" for f in figures)}
+    return [name for name in IMPLEMENTATIONS if name not in left_out and (liger or name != "liger")]
+
+
+def step_rows(results):
+    """Whole training steps: milliseconds, of them the loss alone, and how long a step is beside the first loss's."""
+    table, losses = cases(results, steps=True), cases(results)
+    beside = next((loss for loss, _ in table), None)
+    columns = [f"{name}{what}" for name in ("eager", "kdfast") for what in ("", ", loss", f" / {beside}")]
+    rows, first = [["step with", "network's input", *columns, "x eager", "extra MB"]], {}
+    for (loss, shape), figures in table.items():
+        cells, alone = [], losses.get(tuple(next(iter(figures.values()))["part"]), {})
+        for name in ("eager", "kdfast"):
+            if figure := figures.get(name):
+                first.setdefault(name, figure["median"])
+            ratio = figure["median"] / first[name] if figure else None
+            cells += [milliseconds(figure), milliseconds(alone.get(name)), number(ratio, "{:.2f}")]
+        rows.append([loss, shape, *cells, number(speed_up(figures, "eager"), "{:.2f}"), memory(figures)])
     return rows
 
 
 def phase_rows(results):
     """Every phase of every case: medians, kdfast's quartiles, and its rate."""
-    rows = [["loss", "shape", "phase", "eager", "compile", "kdfast", "quartiles", f"G{UNITS[ceiling_of(results)]}"]]
+    rows = [["loss", "shape", "phase", "eager", "compile", "kdfast", "quartiles", f"G{unit_of(results)}"]]
     tables = {phase: cases(results, phase) for phase in ("forward", "backward", "both")}
     for key in tables["both"]:
         for phase, table in tables.items():
@@ -133,9 +169,15 @@ def host_rows(results):
     ]
 
 
-def ceiling_of(results):
-    """What bounds the work of this family: a name of harness.CEILINGS."""
-    return results["figures"][0]["ceiling"]
+def ceilings_of(results):
+    """What bounds the work of these losses: names of harness.CEILINGS, without repetition."""
+    return list(dict.fromkeys(figure["ceiling"] for figure in results["figures"] if not figure.get("part")))
+
+
+def unit_of(results):
+    """The unit of a rate, if the losses have but one."""
+    units = {UNITS[name] for name in ceilings_of(results)}
+    return units.pop() if len(units) == 1 else "/s (bytes or operations)"
 
 
 def milliseconds(figure, otherwise="-"):
@@ -178,8 +220,10 @@ def markdown_table(rows, text_columns):
 
 
 def text(results):
-    """The one table for a terminal, with what it was measured on and how steady it was."""
-    return "\n".join([*aligned(main_rows(results), 2), "", caption(results), steadiness(results)])
+    """The one table for a terminal, with what it was measured on and how steady it was; whole steps in another."""
+    steps = step_rows(results)
+    more = ["", *aligned(steps, 2), "", STEPS] if len(steps) > 1 else []
+    return "\n".join([*aligned(main_rows(results), 2), "", caption(results), steadiness(results), *more])
 
 
 def steadiness(results):
@@ -201,10 +245,13 @@ def caption(results):
     peer = f", liger-kernel {machine.get('liger')}" if liger else ""
     driver = f"driver {machine['driver']}, " if machine.get("driver") else ""
     commit = f" at {machine['commit']}" if machine["commit"] else ""
+    shown = [name for name in NAMES if name in implementations(results)]
+    whose = "its" if "fallback" in shown else "kdfast's"
+    measured = f"{', '.join(NAMES[name] for name in shown)} and {whose} kernels"
     words = (
-        "Forward + backward, float32 unless the shape says otherwise: median milliseconds of eager PyTorch, "
-        f"torch.compile, kdfast's plain-PyTorch fallback and its kernels{peer}; how many times faster the kernels are; "
-        f"{SHARES[ceiling_of(results)]}; peak extra memory, eager / kdfast. "
+        f"Forward + backward, float32 unless the shape says otherwise: median milliseconds of {measured}{peer}; how "
+        f"many times faster the kernels are; {'; '.join(SHARES[name] for name in ceilings_of(results))}; peak extra "
+        "memory, eager / kdfast. "
         f"Measured on {machine['device']}{threads}{copy}{product}; {driver}torch {machine['torch']}, "
         f"Python {machine['python']}, kdfast {machine['kdfast']}{commit}, {results['date']}."
     )
@@ -224,17 +271,21 @@ def markdown(results):
         "Exponents of the batch size B in the time and the peak extra memory of forward + backward, fitted to these B.",
         markdown_table(growth_rows(results), 3),
     ]
+    host = [
+        "## Host overhead",
+        "Microseconds a call on one thread and on inputs so small that the kernels cost nothing.",
+        markdown_table(host_rows(results), 1),
+    ]
     parts = [
         f"# {results['family']} on {results['machine']['device']}",
         markdown_table(main_rows(results), 2),
         caption(results),
+        *(["## Whole steps", STEPS, markdown_table(steps, 2)] if len(steps := step_rows(results)) > 1 else []),
         *(growth if grows(results) else []),
         "## Forward and backward alone",
-        f"Milliseconds; quartiles and G{UNITS[ceiling_of(results)]} are kdfast's.",
+        f"Milliseconds; quartiles and G{unit_of(results)} are kdfast's.",
         markdown_table(phase_rows(results), 3),
-        "## Host overhead",
-        "Microseconds a call on one thread and on inputs so small that the kernels cost nothing.",
-        markdown_table(host_rows(results), 1),
+        *(host if results["host"] else []),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -312,7 +363,7 @@ def draw_growth(plt, results):
             axes.grid(alpha=0.3, linewidth=0.5)
             axes.spines[["top", "right"]].set_visible(False)
             axes.legend(frameon=False, fontsize=8)
-    sizes = sorted({figure["size"] for figure in results["figures"]})
+    sizes = sorted({figure["size"] for figure in results["figures"] if figure["size"]})
     for axes in grid[-1]:
         axes.set_xlabel("batch size B")
         axes.set_xticks(sizes, map(str, sizes))
@@ -342,26 +393,72 @@ def draw_bars(plt, results):
 
 
 # ---- README ----------------------------------------------------------------------------------------------------------
-def readme_block(readme_path, *json_paths):
-    """What belongs between the README's marks: the one table of each results file."""
-    parts = []
+OVERVIEW = ["loss", "shape", "eager", "compile", "kdfast", "x eager", "x compile", "extra MB"]
+
+
+def readme_block(readme_path, *json_paths, library=None):
+    """What belongs between a page's marks: an overview of each device, or all figures of one `library`'s losses."""
+    devices = {}
     for path in map(Path, json_paths):
-        results = json.loads(path.read_text())
-        link = os.path.relpath(path.with_suffix(".md"), Path(readme_path).parent).replace(os.sep, "/")
-        table = markdown_table(main_rows(results), 2)
-        parts.append(f"{table}\n\n{caption(results)}\n[All figures]({link}).")
-    return "\n\n".join(parts)
+        results = of_library(json.loads(path.read_text()), library)
+        if results["figures"]:
+            link = os.path.relpath(path.with_suffix(".md"), Path(readme_path).parent).replace(os.sep, "/")
+            devices.setdefault(slug(results), []).append((link, results))
+    if library is None:
+        return "\n\n".join(overview(families) for families in devices.values())
+    return "\n\n".join(
+        f"{markdown_table(main_rows(results), 2)}\n\n{caption(results)}\n[All figures]({link})."
+        for families in devices.values()
+        for link, results in families
+    )
+
+
+def overview(families):
+    """One device's (link, results): every loss at the first of its shapes, and whole training steps."""
+    rows, steps = {}, []
+    for _, results in families:
+        if len(of_steps := step_rows(results)) > 1:
+            steps += ["", markdown_table(of_steps, 2), "", STEPS]
+            continue
+        heading, *lines = main_rows(results)
+        for line in lines:
+            cells = dict(zip(heading, line, strict=True))
+            rows.setdefault(cells["loss"], [cells.get(name, "-") for name in OVERVIEW])
+    machine = families[0][1]["machine"]
+    threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
+    words = (
+        f"{machine['device']}{threads}, torch {machine['torch']}. Forward + backward, float32 unless the shape says "
+        "otherwise, every loss at the first of its shapes: median milliseconds of eager PyTorch, torch.compile and "
+        "kdfast; how many times faster kdfast is; peak extra memory, eager / kdfast. All shapes, forward and backward "
+        "alone, the plain-PyTorch form, shares of the machine's limits and the host's overhead:"
+    )
+    links = ", ".join(f"[{results['family']}]({link})" for link, results in families)
+    table = [markdown_table([OVERVIEW, *rows.values()], 2), ""] if rows else []
+    return "\n".join([*table, textwrap.fill(words, 110), f"{links}.", *steps])
+
+
+def of_library(results, library):
+    """The results of the losses that kdfast.compat has of `library`, under their names there; None: of kdfast's own."""
+    if library is None:
+        return results if results["family"] != "compat" else results | {"figures": []}
+    prefix = f"{library} "
+    named = [figure for figure in results["figures"] if figure["loss"].startswith(prefix)]
+    return results | {"figures": [figure | {"loss": figure["loss"].removeprefix(prefix)} for figure in named]}
+
+
+def updated(readme_path, *json_paths):
+    """The page with these results between its marks, of which the first may name a library."""
+    path = Path(readme_path)
+    parts = re.split(f"({START[:-4]}(?: (\\w+))? -->\n).*?({END})", path.read_text(), maxsplit=1, flags=re.DOTALL)
+    if len(parts) == 1:
+        raise ValueError(f"{path} has no block between {START} and {END}")
+    before, start, library, end, after = parts
+    return f"{before}{start}{readme_block(path, *json_paths, library=library)}\n{end}{after}"
 
 
 def update_readme(readme_path, *json_paths):
-    """Replace the block between the README's benchmark marks by the tables of these results files."""
-    path = Path(readme_path)
-    content = path.read_text()
-    before, start, rest = content.partition(START)
-    _, end, after = rest.partition(END)
-    if not (start and end):
-        raise ValueError(f"{path} has no block between {START} and {END}")
-    path.write_text(f"{before}{START}\n{readme_block(path, *json_paths)}\n{END}{after}")
+    """Write the results between the marks of README.md or of another page."""
+    Path(readme_path).write_text(updated(readme_path, *json_paths))
 
 
 if __name__ == "__main__":

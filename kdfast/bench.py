@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
-FAMILIES = ("softmax_kl", "ensemble", "pairwise", "attention", "gram", "feature", "moments", "nce")
+FAMILIES = ("softmax_kl", "ensemble", "pairwise", "attention", "gram", "feature", "moments", "nce", "step", "compat")
 REQUIRED = ("pytest", "pytest_benchmark")
 NOTHING_SELECTED = 5  # pytest's exit status
 
@@ -22,7 +22,7 @@ NOTHING_SELECTED = 5  # pytest's exit status
 def add_arguments(parser):
     """Declare the options of `kdfast bench`."""
     parser.add_argument("--out", default="bench-results", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--family", choices=FAMILIES, help="which kernels (default: all)")
+    parser.add_argument("--family", choices=FAMILIES, help="which figures (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--quick", action="store_true", help="one shape a loss and few rounds: a look, not a result")

@@ -765,6 +765,90 @@ def test_student_loop_of_repdistiller(distill):
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
+def vid_formula(criteria):
+    """The regressors and variances of `criteria`, in the paper's formula."""
+
+    def loss(students, teachers):
+        layers = zip(criteria, students, teachers, strict=True)
+        return sum(oracles.VID(s, t, weights=dict(criterion.named_parameters())) for criterion, s, t in layers)
+
+    return loss
+
+
+def crd_formula(criterion):
+    """The embeddings of `criterion`, and from its banks on banks and Z of one's own."""
+    banks, constants = [criterion.bank_student.clone(), criterion.bank_teacher.clone()], []
+
+    def loss(f_s, f_t, index, contrast_index):
+        anchors = F.normalize(criterion.embed_s(f_s)), F.normalize(criterion.embed_t(f_t))
+        if not constants:
+            pairs = zip(anchors, reversed(banks), strict=True)
+            constants.extend(oracles.nce_constant(a.detach(), bank, contrast_index) for a, bank in pairs)
+        value = oracles.nce(*anchors, *banks, contrast_index, *constants)
+        banks[:] = [oracles.update_bank(bank, a.detach(), index) for bank, a in zip(banks, anchors, strict=True)]
+        return value
+
+    return loss
+
+
+@pytest.mark.parametrize(("distill", "beta"), [("vid", 1), ("crd", 0.8)])
+def test_student_loop_of_repdistiller_trains_the_criterion(distill, beta):
+    """Criteria with parameters, which the script trains with the student's: all losses of four steps to 1e-6."""
+    torch.manual_seed(1)
+    images = torch.randn(4, 6, 3, 8, 8, dtype=torch.float64)
+    labels, index = torch.randint(10, (4, 6)), torch.arange(24).view(4, 6) % 12  # the data set twice
+    contrast_index = torch.cat([index[:, :, None], torch.randint(12, (4, 6, 7))], 2)
+    opt = types.SimpleNamespace(s_dim=8, t_dim=16, feat_dim=5, n_data=12, nce_k=7, nce_t=0.07, nce_m=0.5)
+
+    def train(ours):
+        torch.manual_seed(2)
+        student, teacher = Network(4, 6, 8).double(), Network(8, 12, 16).double().eval()
+        if distill == "vid":
+            criterion_kd = nn.ModuleList(repdistiller.VIDLoss(c, 2 * c, 2 * c) for c in (6, 8)).double()
+            trainable = [student, criterion_kd]
+        else:
+            criterion_kd = repdistiller.CRDLoss(opt).double()
+            trainable = [student, criterion_kd.embed_s, criterion_kd.embed_t]
+        formula = None if ours else {"vid": vid_formula, "crd": crd_formula}[distill](criterion_kd)
+        optimizer = torch.optim.SGD(nn.ModuleList(trainable).parameters(), lr=0.05, momentum=0.9)
+        history = []
+        for x, y, *indices in zip(images, labels, index, contrast_index, strict=True):
+            feat_s, logit_s = student(x, is_feat=True)
+            with torch.no_grad():
+                feat_t, logit_t = teacher(x, is_feat=True)
+            if distill == "crd":
+                loss_kd = (formula or criterion_kd)(feat_s[-1], feat_t[-1], *indices)
+            elif ours:
+                loss_kd = sum(c(s, t) for s, t, c in zip(feat_s[1:-1], feat_t[1:-1], criterion_kd, strict=True))
+            else:
+                loss_kd = formula(feat_s[1:-1], feat_t[1:-1])
+            loss = F.cross_entropy(logit_s, y) + repdistiller.DistillKL(4)(logit_s, logit_t) + beta * loss_kd
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            history.append([loss.item(), loss_kd.item()])
+        return torch.tensor(history, dtype=torch.float64)
+
+    ours, theirs = train(True), train(False)
+    assert theirs.isfinite().all() and theirs[0, 1] != theirs[-1, 1]
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+# ---- the pages about it ----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("library", ["repdistiller", "mdistiller", "torchdistill"])
+def test_page_names_every_loss(library, request):
+    page = Path(__file__).parent.parent / f"docs/migrating-from-{library}.md"
+    if not page.exists():
+        pytest.skip("needs the source tree")
+    names = set(re.findall(r"\w+", page.read_text()))
+    module = (
+        importlib.import_module(f"kdfast.compat.{library}")
+        if library != "torchdistill"
+        else request.getfixturevalue(library)
+    )
+    assert not set(module.__all__) - names
+
+
 YAML = Path(__file__).with_name("torchdistill.yaml")
 TERMS = re.findall(r"^ {8}(\w+):$", YAML.read_text(), flags=re.MULTILINE)
 

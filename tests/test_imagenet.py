@@ -29,7 +29,7 @@ from timm.data import create_transform  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.imagenet import data, networks, readers, settings, train  # noqa: E402
-from kdfast.imagenet.ranks import Ranks  # noqa: E402
+from kdfast.imagenet.ranks import Ranks, Stop  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
 
 CLASSES, TRAIN, VAL, SIDE = 4, 12, 4, 48  # images of a class and their side
@@ -234,6 +234,23 @@ def test_micro_batches_add_up(photographs, undisturbed):
     assert_close(weights(undisturbed("--accumulate", 3)), weights(undisturbed()), start_weights(photographs))
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_precision_and_layout(on, photographs, tmp_path, monkeypatch):
+    """What the task gets and returns in a step, and the student in a test."""
+    seen, forward = set(), DistillationTask.forward
+
+    def look(self, images, *others):
+        result = forward(self, images, *others)
+        seen.add((images.is_contiguous(memory_format=torch.channels_last), result["output"].dtype))
+        return result
+
+    monkeypatch.setattr(DistillationTask, "forward", look)
+    options = ["--amp", "--channels-last"] if on else []
+    assert main(arguments(photographs, tmp_path / "run", "--epochs", 1, *options)) == 0
+    assert seen == {(on, torch.bfloat16 if on else torch.float32)}
+    assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
+
+
 def test_compiled(photographs, undisturbed, tmp_path, monkeypatch):
     """Through dynamo alone, whose graphs are the networks' own code: inductor would compile for a minute."""
     compiled, compile_task = [], DistillationTask.compile
@@ -281,6 +298,40 @@ def test_stop_and_resume(preset, photographs, undisturbed, tmp_path, monkeypatch
     assert_same_results(out, expected)
     assert main(["distill", "--resume", "--out", str(out)]) == 0  # of a finished run
     assert_same_results(out, expected)
+
+
+def test_second_signals(monkeypatch):
+    """A second Ctrl-C is meant; torchrun's are the first one once more."""
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGTERM), signal.raise_signal(signal.SIGINT)
+        assert stop.signal == stop.agreed() == signal.SIGTERM
+    with pytest.raises(KeyboardInterrupt), Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+
+
+def test_no_checkpoint_after_a_loss_that_is_not_finite(photographs, tmp_path, capsys):
+    argv = arguments(photographs, tmp_path / "run", "--lr", 1e30, "--log-every", 100, "--checkpoint-every", 1)
+    assert "a loss is not finite before step" in refused(capsys, argv)
+    newest = max((tmp_path / "run/checkpoints").iterdir())
+    assert all(torch.isfinite(x).all() for x in torch.load(newest)["sums"].values())
+
+
+def test_dropout_goes_on_where_it_was(photographs, tmp_path, monkeypatch):
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, drop_rate=0.5, **more))
+    assert main(arguments(photographs, tmp_path / "expected")) == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert main(arguments(photographs, tmp_path / "run")) == 128 + signal.SIGTERM
+    torch.manual_seed(1)
+    assert main(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert_same_results(tmp_path / "run", tmp_path / "expected")
 
 
 def test_damaged_checkpoints(photographs, undisturbed, tmp_path, monkeypatch, capsys):
@@ -644,16 +695,22 @@ def test_changed_arguments_and_data(photographs, tmp_path, capsys, monkeypatch):
 # ---- the teacher -----------------------------------------------------------------------------------------------------
 def test_teacher_from_the_cache(photographs, tmp_path, capsys, monkeypatch):
     """Pretrained weights out of timm's cache, and one line where they are not there or of other classes."""
+    import huggingface_hub.constants
+    from safetensors.torch import save_file
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     argv = arguments(photographs, tmp_path / "run")
     place = argv.index("--teacher-weights")
     del argv[place : place + 2]
-    monkeypatch.setenv("TIMM_USE_OLD_CACHE", "0")
     assert "name a file with --teacher-weights" in refused(capsys, argv)
     model = timm.create_model(TEACHER)
-    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *args, **more: model.state_dict())
-    assert "test_resnet knows 1000 classes, the data has 4" in refused(capsys, [*argv, "--resume"])
-    chosen = settings.Settings("", STUDENT, TEACHER)
-    found = networks.teacher(chosen, 1000, 32).state_dict()
+    cached = tmp_path / f"cache/models--timm--{TEACHER}.{model.pretrained_cfg['tag']}"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs/main").write_text("0" * 40)
+    (cached / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(model.state_dict(), cached / "snapshots" / ("0" * 40) / "model.safetensors")
+    assert "test_resnet knows 1000 classes, the data has 4" in refused(capsys, argv)
+    found = networks.teacher(settings.Settings("", STUDENT, TEACHER), 1000, 32).state_dict()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 

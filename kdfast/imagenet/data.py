@@ -34,17 +34,22 @@ class Batch(NamedTuple):
 
 @contextlib.contextmanager
 def seeded(seed):
-    """Inside, the random numbers of Python, numpy and torch's CPU are those of `seed`; afterwards as if nothing was."""
-    states = random.getstate(), np.random.get_state(), torch.random.default_generator.get_state()
+    """Inside, the random numbers of Python, numpy and torch's CPU are those of `seed`; afterwards as if nothing was.
+
+    But not in a process of a DataLoader, where nothing else draws any, and numpy's state takes long to copy.
+    """
+    alone = torch.utils.data.get_worker_info() is not None
+    states = None if alone else (random.getstate(), np.random.get_state(), torch.random.default_generator.get_state())
     random.seed(seed)
     np.random.seed(seed)
     torch.random.default_generator.manual_seed(seed)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.random.default_generator.set_state(states[2])
+        if states:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.random.default_generator.set_state(states[2])
 
 
 class Images(Dataset):

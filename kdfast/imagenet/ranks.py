@@ -76,7 +76,7 @@ class Ranks:
 @contextlib.contextmanager
 def ranks(device):
     """The `Ranks` of this process on the device named `device`; under torchrun their process group, until the end."""
-    if "LOCAL_RANK" not in os.environ:  # torchrun has not started it
+    if not _by_torchrun():
         yield Ranks(0, 1, _device(device, 0))
         return
     local = int(os.environ["LOCAL_RANK"])
@@ -93,10 +93,16 @@ def ranks(device):
         dist.destroy_process_group()
 
 
+def _by_torchrun():
+    return "LOCAL_RANK" in os.environ
+
+
 def _device(name, local):
     device = torch.device(name)
     if device.type != "cuda":
         return device
+    if device.index is not None and _by_torchrun():
+        raise DistillError(f"--device: got {name}, expected cuda: torchrun numbers the processes, and each has its own")
     if device.index is None:
         device = torch.device("cuda", local)
     if device.index >= torch.cuda.device_count():
@@ -113,7 +119,10 @@ def ignore_signals(_worker):
 
 
 class Stop:
-    """Within it, the first SIGTERM or SIGINT is noted, and a second one ends the process as usual."""
+    """Within it, a SIGTERM or SIGINT is noted; a second Ctrl-C ends the process at once, but not under torchrun.
+
+    Torchrun passes on a signal that the processes have got already, and ends those that take more than 30 seconds.
+    """
 
     def __init__(self):
         self.signal = 0
@@ -127,8 +136,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        self.signal = number
-        self.__exit__()
+        if number == self.signal == signal.SIGINT and not _by_torchrun():
+            raise KeyboardInterrupt
+        self.signal = self.signal or number
 
     def agreed(self):
         """The number of a signal that some rank has got, or 0; the same on every rank, which all have to call it."""

@@ -179,7 +179,7 @@ class _Run:
         return batch
 
     def _save(self):
-        state = self.trainer.state()
+        state = self.here.together(self.trainer.state)
         if self.here.first:
             checkpoints.save(self.checkpoints, self.trainer.steps, state)
 

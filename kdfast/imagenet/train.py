@@ -5,7 +5,6 @@ step: with `Steps` they need no state. What has one is in `state`.
 """
 
 import contextlib
-import math
 
 import timm.optim
 import timm.scheduler
@@ -45,7 +44,8 @@ class Trainer:
 
     def _prepared(self, task):
         chosen, ranks = self.chosen, self.ranks
-        task.to(memory_format=self.layout)
+        for module in task.children():  # timm before 1.0.31 cannot move a task itself to a layout
+            module.to(memory_format=self.layout)
         if chosen.ema is not None:
             task.setup_ema(decay=chosen.ema)
         if chosen.compile:
@@ -129,16 +129,22 @@ class Trainer:
         self._share_sums()
         losses = {name: value.item() / self.summed for name, value in self.sums.items()}
         self.sums, self.summed = {}, 0
-        if not all(map(math.isfinite, losses.values())):
-            raise DistillError(f"a loss is not finite before step {self.steps}: {losses}; try a smaller --lr")
         return losses
 
     def _share_sums(self):
-        """Give every rank the mean over the ranks, so that rank 0's checkpoint is right for all."""
-        if self.ranks.size > 1 and self.sums:
-            means = torch.stack(list(self.sums.values()))
-            torch.distributed.all_reduce(means)
-            self.sums = dict(zip(self.sums, means / self.ranks.size, strict=True))
+        """Give every rank the mean over the ranks, so that rank 0's checkpoint is right for all.
+
+        Raises a DistillError where it is infinite or NaN: no checkpoint is written of what comes after that.
+        """
+        if not self.sums:
+            return
+        sums = torch.stack(list(self.sums.values()))
+        if self.ranks.size > 1:
+            torch.distributed.all_reduce(sums)
+            self.sums = dict(zip(self.sums, sums / self.ranks.size, strict=True))
+        if not sums.isfinite().all():
+            losses = {name: value.item() for name, value in self.sums.items()}
+            raise DistillError(f"a loss is not finite before step {self.steps}: {losses}; try a smaller --lr")
 
     # ---- a test ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
