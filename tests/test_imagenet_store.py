@@ -39,6 +39,12 @@ apart, one_thread, photographs, undisturbed = (
 )
 
 
+def in_two_processes(argv):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdfast"]
+    done = subprocess.run([*torchrun, *argv], env=CHILD_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def storing(root, folder, *more):
     """The command that stores the teacher of `arguments`."""
     command = arguments(root, "", "--store-teacher", folder, *more)
@@ -123,13 +129,19 @@ def test_resumed(photographs, store, tmp_path, monkeypatch, capsys):
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 
+def test_two_processes(photographs, undisturbed, store, tmp_path):
+    """Each looks up its share of a batch."""
+    in_two_processes(learning(photographs, store("--store-dtype", "float32"), tmp_path / "run"))
+    ours, theirs = (rows(folder / "train.csv") for folder in (tmp_path / "run", undisturbed()))
+    for key in ("kd_loss", "task_loss"):
+        assert [float(row[key]) for row in ours] == pytest.approx([float(row[key]) for row in theirs], rel=1e-3)
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 def test_store_of_two_processes(photographs, store, tmp_path):
     """Ranks write shards in turn: together those of one process."""
     command = storing(photographs, tmp_path / "teacher", "--store-dtype", "float32")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdfast"]
-    done = subprocess.run([*torchrun, *command], env=CHILD_ENVIRONMENT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(command)
     ours, theirs = (TeacherStore(f) for f in (tmp_path / "teacher", store("--store-dtype", "float32")))
     assert ours.contents == theirs.contents
     index = torch.arange(CLASSES * TRAIN)
