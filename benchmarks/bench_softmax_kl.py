@@ -15,6 +15,7 @@ FAMILY = "softmax_kl"
 SHAPES = [(256, 1000), (1024, 1000), (4096, 1000), (256, 21841), (64, 151936)]
 OTHER_SHAPES = [(256, 1000), (4096, 1000)]  # of every loss but KD: small enough to sit in a cache, and not
 HOST_SHAPE = (2, 8)
+KEPT = 50  # classes of the top-k teacher
 
 
 # ---- the baselines ---------------------------------------------------------------------------------------------------
@@ -69,6 +70,19 @@ def eager_label_refinery(student, probabilities, labels):
     return -(probabilities * F.log_softmax(student, dim=1)).sum(1).mean()
 
 
+def eager_top_k(student, values, indices, rest, labels, temperature=4.0):
+    """The other classes as one more outcome: what the student's kept classes leave of 1."""
+    log_p_kept = F.log_softmax(student / temperature, dim=1).gather(1, indices)
+    log_p_rest = (1 - log_p_kept.exp().sum(1, keepdim=True)).clamp(min=1e-8).log()
+    log_p_student = torch.cat([log_p_kept, log_p_rest], dim=1)
+    p_teacher = F.softmax(torch.cat([values, rest.unsqueeze(1)], dim=1) / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p_student, p_teacher, reduction="batchmean")
+
+
+def kd_of_top_k(student, values, indices, rest, labels):
+    return kdfast.KD()(student, kdfast.TopK(values, indices, rest, temperature=4.0))
+
+
 def liger_kd(student, teacher, labels, temperature=4.0):
     from liger_kernel.transformers import LigerKLDIVLoss
 
@@ -93,6 +107,7 @@ def without_teacher(loss):
 
 LOSSES = {  # name -> eager, kdfast, liger
     "KD": (eager_kd, without_labels(kdfast.KD()), liger_kd),
+    "KD of top-50": (eager_top_k, kd_of_top_k, None),
     "KD + CE": (eager_kd_ce, kdfast.KD(alpha=0.9), None),
     "DKD": (eager_dkd, kdfast.DKD(), None),
     "JSD": (eager_jsd, without_labels(kdfast.JSD()), liger_jsd),
@@ -111,10 +126,14 @@ def case(name, rows, cols, dtype="float32"):
         student, teacher = torch.randn(rows, cols, **options), torch.randn(rows, cols, **options)
         if name == "LabelRefinery":
             teacher = teacher.softmax(dim=1)
-        return student.requires_grad_(), teacher, torch.randint(cols, (rows,), device=device)
+        teacher = [teacher]
+        if name == "KD of top-50":
+            teacher = kdfast.TopK.of(*teacher, min(KEPT, cols), temperature=4.0)[:3]
+        return student.requires_grad_(), *teacher, torch.randint(cols, (rows,), device=device)
 
-    # Forward reads its inputs; backward reads them again and writes the student's gradient. Labels are nothing beside.
-    read = 1 if name == "TfKDReg" else 2
+    # Forward reads its inputs; backward reads them again and writes the student's gradient. Labels are nothing beside,
+    # nor is a top-k teacher.
+    read = 1 if name in ("TfKDReg", "KD of top-50") else 2
     matrix = rows * cols * getattr(torch, dtype).itemsize
     floor = {"forward": read * matrix, "backward": (read + 1) * matrix, "both": (2 * read + 1) * matrix}
     return Case(name, f"{rows} x {cols}", inputs, eager, ours, floor, dtype=dtype, liger=liger)

@@ -40,9 +40,30 @@ def _reduce(rows, reduction):
     return rows.sum() / (max(len(rows), 1) if reduction in ("mean", "batchmean") else 1)
 
 
+def _outcomes(student, teacher, temperature):
+    """Of a top-k teacher (values, indices, rest): log-probabilities [rows, k + 1] of student and teacher.
+
+    -> also the student's log-probabilities among the other classes [rows, cols], -inf at the kept ones.
+    """
+    values, indices, rest = (*teacher, None)[:3]
+    kept = torch.zeros(student.shape, dtype=torch.bool, device=student.device).scatter(1, indices.long(), True)
+    log_q = _log_softmax(student, temperature)
+    if indices.shape[1] < student.shape[1]:
+        log_others = log_q.masked_fill(kept, -INF).logsumexp(1, keepdim=True)
+    else:
+        log_others = torch.full_like(log_q[:, :1], -INF)
+    rest = torch.full_like(values[:, 0].double(), -INF) if rest is None else rest.double()
+    log_p = _log_softmax(torch.cat([values.double(), rest[:, None]], 1), temperature)
+    among_others = torch.where(kept, -INF, log_q - log_others)
+    return torch.cat([log_q.gather(1, indices.long()), log_others], 1), log_p, among_others
+
+
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
-    log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
+    if isinstance(teacher, tuple):
+        log_q, log_p, _ = _outcomes(student, teacher, temperature)
+    else:
+        log_q, log_p = _log_softmax(student, temperature), _log_softmax(teacher, temperature)
     if beta == 0:
         rows = _kl(log_p, log_q)
     elif beta == 1:
@@ -439,6 +460,15 @@ def sizes_kl(student, teacher, temperature=1.0):
     rows, entries = _pair_sizes(
         _log_softmax(student.detach(), temperature), _log_softmax(teacher.detach(), temperature)
     )
+    return temperature**2 * rows, temperature * entries
+
+
+def sizes_topk(student, teacher, temperature=1.0):
+    log_q, log_p, among_others = _outcomes(student.detach(), teacher, temperature)
+    rows, outcomes = _pair_sizes(log_p, log_q)
+    # What the others get as one is shared out: exp(x) has |x| as many rounding errors as x.
+    share = torch.where(among_others == -INF, 0.0, among_others.exp() * (1 + among_others.abs()))
+    entries = (outcomes[:, -1:] * share).scatter(1, teacher[1].long(), outcomes[:, :-1])
     return temperature**2 * rows, temperature * entries
 
 

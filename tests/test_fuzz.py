@@ -122,7 +122,8 @@ def draw_softmax_kl(draw):
     temperature = draw(st.sampled_from([1.0, 4.0, 0.5, 20.0, 0.05, 1e-3]), label="temperature")
     reduction = draw(st.sampled_from(["none", "sum", "batchmean"]), label="reduction")
     labels = draw_column(draw, torch.randint(cols, (rows,), generator=numbers))
-    op = draw(st.sampled_from(["softmax_kl", "cross_entropy_kl", "cross_entropy", "dkd"]), label="op")
+    ops_of_logits = ["softmax_kl", "softmax_kl_topk", "cross_entropy_kl", "cross_entropy", "dkd"]
+    op = draw(st.sampled_from(ops_of_logits), label="op")
     mean = 1 / max(rows, 1)
     share = mean if reduction == "batchmean" else 1.0
     inputs = [student, teacher]
@@ -140,6 +141,19 @@ def draw_softmax_kl(draw):
             factor = share * (torch.ones(rows) if weight is None else weight).double()
             by_row, entries = oracles.sizes_kl(s, t, temperature)
             return factor * by_row, factor[:, None] * entries
+
+    elif op == "softmax_kl_topk":
+        k = draw(st.one_of(st.integers(1, min(cols, 9)), st.just(cols)), label="k")
+        top = ops.TopK.of(teacher.double(), k, temperature)
+        rest = None if draw(st.booleans(), label="no rest") else draw_column(draw, top.rest.float())
+        top = (lay_out(draw, top.values.to(teacher.dtype)), top.indices, rest, temperature)
+        inputs = [student]
+
+        def call(o, s, t):
+            return o.softmax_kl(s, top, temperature, reduction=reduction)
+
+        def sizes(s, t):
+            return [share * x for x in oracles.sizes_topk(s, top, temperature)]
 
     elif op == "dkd":
         reduction = "batchmean"

@@ -74,6 +74,20 @@ def _weighted(d):
     return d.weight.double()
 
 
+def top_k(d, k, temperature):
+    """The same numbers for op and oracle, whose teacher is the same one in float64."""
+    top = kdfast.TopK.of(d.teacher.double(), min(k, d.teacher.shape[1]), temperature)
+    return top._replace(values=top.values.to(d.teacher.dtype), rest=top.rest.float())
+
+
+def _top_7(d):
+    return top_k(d, 7, 4.0)
+
+
+def _top_3(d):
+    return top_k(d, 3, 1.0)[:2]
+
+
 def _mix(first, kl, second, ce):
     return tuple(kl * a + ce * b for a, b in zip(first, second, strict=True))
 
@@ -93,6 +107,16 @@ VARIANTS = {
     "jsd": Variant(
         lambda o, d: o.softmax_kl(d.student, d.teacher, 2.0, beta=0.3, weight=d.weight, reduction="none"),
         lambda d: oracles.sizes_kl(d.student, d.teacher, 2.0),
+        each=True,
+        factor=_weighted,
+    ),
+    "topk": Variant(
+        lambda o, d: o.softmax_kl(d.student, _top_7(d), 4.0),
+        lambda d: oracles.sizes_topk(d.student, _top_7(d), 4.0),
+    ),
+    "topk_no_rest": Variant(
+        lambda o, d: o.softmax_kl(d.student, _top_3(d), 0.5, weight=d.weight, reduction="none"),
+        lambda d: oracles.sizes_topk(d.student, _top_3(d), 0.5),
         each=True,
         factor=_weighted,
     ),
@@ -117,7 +141,8 @@ VARIANTS = {
     ),
 }
 every_variant = pytest.mark.parametrize("name", VARIANTS)
-two_sided = [name for name in VARIANTS if name != "ce"]
+one_sided = ("ce", "topk", "topk_no_rest")  # without a gradient in the teacher
+two_sided = [name for name in VARIANTS if name not in one_sided]
 
 
 def gradients(loss, data, upstream=None):
@@ -193,12 +218,12 @@ def test_gradcheck(implementation, name):
     def f(student, teacher):
         return VARIANTS[name].call(ops, Data(student, teacher, data.labels, data.probabilities, data.weight))
 
-    inputs = (data.student, data.teacher.detach() if name == "ce" else data.teacher)
+    inputs = (data.student, data.teacher.detach() if name in one_sided else data.teacher)
     assert torch.autograd.gradcheck(f, inputs)
 
 
 def test_opcheck(implementation):
-    """Schemas, shape functions and dynamic shapes of the six raw ops, on inputs that need no gradient."""
+    """Schemas, shape functions and dynamic shapes of the raw ops, on inputs that need no gradient."""
     d = make(implementation, *SMALL, torch.float32)
     raw = torch.ops.kdfast
     kl = (4.0, 0.3, 1.0)
@@ -209,6 +234,10 @@ def test_opcheck(implementation):
         ("cross_entropy_kl", (d.student, None, d.probabilities, 4.0, 0.0, 1.0, 0.1, -100, False, False)),
         ("dkd", (d.student, d.teacher, d.labels, 4.0, 1.0, 2.0, 1.0)),
     ]
+    top = top_k(d, 3, 4.0)
+    for rest, weight, reduce in ((top.rest, d.weight, False), (None, None, True)):
+        args = (d.student, top.values, top.indices, rest, weight, 4.0, 1.0, reduce)
+        calls.append(("softmax_kl_topk", args))
     for op, args in calls:
         torch.library.opcheck(getattr(raw, op).default, args)
     grad = torch.ones((), device=d.student.device)
@@ -216,6 +245,8 @@ def test_opcheck(implementation):
     torch.library.opcheck(
         raw.softmax_kl_backward.default, (grad, d.student, d.teacher, d.weight, stats, *kl, True, True)
     )
+    _, stats = raw.softmax_kl_topk(*args)
+    torch.library.opcheck(raw.softmax_kl_topk_backward.default, (grad, *args[:5], stats, 4.0, 1.0))
     _, stats = raw.cross_entropy_kl(*calls[2][1])
     args = (grad, d.student, d.teacher, d.labels, stats, 4.0, 1.0, 0.1, True, False)
     torch.library.opcheck(raw.cross_entropy_kl_backward.default, args)
@@ -363,6 +394,208 @@ def test_no_gradient_paths(implementation):
     assert probabilities.grad is None and leaves.teacher.grad is not None
     with pytest.raises(ValueError, match="weight must not require a gradient"):
         ops.softmax_kl(d.student, d.teacher, weight=torch.ones(5, device=d.student.device, requires_grad=True))
+
+
+# ---- a top-k teacher -------------------------------------------------------------------------------------------------
+def top_k_variant(top, temperature, **options):
+    return Variant(
+        lambda o, d: o.softmax_kl(d.student, top, temperature, reduction="none", **options),
+        lambda d: oracles.sizes_topk(d.student, top, temperature),
+        each=True,
+        factor=lambda d: 1.0,
+    )
+
+
+@pytest.mark.parametrize("shape", [(3, 9), (2, 33), (2, 2049)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_top_k_of_all_classes(implementation, shape, temperature):
+    """k = C is the whole teacher, in any order of the classes."""
+    d = make(implementation, *shape)
+    order = torch.rand(shape, device=d.student.device).argsort(1)
+    shuffled = (d.teacher.gather(1, order), order)
+    for top in (kdfast.TopK.of(d.teacher, shape[1], temperature), shuffled):
+        (student, whole) = (d.leaves().student for _ in range(2))
+        got, want = ops.softmax_kl(student, top, temperature), ops.softmax_kl(whole, d.teacher, temperature)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(*(torch.autograd.grad(*x)[0] for x in ((got, student), (want, whole))))
+
+
+@pytest.mark.parametrize(
+    ("shape", "k"),
+    [
+        ((3, 9), 1),
+        ((3, 2048), 100),  # the longest row of a warp, more classes than it has lanes
+        ((1, 16385), 1100),  # classes on both sides of what a block marks, more than the CPU reads at a time
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_top_k(implementation, shape, k, dtype):
+    d = make(implementation, *shape, dtype)
+    top = top_k(d, k, 2.0)
+    check(top_k_variant(top, 2.0), d)
+    shuffle = torch.randperm(k, device=d.student.device)
+    check(top_k_variant((top.values[:, shuffle], top.indices[:, shuffle]), 2.0), d)
+
+
+def test_top_k_is_at_most_the_whole(implementation):
+    """Classes seen as one hide what they differ in; where they differ alike, nothing."""
+    d = make(implementation, 4, 40)
+    whole = ops.softmax_kl(d.student, d.teacher, 2.0, reduction="none")
+    before = torch.zeros_like(whole)
+    for k in (1, 3, 10, 40):
+        now = ops.softmax_kl(d.student, kdfast.TopK.of(d.teacher, k, 2.0), 2.0, reduction="none")
+        assert (now >= before - 1e-9).all() and (now <= whole + 1e-9).all()
+        before = now
+    top = kdfast.TopK.of(d.teacher, 5, 2.0)
+    shifted = (d.teacher + 3).scatter(1, top.indices, d.student.gather(1, top.indices))
+    torch.testing.assert_close(ops.softmax_kl(shifted, top, 2.0), ops.softmax_kl(shifted, d.teacher, 2.0))
+
+
+def test_top_k_without_rest(implementation):
+    """As a teacher that is -inf at the other classes, at any temperature."""
+    d = make(implementation, *SMALL)
+    values, indices = d.teacher.topk(4)
+    dense = torch.full_like(d.teacher, -INF).scatter(1, indices, values)
+    for temperature in (0.1, 1.0, 20.0):
+        want = ops.softmax_kl(d.student, dense, temperature)
+        torch.testing.assert_close(ops.softmax_kl(d.student, (values, indices), temperature), want)
+        nothing = torch.full((5,), -INF, device=d.student.device)
+        torch.testing.assert_close(
+            ops.softmax_kl(d.student, (values, indices, nothing, temperature), temperature), want
+        )
+
+
+def test_top_k_temperature(implementation):
+    """The rest belongs to one temperature."""
+    d = make(implementation, *SMALL)
+    top = kdfast.TopK.of(d.teacher, 3, 4.0)
+    with pytest.raises(ValueError, match="at temperature 4.0, which does not tell that at temperature 2.0: store it"):
+        ops.softmax_kl(d.student, top, 2.0)
+    for temperature in (0.05, 20.0):
+        check(top_k_variant(top_k(d, 3, temperature), temperature), d)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8], ids=str)
+def test_top_k_dtypes(implementation, dtype):
+    """Classes in any integer type, values and rest in any floating-point type."""
+    d = make(implementation, *SMALL, torch.float32, torch.float16)
+    top = top_k(d, 4, 2.0)
+    assert top.values.dtype == torch.float16
+    as_stored = top._replace(indices=top.indices.to(dtype), rest=top.rest.half())
+    check(top_k_variant(as_stored, 2.0), d)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_top_k_layouts(implementation, layout):
+    d = make(implementation, 3, 35, torch.float32)
+    top = top_k(d, 5, 2.0)
+    values, rest = LAYOUTS[layout](top.values), torch.stack([top.rest] * 2, 1)[:, 1]
+    if layout == "columns_expanded":
+        indices = top.indices  # equal classes are none
+    else:
+        indices = LAYOUTS[layout](top.indices)
+    check(top_k_variant(kdfast.TopK(values, indices, rest, 2.0), 2.0), d)
+
+
+@pytest.mark.parametrize("low", [-1e9, -1e4, -200.0, -INF])
+def test_top_k_student_without_the_rest(implementation, low):
+    """All other classes far below the kept ones, where their probability underflows: a finite loss all the same."""
+    d = make(implementation, 3, 20, torch.float32)
+    top = top_k(d, 4, 1.0)
+    d.student = d.student.scatter(1, top.indices, 5.0)
+    kept = torch.zeros_like(d.student, dtype=torch.bool).scatter(1, top.indices, True)
+    d.student = torch.where(kept, d.student, d.student + low)
+    loss = ops.softmax_kl(d.student, top)
+    assert not loss.isnan() and loss.isinf() == (low == -INF)
+    check(top_k_variant(top, 1.0), d)
+    check(top_k_variant(top[:2], 1.0), d)
+
+
+def test_top_k_unusable_indices(implementation):
+    """No class, or a class twice: an error where the host can look; else the row is NaN, memory untouched."""
+    d = make(implementation, *SMALL).leaves()
+    values, indices, rest, _ = kdfast.TopK.of(d.teacher, 4)
+    twice = int(indices[3, 0])
+    for at, index in ((1, -1), (2, 9), (0, 2**40), (3, -(2**63)), (2, twice)):
+        bad = indices.clone()
+        bad[3, at] = index
+        what = "which the row has already" if index == twice else "expected a class from 0 to 8"
+        if implementation.raises_on_labels:
+            with pytest.raises((ValueError, RuntimeError), match=rf"teacher.indices\[3, {at}\] is {index}, {what}"):
+                ops.softmax_kl(d.student, (values, bad, rest))
+            continue
+        assert ops.softmax_kl(d.student, (values, bad, rest)).isnan()
+        rows = ops.softmax_kl(d.student, (values, bad, rest), reduction="none")
+        assert rows.isnan().tolist() == [False, False, False, True, False]
+        grad, _ = gradients(rows, d)
+        assert grad.isfinite().all(1).tolist() == [True, True, True, False, True]
+
+
+def test_top_k_in_kd(implementation):
+    d = make(implementation, *SMALL).leaves()
+    top = kdfast.TopK.of(d.teacher, 3, 4.0)
+    kl = oracles.softmax_kl(d.student, top, 4.0, reduction="none")
+    torch.testing.assert_close(kdfast.KD(4.0)(d.student, top), kl.mean())
+    ce = oracles.cross_entropy(d.student, d.labels, label_smoothing=0.1, reduction="none")
+    for reduction, reduce in (("batchmean", torch.mean), ("none", lambda rows: rows)):
+        loss = kdfast.KD(4.0, alpha=0.7, label_smoothing=0.1, reduction=reduction)
+        torch.testing.assert_close(loss(d.student, top, d.labels), reduce(0.7 * kl + 0.3 * ce))
+    broken = d.student.detach().clone().fill_(-INF)
+    broken[:, 0] = 0
+    labels = torch.zeros_like(d.labels)
+    assert ops.cross_entropy_kl(broken, top, labels, 4.0) == INF
+    assert ops.cross_entropy_kl(broken, top, labels, 4.0, kl_weight=0) == 0
+
+
+TOP_K_ERRORS = [
+    (lambda s, t: (t[0],), ValueError, r"got a tuple of 1"),
+    (lambda s, t: (*t, 1.0, 2), ValueError, r"got a tuple of 5"),
+    (
+        lambda s, t: (t[0][:4], t[1][:4]),
+        ValueError,
+        r"teacher.values must be \(5, k\) with k from 1 to 9 .* got \(4, 3\)",
+    ),
+    (lambda s, t: (t[0][:, :0], t[1][:, :0]), ValueError, r"teacher.values must be \(5, k\)"),
+    (lambda s, t: (t[0].repeat(1, 4), t[1].repeat(1, 4)), ValueError, r"k from 1 to 9 .* got \(5, 12\)"),
+    (lambda s, t: (t[1], t[1]), TypeError, "teacher.values must be float32"),
+    (lambda s, t: (t[0], t[0]), TypeError, "teacher.indices must be integers, got torch.float32"),
+    (lambda s, t: (t[0], t[1][:, :2]), ValueError, r"teacher.indices must have the shape of teacher.values \(5, 3\)"),
+    (lambda s, t: (t[0], t[1].to("meta")), ValueError, "teacher.indices must be on the student's device"),
+    (lambda s, t: (t[0], t[1], t[2][:, None]), ValueError, r"teacher.rest must have shape \(5,\), got \(5, 1\)"),
+    (lambda s, t: (t[0], t[1], t[2].long()), TypeError, "teacher.rest must be float32"),
+    (lambda s, t: (t[0].clone().requires_grad_(), t[1]), ValueError, "teacher.values must not require a gradient"),
+    (lambda s, t: (*t, 0), ValueError, "teacher.temperature must be finite and above 0, got 0"),
+]
+
+
+@pytest.mark.parametrize(("teacher", "error", "message"), TOP_K_ERRORS, ids=[message for *_, message in TOP_K_ERRORS])
+def test_top_k_errors(teacher, error, message):
+    logits = torch.randn(5, 9)
+    with kdfast.fallback(), pytest.raises(error, match=message):
+        ops.softmax_kl(torch.randn(5, 9), teacher(None, kdfast.TopK.of(logits, 3)[:3]))
+
+
+def test_top_k_of_errors():
+    logits = torch.randn(5, 9)
+    for call, error, message in (
+        (lambda: kdfast.TopK.of(logits, 10), ValueError, "k must be at most the number of classes 9, got 10"),
+        (lambda: kdfast.TopK.of(logits, 0), ValueError, "k must be at least 1, got 0"),
+        (lambda: kdfast.TopK.of(logits[0], 1), ValueError, "logits must be 2-D"),
+        (lambda: kdfast.TopK.of(logits, 1, 0.0), ValueError, "temperature must be finite and above 0"),
+        (
+            lambda: ops.softmax_kl(logits, kdfast.TopK.of(logits, 1), beta=0.5),
+            ValueError,
+            "beta must be 0 with a top-k",
+        ),
+        (
+            lambda: ops.dkd(logits, kdfast.TopK.of(logits, 1), None),
+            TypeError,
+            "teacher must be a torch.Tensor, got TopK",
+        ),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
@@ -613,7 +846,7 @@ def on_logits(call, d):
 def test_inplace_change_raises(implementation, name):
     d = make(implementation, *SMALL)
     function = on_logits(lambda d: VARIANTS[name].call(ops, d), d)
-    for index in (0, 1) if name != "ce" else (0,):
+    for index in (0,) if name in one_sided else (0, 1):
         behaviour.check_refuses_changed_input(function, (d.student, d.teacher), index)
 
 
@@ -672,6 +905,7 @@ def _all_ops(d):
         + ops.cross_entropy_kl(d.student, d.teacher, d.labels, 4.0)
         + ops.cross_entropy(d.student, d.probabilities)
         + ops.dkd(d.student, d.teacher, d.labels)
+        + ops.softmax_kl(d.student, kdfast.TopK.of(d.teacher, 3, 2.0), 2.0)
     )
 
 
@@ -720,6 +954,7 @@ DETERMINISTIC = [
     (1, 100_000),  # one row: nothing to split by rows
     (8193, 3),  # one row more than one block adds up
 ]
+DETERMINISTIC_VARIANTS = ("kl", "jsd", "ce_kl_smooth", "ce_kl", "dkd", "topk")
 
 
 @pytest.mark.parametrize("shape", DETERMINISTIC, ids=str)
@@ -731,8 +966,8 @@ def test_deterministic(implementation, shape, same_bits):
 
     def run():
         d = data.leaves()
-        losses = [variant.call(ops, d) for variant in map(VARIANTS.get, ("kl", "jsd", "ce_kl_smooth", "ce_kl", "dkd"))]
-        return [*losses, *(g for loss in losses for g in gradients(loss, d))]
+        losses = [variant.call(ops, d) for variant in map(VARIANTS.get, DETERMINISTIC_VARIANTS)]
+        return [*losses, *(g for loss in losses for g in gradients(loss, d) if g is not None)]
 
     same_bits(run)
 
@@ -838,3 +1073,7 @@ def test_checked_labels(cuda, monkeypatch):
     d.labels[3] = 9
     with pytest.raises(ValueError, match=r"labels\[3\] is 9"):
         ops.dkd(d.student, d.teacher, d.labels)
+    values, indices = d.teacher.topk(2)
+    indices[3, 1] = indices[3, 0]
+    with pytest.raises(ValueError, match=r"teacher.indices\[3, 1\] is .* which the row has already"):
+        ops.softmax_kl(d.student, (values, indices))

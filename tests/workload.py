@@ -57,6 +57,8 @@ def softmax_kl(device):
             for name, function in functions.items():
                 yield Call(f"{name}, {where}", function, leaves)
             yield Call(f"CE, {where}", lambda s, y=labels: ops.cross_entropy(s, y), leaves[:1])
+            top = [x.to(device) for x in ops.TopK.of(wide[1, :, 1:-2].cpu(), min(cols, 40), 4.0)[:3]]
+            yield Call(f"KL of top-k, {where}", lambda s, t=top: ops.softmax_kl(s, (*t, 4.0), 4.0), leaves[:1])
     many = torch.randn(8193, 3, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
     ones = torch.ones(8193, dtype=torch.long).to(device)
     yield Call("CE of more rows than a block adds up", lambda s: ops.cross_entropy(s, ones), [many])

@@ -21,6 +21,16 @@ __device__ void for_steps(int64_t begin, int64_t end, const F& f) {
   for (int64_t col = begin + (threadIdx.x % kThreads) * kStep; col < end; col += kThreads * kStep) f(col);
 }
 
+// What one of the group has written is there for all.
+template <int kThreads>
+__device__ void group_sync() {
+  if constexpr (kThreads == kWarp) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 template <class A>
 __device__ A max_of(const A (&z)[kStep], A top) {
 #pragma unroll

@@ -14,16 +14,6 @@ __device__ bool leads() {
   return threadIdx.x % kThreads == 0;
 }
 
-// What the leader has written is there for the group.
-template <int kThreads>
-__device__ void group_sync() {
-  if constexpr (kThreads == kWarp) {
-    __syncwarp();
-  } else {
-    __syncthreads();
-  }
-}
-
 template <class A>
 __device__ A finite_max(A max) {
   return is_masked(max) ? A(0) : max;

@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -148,6 +149,13 @@ KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_
   }
 }
 
+// coef * exp((z - max) / T)
+template <class A>
+KD_MULTIVERSION void exp_grad_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = coef * exp2((z[i] - max) * rate);
+}
+
 // coef * exp(z - max) - uniform
 template <class A>
 KD_MULTIVERSION void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, A* out) {
@@ -174,10 +182,13 @@ KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out
 
 // ---- rows
 
+// Rows that are work enough for a thread.
+int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
+
 // f(row) for every row, in parallel.
 template <class F>
 void for_rows(int64_t rows, int64_t cols, const F& f) {
-  for_each(rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), f);
+  for_each(rows, row_grain(cols), f);
 }
 
 // One row of logits, with the label's class read as -inf if `hidden` names one.
@@ -369,6 +380,161 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
   });
 }
 
+// ---- softmax_kl_topk
+
+void check_indices(const TopK& teacher, int64_t rows, int64_t cols) {
+  std::atomic<int64_t> first{rows * teacher.count};  // of the indices that cannot be used
+  for_ranges(rows, row_grain(teacher.count), [&](int64_t begin, int64_t end) {
+    std::vector<uint8_t> seen(cols);
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t good = 0;
+      for (; good < teacher.count; ++good) {
+        const int64_t index = teacher.at(row, good);
+        if (index < 0 || index >= cols || seen[index]) break;
+        seen[index] = 1;
+      }
+      for (int64_t i = 0; i < good; ++i) seen[teacher.at(row, i)] = 0;
+      if (good == teacher.count) continue;
+      const int64_t here = row * teacher.count + good;
+      for (int64_t other = first; here < other && !first.compare_exchange_weak(other, here);) {
+      }
+      break;
+    }
+  });
+  if (first == rows * teacher.count) return;
+  const int64_t row = first / teacher.count, i = first % teacher.count, index = teacher.at(row, i);
+  const bool twice = index >= 0 && index < cols;
+  throw std::invalid_argument("teacher.indices[" + std::to_string(row) + ", " + std::to_string(i) + "] is " +
+                              std::to_string(index) +
+                              (twice ? ", which the row has already: expected each class at most once"
+                                     : ", expected a class from 0 to " + std::to_string(cols - 1)));
+}
+
+// The kept classes of a row, chained by the chunk of columns that they are in: the indices of a row have no order.
+template <class A>
+class Kept {
+ public:
+  Kept(const TopK& teacher, int64_t cols)
+      : teacher_(teacher),
+        cols_(cols),
+        first_((cols + kChunk - 1) / kChunk),
+        next_(teacher.count),
+        p_(padded(teacher.count)),
+        q_(padded(teacher.count), -infinity<A>()) {}
+
+  void set_row(int64_t row) {
+    row_ = row;
+    rest = teacher_.rest.data ? read<A>(teacher_.rest, row) : -infinity<A>();
+    values = read<A>(teacher_.values, row, 0, teacher_.count, -infinity<A>(), p_.data());
+    std::fill(first_.begin(), first_.end(), -1);
+    for (int64_t i = 0; i < teacher_.count; ++i) {
+      const int64_t index = teacher_.at(row, i);
+      if (index < 0 || index >= cols_) continue;  // a backward that was given other indices than its forward
+      next_[i] = first_[index / kChunk];
+      first_[index / kChunk] = i;
+    }
+  }
+
+  // f(i, at) for the kept classes in a piece: the i-th, which is element `at` of the piece.
+  template <class F>
+  void for_piece(int64_t begin, int64_t n, const F& f) const {
+    for (int64_t i = first_[begin / kChunk]; i >= 0; i = next_[i]) {
+      const int64_t at = teacher_.at(row_, i) - begin;
+      if (at >= 0 && at < n) f(i, at);
+    }
+  }
+
+  // The piece with the kept classes as -inf; notes their logits.
+  const A* hide(const A* z, int64_t begin, int64_t n, A* buffer) {
+    if (first_[begin / kChunk] < 0) return z;
+    if (z != buffer) std::copy(z, z + n, buffer);
+    for_piece(begin, n, [&](int64_t i, int64_t at) {
+      q_[i] = buffer[at];
+      buffer[at] = -infinity<A>();
+    });
+    return buffer;
+  }
+
+  int64_t size() const { return padded(teacher_.count); }
+  const A* logits() const { return q_.data(); }  // of the student
+
+  A rest;           // the teacher's logit of all other classes
+  const A* values;  // the teacher's logits
+
+ private:
+  const TopK& teacher_;
+  int64_t cols_, row_ = 0;
+  std::vector<int64_t> first_, next_;  // of each chunk; after each index; -1: none
+  std::vector<A> p_, q_;
+};
+
+// The student's softmax over the classes that are not kept.
+template <class A>
+Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
+  A max = -infinity<A>();
+  double sum = 0;
+  for_pieces(cols, [&](int64_t begin, int64_t n) {
+    const A* z = kept.hide(s.piece(begin, n), begin, n, s.buffer);
+    const A top = max_of(z, padded(n), max);
+    if (top > max) sum *= exp2((double(max) - top) * rate);
+    max = top;
+    sum += exp_sum(z, padded(n), State<A>::finite_max(max), rate);
+  });
+  return {State<A>::finite_max(max), static_cast<A>(sum)};
+}
+
+template <class A>
+void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t rows, int64_t cols, A rate,
+                          Stats<A> stats) {
+  for_ranges(rows, row_grain(cols), [&](int64_t begin, int64_t end) {
+    alignas(64) A buffer[kChunk];
+    Kept<A> kept(teacher, cols);
+    for (int64_t row = begin; row < end; ++row) {
+      kept.set_row(row);
+      const Side<A> rest = rest_sweep(Row<A>{student, row, -1, buffer}, cols, rate, kept);
+      State<A> state;
+      state.max_p = max_of(kept.values, kept.size(), kept.rest);
+      state.max_q = max_of(kept.logits(), kept.size(), rest.sum == 0 ? -infinity<A>() : rest.max);
+      for_pieces(kept.size(), [&](int64_t at, int64_t n) {
+        kl_update(state, kept.values + at, kept.logits() + at, n, rate, kl_sums<A>);
+      });
+      add_rest(state, kept.rest, rest, rate);
+      stats.set_side(kStudent, row, state.q());
+      stats[kStudent + kKl][row] = 0;
+      stats.set_side(kTeacher, row, state.p());
+      stats[kTeacher + kKl][row] = static_cast<A>(state.kl(rate));
+      stats.set_side(kTopKRest, row, rest);
+    }
+  });
+}
+
+template <class A>
+void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const Column& grad, const Column& weight,
+                               Stats<A> stats, int64_t cols, A rate, A scale, const Matrix& to_student) {
+  for_ranges(stats.rows, row_grain(cols), [&](int64_t first, int64_t last) {
+    alignas(64) A student_buffer[kChunk], buffer[kChunk];
+    Kept<A> kept(teacher, cols);
+    for (int64_t row = first; row < last; ++row) {
+      kept.set_row(row);
+      const Row<A> s{student, row, -1, student_buffer};
+      const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
+      const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+      const KlGrad<A> g = kl_grad(p, q, stats[kTeacher + kKl][row], factor, rate);
+      const A coef = rest_grad(g, kept.rest, p, q, rest, rate);
+      for_pieces(cols, [&](int64_t begin, int64_t n) {
+        const A* z = s.piece(begin, n);
+        A* out = target(to_student, row, begin, n, buffer);
+        exp_grad_piece(z, padded(n), rest.max, rate, coef, out);
+        // Whatever that made of the kept classes, which may be larger than any of the rest.
+        kept.for_piece(begin, n, [&](int64_t i, int64_t at) {
+          out[at] = kl_grad_q(g, exp2((kept.values[i] - p.max) * rate), exp2((z[at] - q.max) * rate));
+        });
+        write(to_student, row, begin, n, out);
+      });
+    }
+  });
+}
+
 // ---- cross_entropy_kl
 
 void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_t* ignore_index) {
@@ -549,6 +715,40 @@ Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::o
   return {to_student.tensor, to_teacher.tensor};
 }
 
+Pair softmax_kl_topk_forward_cpu(Tensor student, Tensor values, Tensor indices, std::optional<Tensor> rest,
+                                 std::optional<Tensor> weight, double temperature, double scale, bool reduce) {
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const TopK teacher = top_k(values, indices, rest);
+  check_indices(teacher, rows, cols);
+  const ScalarType dtype = accumulator(student, values);
+  Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
+  Tensor stats = empty(student, dtype, {kTopKStats, rows});
+  const Column weights = weight ? column(*weight) : Column{};
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    softmax_kl_topk_rows<A>(matrix(student), teacher, rows, cols, A(kLog2E / temperature), s);
+    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
+      const A w = weights.data ? read<A>(weights, row) : A(1);
+      return row_value(s[kTeacher + kKl][row], A(0), A(0), w, A(scale));
+    });
+  });
+  return {loss, stats};
+}
+
+Tensor softmax_kl_topk_backward_cpu(Tensor grad, Tensor student, Tensor values, Tensor indices,
+                                    std::optional<Tensor> rest, std::optional<Tensor> weight, Tensor stats,
+                                    double temperature, double scale) {
+  const Output to_student = output(student, true, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    softmax_kl_topk_grad_rows<A>(matrix(student), top_k(values, indices, rest), column(grad),
+                                 weight ? column(*weight) : Column{}, stats_of<A>(stats), student.size(1),
+                                 A(kLog2E / temperature), A(scale / temperature), to_student.m);
+  });
+  return to_student.tensor;
+}
+
 Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
                                   double kl_scale, double ce_scale, double smoothing, int64_t ignore_index,
                                   bool ce_mean, bool reduce) {
@@ -627,6 +827,8 @@ STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
   using namespace kdfast::softmax_kl;
   m.impl("softmax_kl", TORCH_BOX(&softmax_kl_forward_cpu));
   m.impl("softmax_kl_backward", TORCH_BOX(&softmax_kl_backward_cpu));
+  m.impl("softmax_kl_topk", TORCH_BOX(&softmax_kl_topk_forward_cpu));
+  m.impl("softmax_kl_topk_backward", TORCH_BOX(&softmax_kl_topk_backward_cpu));
   m.impl("cross_entropy_kl", TORCH_BOX(&cross_entropy_kl_forward_cpu));
   m.impl("cross_entropy_kl_backward", TORCH_BOX(&cross_entropy_kl_backward_cpu));
   m.impl("dkd", TORCH_BOX(&dkd_forward_cpu));

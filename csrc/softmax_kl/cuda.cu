@@ -102,6 +102,103 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   }
 }
 
+// Columns whose bits fit into what KD_SHARED gives a group for the kept classes of a top-k teacher.
+template <int kThreads>
+constexpr int64_t kMarked = kThreads == kWarp ? kShortRow : kPiece;
+
+static_assert(kBlock / kWarp * kShortRow <= kPiece, "one array serves eight warps or a block");
+
+// One bit per column in [begin, end): whether the row keeps that class. -> whether this thread saw a class twice.
+template <int kThreads>
+__device__ bool mark(const TopK& teacher, int64_t row, int64_t begin, int64_t end, unsigned* bits) {
+  const int lane = threadIdx.x % kThreads;
+  group_sync<kThreads>();  // the bits of the columns before have been read
+  for (int word = lane; word < kMarked<kThreads> / 32; word += kThreads) bits[word] = 0;
+  group_sync<kThreads>();
+  bool twice = false;
+  for (int64_t i = lane; i < teacher.count; i += kThreads) {
+    const int64_t index = teacher.at(row, i);
+    if (index < begin || index >= end) continue;
+    const unsigned bit = 1u << ((index - begin) % 32);
+    twice |= (atomicOr(&bits[(index - begin) / 32], bit) & bit) != 0;
+  }
+  group_sync<kThreads>();
+  return twice;
+}
+
+// A row whose indices cannot be used has the KL NaN.
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    softmax_kl_topk_forward_kernel(Matrix student, TopK teacher, int64_t rows, int64_t cols, A rate, Stats<A> stats) {
+  KD_SHARED(unsigned, all_bits, kPiece / 32);
+  const int64_t row = group_index<kThreads>();
+  if (row >= rows) return;
+  const int lane = threadIdx.x % kThreads;
+  unsigned* bits = all_bits + threadIdx.x / kThreads * (kMarked<kThreads> / 32);
+  int wrong = 0;
+  A max_r = -infinity<A>(), sum_r = 0;
+  for (int64_t begin = 0; begin < cols; begin += kMarked<kThreads>) {
+    const int64_t end = cols - begin < kMarked<kThreads> ? cols : begin + kMarked<kThreads>;
+    wrong |= mark<kThreads>(teacher, row, begin, end, bits);
+    for_steps<kThreads>(begin, end, [&](int64_t col) {
+      A z[kStep];
+      read(student, row, col, cols, -infinity<A>(), z);
+      const unsigned kept = bits[(col - begin) / 32] >> ((col - begin) % 32);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) {
+        if (kept >> i & 1) z[i] = -infinity<A>();
+      }
+      const A top = max_of(z, max_r);
+      if (top > max_r) sum_r *= exp2((max_r - top) * rate);
+      max_r = top;
+      const A max = State<A>::finite_max(top);
+#pragma unroll
+      for (int i = 0; i < kStep; ++i) sum_r += exp2((z[i] - max) * rate);
+    });
+  }
+  const A top_r = group_reduce<kThreads>(max_r, Max{});
+  sum_r = group_reduce<kThreads>(max_r == -infinity<A>() ? A(0) : sum_r * exp2((max_r - top_r) * rate), Add{});
+  const Side<A> rest{State<A>::finite_max(top_r), sum_r};
+
+  // The kept classes, once more from the cache: maxima, then sums.
+  const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
+  State<A> s;
+  s.max_p = rest_p;
+  s.max_q = top_r;
+  for (int64_t i = lane; i < teacher.count; i += kThreads) {
+    const int64_t index = teacher.at(row, i);
+    s.max_p = max(s.max_p, read_one<A>(teacher.values, row, i));
+    if (index >= 0 && index < cols) {
+      s.max_q = max(s.max_q, read_one<A>(student, row, index));
+    } else {
+      wrong = 1;
+    }
+  }
+  s.max_p = group_reduce<kThreads>(s.max_p, Max{});
+  s.max_q = group_reduce<kThreads>(s.max_q, Max{});
+  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  for (int64_t i = lane; i < teacher.count; i += kThreads) {
+    const int64_t index = teacher.at(row, i);
+    if (index < 0 || index >= cols) continue;
+    const A c_p = read_one<A>(teacher.values, row, i) - max_p, c_q = read_one<A>(student, row, index) - max_q;
+    const A e_p = exp2(c_p * rate);
+    s.sum_p += e_p;
+    s.sum_q += exp2(c_q * rate);
+    s.dot += kl_term(e_p, c_p - c_q);
+  }
+  s.sum_p = group_reduce<kThreads>(s.sum_p, Add{});
+  s.sum_q = group_reduce<kThreads>(s.sum_q, Add{});
+  s.dot = group_reduce<kThreads>(s.dot, Add{});
+  wrong = group_reduce<kThreads>(wrong, Max{});
+  if (lane != 0) return;
+  add_rest(s, rest_p, rest, rate);
+  stats.set_side(kStudent, row, s.q());
+  stats[kStudent + kKl][row] = 0;
+  stats.set_side(kTeacher, row, s.p());
+  stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : s.kl(rate);
+  stats.set_side(kTopKRest, row, rest);
+}
+
 // Cross-entropies go to `ce`; a label that is no class makes its row NaN.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
@@ -291,6 +388,38 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   });
 }
 
+// First all classes of this part as if none was kept, then the kept ones. A row whose KL is NaN, because a class came
+// twice or otherwise, is NaN from the first on.
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+    softmax_kl_topk_backward_kernel(Matrix student, TopK teacher, Column grad, Column weight, int64_t cols, A rate,
+                                    A scale, Stats<A> stats, Matrix to_student) {
+  const Part at = part<kThreads>(cols);
+  const int64_t row = at.row;
+  if (row >= stats.rows) return;
+  const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
+  const A kl = stats[kTeacher + kKl][row];
+  const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+  const KlGrad<A> g = kl_grad(p, q, kl, kl == kl ? factor : kl, rate);
+  const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
+  const A coef = rest_grad(g, rest_p, p, q, rest, rate);
+  for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
+    A z[kStep];
+    read(student, row, col, cols, A(0), z);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) z[i] = coef * exp2((z[i] - rest.max) * rate);
+    write(to_student, row, col, at.end, z);
+  });
+  if (kl != kl) return;
+  group_sync<kThreads>();
+  for (int64_t i = threadIdx.x % kThreads; i < teacher.count; i += kThreads) {
+    const int64_t index = teacher.at(row, i);
+    if (index < at.begin || index >= at.end) continue;
+    const A e_p = exp2((read_one<A>(teacher.values, row, i) - p.max) * rate);
+    write_one(to_student, row, index, kl_grad_q(g, e_p, exp2((read_one<A>(student, row, index) - q.max) * rate)));
+  }
+}
+
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate,
@@ -395,6 +524,39 @@ Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::
   return {to_student.tensor, to_teacher.tensor};
 }
 
+Pair softmax_kl_topk_forward_cuda(Tensor student, Tensor values, Tensor indices, std::optional<Tensor> rest,
+                                  std::optional<Tensor> weight, double temperature, double scale, bool reduce) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const ScalarType dtype = accumulator(student, values);
+  Tensor loss = loss_like(student, dtype, reduce), stats = empty(student, dtype, {kTopKStats, rows});
+  dispatch_accumulator(dtype, [&](auto tag) {
+    using A = decltype(tag);
+    const Stats<A> s = stats_of<A>(stats);
+    launch_rows(device, softmax_kl_topk_forward_kernel<A, kWarp>, softmax_kl_topk_forward_kernel<A, kBlock>, rows, cols,
+                1, matrix(student), top_k(values, indices, rest), rows, cols, A(kLog2E / temperature), s);
+    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, A(0), A(scale)};
+    reduce_rows<A>(device, loss, value, rows, reduce);
+  });
+  return {loss, stats};
+}
+
+Tensor softmax_kl_topk_backward_cuda(Tensor grad, Tensor student, Tensor values, Tensor indices,
+                                     std::optional<Tensor> rest, std::optional<Tensor> weight, Tensor stats,
+                                     double temperature, double scale) {
+  const OnDevice device(student);
+  const int64_t rows = student.size(0), cols = student.size(1);
+  const Output to_student = output(student, true, grad);
+  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
+    using A = decltype(tag);
+    launch_rows(device, softmax_kl_topk_backward_kernel<A, kWarp>, softmax_kl_topk_backward_kernel<A, kBlock>, rows,
+                cols, blocks_for(cols, kPiece), matrix(student), top_k(values, indices, rest), column(grad),
+                weight ? column(*weight) : Column{}, cols, A(kLog2E / temperature), A(scale / temperature),
+                stats_of<A>(stats), to_student.m);
+  });
+  return to_student.tensor;
+}
+
 Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
                                    double kl_scale, double ce_scale, double smoothing, int64_t ignore_index,
                                    bool ce_mean, bool reduce) {
@@ -473,6 +635,8 @@ STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
   using namespace kdfast::softmax_kl;
   m.impl("softmax_kl", TORCH_BOX(&softmax_kl_forward_cuda));
   m.impl("softmax_kl_backward", TORCH_BOX(&softmax_kl_backward_cuda));
+  m.impl("softmax_kl_topk", TORCH_BOX(&softmax_kl_topk_forward_cuda));
+  m.impl("softmax_kl_topk_backward", TORCH_BOX(&softmax_kl_topk_backward_cuda));
   m.impl("cross_entropy_kl", TORCH_BOX(&cross_entropy_kl_forward_cuda));
   m.impl("cross_entropy_kl_backward", TORCH_BOX(&cross_entropy_kl_backward_cuda));
   m.impl("dkd", TORCH_BOX(&dkd_forward_cuda));

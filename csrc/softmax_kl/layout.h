@@ -29,6 +29,9 @@ Stats<A> stats_of(const Tensor& stats) {
 // softmax_kl: student max, sum, KL of the student's side; teacher max, sum, KL of the teacher's side.
 constexpr int64_t kStudent = 0, kTeacher = 3, kKl = 2, kKlStats = 6;
 
+// softmax_kl_topk: the same, and max, sum of the student's classes that the teacher leaves out.
+constexpr int64_t kTopKRest = 6, kTopKStats = 8;
+
 // cross_entropy_kl: student max, sum at T, sum at 1; weight of the row's cross-entropy; mass of its target; teacher;
 // KL.
 constexpr int64_t kSum1 = 2, kCeWeight = 3, kMass = 4, kCeTeacher = 5, kCeKl = 7, kCeStats = 8;
@@ -48,6 +51,22 @@ struct Labels {
 inline Labels labels_of(const Tensor& labels) {
   if (labels.dim() == 2) return {nullptr, 0, matrix(labels)};
   return {static_cast<const int64_t*>(labels.data_ptr()), labels.stride(0), Matrix{}};
+}
+
+// `count` logits of each row, their classes, and one logit for all other classes.
+struct TopK {
+  Matrix values;
+  const int64_t* index;
+  int64_t row_stride, col_stride, count;
+  Column rest;
+
+  KD_HD int64_t at(int64_t row, int64_t i) const { return index[row * row_stride + i * col_stride]; }
+};
+
+inline TopK top_k(const Tensor& values, const Tensor& indices, const std::optional<Tensor>& rest) {
+  return {matrix(values),    static_cast<const int64_t*>(indices.data_ptr()),
+          indices.stride(0), indices.stride(1),
+          indices.size(1),   rest ? column(*rest) : Column{}};
 }
 
 // A gradient; where none is needed, an empty tensor beside `any`, and a null matrix.

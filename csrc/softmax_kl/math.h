@@ -109,6 +109,35 @@ KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
   return e_p == 0 ? A(0) : e_p * (g.slope == 0 ? g.offset : g.slope * log_ratio + g.offset);
 }
 
+// ---- a top-k teacher: the classes it leaves out are one more outcome, whose logit on the student's side is their
+// log-sum That logit less `max`; -inf if there is no other class.
+template <class A>
+KD_HD A centred_log_sum(Side<A> rest, A max, A rate) {
+  return rest.sum == 0 ? -infinity<A>() : (rest.max - max) + divide(log2(rest.sum), rate);
+}
+
+// The sum of exponentials that belongs to it, relative to `max`.
+template <class A>
+KD_HD A exp_rest(Side<A> rest, A max, A rate) {
+  return rest.sum == 0 ? A(0) : rest.sum * exp2((rest.max - max) * rate);
+}
+
+// Adds the outcome to sums whose maxima cover it; rest_p is the teacher's logit.
+template <class A, class S>
+KD_HD void add_rest(KlState<A, S>& s, A rest_p, Side<A> rest_q, A rate) {
+  const A c_p = rest_p - s.p().max, max_q = s.q().max, e_p = exp2(c_p * rate);
+  s.sum_p += e_p;
+  s.sum_q += exp_rest(rest_q, max_q, rate);
+  s.dot += kl_term(e_p, c_p - centred_log_sum(rest_q, max_q, rate));
+}
+
+// The gradient at the outcome is shared by its classes in the student's proportions: the factor of exp((z - max) / T).
+template <class A>
+KD_HD A rest_grad(const KlGrad<A>& g, A rest_p, Side<A> p, Side<A> q, Side<A> rest_q, A rate) {
+  const A at_rest = kl_grad_q(g, exp2((rest_p - p.max) * rate), exp_rest(rest_q, q.max, rate));
+  return at_rest * rest_q.inverse();
+}
+
 // ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence
 template <class A>
 struct Mixture {

@@ -72,7 +72,7 @@ def answer(command, output_folder, work):
     except KeyboardInterrupt as interrupt:
         started = folder is not None and (folder / "settings.json").exists()
         hint = f"continue with: {command} --resume --out {folder}" if started else "nothing was trained yet"
-        print(f"\n{command}: interrupted; {hint}", file=sys.stderr)
+        print(f"\n{command}: interrupted; {getattr(interrupt, 'hint', None) or hint}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
 
 

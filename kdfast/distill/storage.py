@@ -11,8 +11,10 @@ from kdfast.distill import DistillError
 __all__ = ["damaged", "load_checkpoint", "save_checkpoint", "write_atomically"]
 
 
-def write_atomically(path, content):
+def write_atomically(path, content, then="--resume continues"):
     """Write the bytes `content` so that a kill or a full disk leaves the old file or the new one, never a part.
+
+    `then` is what the message of a failure says of going on.
 
     The temporary file lies in the same folder, because a rename is atomic only within one file system.
     """
@@ -25,7 +27,7 @@ def write_atomically(path, content):
         os.replace(temporary, path)
     except OSError as error:
         _remove(temporary)  # a full disk gets its space back
-        intact = "what was written before is intact, and --resume continues"
+        intact = f"what was written before is intact, and {then}"
         raise DistillError(f"cannot write {path}: {error.strerror or error}; {intact}") from error
 
 

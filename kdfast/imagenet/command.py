@@ -25,6 +25,8 @@ def run(options) -> int:
 
 
 def _folder(options):
+    if options.store_teacher:
+        return Path(options.store_teacher)
     if not options.out and _speaks():
         raise DistillError("--out: is missing; expected the folder of this run, where --resume finds it again")
     return Path(options.out or "")

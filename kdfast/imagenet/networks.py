@@ -8,6 +8,7 @@ import torch
 from kdfast.distill import DistillError
 from kdfast.distill.train import derived_seed
 from kdfast.integrations.presets import PRESETS, recipe
+from kdfast.integrations.terms import Objective
 from kdfast.integrations.timm import DistillationTask
 
 __all__ = ["student", "task", "teacher"]
@@ -44,14 +45,20 @@ def teacher(chosen, classes, image_size):
 
 
 def task(chosen, student, teacher, labels, image_size, device):
-    """The DistillationTask of both models with the chosen preset, on `device`; `labels` are the training set's."""
+    """The DistillationTask of both models with the chosen preset, on `device`; `labels` are the training set's.
+
+    Without a teacher (None) it takes stored logits.
+    """
     if chosen.preset not in PRESETS:
         raise DistillError(f"--preset: got {chosen.preset!r}, expected one of {', '.join(PRESETS)}")
-    student, teacher = student.to(device), teacher.to(device)
+    student, teacher = student.to(device), None if teacher is None else teacher.to(device)
     torch.manual_seed(derived_seed(chosen.seed))  # for the layers and banks of the losses
     try:
         sizes = {"n_data": len(labels), "image_size": (3, image_size, image_size)}
-        made = recipe(chosen.preset, student, teacher, labels=labels, **sizes)
+        # Where the teacher is not there, only presets can follow that look at no model.
+        made = recipe(chosen.preset, student, student if teacher is None else teacher, labels=labels, **sizes)
+        if teacher is None and (layers := Objective(made.terms).layers("teacher")):
+            raise ValueError(f"it reads the teacher's layers {', '.join(layers)}, a store has its logits alone")
     except ValueError as error:
         raise DistillError(f"--preset {chosen.preset}: {error}") from error
     return DistillationTask(student, teacher, made.terms, task_loss_weight=made.task_loss_weight, verbose=False)

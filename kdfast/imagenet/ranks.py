@@ -23,11 +23,12 @@ class OtherRankFailed(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was asked to stop, and its checkpoint is written."""
+    """The run was asked to stop, and its checkpoint is written; `hint` says how it goes on, where --resume does not."""
 
-    def __init__(self, number):
+    def __init__(self, number, hint=None):
         super().__init__(f"signal {number}")
         self.signal = number
+        self.hint = hint
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from pathlib import Path
 
 import timm
 import torch
@@ -12,12 +13,13 @@ import kdfast
 from kdfast.distill import DistillError, pipeline, report, storage
 from kdfast.distill import settings as stored_runs
 from kdfast.distill.train import reproducible
-from kdfast.imagenet import checkpoints, networks, settings
+from kdfast.imagenet import checkpoints, networks, settings, stored
 from kdfast.imagenet.data import Images, Steps, Unread, loader
 from kdfast.imagenet.log import FILES, Log, Silent
 from kdfast.imagenet.ranks import Stop, Stopped
 from kdfast.imagenet.readers import fingerprint, open_readers
 from kdfast.imagenet.train import Trainer
+from kdfast.teacher_store import TeacherStoreWriter
 
 __all__ = ["train"]
 
@@ -25,14 +27,17 @@ STUDENT, AVERAGE = "student.pt", "student-ema.pt"  # as timm.create_model(checkp
 
 
 def train(chosen, options, folder, here):
-    """Train as `chosen` says, among the processes `here`; `options` are those of the command line."""
-    here.on_first(lambda: pipeline.output_folder(options, files=(STUDENT, AVERAGE, *FILES)))
+    """Train as `chosen` says, or store the teacher; among the processes `here`, `options` of the command line."""
+    if not chosen.store_teacher:
+        here.on_first(lambda: pipeline.output_folder(options, files=(STUDENT, AVERAGE, *FILES)))
     train_reader, val_reader, classes = here.on_first(
         lambda: open_readers(chosen.data, chosen.train_split, chosen.val_split, chosen.classes)
     )
     with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
         run = _Run(chosen, here, folder, train_reader, val_reader, classes)
+        if chosen.store_teacher:
+            return run.store_teacher()
         here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
         run.go()
 
@@ -62,14 +67,18 @@ class _Run:
 
     def __init__(self, chosen, here, folder, train_reader, val_reader, classes):
         self.chosen, self.here, self.folder, self.checkpoints = chosen, here, folder, folder / "checkpoints"
-        self.steps = here.together(
-            lambda: Steps(len(train_reader), chosen.batch_size, chosen.accumulate, here, chosen.seed, chosen.epochs)
-        )
+        self.classes = classes
+        self.store = here.together(lambda: stored.opened(chosen, train_reader, classes))
+        shape = len(train_reader), chosen.batch_size, chosen.accumulate
+        augmentations = None if self.store is None else self.store.contents.augmentations
+        self.steps = here.together(lambda: Steps(*shape, here, chosen.seed, chosen.epochs, augmentations))
         task, config = here.together(lambda: self._task(train_reader, classes))
         self.train_images, self.val_images = here.together(lambda: self._images(train_reader, val_reader, config))
         normalization = config["mean"], config["std"]
         self.shape = chosen.batch_size // chosen.accumulate // here.size, *config["input_size"]
-        self.trainer = here.together(lambda: Trainer(chosen, here, task, self.steps.an_epoch, normalization))
+        self.trainer = here.together(
+            lambda: Trainer(chosen, here, task, self.steps.an_epoch, normalization, self.store)
+        )
         self.unread = Unread(chosen.strict, _say)
 
     def _task(self, train_reader, classes):
@@ -79,9 +88,13 @@ class _Run:
         size = {} if chosen.image_size is None else {"img_size": chosen.image_size}
         config = resolve_data_config(size, model=student)
         image_size = config["input_size"][-1]
-        teacher = networks.teacher(chosen, classes, image_size)
+        teacher = networks.teacher(chosen, classes, image_size) if self.store is None else None
         labels = torch.tensor([label for _, label, *_ in train_reader.samples])
-        return networks.task(chosen, student, teacher, labels, image_size, self.here.device), config
+        task = networks.task(chosen, student, teacher, labels, image_size, self.here.device)
+        self.terms = task.trainable_module.objective.terms
+        if self.store is not None:
+            stored.check_terms(self.store, chosen.preset, self.terms)
+        return task, config
 
     def _images(self, train_reader, val_reader, config):
         common = {name: config[name] for name in ("input_size", "interpolation", "mean")}
@@ -96,8 +109,12 @@ class _Run:
                 f"{error or repr(error)}"
             ) from error
         plain = create_transform(**common, crop_pct=config["crop_pct"], crop_mode=config["crop_mode"])
-        seed = self.chosen.seed
-        return Images(train_reader, augmented, seed, replace=True), Images(val_reader, plain, seed, replace=False)
+        seed = augmented_seed = self.chosen.seed
+        if self.store is not None:  # its teacher has seen these augmentations, and the student learns from the same
+            stored.check_transform(self.store, augmented)
+            augmented_seed = self.store.contents.seed
+        train = Images(train_reader, augmented, augmented_seed, replace=True)
+        return train, Images(val_reader, plain, seed, replace=False)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
     def go(self):
@@ -179,6 +196,44 @@ class _Run:
                 raise Stopped(stop.signal)
             self.unread.note(batch, self.val_images.reader)
             yield batch
+
+    # ---- a store of the teacher's logits -----------------------------------------------------------------------------
+    def store_teacher(self):
+        """Write the shards that the store lacks, each rank its share."""
+        chosen, here, images = self.chosen, self.here, self.train_images
+        teacher = self.trainer.task.teacher
+        terms = images.reader, images.transform, self.classes, teacher, self.terms
+        holds = here.together(lambda: stored.contents(chosen, *terms))
+        folder = Path(chosen.store_teacher)
+        missing = here.on_first(lambda: TeacherStoreWriter(folder, holds).missing())
+        writer = here.together(lambda: TeacherStoreWriter(folder, holds))
+        with Stop() as stop:
+            here.together(lambda: self._write(writer, missing[here.rank :: here.size], stop))
+        if here.first:
+            kept = "all logits" if holds.top_k is None else f"the top {holds.top_k} and the rest"
+            print(
+                f"{folder}: {kept} of {holds.model} for {holds.samples} images, {holds.augmentations} times augmented"
+            )
+
+    def _write(self, writer, shards, stop):
+        size = self.shape[0]
+        keys = [
+            [(shard.augmentation, index) for index in range(first, min(first + size, shard.end))]
+            for shard in shards
+            for first in range(shard.begin, shard.end, size)
+        ]
+        batches = iter(self._loader(self.train_images, keys))
+        for number, shard in enumerate(shards, 1):
+            logits, index = [], []
+            for _ in range(shard.begin, shard.end, size):
+                if stop.signal:
+                    hint = f"the same command continues the store after {number - 1} of {len(shards)} missing shards"
+                    raise Stopped(stop.signal, hint)
+                batch = self._taken(batches)
+                logits.append(self.trainer.teacher_logits(batch).float().cpu())
+                index.append(batch.index)
+            # In place of an image that cannot be read there is another one.
+            writer.write(shard, torch.cat(logits), torch.cat(index) != torch.arange(shard.begin, shard.end))
 
     # ---- after the training ------------------------------------------------------------------------------------------
     def _finish(self, log):

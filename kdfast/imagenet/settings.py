@@ -22,6 +22,10 @@ class Settings:
     student: str
     teacher: str
     teacher_weights: str | None = None
+    store_teacher: str | None = None
+    store_top_k: int | None = None
+    store_dtype: str = "float16"
+    store_augmentations: int | None = None
     preset: str = "kd"
     train_split: str = "train"
     val_split: str = "validation"
@@ -72,8 +76,12 @@ def add_arguments(parser):
         group.add_argument(name, action="store_const", const=True, help=text)
 
     add("--student", "NAME", "timm's name of the student, which starts from random weights")
-    add("--teacher", "NAME", "timm's name of the teacher")
+    add("--teacher", "NAME", "timm's name of the teacher, or the folder that --store-teacher has written")
     add("--teacher-weights", "FILE", "the teacher's weights (default: the pretrained ones, from timm's cache)")
+    add("--store-teacher", "FOLDER", "train nothing: write the teacher's logits of all images here, for --teacher")
+    add("--store-top-k", "K", "of each image the K largest and the sum of the others (default: all)")
+    add("--store-dtype", "NAME", "float16 or float32")
+    add("--store-augmentations", "N", "of each image; epochs take them in turn (default: as many as --epochs)")
     add("--preset", "NAME", "losses with their papers' weights for ImageNet")
     add("--train-split", "NAME", "of wds/: a split, or files in braces as timm takes them")
     add("--val-split", "NAME", "the same for validation")
@@ -131,6 +139,7 @@ def resolve(options, stored=None):
         else:
             values[name] = default
     values["device"] = values["device"] or _default_device()
+    _check_store(options, values)
     if values["sync_bn"] and not values["device"].startswith("cuda"):
         raise DistillError("--sync-bn: torch has it for CUDA alone; leave it out, or take a student without batch norm")
     if values["warmup_epochs"] >= values["epochs"]:
@@ -138,6 +147,18 @@ def resolve(options, stored=None):
             f"--warmup-epochs: got {values['warmup_epochs']}, expected less than the {values['epochs']} of --epochs"
         )
     return Settings(**values)
+
+
+def _check_store(options, values):
+    writes, reads = values["store_teacher"] is not None, Path(values["teacher"]).is_absolute()
+    if writes and options.out is not None:
+        raise DistillError("--out: --store-teacher trains nothing, and writes to its own folder alone")
+    if writes and reads:
+        raise DistillError(f"--teacher: {values['teacher']} is a folder; expected a model, for --store-teacher")
+    if not writes:
+        refuse(options, ("store_top_k", "store_dtype", "store_augmentations"), "expected with --store-teacher")
+    if reads and values["teacher_weights"] is not None:
+        raise DistillError("--teacher-weights: does not go with a folder as --teacher, which has the logits already")
 
 
 def _default_device():
@@ -174,9 +195,26 @@ def _file(argument, text):
     return str(Path(text).resolve())
 
 
+def _teacher(argument, text):
+    """A model's name as it is, a folder as an absolute path."""
+    path = Path(text)
+    is_store = (path / "manifest.json").is_file() or (path.is_dir() and len(path.parts) > 1)
+    return str(path.resolve()) if is_store else text
+
+
+def _store_dtype(argument, text):
+    if text not in ("float16", "float32"):
+        raise DistillError(f"{argument}: got {text!r}, expected float16 or float32")
+    return text
+
+
 _CHECKS = {
     "data": _data,
+    "teacher": _teacher,
     "teacher_weights": _file,
+    "store_top_k": whole(1),
+    "store_dtype": _store_dtype,
+    "store_augmentations": whole(1),
     "classes": whole(2),
     "image_size": whole(8, 4096),
     "epochs": whole(1),

@@ -23,11 +23,12 @@ MOMENTUM = 0.9
 class Trainer:
     """A timm `task` in training; `steps` of `an_epoch` a piece are done.
 
-    `normalization` is mean and standard deviation of the student's images, whose pixels are from 0 to 1.
+    `normalization` is mean and standard deviation of the student's images, whose pixels are from 0 to 1; `store` the
+    TeacherStore that has the teacher's logits, where the task has no teacher.
     """
 
-    def __init__(self, chosen, ranks, task, an_epoch, normalization):
-        self.chosen, self.ranks, self.an_epoch = chosen, ranks, an_epoch
+    def __init__(self, chosen, ranks, task, an_epoch, normalization, store=None):
+        self.chosen, self.ranks, self.an_epoch, self.store = chosen, ranks, an_epoch, store
         self.steps = 0
         self.sums, self.summed = {}, 0  # of the losses since they were last read
         self.layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
@@ -71,7 +72,12 @@ class Trainer:
         rows = torch.arange(shape[0], device=self.ranks.device)
         with self._autocast():
             images = torch.zeros(shape, device=self.ranks.device).to(memory_format=self.layout)
-            result = self.task(images, torch.zeros_like(rows), rows)
+            known = (
+                {}
+                if self.store is None
+                else {"teacher_logits": images.new_zeros(len(rows), self.store.contents.classes)}
+            )
+            result = self.task(images, torch.zeros_like(rows), rows, **known)
         result["loss"].backward()
         self.optimizer.zero_grad()
 
@@ -85,7 +91,8 @@ class Trainer:
             # The gradients travel once a step.
             with contextlib.nullcontext() if number == len(batches) else self.task.no_sync():
                 with self._autocast():
-                    result = self.task(self._images(batch.images), *self._targets(batch))
+                    stored = self._stored(batch.index, batch.augmentation)
+                    result = self.task(self._images(batch.images), *self._targets(batch), **stored)
                 (result["loss"] / len(batches)).backward()
             for name, value in result.items():
                 if name != "output":
@@ -95,6 +102,17 @@ class Trainer:
         self.steps += 1
         self.summed += 1
         self.task.update_ema(step=self.steps)
+
+    def _stored(self, index, augmentation):
+        """What the store has of these images, as an argument of the task."""
+        if self.store is None:
+            return {}
+        return {"teacher_logits": self.store.logits(index, augmentation).to(self.ranks.device, non_blocking=True)}
+
+    def teacher_logits(self, batch):
+        """What the teacher says about a batch in a step."""
+        with self._autocast():
+            return self.task.taught(self._images(batch.images))["teacher.logits"]
 
     def _images(self, images):
         images = images.to(self.ranks.device, non_blocking=True, memory_format=self.layout)

@@ -35,15 +35,17 @@ class DistillationTask(_task.TrainingTask):
         task(images, labels)["loss"].backward()
 
     student: a timm model, on its device, not wrapped. teacher: a model, its name in timm (with its pretrained weights)
-    or timm's DistillationTeacher. terms: :class:`Term` s. criterion: of the student's logits and the targets, by
-    default the cross-entropy; it does not run where task_loss_weight is 0. device: of the losses and the teacher, by
-    default the student's. dtype: of a teacher that is made by its name; a loss keeps the type that it has.
+    or timm's DistillationTeacher; None if each batch comes with `teacher_logits` of a store. terms: :class:`Term` s.
+    criterion: of the student's logits and the targets, by default the cross-entropy; it does not run where
+    task_loss_weight is 0. device: of the losses and the teacher, by default the student's. dtype: of a teacher that is
+    made by its name; a loss keeps the type that it has.
 
-    ``task(input, target, index=None)`` returns a dict: ``loss``, ``output`` (the student's logits), ``task_loss`` and
-    ``NAME_loss`` of each term, without its weight. `input` is normalised for the student; a teacher of another
-    normalisation gets its own. Where a term reads the index and a training loop knows nothing of it, `target` may be
-    (B, 2) integers, label and index of each sample. ``task.weights``, name of a term -> weight, may be changed at any
-    time.
+    ``task(input, target, index=None, teacher_logits=None)`` returns a dict: ``loss``, ``output`` (the student's
+    logits), ``task_loss`` and ``NAME_loss`` of each term, without its weight. `input` is normalised for the student; a
+    teacher of another normalisation gets its own, and does not run where `teacher_logits` (B, C) are given, which may
+    be a :class:`kdfast.TopK` for a loss that takes one. Where a term reads the index and a training loop knows nothing
+    of it, `target` may be (B, 2) integers, label and index of each sample. ``task.weights``, name of a term -> weight,
+    may be changed at any time.
 
     - The teacher is in eval mode, without gradients, outside of DistributedDataParallel, in any mode of the task.
     - The losses with their layers and banks are in the module that DistributedDataParallel wraps, so
@@ -65,9 +67,11 @@ class DistillationTask(_task.TrainingTask):
         device = next(student.parameters()).device if device is None else torch.device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         objective = Objective(terms).to(device)
-        self.teacher = _teacher(teacher, student, device, dtype)
+        self.teacher = None if teacher is None else _teacher(teacher, student, device, dtype)
         self.trainable_module = Trainable(student, objective)
         layers = objective.layers("teacher")
+        if layers and teacher is None:
+            raise ValueError(f"teacher must be a model, whose layers {', '.join(layers)} the terms read, got None")
         self._teacher_features = capture(self.teacher.model, layers) if layers else {}
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
         self.task_loss_weight = float(task_loss_weight)
@@ -75,7 +79,8 @@ class DistillationTask(_task.TrainingTask):
         if "task" in self.weights:
             raise ValueError("terms must not be named 'task', whose loss is the criterion's")
         self._index_readers = objective.readers("index")
-        self._set_normalization(student)
+        if self.teacher is not None:
+            self._set_normalization(student)
 
     def _set_normalization(self, student):
         """The teacher's input is ``scale * input + shift``; `_same_input`: it is the input itself."""
@@ -89,10 +94,10 @@ class DistillationTask(_task.TrainingTask):
             self.register_buffer(name, x.to(device=self.device, dtype=self.dtype), persistent=False)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
-    def forward(self, input, target, index=None):
+    def forward(self, input, target, index=None, teacher_logits=None):
         """Losses and logits of a batch: input (B, C, H, W), target (B,) or as the criterion takes it, index (B,)."""
         labels, index = self._targets(target, index)
-        values = {"labels": labels, **self._taught(input)}
+        values = {"labels": labels, **(self.taught(input) if teacher_logits is None else {LOGITS[1]: teacher_logits})}
         if index is not None:
             values["index"] = index
         logits, losses = self.trainable_module(input, values)
@@ -116,16 +121,19 @@ class DistillationTask(_task.TrainingTask):
         return target, index
 
     @torch.no_grad()
-    def _taught(self, input):
-        """Name -> what the teacher says about the images."""
-        values = {"teacher.logits": self.teacher(input if self._same_input else input * self._scale + self._shift)}
+    def taught(self, input):
+        """Name -> what the teacher says about the images: ``teacher.logits`` and the layers that terms read."""
+        if self.teacher is None:
+            raise ValueError("teacher_logits must be given with each batch: the task has no teacher")
+        values = {LOGITS[1]: self.teacher(input if self._same_input else input * self._scale + self._shift)}
         return values | {f"teacher.{name}": value for name, value in self._teacher_features.items()}
 
     # ---- timm's interface --------------------------------------------------------------------------------------------
     def train(self, mode=True):
         """The student's and the losses' mode; the teacher stays in eval mode."""
         super().train(mode)
-        self.teacher.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
         return self
 
     def prepare_distributed(self, device_ids=None, **ddp_kwargs):
@@ -138,7 +146,8 @@ class DistillationTask(_task.TrainingTask):
         """Compile student and teacher, each in place; returns the student."""
         student = self._trainable().student
         student.compile(backend=backend, mode=mode, **compile_kwargs)
-        self.teacher.model.compile(backend=backend, mode=mode, **compile_kwargs)
+        if self.teacher is not None:
+            self.teacher.model.compile(backend=backend, mode=mode, **compile_kwargs)
         return student
 
     def _trainable(self):

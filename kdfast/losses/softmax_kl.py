@@ -19,6 +19,7 @@ class KD(nn.Module):
 
     Rows whose label is `ignore_index` leave the cross-entropy only, which is divided by the rows kept (torch's own is
     NaN when none is). Without `alpha` labels are ignored. Gradients flow to the teacher too.
+    The teacher may be a :class:`kdfast.TopK`, k logits of a row and the rest as one; it gets no gradient.
     Differs from ``nn.KLDivLoss()``, whose default divides by B * C. Op: :func:`kdfast.ops.softmax_kl`,
     :func:`kdfast.ops.cross_entropy_kl`.
     """

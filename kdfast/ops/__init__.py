@@ -14,9 +14,10 @@ from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
 from kdfast.ops.moments import channel_moments
 from kdfast.ops.nce import alias_table, draw_negatives, nce, update_bank
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
-from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
+from kdfast.ops.softmax_kl import TopK, cross_entropy, cross_entropy_kl, dkd, softmax_kl
 
 __all__ = [
+    "TopK",
     "activation_boundary",
     "aekd",
     "affinity",

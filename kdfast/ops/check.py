@@ -184,6 +184,68 @@ def label_message(row, label, classes, ignore_index=None):
     return f"labels[{row}] is {label}, expected a class from 0 to {classes - 1}{but}"
 
 
+def top_k(values, indices, rest, student):
+    """A top-k teacher (B, k), (B, k), (B,) or None on the student's device, without gradient -> indices as int64."""
+    tensor("teacher.values", values)
+    floating("teacher.values", values)
+    rows, classes = student.shape
+    if values.dim() != 2 or values.shape[0] != rows or not 1 <= values.shape[1] <= classes:
+        raise ValueError(
+            f"teacher.values must be ({rows}, k) with k from 1 to {classes} for a student of shape {(rows, classes)}, "
+            f"got {tuple(values.shape)}"
+        )
+    tensor("teacher.indices", indices)
+    if indices.dtype not in INTEGERS:
+        raise TypeError(f"teacher.indices must be integers, got {indices.dtype}")
+    if indices.shape != values.shape:
+        raise ValueError(
+            f"teacher.indices must have the shape of teacher.values {tuple(values.shape)}, got {tuple(indices.shape)}"
+        )
+    given = {"teacher.values": values, "teacher.indices": indices}
+    if rest is not None:
+        tensor("teacher.rest", rest)
+        floating("teacher.rest", rest)
+        if rest.shape != student.shape[:1]:
+            raise ValueError(f"teacher.rest must have shape ({rows},), got {tuple(rest.shape)}")
+        given["teacher.rest"] = rest
+    for name, x in given.items():
+        same_device(name, x, student)
+        if x.requires_grad:
+            raise ValueError(f"{name} must not require a gradient: a top-k teacher gets none, pass {name}.detach()")
+    if indices.is_cuda and not torch.compiler.is_compiling() and os.environ.get("KDFAST_CHECK") == "1":
+        distinct_classes(indices, classes)
+    return indices if indices.dtype == torch.int64 else indices.long()
+
+
+def unusable_rows(indices, classes):
+    """-> (B,) whether an index of the row is no class, or comes twice."""
+    ordered = indices.sort(1).values
+    return (ordered[:, 0] < 0) | (ordered[:, -1] >= classes) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
+
+
+def distinct_classes(indices, classes):
+    """Every index is a class, none of them twice in a row. On CUDA this waits for the device."""
+    wrong = unusable_rows(indices, classes)
+    if not wrong.any():
+        return
+    row = int(wrong.nonzero()[0])
+    seen = set()
+    for i, index in enumerate(indices[row].tolist()):
+        if not 0 <= index < classes or index in seen:
+            raise ValueError(top_k_message(row, i, index, classes))
+        seen.add(index)
+
+
+def top_k_message(row, i, index, classes):
+    """What the CPU kernel says of a bad index, too."""
+    twice = 0 <= index < classes
+    return f"teacher.indices[{row}, {i}] is {index}" + (
+        ", which the row has already: expected each class at most once"
+        if twice
+        else f", expected a class from 0 to {classes - 1}"
+    )
+
+
 def permutation(permutation, logits):
     """(B, C) integers, on CPU each row with every class once; elsewhere that is the caller's to see to."""
     tensor("permutation", permutation)

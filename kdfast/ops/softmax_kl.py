@@ -3,6 +3,7 @@
 With p = softmax(teacher / T) and q = softmax(student / T) of one row:
 
     softmax_kl        T^2 D_beta(p, q), D_0 = KL(p || q), D_1 = KL(q || p), between them beta-Jensen-Shannon
+    softmax_kl_topk   T^2 KL(p || q) of k classes and of the others as one, from k of the teacher's logits
     cross_entropy_kl  kl_weight T^2 KL(p || q) + ce_weight CE(student, labels), one read of the student
     dkd               T^2 [alpha KL of (target, rest) + beta KL among the non-target classes]
 
@@ -13,6 +14,7 @@ A row that is -inf everywhere is an empty distribution, sum = 0: all its probabi
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +23,50 @@ from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 
 INF = float("inf")
+
+
+class TopK(NamedTuple):
+    """A teacher's k largest logits of each row, and what its other classes weigh; :func:`softmax_kl` says how.
+
+    Attributes:
+        values: (B, k) logits, any floating-point dtype.
+        indices: (B, k) their classes, integers, each class at most once in a row.
+        rest: (B,) one logit for all other classes: ``T logsumexp_j(z_j / T)`` over them, -inf if there are none.
+            None: the teacher gives them no probability, at any temperature.
+        temperature: the T of `rest`. The log-sum at one temperature does not tell that at another.
+    """
+
+    values: torch.Tensor
+    indices: torch.Tensor
+    rest: torch.Tensor | None = None
+    temperature: float = 1.0
+
+    @classmethod
+    def of(cls, logits, k, temperature=1.0):
+        """The k largest of logits (B, C), with the rest at `temperature` in the accumulation type.
+
+        Example::
+
+            loss = kdfast.KD(temperature=4.0)(student, kdfast.TopK.of(teacher, 50, temperature=4.0))
+
+        Raises: TypeError, ValueError naming the argument.
+        """
+        check.logits("logits", logits)
+        check.count("k", k)
+        check.positive("temperature", temperature)
+        if k > logits.shape[1]:
+            raise ValueError(f"k must be at most the number of classes {logits.shape[1]}, got {k}")
+        logits = logits.detach()
+        values, indices = logits.topk(k, dim=1)
+        others = logits.to(accumulator(logits)).scatter(1, indices, -INF)
+        top, total = row_stats(others, temperature, others.dtype)
+        return cls(values, indices, top + temperature * total.log(), float(temperature))
+
+    def to(self, *args, **kwargs):
+        """The same on another device, with the arguments of ``torch.Tensor.to``."""
+        values, indices = (x.to(*args, **kwargs) for x in self[:2])
+        rest = None if self.rest is None else self.rest.to(*args, **kwargs)
+        return TopK(values, indices, rest, self.temperature)
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
@@ -101,6 +147,63 @@ def softmax_kl_backward_torch(
     if weight is not None:
         row = row * weight.to(stats.dtype)
     return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+
+
+def _kept_classes(indices, classes):
+    """-> classes clamped into range, rows where one is no class or comes twice (an error on CPU, NaN elsewhere)."""
+    wrong = check.unusable_rows(indices, classes)
+    if indices.device.type == "cpu" and wrong.any():
+        check.distinct_classes(indices, classes)
+    return indices.clamp(0, classes - 1), wrong
+
+
+def _outcomes(student, values, column, rest, temperature, dtype):
+    """The kept classes and the others as one more: logits [rows, k + 1], the student's less its maximum.
+
+    -> student's, teacher's; the student's maximum, max and sum of its other classes.
+    """
+    z = student.to(dtype)
+    top = z.amax(1)
+    top = torch.where(top == -INF, 0.0, top)
+    top_r, sum_r = row_stats(z.scatter(1, column, -INF), temperature, dtype)
+    other = (top_r - top) + temperature * sum_r.log()
+    rest = torch.full_like(top, -INF) if rest is None else rest.to(dtype)
+    of_student = torch.cat([z.gather(1, column) - top[:, None], other[:, None]], 1)
+    return of_student, torch.cat([values.to(dtype), rest[:, None]], 1), top, top_r, sum_r
+
+
+def softmax_kl_topk_forward_torch(student, values, indices, rest, weight, temperature, scale, reduce):
+    """-> loss, stats: those of softmax_kl, and max, sum of the student's other classes."""
+    dtype = accumulator(student, values)
+    column, wrong = _kept_classes(indices, student.shape[1])
+    of_student, of_teacher, top_s, top_r, sum_r = _outcomes(student, values, column, rest, temperature, dtype)
+    sum_s = fixed_sum((of_student / temperature).exp())
+    top_t, sum_t = row_stats(of_teacher, temperature, dtype)
+    log_q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, temperature)
+    log_p = log_softmax(of_teacher, top_t, sum_t, temperature)
+    kl = torch.where(wrong, float("nan"), fixed_sum(kl_term(log_p.exp(), log_p - log_q)))
+    rows = kl if weight is None else torch.where(weight == 0, 0.0, weight.to(dtype) * kl)
+    rows = scale * rows
+    return fixed_sum(rows) if reduce else rows, torch.stack(
+        [top_s, sum_s, torch.zeros_like(kl), top_t, sum_t, kl, top_r, sum_r]
+    )
+
+
+def softmax_kl_topk_backward_torch(grad, student, values, indices, rest, weight, stats, temperature, scale):
+    """-> gradient of the student."""
+    top_s, sum_s, _, top_t, sum_t, kl, top_r, sum_r = stats
+    column = indices.clamp(0, student.shape[1] - 1)
+    of_student, of_teacher, *_ = _outcomes(student, values, column, rest, temperature, stats.dtype)
+    q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, temperature).exp()
+    p = log_softmax(of_teacher, top_t, sum_t, temperature).exp()
+    of_outcomes = kl_grad_q(p, q, sum_t)
+    # What the other classes get together is shared as the student shares them.
+    others = log_softmax(student.to(stats.dtype).scatter(1, column, -INF), top_r, sum_r, temperature).exp()
+    out = (of_outcomes[:, -1:] * others).scatter(1, column, of_outcomes[:, :-1])
+    row = torch.where(kl.isnan(), kl, grad.to(stats.dtype) * (scale / temperature))
+    if weight is not None:
+        row = row * weight.to(stats.dtype)
+    return (row[:, None] * out).to(student.dtype).contiguous()
 
 
 def _label_column(labels, classes, ignore_index=None):
@@ -248,6 +351,20 @@ _softmax_kl_backward = define(
     softmax_kl_backward_torch,
     _backward_fake,
 )
+_softmax_kl_topk = define(
+    "softmax_kl",
+    "softmax_kl_topk(Tensor student, Tensor values, Tensor indices, Tensor? rest, Tensor? weight, float temperature, "
+    "float scale, bool reduce) -> (Tensor, Tensor)",
+    softmax_kl_topk_forward_torch,
+    _forward_fake(8),
+)
+_softmax_kl_topk_backward = define(
+    "softmax_kl",
+    "softmax_kl_topk_backward(Tensor grad, Tensor student, Tensor values, Tensor indices, Tensor? rest, "
+    "Tensor? weight, Tensor stats, float temperature, float scale) -> Tensor",
+    softmax_kl_topk_backward_torch,
+    lambda grad, student, *args: torch.empty_like(student, memory_format=torch.contiguous_format),
+)
 _cross_entropy_kl = define(
     "softmax_kl",
     "cross_entropy_kl(Tensor student, Tensor? teacher, Tensor labels, float temperature, float kl_scale, "
@@ -292,6 +409,20 @@ class _SoftmaxKL(torch.autograd.Function):
         need_student, need_teacher = ctx.needs_input_grad[:2]
         student, teacher = _softmax_kl_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
         return student if need_student else None, teacher if need_teacher else None, None, None, None, None, None
+
+
+class _SoftmaxKLTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, student, values, indices, rest, weight, temperature, scale, reduce):
+        loss, stats = _softmax_kl_topk(student, values, indices, rest, weight, temperature, scale, reduce)
+        ctx.save_for_backward(student, values, indices, rest, weight, stats)
+        ctx.constants = (temperature, scale)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("softmax_kl")
+        return _softmax_kl_topk_backward(grad, *ctx.saved_tensors, *ctx.constants), *(None,) * 7
 
 
 class _CrossEntropyKL(torch.autograd.Function):
@@ -344,19 +475,37 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
     ``beta=0``: KL(p || q), Hinton's distillation. ``beta=1``: KL(q || p). Between: the beta-Jensen-Shannon divergence
     ``beta KL(p || m) + (1 - beta) KL(q || m)``, ``m = beta p + (1 - beta) q``. All in nats.
 
+    A :class:`TopK` (or a tuple ``(values, indices[, rest[, temperature]])``) as the teacher, with k of the C classes
+    in K: KL of k + 1 outcomes, the classes of K and all others as one,
+
+        ``T^2 [sum_{i in K} p_i log(p_i / q_i) + p_r log(p_r / q_r)]``,
+        p = softmax((values, rest) / T),  q_i = softmax(student / T)_i,  q_r = sum of q_j over j not in K.
+
+    For k = C that is KL(p || q). For k < C it is at most the KL of the whole rows, by what the two networks differ
+    *among* the other classes: those are pushed up or down together (``T (q_j - p_r q_j / q_r)``), the kept ones by
+    ``T (q_i - p_i)``. Without `rest`, p_r = 0: as a teacher that is -inf at every other class. `rest` belongs to one
+    temperature, and another is refused; without it every temperature is defined. No (B, C) teacher is formed. For
+    softmaxes of the kept classes alone, on both sides: ``softmax_kl(student.gather(1, indices), values, T)``.
+
     Args:
         student, teacher: logits (B, C), float32, float64, float16 or bfloat16, any strides; dtypes may differ.
         temperature: T > 0.
+        beta: 0 for a top-k teacher.
         weight: (B,) factors of the rows, without gradient. A row of weight 0 counts as 0 even where it is infinite.
         reduction: "batchmean" and "mean" divide the sum by B (not by the weights, not by B * C); "sum"; "none" (B,).
 
-    Returns: 0-d, or (B,) for "none", in the accumulation type: float64 if an input is float64, else float32.
+    Returns: 0-d, or (B,) for "none", in the accumulation type: float64 if student or teacher (its values) is float64,
+    else float32.
 
-    Gradients flow to student and teacher; there is no second derivative (RuntimeError). A class that is -inf in both,
-    or where the weighting probability is 0, adds 0; elsewhere the row is +inf with a finite gradient.
+    Gradients flow to student and teacher (to a top-k teacher none); there is no second derivative (RuntimeError). A
+    class that is -inf in both, or where the weighting probability is 0, adds 0; elsewhere the row is +inf with a finite
+    gradient.
 
-    Raises: TypeError, ValueError naming the argument.
+    Raises: TypeError, ValueError naming the argument. An index that is no class, or comes twice in a row, is an error
+    on CPU; on CUDA it makes the row NaN (KDFAST_CHECK=1 checks first).
     """
+    if isinstance(teacher, tuple):
+        return _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, 1.0, reduction)
     check.pair(student, teacher)
     check.positive("temperature", temperature)
     check.number("beta", beta, 0, 1)
@@ -364,6 +513,32 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
         check.row_weight(weight, student)
     scale = temperature * temperature / _divisor(reduction, student.shape[0])
     return _SoftmaxKL.apply(student, teacher, weight, float(temperature), float(beta), scale, reduction != "none")
+
+
+def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight, reduction):
+    """kl_weight times the KL of a top-k teacher."""
+    check.logits("student", student)
+    check.positive("temperature", temperature)
+    if beta != 0:
+        raise ValueError(f"beta must be 0 with a top-k teacher, got {beta}")
+    if not 2 <= len(teacher) <= len(TopK._fields):
+        raise ValueError(
+            f"teacher must be logits (B, C) or (values, indices[, rest[, temperature]]), got a tuple of {len(teacher)}"
+        )
+    values, indices, rest, stored = TopK(*teacher)
+    indices = check.top_k(values, indices, rest, student)
+    check.positive("teacher.temperature", stored)
+    if rest is not None and stored != temperature:
+        raise ValueError(
+            f"teacher.rest is the log-sum of the other classes at temperature {stored}, which does not tell that at "
+            f"temperature {temperature}: store it at {temperature}, or pass rest=None to give those classes nothing"
+        )
+    if weight is not None:
+        check.row_weight(weight, student)
+    scale = kl_weight * temperature * temperature / _divisor(reduction, student.shape[0])
+    return _SoftmaxKLTopK.apply(
+        student, values, indices, rest, weight, float(temperature), float(scale), reduction != "none"
+    )
 
 
 def cross_entropy_kl(
@@ -383,7 +558,7 @@ def cross_entropy_kl(
     The KL is that of :func:`softmax_kl`; the cross-entropy takes the student at temperature 1.
 
     Args:
-        student, teacher: logits (B, C).
+        student, teacher: logits (B, C). For a :class:`TopK` the two terms are two calls, which read the student twice.
         labels: (B,) integer classes, or (B, C) probabilities (need not sum to 1; no gradient).
         label_smoothing: moves this share of the target to the uniform distribution.
         ignore_index: rows with this label leave the cross-entropy, not the KL.
@@ -392,9 +567,13 @@ def cross_entropy_kl(
     Raises: TypeError, ValueError naming the argument; a label that is neither a class nor `ignore_index` is an error
     on CPU. On CUDA it makes the row (and a reduced loss) NaN, unless KDFAST_CHECK=1, which checks first.
     """
+    check.number("kl_weight", kl_weight)
+    if isinstance(teacher, tuple):
+        kl = _softmax_kl_topk_loss(student, teacher, temperature, 0.0, None, kl_weight, reduction)
+        ce = _cross_entropy(student, None, labels, 1.0, 0.0, ce_weight, label_smoothing, ignore_index, reduction)
+        return kl + ce if kl_weight else ce
     check.pair(student, teacher)
     check.positive("temperature", temperature)
-    check.number("kl_weight", kl_weight)
     kl_scale = kl_weight * temperature * temperature / _divisor(reduction, student.shape[0])
     return _cross_entropy(
         student, teacher, labels, float(temperature), kl_scale, ce_weight, label_smoothing, ignore_index, reduction

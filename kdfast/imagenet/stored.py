@@ -1,0 +1,76 @@
+"""What a trainer and a store of its teacher's logits have to agree on."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+
+import kdfast
+from kdfast.distill import DistillError
+from kdfast.imagenet.readers import fingerprint
+from kdfast.integrations.terms import LOGITS
+from kdfast.teacher_store import Contents, TeacherStore
+
+__all__ = ["check_terms", "check_transform", "contents", "opened"]
+
+
+def opened(chosen, reader, classes):
+    """The store that --teacher names, for the training images of `reader`; None where it names a model."""
+    if not Path(chosen.teacher).is_absolute():  # settings.py makes folders absolute
+        return None
+    store = TeacherStore(chosen.teacher)
+    store.check(classes=classes, samples=len(reader), data=fingerprint(reader))
+    return store
+
+
+def contents(chosen, reader, transform, classes, teacher, terms):
+    """What the store of a `teacher` holds that is written as `chosen` says; `terms` are those of the preset."""
+    weights = hashlib.sha256()
+    for name, value in teacher.state_dict().items():
+        weights.update(name.encode())
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    precision = " in bfloat16" if chosen.amp else ""
+    try:
+        return Contents(
+            model=f"{chosen.teacher}{precision}, weights {weights.hexdigest()[:16]}",
+            classes=classes,
+            data=fingerprint(reader),
+            samples=len(reader),
+            transform=_words(transform),
+            seed=chosen.seed,
+            augmentations=chosen.store_augmentations or chosen.epochs,
+            dtype=chosen.store_dtype,
+            top_k=chosen.store_top_k,
+            temperature=None if chosen.store_top_k is None else _temperature(chosen.preset, terms),
+        )
+    except ValueError as error:
+        raise DistillError(f"--store-top-k: {error}") from error
+
+
+def check_transform(store, transform):
+    """Raise a DistillError if the stored teacher saw images of another transform."""
+    store.check(transform=_words(transform))
+
+
+def check_terms(store, preset, terms):
+    """Raise a DistillError if the preset's terms read what the store does not have."""
+    if store.contents.top_k is None:
+        return
+    temperature = _temperature(preset, terms)
+    if temperature != store.contents.temperature:
+        raise DistillError(
+            f"--teacher: the rest of the store's top {store.contents.top_k} is of temperature "
+            f"{store.contents.temperature}, --preset {preset} has {temperature}"
+        )
+
+
+def _temperature(preset, terms):
+    """The temperature at which the terms read the teacher's logits, and the other classes' sum."""
+    losses = [term.loss for term in terms if LOGITS[1] in term.names]
+    if not losses or not all(isinstance(loss, kdfast.KD) for loss in losses):
+        raise DistillError(f"--preset {preset} does not take the top k of the teacher's logits; store all of them")
+    return float(losses[0].temperature)
+
+
+def _words(transform):
+    return " ".join(str(transform).split())

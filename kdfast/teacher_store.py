@@ -1,0 +1,333 @@
+"""A teacher's logits on disk, for each image and augmentation: training from them needs no teacher.
+
+A store is a folder. ``manifest.json`` tells its `Contents`: which teacher, which images, how augmented, how stored.
+``logits-AAAA-NNNNN.safetensors`` is a shard: consecutive images of one augmentation, with "logits" [rows, classes], or
+of a top-k store "values" and "indices" [rows, k] and "rest" [rows] (see :class:`kdfast.TopK`). Its metadata has the
+SHA-256 of its tensors' bytes, in the order of their names, and that of the contents it belongs to. A shard is whole or
+absent.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kdfast._extras import require
+from kdfast.distill import DistillError
+from kdfast.distill.storage import write_atomically
+from kdfast.ops.softmax_kl import TopK
+
+__all__ = ["Contents", "Shard", "TeacherStore", "TeacherStoreWriter"]
+
+FORMAT = "kdfast teacher logits, 1"
+MANIFEST = "manifest.json"
+SHARD_BYTES = 64 << 20  # of memory while a shard is made
+SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a store holds. Two runs may share it if all of this is equal."""
+
+    model: str  # the teacher's name, with its weights
+    classes: int
+    data: str  # a fingerprint of the images, in the order of their indices
+    samples: int
+    transform: str  # how an image becomes the teacher's input
+    seed: int  # of the augmentations
+    augmentations: int  # of each image, numbered from 0
+    dtype: str = "float16"
+    top_k: int | None = None  # None: all logits
+    temperature: float | None = None  # of the rest of a top-k store
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for name in ("classes", "samples", "augmentations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.classes:
+            raise ValueError(f"top_k must be from 1 to the {self.classes} classes, got {self.top_k}")
+        if (self.top_k is None) != (self.temperature is None):
+            raise ValueError(
+                f"top_k and temperature go together: the rest of a top-k teacher has one, got top_k={self.top_k} and "
+                f"temperature={self.temperature}"
+            )
+
+    def encode(self, logits):
+        """(rows, classes) logits as the tensors of a shard, by name."""
+        dtype = DTYPES[self.dtype]
+        if self.top_k is None:
+            return {"logits": self._narrow(logits, dtype)}
+        top = TopK.of(logits, self.top_k, self.temperature)
+        index = torch.int16 if self.classes <= 1 << 15 else torch.int32
+        return {"values": self._narrow(top.values, dtype), "indices": top.indices.to(index), "rest": top.rest.float()}
+
+    def decode(self, tensors):
+        """The teacher that `kdfast.ops.softmax_kl` takes."""
+        if self.top_k is None:
+            return tensors["logits"]
+        return TopK(tensors["values"], tensors["indices"], tensors["rest"], self.temperature)
+
+    def _narrow(self, values, dtype):
+        narrow = values.to(dtype)
+        if (narrow.isinf() & values.isfinite()).any():
+            largest = values[values.isfinite()].abs().max()
+            raise DistillError(f"the teacher's logits are up to {largest:g}, too large for {self.dtype}: store float32")
+        return narrow
+
+    @property
+    def row_bytes(self):
+        """What one image takes."""
+        size = DTYPES[self.dtype].itemsize
+        if self.top_k is None:
+            return self.classes * size
+        return self.top_k * (size + (2 if self.classes <= 1 << 15 else 4)) + 4
+
+    @property
+    def rows_at_most(self):
+        """Images in a shard."""
+        return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
+
+    @property
+    def digest(self):
+        """The SHA-256 that shards name."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def differences(self, other):
+        """Lines "name: ours, not theirs" for the fields of the dict `other` that are not equal."""
+        mine = asdict(self)
+        return [f"{name} {mine[name]!r}, not {value!r}" for name, value in other.items() if mine[name] != value]
+
+
+class Shard(NamedTuple):
+    """Images `begin` .. `end` - 1 of one augmentation."""
+
+    augmentation: int
+    number: int
+    begin: int
+    end: int
+
+    @property
+    def name(self):
+        """The name of its file."""
+        return f"logits-{self.augmentation:04d}-{self.number:05d}.safetensors"
+
+
+class _Folder:
+    """A folder with a manifest: the part that readers and writers share."""
+
+    def __init__(self, folder, contents, rows):
+        self.folder, self.contents, self.rows = Path(folder), contents, rows
+
+    @classmethod
+    def of(cls, folder):
+        """The store in `folder`, as its manifest tells."""
+        path = Path(folder) / MANIFEST
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise DistillError(f"{path} has the format {manifest['format']!r}, expected {FORMAT!r}")
+            return cls(folder, Contents(**manifest["contents"]), int(manifest["rows"]))
+        except FileNotFoundError:
+            raise DistillError(f"{folder} is no teacher store: it has no {MANIFEST}") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DistillError(f"{path} is damaged: {error}") from error
+
+    def shards(self):
+        """All shards that the whole store has."""
+        for augmentation in range(self.contents.augmentations):
+            for number, begin in enumerate(range(0, self.contents.samples, self.rows)):
+                yield Shard(augmentation, number, begin, min(begin + self.rows, self.contents.samples))
+
+    def missing(self):
+        """Those that are not there."""
+        there = {path.name for path in self.folder.glob("logits-*.safetensors")}
+        return [shard for shard in self.shards() if shard.name not in there]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+class TeacherStoreWriter:
+    """Writes the shards of a store that are not there yet, in any order, and several processes different ones.
+
+    Opening it creates the folder and the manifest (one process first), or finds what an earlier writer left.
+
+    Example::
+
+        writer = TeacherStoreWriter("store", contents)
+        for shard in writer.missing()[rank::ranks]:
+            writer.write(shard, teacher(images(shard.augmentation, range(shard.begin, shard.end))))
+
+    Args:
+        folder: where; new, empty, or a store of the same contents.
+        contents: the `Contents`.
+        rows: images in a shard of a new store (default: as many as fill 64 MiB, up to 32768).
+
+    Raises: DistillError if the folder holds something else, naming what differs, or its disk has too little space.
+    """
+
+    def __init__(self, folder, contents, rows=None):
+        self._safetensors = require("safetensors.torch", extra="imagenet")
+        folder = Path(folder)
+        if (folder / MANIFEST).exists():
+            store = _Folder.of(folder)
+            if differences := store.contents.differences(asdict(contents)):
+                raise DistillError(f"{folder} has another store: {'; '.join(differences)}; expected another folder")
+        else:
+            store = self._create(folder, contents, rows or contents.rows_at_most)
+        self._store = store
+        needed = sum(shard.end - shard.begin for shard in self.missing()) * contents.row_bytes
+        if needed > (free := shutil.disk_usage(folder).free):
+            raise DistillError(
+                f"{folder}: the missing shards need {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g}"
+            )
+
+    @staticmethod
+    def _create(folder, contents, rows):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise DistillError(f"{folder} is neither empty nor a teacher store: expected another folder")
+        except OSError as error:
+            raise DistillError(f"cannot write to {folder}: {error.strerror or error}") from error
+        manifest = {"format": FORMAT, "contents": asdict(contents), "rows": rows}
+        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode(), "start again")
+        return _Folder(folder, contents, rows)
+
+    def missing(self):
+        """The shards that are still to be written."""
+        return self._store.missing()
+
+    def write(self, shard, logits, absent=None):
+        """Write the teacher's logits (rows, classes) of all images of `shard`, in their order.
+
+        `absent` (rows,) marks images that could not be read: a reader raises if it is asked for them.
+
+        Raises: ValueError for another shape or NaN; DistillError if the disk is full or the dtype too narrow.
+        """
+        contents = self._store.contents
+        expected = (shard.end - shard.begin, contents.classes)
+        if logits.shape != expected:
+            raise ValueError(f"logits must have the shape {expected} of {shard.name}, got {tuple(logits.shape)}")
+        logits = logits.detach().cpu()
+        if logits.isnan().any() or (logits == float("inf")).any():
+            bad = int((logits.isnan() | (logits == float("inf"))).any(1).nonzero()[0])
+            raise ValueError(f"logits must be numbers, got NaN or inf for image {shard.begin + bad}")
+        if absent is not None:
+            logits = logits.masked_fill(absent[:, None], float("nan"))
+        tensors = {name: x.contiguous() for name, x in contents.encode(logits).items()}
+        metadata = {"sha256": _digest(tensors), "contents": contents.digest}
+        content = self._safetensors.save(tensors, metadata)
+        write_atomically(self._store.folder / shard.name, content, "the same command continues")
+
+
+def _digest(tensors):
+    """SHA-256 of the tensors' bytes, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+class TeacherStore:
+    """A whole store, read through memory maps: `logits(index, augmentation)` is a batch for the losses.
+
+    Example::
+
+        store = TeacherStore("store")
+        store.check(classes=1000, samples=len(images))
+        loss = kdfast.KD()(student(x), store.logits(index, augmentation=epoch % store.contents.augmentations))
+
+    Args:
+        folder: where the store is.
+        verify: compare a shard with its checksum when it is first used.
+
+    Raises: DistillError if the store is not there, not whole or damaged.
+    """
+
+    def __init__(self, folder, verify=True):
+        self._safetensors = require("safetensors", extra="imagenet")
+        self._store = _Folder.of(folder)
+        self._verify = verify
+        self._open = {}  # (augmentation, number) -> name -> tensor
+        if missing := self._store.missing():
+            total = sum(1 for _ in self._store.shards())
+            raise DistillError(
+                f"{folder} is not whole: {len(missing)} of {total} shards are missing, first {missing[0].name}; "
+                "the command that wrote it continues"
+            )
+
+    @property
+    def contents(self):
+        """The `Contents`."""
+        return self._store.contents
+
+    def check(self, **expected):
+        """Raise a DistillError that names every field of `contents` that is not as `expected`, with both values."""
+        if differences := self.contents.differences(expected):
+            raise DistillError(f"{self._store.folder} does not fit: it has {'; '.join(differences)}")
+
+    def logits(self, index, augmentation):
+        """The teacher's logits of images `index` (B,) in `augmentation`: (B, classes), or a `TopK`; on the CPU.
+
+        Raises: IndexError for an image or augmentation that the store does not have; DistillError for a damaged shard
+        and for an image that could not be read when it was written.
+        """
+        contents, rows = self.contents, self._store.rows
+        if not 0 <= augmentation < contents.augmentations:
+            raise IndexError(f"augmentation must be from 0 to {contents.augmentations - 1}, got {augmentation}")
+        index = torch.as_tensor(index)
+        if len(index) and not (0 <= index.min() and index.max() < contents.samples):
+            raise IndexError(f"index must be from 0 to {contents.samples - 1}, got {index.min()} to {index.max()}")
+        numbers = index // rows
+        batch = {}
+        for number in numbers.unique().tolist() or [0]:
+            places = (numbers == number).nonzero()[:, 0]
+            for name, rows_of in self._shard(augmentation, number).items():
+                if name not in batch:
+                    batch[name] = rows_of.new_empty((len(index), *rows_of.shape[1:]))
+                batch[name][places] = rows_of[index[places] - number * rows]
+        absent = batch["logits" if contents.top_k is None else "values"][:, 0].isnan()
+        if absent.any():
+            where = f"image {int(index[absent][0])} in augmentation {augmentation}"
+            raise DistillError(
+                f"{self._store.folder} has no logits of {where}, which could not be read when they were written: write "
+                "the store anew"
+            )
+        return contents.decode(batch)
+
+    def verify(self):
+        """Compare every shard with its checksum; a DistillError names the first that is damaged."""
+        for shard in self._store.shards():
+            self._load(shard, verify=True)
+
+    def _shard(self, augmentation, number):
+        if (augmentation, number) not in self._open:
+            begin = number * self._store.rows
+            shard = Shard(augmentation, number, begin, min(begin + self._store.rows, self.contents.samples))
+            self._open[augmentation, number] = self._load(shard, self._verify)
+        return self._open[augmentation, number]
+
+    def _load(self, shard, verify):
+        """The tensors of a shard, which stay in its file until they are read."""
+        path, contents = self._store.folder / shard.name, self.contents
+        try:
+            with self._safetensors.safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except Exception as error:  # a damaged header can raise anything
+            raise DistillError(f"{path} is damaged ({error}): delete it, and write it again") from error
+        if metadata.get("contents") != contents.digest:
+            raise DistillError(f"{path} belongs to another store: delete it, and write it again")
+        rows, expected = len(next(iter(tensors.values()))), shard.end - shard.begin
+        if rows != expected:
+            raise DistillError(f"{path} has {rows} images, expected {expected}: delete it, and write it again")
+        if verify and _digest(tensors) != metadata.get("sha256"):
+            raise DistillError(f"{path} is damaged (its checksum differs): delete it, and write it again")
+        return tensors

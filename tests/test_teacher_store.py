@@ -1,0 +1,332 @@
+"""The store of a teacher's logits: what comes back, what a kill or a full disk leaves, and what is refused."""
+
+import dataclasses
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+import kdfast
+from kdfast._extras import MissingExtra
+from kdfast.distill import DistillError, storage
+
+pytest.importorskip("safetensors")
+from kdfast.teacher_store import Contents, TeacherStore, TeacherStoreWriter  # noqa: E402
+
+SAMPLES, CLASSES, AUGMENTATIONS, ROWS = 23, 12, 2, 5  # the last shard of an augmentation has three rows
+CONTENTS = Contents(
+    model="a teacher",
+    classes=CLASSES,
+    data="0123abcd",
+    samples=SAMPLES,
+    transform="a crop and a flip",
+    seed=7,
+    augmentations=AUGMENTATIONS,
+    dtype="float32",
+)
+TOP_K = dataclasses.replace(CONTENTS, top_k=4, temperature=2.0)
+
+
+def teacher_logits(augmentation, begin=0, end=SAMPLES):
+    generator = torch.Generator().manual_seed(augmentation)
+    return torch.randn(SAMPLES, CLASSES, generator=generator)[begin:end] * 5
+
+
+def write(folder, contents=CONTENTS, shards=slice(None)):
+    writer = TeacherStoreWriter(folder, contents, ROWS)
+    for shard in writer.missing()[shards]:
+        writer.write(shard, teacher_logits(shard.augmentation, shard.begin, shard.end))
+    return writer
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---- what comes back -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_all_logits(tmp_path, dtype):
+    write(tmp_path, dataclasses.replace(CONTENTS, dtype=dtype))
+    store = TeacherStore(tmp_path)
+    for augmentation in range(AUGMENTATIONS):
+        want = teacher_logits(augmentation).to(getattr(torch, dtype))
+        for index in (torch.randperm(SAMPLES), torch.tensor([22, 3, 3, 0]), torch.tensor([4, 5]), torch.tensor([7])):
+            got = store.logits(index, augmentation)
+            assert got.dtype == want.dtype and torch.equal(got, want[index])
+    assert store.logits([3, 1], 0).shape == (2, CLASSES)
+    assert store.logits(torch.empty(0, dtype=torch.long), 0).shape == (0, CLASSES)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("classes", [CLASSES, 40_000], ids=str)
+def test_top_k(tmp_path, dtype, classes):
+    contents = dataclasses.replace(TOP_K, dtype=dtype, classes=classes)
+    logits = [torch.randn(SAMPLES, classes) * 5 for _ in range(AUGMENTATIONS)]
+    writer = TeacherStoreWriter(tmp_path, contents, ROWS)
+    for shard in writer.missing():
+        writer.write(shard, logits[shard.augmentation][shard.begin : shard.end])
+    store = TeacherStore(tmp_path)
+    index = torch.randperm(SAMPLES)[:9]
+    top = store.logits(index, 1)
+    want = kdfast.TopK.of(logits[1][index], 4, 2.0)
+    assert torch.equal(top.values, want.values.to(getattr(torch, dtype)))
+    assert torch.equal(top.indices.long(), want.indices) and torch.equal(top.rest, want.rest)
+    assert top.temperature == 2.0 and top.indices.element_size() == (2 if classes == CLASSES else 4)
+    row = top.values.element_size() * 4 + top.indices.element_size() * 4 + 4
+    assert contents.row_bytes == row
+    with pytest.raises(ValueError, match="does not tell that at temperature 4.0"):
+        kdfast.KD(4.0)(torch.zeros(9, classes), top)
+
+
+@pytest.mark.parametrize("contents", [CONTENTS, TOP_K], ids=["all", "top-k"])
+def test_training_from_a_store(tmp_path, contents):
+    """A student that learns from a float32 store is, bit for bit, the one that learns from the teacher."""
+    write(tmp_path, contents)
+    store = TeacherStore(tmp_path)
+    x = torch.randn(SAMPLES, 6)
+
+    def trained(teacher):
+        torch.manual_seed(0)
+        student = torch.nn.Linear(6, CLASSES)
+        optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+        for step in range(8):
+            index = torch.randperm(SAMPLES)[:8]
+            optimizer.zero_grad()
+            kdfast.KD(2.0)(student(x[index]), teacher(index, step % AUGMENTATIONS)).backward()
+            optimizer.step()
+        return student.weight.detach()
+
+    def live(index, augmentation):
+        logits = teacher_logits(augmentation)[index]
+        return logits if contents.top_k is None else kdfast.TopK.of(logits, contents.top_k, 2.0)
+
+    assert torch.equal(trained(store.logits), trained(live))
+
+
+def test_shards_of_the_default_size(tmp_path):
+    writer = TeacherStoreWriter(tmp_path, CONTENTS)
+    assert [shard[2:] for shard in writer.missing()] == [(0, SAMPLES)] * AUGMENTATIONS
+    few_bytes = dataclasses.replace(TOP_K, samples=40_000, augmentations=1)
+    shards = TeacherStoreWriter(tmp_path / "large", few_bytes).missing()
+    assert [(shard.begin, shard.end) for shard in shards] == [(0, 32_768), (32_768, 40_000)]
+    assert dataclasses.replace(CONTENTS, classes=22_000).rows_at_most == (64 << 20) // (4 * 22_000)
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+def test_continues(tmp_path):
+    """What is there stays as it is; a reader refuses what is not whole."""
+    write(tmp_path, shards=slice(0, 10, 3))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    with pytest.raises(DistillError, match="is not whole: 6 of 10 shards are missing, first logits-0000-00001"):
+        TeacherStore(tmp_path)
+    assert len(write(tmp_path, shards=slice(0, 0)).missing()) == 6
+    write(tmp_path)
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+    assert torch.equal(TeacherStore(tmp_path).logits(torch.arange(SAMPLES), 1), teacher_logits(1))
+
+
+def test_several_writers(tmp_path):
+    """Each writes its part, as ranks do."""
+    one = TeacherStoreWriter(tmp_path, CONTENTS, ROWS)
+    other = TeacherStoreWriter(tmp_path, CONTENTS)  # the size of the shards is the store's
+    shares = [(writer, writer.missing()[rank::2]) for rank, writer in enumerate((one, other))]
+    for writer, share in shares:
+        for shard in share:
+            writer.write(shard, teacher_logits(shard.augmentation, shard.begin, shard.end))
+    assert not one.missing() and not other.missing()
+    assert torch.equal(TeacherStore(tmp_path).logits(torch.arange(SAMPLES), 0), teacher_logits(0))
+
+
+def test_killed_in_a_write(tmp_path):
+    """A writer that dies within a shard leaves the whole ones, and a next one writes the rest."""
+    code = f"""
+        import os, signal, sys
+        sys.path.insert(0, {os.path.dirname(__file__)!r})
+        from pathlib import Path
+        import test_teacher_store as t
+        from kdfast.distill import storage
+        fsync, calls = os.fsync, []
+
+        def dying(file):
+            calls.append(file)
+            if len(calls) == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            fsync(file)
+
+        storage.os.fsync = dying
+        t.write(Path({str(tmp_path)!r}) / "store")
+    """
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=environment)
+    assert killed.returncode == -9
+    folder = tmp_path / "store"
+    assert [name for name in names(folder) if not name.startswith(".")] == [
+        *(f"logits-0000-0000{number}.safetensors" for number in range(3)),
+        "manifest.json",
+    ]
+    write(folder)
+    assert len(names(folder)) == 11  # no temporary file is left
+    TeacherStore(folder).verify()
+    assert torch.equal(TeacherStore(folder).logits(torch.arange(SAMPLES), 0), teacher_logits(0))
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """One line, the shards before intact, no part left."""
+    write(tmp_path, shards=slice(0, 3))
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.os, "fsync", full)
+        with pytest.raises(DistillError, match="cannot write .*00003.*No space left.*the same command continues$") as e:
+            write(tmp_path)
+        assert "\n" not in str(e.value)
+    assert len(names(tmp_path)) == 4
+    write(tmp_path)
+    TeacherStore(tmp_path).verify()
+
+
+def test_too_little_space_is_seen_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 2000))
+    with pytest.raises(DistillError, match="missing shards need 2.21e-06 GB, the disk has 2e-06"):
+        TeacherStoreWriter(tmp_path, CONTENTS, ROWS)
+
+
+def test_unread_images(tmp_path):
+    """Rows of images that could not be read are never taken for logits."""
+    for contents in (CONTENTS, TOP_K):
+        writer = TeacherStoreWriter(tmp_path / str(contents.top_k), contents, ROWS)
+        for shard in writer.missing():
+            logits = teacher_logits(shard.augmentation, shard.begin, shard.end)
+            writer.write(shard, logits, absent=torch.arange(shard.begin, shard.end) == 7)
+        store = TeacherStore(tmp_path / str(contents.top_k))
+        store.logits([6, 8], 0)
+        with pytest.raises(DistillError, match="has no logits of image 7 in augmentation 1, which could not be read"):
+            store.logits([6, 7], 1)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+def test_another_store_in_the_folder(tmp_path):
+    write(tmp_path / "store", shards=slice(0, 1))
+    other = dataclasses.replace(CONTENTS, classes=10, seed=8)
+    with pytest.raises(DistillError, match="has another store: classes 12, not 10; seed 7, not 8; expected another"):
+        TeacherStoreWriter(tmp_path / "store", other)
+    with pytest.raises(DistillError, match="is neither empty nor a teacher store"):
+        TeacherStoreWriter(tmp_path, CONTENTS)
+    with pytest.raises(DistillError, match="cannot write to .*File exists"):
+        TeacherStoreWriter(tmp_path / "store" / "manifest.json", CONTENTS)
+
+
+def test_does_not_fit(tmp_path):
+    """All that differs is named, with both values."""
+    write(tmp_path)
+    store = TeacherStore(tmp_path)
+    store.check(classes=CLASSES, samples=SAMPLES, data="0123abcd")
+    with pytest.raises(DistillError, match=r"does not fit: it has classes 12, not 1000; samples 23, not 24$"):
+        store.check(classes=1000, samples=24, seed=7)
+    with pytest.raises(IndexError, match="augmentation must be from 0 to 1, got 2"):
+        store.logits(torch.arange(3), 2)
+    for index in ([0, 23], [-1, 3]):
+        with pytest.raises(IndexError, match="index must be from 0 to 22, got"):
+            store.logits(torch.tensor(index), 0)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 4
+    path.write_bytes(content)
+
+
+def test_damaged(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "logits-0001-00002.safetensors"
+    whole = path.read_bytes()
+    flip(path, -9)
+    store = TeacherStore(tmp_path)
+    assert torch.equal(store.logits([9, 15], 1), teacher_logits(1)[[9, 15]])  # of other shards
+    for look in (lambda: store.logits([9, 10], 1), store.verify):
+        with pytest.raises(DistillError, match="logits-0001-00002.safetensors is damaged .its checksum differs"):
+            look()
+    assert TeacherStore(tmp_path, verify=False).logits([10], 1).shape == (1, CLASSES)
+    for damage in (lambda: flip(path, 3), lambda: path.write_bytes(whole[:-1]), lambda: path.write_bytes(b"")):
+        path.write_bytes(whole)
+        damage()
+        with pytest.raises(DistillError, match=r"logits-0001-00002.safetensors is damaged \("):
+            TeacherStore(tmp_path).logits([10], 1)
+    path.unlink()
+    write(tmp_path)
+    TeacherStore(tmp_path).verify()
+
+
+def test_shards_of_another_store(tmp_path):
+    write(tmp_path / "one")
+    write(tmp_path / "other", dataclasses.replace(CONTENTS, model="another"))
+    name = "logits-0000-00001.safetensors"
+    shutil.copy(tmp_path / "other" / name, tmp_path / "one" / name)
+    with pytest.raises(DistillError, match="00001.safetensors belongs to another store"):
+        TeacherStore(tmp_path / "one").logits([5], 0)
+    shutil.copy(tmp_path / "one" / "logits-0000-00004.safetensors", tmp_path / "one" / name)
+    with pytest.raises(DistillError, match="00001.safetensors has 3 images, expected 5"):
+        TeacherStore(tmp_path / "one").logits([5], 0)
+
+
+def test_damaged_manifest(tmp_path):
+    with pytest.raises(DistillError, match="is no teacher store: it has no manifest.json"):
+        TeacherStore(tmp_path)
+    write(tmp_path)
+    path = tmp_path / "manifest.json"
+    text = path.read_text()
+    for damage in (text[:40], text.replace('"rows"', '"row"'), text.replace('"seed": 7,', ""), "[]"):
+        path.write_text(damage)
+        with pytest.raises(DistillError, match="manifest.json is damaged"):
+            TeacherStore(tmp_path)
+    path.write_text(text.replace("logits, 1", "logits, 2"))
+    with pytest.raises(DistillError, match="has the format 'kdfast teacher logits, 2', expected"):
+        TeacherStore(tmp_path)
+
+
+def test_logits_that_cannot_be_stored(tmp_path):
+    writer = TeacherStoreWriter(tmp_path, dataclasses.replace(CONTENTS, dtype="float16"), ROWS)
+    shard = writer.missing()[1]
+    logits = torch.zeros(5, CLASSES)
+    logits[2, 3] = -float("inf")  # a masked class
+    writer.write(shard, logits)
+    logits[2, 3] = 7e4
+    with pytest.raises(DistillError, match="logits are up to 70000, too large for float16: store float32"):
+        writer.write(shard, logits)
+    for bad in (float("nan"), float("inf")):
+        logits[2, 3] = bad
+        with pytest.raises(ValueError, match="got NaN or inf for image 7"):
+            writer.write(shard, logits)
+    with pytest.raises(ValueError, match=r"the shape \(5, 12\) of logits-0000-00001.safetensors, got \(5, 11\)"):
+        writer.write(shard, logits[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of float16, float32, got 'int8'"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"top_k": 13, "temperature": 1.0}, "top_k must be from 1 to the 12 classes, got 13"),
+        ({"top_k": 3}, "top_k and temperature go together"),
+    ],
+    ids=str,
+)
+def test_contents(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONTENTS, **change)
+
+
+def test_without_safetensors(tmp_path, monkeypatch):
+    write(tmp_path)
+    for name in ("safetensors", "safetensors.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for call in (lambda: TeacherStore(tmp_path), lambda: TeacherStoreWriter(tmp_path, CONTENTS)):
+        with pytest.raises(MissingExtra, match=r"pip install 'kdfast\[imagenet\]'"):
+            call()
