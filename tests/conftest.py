@@ -155,6 +155,15 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests that train small networks: more threads gain nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def same_bits(request, threads, monkeypatch):
     """Checks that a function gives a list of equal tensors in every run: one thread or two, any order of CUDA's."""

@@ -38,6 +38,8 @@ from kdfast.distill import (  # noqa: E402
     train,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # A child runs the package that is tested here, be it installed or a source tree.
 PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
 CHILD_ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_PATH, "COLUMNS": "80"}
@@ -48,15 +50,6 @@ def private_state(monkeypatch, tmp_path):
     """Keep the families' "warned once" marks, and any run without --out, to the test."""
     monkeypatch.setattr(_kernels, "_warned", set())
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the command; times of a step on more threads vary a lot on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def write_images(folder, count, side=8, colour=False, start=0):

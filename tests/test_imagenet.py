@@ -32,6 +32,8 @@ from kdfast.imagenet import data, networks, readers, settings, train  # noqa: E4
 from kdfast.imagenet.ranks import Ranks, Stop  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES, TRAIN, VAL, SIDE = 4, 12, 4, 48  # images of a class and their side
 BATCH, EPOCHS = 12, 2
 STEPS_AN_EPOCH = CLASSES * TRAIN // BATCH
@@ -48,14 +50,6 @@ def apart(monkeypatch, tmp_path):
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tiles():

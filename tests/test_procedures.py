@@ -17,15 +17,7 @@ from kdfast.procedures import PeerExchange, PeerWarning, inversion
 
 sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the [distill] extra is not installed")
 dist = pytest.importorskip("torch.distributed")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The networks are small: more threads gain nothing."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

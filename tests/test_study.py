@@ -20,6 +20,8 @@ from kdfast.distill import storage  # noqa: E402
 from kdfast.procedures import effective_logit  # noqa: E402
 from kdfast.study import data_free, digits, explain, residual, run, scenes, wide  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(autouse=True)
 def private_state(monkeypatch, tmp_path):
@@ -277,12 +279,3 @@ def test_resume_without_out_takes_the_newest_of_the_study(tiny, tmp_path):
     assert main(["study", "residual", "--epochs", "1", "--seeds", "1"]) == 0
     assert main(["study", "residual", "--resume"]) == 0
     assert len(list(tmp_path.glob("runs/study-residual-*"))) == 1
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """As in the command."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

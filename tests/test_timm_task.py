@@ -21,19 +21,13 @@ from timm.utils import CheckpointSaver, dispatch_clip_grad, unwrap_model  # noqa
 from kdfast.integrations.presets import PRESETS, embedding, preactivation, recipe, stages  # noqa: E402
 from kdfast.integrations.timm import LOGITS, DistillationTask, Term, of_layers  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES, N_DATA, SIZE = 7, 40, (3, 64, 64)
 STUDENT = {"channels": (8, 8, 8, 16), "stem_width": 8}
 FC = ("student.fc:input", "teacher.fc:input")
 EQUAL = {"rtol": 1e-6, "atol": 1e-9}
 DIST = torch.distributed.is_available() and torch.distributed.is_gloo_available()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def model(seed, **arguments):
