@@ -151,14 +151,14 @@ _TABLE = [
         "attention maps of every stage",
         _kdfast("AT", p=2),
         _MAPS,
-        weight=1000.0,
+        weight=1000.0 / 16,  # a mean over 16 times fewer positions than in the paper's 32 x 32 is so much larger
     ),
     LossRow(
         "sp",
         "similarities among a batch's samples",
         _kdfast("SP"),
         _MAPS,
-        weight=3000.0,
+        weight=3000.0 / 4,  # grows with 1 / batch size; the paper's batches are of 128
     ),
     LossRow(
         "pkt",
