@@ -282,7 +282,7 @@ class TeacherStore:
         contents, rows = self.contents, self._store.rows
         if not 0 <= augmentation < contents.augmentations:
             raise IndexError(f"augmentation must be from 0 to {contents.augmentations - 1}, got {augmentation}")
-        index = torch.as_tensor(index)
+        index = torch.as_tensor(index).reshape(-1)
         if len(index) and not (0 <= index.min() and index.max() < contents.samples):
             raise IndexError(f"index must be from 0 to {contents.samples - 1}, got {index.min()} to {index.max()}")
         numbers = index // rows

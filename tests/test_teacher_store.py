@@ -58,7 +58,7 @@ def test_all_logits(tmp_path, dtype):
         for index in (torch.randperm(SAMPLES), torch.tensor([22, 3, 3, 0]), torch.tensor([4, 5]), torch.tensor([7])):
             got = store.logits(index, augmentation)
             assert got.dtype == want.dtype and torch.equal(got, want[index])
-    assert store.logits([3, 1], 0).shape == (2, CLASSES)
+    assert store.logits([3, 1], 0).shape == (2, CLASSES) and store.logits(3, 0).shape == (1, CLASSES)
     assert store.logits(torch.empty(0, dtype=torch.long), 0).shape == (0, CLASSES)
 
 

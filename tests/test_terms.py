@@ -154,6 +154,8 @@ def test_wrong_terms(arguments, error, message):
 def test_wrong_objectives():
     with pytest.raises(TypeError, match="terms must be Terms, got KD"):
         Objective([kdfast.KD()])
+    with pytest.raises(TypeError, match="terms must be Terms, got KD; a recipe has them in .terms"):
+        Objective(kdfast.KD())
     with pytest.raises(ValueError, match="terms must have at least one Term, got none"):
         Objective([])
     with pytest.raises(ValueError, match="terms must have different names, got 'kd' twice"):

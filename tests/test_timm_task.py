@@ -482,7 +482,7 @@ def test_layers_of_architectures():
 
 
 @pytest.mark.parametrize("student", ["test_vit", "test_convnext", "test_efficientnet"])
-@pytest.mark.parametrize("preset", ["kd", "rkd", "crd", "vid"])
+@pytest.mark.parametrize("preset", ["kd", "rkd", "sp", "crd", "at", "fitnets", "vid"])
 def test_presets_across_architectures(student, preset):
     student, teacher = (
         timm.create_model(student, num_classes=CLASSES, img_size=64)
@@ -491,7 +491,7 @@ def test_presets_across_architectures(student, preset):
         model(1),
     )
     images, labels, index = batch()
-    if preset == "vid" and hasattr(student, "patch_embed"):
+    if preset in ("at", "fitnets", "vid") and hasattr(student, "patch_embed"):
         with pytest.raises(
             ValueError, match=r"student must have stages of maps \(B, C, H, W\), got shape \(1, 1[67], "
         ):

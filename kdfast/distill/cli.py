@@ -19,24 +19,28 @@ def add_arguments(parser):
     """Declare the options of `kdfast distill`; one that is not given is None, so that --resume can tell."""
     losses = "; ".join(f"{row.name}: {row.summary}" for row in ROWS.values())
 
+    def default(name):
+        of_timm = imagenet.DEFAULTS[name] or {"image_size": "the model's", "device": "cuda if there is one"}[name]
+        return f"default: {DEFAULTS[name]}; of timm models: {of_timm}"
+
     def add(name, metavar, text):
         parser.add_argument(name, metavar=metavar, help=text)
 
-    add("--data", "PATH", "folder of class folders of images, or of train/ and test/ (default: scikit-learn's digits)")
-    add("--image-size", "N", f"side to which the images of --data are resized (default: {DEFAULTS['image_size']})")
+    add("--data", "PATH", "class folders of images, or train/ and test/ (or val/) of them (default: the digits)")
+    add("--image-size", "N", f"side to which the images of --data are resized ({default('image_size')})")
     add("--loss", "A,B,...", f"losses to compare, or all (default: {DEFAULTS['loss']}). {losses}")
-    add("--epochs", "N", f"epochs of each training (default: {DEFAULTS['epochs']})")
-    add("--batch-size", "N", f"images a step (default: {DEFAULTS['batch_size']})")
+    add("--epochs", "N", f"epochs of each training ({default('epochs')})")
+    add("--batch-size", "N", f"images a step ({default('batch_size')})")
     add("--seed", "N", f"the first seed (default: {DEFAULTS['seed']})")
     add("--seeds", "N", f"number of seeds, counted up from the first (default: {DEFAULTS['seeds']})")
-    add("--device", "NAME", f"cpu or cuda (default: {DEFAULTS['device']})")
+    add("--device", "NAME", f"cpu or cuda ({default('device')})")
     add("--threads", "N", f"CPU threads (default: {DEFAULTS['threads']}; the networks are small)")
     add("--out", "FOLDER", "where results and checkpoints go (default: a new folder under runs)")
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the run in --out, or else the newest under runs, from its last epoch; "
-        "options that are not given are those of the run",
+        help="continue the run in --out, or without --out the newest under runs, from its last epoch; options that are "
+        "not given are those of the run; starts one where there is none",
     )
     imagenet.add_arguments(parser)
 

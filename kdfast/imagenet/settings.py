@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kdfast.distill import DistillError
 from kdfast.distill.settings import device, whole
+from kdfast.integrations.presets import PRESETS
 
 __all__ = ["DEFAULTS", "FREE", "OWN", "Settings", "add_arguments", "asked_for", "refuse", "resolve"]
 
@@ -82,7 +83,7 @@ def add_arguments(parser):
     add("--store-top-k", "K", "of each image the K largest and the sum of the others (default: all)")
     add("--store-dtype", "NAME", "float16 or float32")
     add("--store-augmentations", "N", "of each image; epochs take them in turn (default: as many as --epochs)")
-    add("--preset", "NAME", "losses with their papers' weights for ImageNet")
+    add("--preset", "NAME", f"losses with their papers' weights for ImageNet: {', '.join(PRESETS)}")
     add("--train-split", "NAME", "of wds/: a split, or files in braces as timm takes them")
     add("--val-split", "NAME", "the same for validation")
     add("--classes", "N", "of wds/: number of classes (default: one more than the largest training label)")
@@ -135,7 +136,8 @@ def resolve(options, stored=None):
         elif stored is not None:
             values[name] = stored["settings"][name]
         elif name in ("data", "student", "teacher"):
-            raise DistillError(f"{flag}: is missing; --student and --teacher need each other, --data and --out")
+            also = "" if options.store_teacher else ", and --out"
+            raise DistillError(f"{flag}: is missing; expected --student, --teacher and --data{also}")
         else:
             values[name] = default
     values["device"] = values["device"] or _default_device()

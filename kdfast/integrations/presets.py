@@ -45,8 +45,8 @@ def recipe(name, student, teacher, *, n_data=None, labels=None, image_size=None)
         task = DistillationTask(student, teacher, crd.terms, task_loss_weight=crd.task_loss_weight)
 
     student, teacher: models, of which presets with layers run one image of image_size (C, H, W), by default the
-    student's own. n_data: samples of the training set, which CRD's banks need; labels (n_data,): their classes, which
-    it then leaves out of the negatives.
+    student's own. n_data: samples of the training set, which CRD's banks need; labels (n_data,), a tensor: their
+    classes, which it then leaves out of the negatives.
 
     Errors: ValueError for a name that is no preset, n_data that is missing, and models without the layers it needs,
     with those that they have.
@@ -166,19 +166,32 @@ def _embeddings(loss, weight):
     return terms
 
 
-def _maps(loss, weight, first=0):
-    """Of a loss without layers of its own, on the stages from `first` on."""
+def _last_stage(loss, weight):
+    """Of a loss that takes features of any shape."""
 
     def terms(pair):
         student, teacher = pair.stages()
-        return [Term(loss(), weight, of_layers(student[first:], teacher[first:]))]
+        return [Term(loss(), weight, of_layers(student[-1:], teacher[-1:]))]
+
+    return terms
+
+
+def _maps(loss, weight, first=0):
+    """Of a loss of maps without layers of its own, on the stages from `first` on."""
+
+    def terms(pair):
+        student, teacher = (names[first:] for names in pair.stages())
+        _require_maps(pair.example(student, teacher))
+        return [Term(loss(), weight, of_layers(student, teacher))]
 
     return terms
 
 
 def _fitnets(pair):
-    student, teacher = (names[1:2] for names in pair.stages())
-    _require_maps(example := pair.example(student, teacher))
+    student, teacher = pair.stages()
+    _require_maps(pair.example(student, teacher))
+    student, teacher = student[1:2], teacher[1:2]
+    example = pair.example(student, teacher)
     return [Term(pair.in_its_type(layers.Hints(example)), 100.0, of_layers(student, teacher), "fitnets")]
 
 
@@ -247,7 +260,7 @@ _TABLE = [
         _embeddings(lambda: kdfast.RKD(distance_weight=1.0, angle_weight=2.0), 1.0),
     ),
     Preset("pkt", "torchdistill, sample: weight 30000", _embeddings(kdfast.PKT, 30000.0)),
-    Preset("sp", "RepDistiller, as the paper: weight 3000, the last maps", _maps(kdfast.SP, 3000.0, first=-1)),
+    Preset("sp", "RepDistiller, as the paper: weight 3000, the last maps", _last_stage(kdfast.SP, 3000.0)),
     Preset("at", "torchdistill: weight 1000, the last two stages", _maps(kdfast.AT, 1000.0, first=-2)),
     Preset("nst", "RepDistiller: weight 50, every stage", _maps(kdfast.NST, 50.0)),
     Preset("fitnets", "RepDistiller: weight 100, the second stage through a regressor", _fitnets),

@@ -112,10 +112,10 @@ class Objective(nn.Module):
 
     def __init__(self, terms):
         super().__init__()
-        self.terms = tuple(terms)
+        self.terms = tuple(terms) if hasattr(terms, "__iter__") else (terms,)
         for term in self.terms:
             if not isinstance(term, Term):
-                raise TypeError(f"terms must be Terms, got {type(term).__name__}")
+                raise TypeError(f"terms must be Terms, got {type(term).__name__}; a recipe has them in .terms")
         names = [term.name for term in self.terms]
         if not names:
             raise ValueError("terms must have at least one Term, got none")
