@@ -24,6 +24,8 @@ def pytest_configure(config):
     """Processes that test side by side (pytest -n) share the processor's cores."""
     if hasattr(config, "workerinput"):
         torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+        # Processes that a test starts are no workers: in one of those pytest-benchmark would not measure.
+        os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
 # ---- tolerances ------------------------------------------------------------------------------------------------------
