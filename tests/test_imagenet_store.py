@@ -34,9 +34,8 @@ from kdfast.integrations.terms import Term  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
 from kdfast.teacher_store import TeacherStore  # noqa: E402
 
-apart, one_thread, photographs, undisturbed = (
-    getattr(test_imagenet, name) for name in ("apart", "one_thread", "photographs", "undisturbed")
-)
+apart, photographs, undisturbed = (getattr(test_imagenet, name) for name in ("apart", "photographs", "undisturbed"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def in_two_processes(argv):
