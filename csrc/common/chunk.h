@@ -6,18 +6,11 @@
 namespace kdfast {
 
 constexpr int64_t kChunk = 1024;  // three such buffers of floats are a third of a 32 KiB cache
-constexpr int64_t kLanes = 16;    // floats in the widest vector; pieces are padded to whole vectors
 
-inline int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
-
-// f(begin, n) for the pieces of a row: whole vectors, then, if there are any, the last few elements.
+// f(begin, n) for the pieces of columns [from, to).
 template <class F>
-KD_HD void for_pieces(int64_t cols, const F& f) {
-  for (int64_t begin = 0; begin < cols; begin += kChunk) {
-    const int64_t n = cols - begin < kChunk ? cols - begin : kChunk, whole = n / kLanes * kLanes;
-    if (whole > 0) f(begin, whole);
-    if (whole < n) f(begin + whole, n - whole);
-  }
+void for_pieces(int64_t from, int64_t to, const F& f) {
+  for (int64_t begin = from; begin < to; begin += kChunk) f(begin, to - begin < kChunk ? to - begin : kChunk);
 }
 
 template <class T, class A>
@@ -34,28 +27,38 @@ KD_MULTIVERSION void narrow(const A* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
+// The largest of `start` and all z. Four parts side by side: a single one would wait for each comparison.
 template <class A>
 KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
-  A top = start;
+  const int64_t part = n / 64 * 16;
+  const A *z_1 = z + part, *z_2 = z_1 + part, *z_3 = z_2 + part;
+  A top = start, top_1 = start, top_2 = start, top_3 = start;
+#pragma omp simd reduction(max : top, top_1, top_2, top_3)
+  for (int64_t i = 0; i < part; ++i) {
+    top = z[i] > top ? z[i] : top;
+    top_1 = z_1[i] > top_1 ? z_1[i] : top_1;
+    top_2 = z_2[i] > top_2 ? z_2[i] : top_2;
+    top_3 = z_3[i] > top_3 ? z_3[i] : top_3;
+  }
 #pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
-  return top;
+  for (int64_t i = 4 * part; i < n; ++i) top = z[i] > top ? z[i] : top;
+  top = top_1 > top ? top_1 : top;
+  top_2 = top_3 > top_2 ? top_3 : top_2;
+  return top_2 > top ? top_2 : top;
 }
 
 template <class A>
 constexpr ScalarType kDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
 
-// Elements [begin, begin + n) of a row, and `absent` up to a whole vector: in place where that is possible, else
-// copied.
+// Elements [begin, begin + n) of a row: in place where that is possible, else copied.
 template <class A>
-const A* read(const Matrix& m, int64_t row, int64_t begin, int64_t n, A absent, A* buffer) {
+const A* read(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* buffer) {
   const int64_t offset = row * m.row_stride + begin * m.col_stride;
-  if (m.dtype == kDtype<A> && m.col_stride == 1 && n % kLanes == 0) return static_cast<const A*>(m.data) + offset;
+  if (m.dtype == kDtype<A> && m.col_stride == 1) return static_cast<const A*>(m.data) + offset;
   dispatch_float(m.dtype, [&](auto tag) {
     using T = decltype(tag);
     widen(static_cast<const T*>(m.data) + offset, m.col_stride, n, buffer);
   });
-  for (int64_t i = n; i < padded(n); ++i) buffer[i] = absent;
   return buffer;
 }
 
@@ -69,11 +72,11 @@ A read_one(const Matrix& m, int64_t row, int64_t col) {
   return value;
 }
 
-// Where to put whole vectors of a contiguous output: straight into it if they fit there, else into `buffer`, for
+// Where to put elements of a contiguous output: straight into it if they have its type, else into `buffer`, for
 // `write`.
 template <class A>
-A* target(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* buffer) {
-  return m.dtype == kDtype<A> && n % kLanes == 0 ? static_cast<A*>(m.data) + row * m.row_stride + begin : buffer;
+A* target(const Matrix& m, int64_t row, int64_t begin, A* buffer) {
+  return m.dtype == kDtype<A> ? static_cast<A*>(m.data) + row * m.row_stride + begin : buffer;
 }
 
 template <class A>

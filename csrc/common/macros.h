@@ -9,6 +9,13 @@
 #define KD_HD inline
 #endif
 
+// Of a function on the host, and of a lambda, behind its parameters: a caller's instruction set is theirs only then.
+#if defined(__GNUC__)
+#define KD_INLINED __attribute__((always_inline))
+#else
+#define KD_INLINED
+#endif
+
 // One binary for all x86-64 machines: the loader picks the widest version that this CPU has.
 // Needs ifunc, hence ELF. A sanitizer's interceptors are not up yet when ifuncs resolve, so a build may switch it off.
 #if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \

@@ -48,8 +48,9 @@ KD_HD float exp2(float x) {
   p = p * f + 2.40222421e-1f;
   p = p * f + 6.93146978e-1f;
   p = p * f + 1.0f;
-  const float y = bits<float>(bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23));  // adds the integer to the exponent
-  return x < -126.0f ? 0.0f : y;
+  const uint32_t y = bits<uint32_t>(p) + (bits<uint32_t>(shifted) << 23);  // adds the integer to the exponent
+  const uint32_t kept = x < -126.0f ? 0u : ~0u;  // a mask: of a choice between two floats GCC 12 makes branches
+  return bits<float>(y & kept);
 #endif
 }
 

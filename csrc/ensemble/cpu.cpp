@@ -4,40 +4,37 @@
 #include <string>
 
 #include "common/chunk.h"
-#include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/vector_loop.h"
 #include "ensemble/layout.h"
 
 namespace kdfast {
 namespace ensemble {
 namespace {
 
-// ---- pieces of a row, vectorised; whole vectors, of which -inf fills the last
-// Of kR targets: sum_m w_mr (z_m - max_m), with the weights of one network side by side.
-template <int kR, class A>
-KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t count, int64_t n, A* const* out) {
-  for (int64_t i = 0; i < n; i += kLanesOf<A>) {
-    Lanes<A> sum[kR] = {};
-    for (int64_t m = 0; m < count; ++m) {
-      const Lanes<A> c = load(z[m] + i) - all(max[m]);
-      for (int r = 0; r < kR; ++r) sum[r] += all(w[m * kR + r]) * c;
-    }
-    for (int r = 0; r < kR; ++r) store(out[r] + i, sum[r]);
-  }
+// ---- pieces of a row
+// out = sum_m w_m (z_m - max_m) of kM networks, added to what it holds if kAdd.
+template <int kM, bool kAdd, class A>
+KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t n, A* out) {
+  const A *z_0 = z[0], *z_1 = z[kM > 1], *z_2 = z[kM > 2 ? 2 : 0], *z_3 = z[kM > 3 ? 3 : 0];
+  update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
+    A sum = w[0] * (z_0[i] - max[0]);
+    if (kM > 1) sum += w[1] * (z_1[i] - max[1]);
+    if (kM > 2) sum += w[2] * (z_2[i] - max[2]);
+    if (kM > 3) sum += w[3] * (z_3[i] - max[3]);
+    return kAdd ? old + sum : sum;
+  });
 }
 
 // min_m (z_m - origin_m)
 template <class A>
 KD_MULTIVERSION void least_piece(const A* const* z, const A* origin, int64_t count, int64_t n, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = z[0][i] - origin[0];
-  for (int64_t m = 1; m < count; ++m) {
+  for (int64_t m = 0; m < count; ++m) {
     const A *from = z[m], zero = origin[m];
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
+    update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
       const A c = from[i] - zero;
-      out[i] = c < out[i] ? c : out[i];
-    }
+      return m > 0 && old < c ? old : c;
+    });
   }
 }
 
@@ -46,18 +43,20 @@ struct Sums {
   A t, one;  // at T, at 1
 };
 
-// The exponentials of a piece, and their sums.
-template <int kT, class A>
+template <class A>
+KD_MULTIVERSION void powers_piece(const A* z, int64_t n, A max, A rate, A* e) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED { e[i] = exp2((z[i] - max) * rate); });
+}
+
+// The exponentials of a piece, kept if kKeep, and their sums.
+template <int kT, bool kKeep = true, class A>
 KD_MULTIVERSION Sums<A> exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  A sum = 0, sum_1 = 0;
-#pragma omp simd reduction(+ : sum, sum_1)
-  for (int64_t i = 0; i < n; ++i) {
+  const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, power = exp2(c * rate);
-    e[i] = power;
-    sum += power;
-    sum_1 += exp_1<kT>(power, c);
-  }
-  return {sum, sum_1};
+    if (kKeep) e[i] = power;
+    return Terms<A>{power, exp_1<kT>(power, c)};
+  });
+  return {sums.a, sums.b};
 }
 
 template <class A>
@@ -71,24 +70,17 @@ struct LearnerSums {
 // A learner beside its target, whose exponentials are e_t. Without kMasked no logit is -inf, or `has_masked` tells.
 template <int kT, bool kEps, bool kMasked, class A>
 KD_MULTIVERSION LearnerSums<A> learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
-  A sum = 0, sum_1 = 0, dot = 0, centred = 0, extra = 0;
-#pragma omp simd reduction(+ : sum, sum_1, dot, centred, extra)
-  for (int64_t i = 0; i < n; ++i) {
+  const auto sums = sum_elements<kMasked ? 5
+                                 : kEps  ? 4
+                                         : 3,
+                                 A>(n, [&](int64_t i) KD_INLINED {
     const A c_q = z[i] - max_q, c_t = t[i] - max_t, e_q = exp2(c_q * rate);
-    sum += e_q;
-    sum_1 += exp_1<kT>(e_q, c_q);
-    if (kMasked) {
-      Shared<A> one;
-      one.add(e_t[i], c_t, c_q);
-      dot += one.dot;
-      centred += one.centred;
-      extra += one.extra;
-    } else {
-      dot += e_t[i] * (c_t - c_q);
-      if (kEps) centred += c_q;
-    }
-  }
-  return {sum, sum_1, dot, centred, extra};
+    if (!kMasked) return Terms<A>{e_q, exp_1<kT>(e_q, c_q), e_t[i] * (c_t - c_q), c_q};
+    Shared<A> one;
+    one.add(e_t[i], c_t, c_q);
+    return Terms<A>{e_q, exp_1<kT>(e_q, c_q), one.dot, one.centred, one.extra};
+  });
+  return {sums.a, sums.b, sums.c, sums.d, sums.e};
 }
 
 // A target's softmax in bits: log2 p = (t - max) rate - log2_sum, p = e inverse.
@@ -101,84 +93,65 @@ struct LogSoftmax {
 
 template <bool kMasked, class A>
 KD_MULTIVERSION Raised<A> raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
-  A rise = 0, logs = 0, live = 0;
-#pragma omp simd reduction(+ : rise, logs, live)
-  for (int64_t i = 0; i < n; ++i) {
+  const auto sums = sum_elements<kMasked ? 3 : 2, A>(n, [&](int64_t i) KD_INLINED {
     const A c = t[i] - s.max, p = e[i] * s.inverse, log_p = c * s.rate - s.log2_sum, log_raised = fast_log2(p + eps);
-    if (kMasked) {
-      Raised<A> one;
-      one.add(p, log_p, log_raised, !is_masked(c));
-      rise += one.rise;
-      logs += one.logs;
-      live += one.live;
-    } else {
-      rise += p * (log_raised - log_p);
-      logs += log_raised;
-    }
-  }
-  return {rise, logs, kMasked ? live : static_cast<A>(n)};
-}
-
-template <class A>
-KD_MULTIVERSION bool any_masked(const A* t, int64_t n) {
-  A low = infinity<A>();
-#pragma omp simd reduction(min : low)
-  for (int64_t i = 0; i < n; ++i) low = t[i] < low ? t[i] : low;
-  return is_masked(low);
+    if (!kMasked) return Terms<A>{p * (log_raised - log_p), log_raised};
+    Raised<A> one;
+    one.add(p, log_p, log_raised, !is_masked(c));
+    return Terms<A>{one.rise, one.logs, one.live};
+  });
+  return {sums.a, sums.b, kMasked ? sums.c : static_cast<A>(n)};
 }
 
 // ---- pieces of gradients
-template <int kT, bool kMasked, class A>
+template <int kT, bool kEps, class A>
 KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
                                         LearnerGrad<A> g, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
-    const bool live = !kMasked || !(is_masked(z[i]) && is_masked(t[i]));
+    const bool live = kEps && !(is_masked(z[i]) && is_masked(t[i]));
     out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
-  }
+  });
 }
 
 // The same, and the gradient of the divergence in the target's logits, which is added to `to_target`; slope in bits.
-template <int kT, bool kMasked, bool kEps, class A>
+template <int kT, bool kEps, class A>
 KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
                                       LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  update_elements(to_target, n, [&](int64_t i, A old) KD_INLINED {
     const A c = z[i] - q.max, e = exp2(c * q.rate), p_t = e_t[i] * p.inverse;
-    const bool live = !kMasked || !(is_masked(z[i]) && is_masked(t[i]));
+    const bool live = kEps && !(is_masked(z[i]) && is_masked(t[i]));
     out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
     const A log_raised = kEps ? fast_log2(p_t + eps) : (t[i] - p.max) * p.rate - p.log2_sum;
-    to_target[i] += scale * target_term(p_t, log_raised, c * q.rate - q.log2_sum, slope);
-  }
+    return old + scale * target_term(p_t, log_raised, c * q.rate - q.log2_sum, slope);
+  });
 }
 
 // Adds coef exp(t - max).
 template <int kT, class A>
 KD_MULTIVERSION void ce_grad_piece(const A* t, const A* e_t, int64_t n, A max, A coef, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] += coef * exp_1<kT>(e_t[i], t[i] - max);
+  update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old + coef * exp_1<kT>(e_t[i], t[i] - max); });
 }
 
-// Takes the gradients of kR targets to one network: out += sum_r w_r g_r, dots_r += sum g_r (z - max).
+// Takes the gradients of kR targets to one network: out = from + sum_r w_r g_r, which is not where `from` is;
+// dots_r += sum g_r (z - max).
 template <int kR, class A>
-KD_MULTIVERSION void spread_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, A* out, double* dots) {
-  Lanes<A> sum[kR] = {}, weight[kR];
-  for (int r = 0; r < kR; ++r) weight[r] = all(w[r]);
-  const Lanes<A> top = all(max), none = all(-infinity<A>()), zero = {};
-  for (int64_t i = 0; i < n; i += kLanesOf<A>) {
-    const Lanes<A> raw = load(z + i), c = raw == none ? zero : raw - top;
-    Lanes<A> to = load(out + i);
-    for (int r = 0; r < kR; ++r) {
-      const Lanes<A> x = load(g[r] + i);
-      to += weight[r] * x;
-      sum[r] += x * c;
-    }
-    store(out + i, to);
-  }
-  if (dots) {
-    for (int r = 0; r < kR; ++r) dots[r] += lane_sum<A>(sum[r]);
-  }
+KD_MULTIVERSION void spread_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, const A* from, A* out,
+                                  double* dots) {
+  const A *g_0 = g[0], *g_1 = g[kR > 1], *g_2 = g[kR > 2 ? 2 : 0], *g_3 = g[kR > 3 ? 3 : 0], *g_4 = g[kR > 4 ? 4 : 0];
+  const auto sums = sum_elements<kR, A>(n, [&](int64_t i) KD_INLINED {
+    const A c = is_masked(z[i]) ? A(0) : z[i] - max;
+    A sum = from[i] + w[0] * g_0[i];
+    if (kR > 1) sum += w[1] * g_1[i];
+    if (kR > 2) sum += w[2] * g_2[i];
+    if (kR > 3) sum += w[3] * g_3[i];
+    if (kR > 4) sum += w[4] * g_4[i];
+    out[i] = sum;
+    return Terms<A>{g_0[i] * c, g_1[i] * c, g_2[i] * c, g_3[i] * c, g_4[i] * c};
+  });
+  if (!dots) return;
+  const A all[] = {sums.a, sums.b, sums.c, sums.d, sums.e};
+  for (int r = 0; r < kR; ++r) dots[r] += all[r];
 }
 
 // ---- teachers
@@ -187,25 +160,21 @@ struct TeacherSums {
   A sum, dot;
 };
 
-template <bool kCross, class A>
+template <bool kCross, bool kKeep, class A>
 KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
                                             A* powers) {
-  A sum = 0, dot = 0;
-#pragma omp simd reduction(+ : sum, dot)
-  for (int64_t i = 0; i < n; ++i) {
+  const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max_p, e = exp2(c * rate);
-    powers[i] = e;
-    sum += e;
-    dot += divergence_term(e, c, student[i] - max_q, kCross);
-  }
-  return {sum, dot};
+    if (kKeep) powers[i] = e;
+    return Terms<A>{e, divergence_term(e, c, student[i] - max_q, kCross)};
+  });
+  return {sums.a, sums.b};
 }
 
-// sum += q - p of a piece, from the exponentials.
+// sum += factor e
 template <class A>
-KD_MULTIVERSION void add_difference(const A* e_q, const A* e_p, int64_t n, A inverse_q, A inverse_p, A* sum) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) sum[i] += e_q[i] * inverse_q - e_p[i] * inverse_p;
+KD_MULTIVERSION void add_scaled(const A* e, int64_t n, A factor, A* sum) {
+  update_elements(sum, n, [&](int64_t i, A old) KD_INLINED { return old + factor * e[i]; });
 }
 
 // Moves the sums of a few rows to those of all.
@@ -225,70 +194,72 @@ KD_MULTIVERSION double dot_product(const double* x, const double* y, int64_t n) 
   return sum;
 }
 
-// out = of_q exp2(c rate) + of_1 exp(c)
-template <int kT, class A>
-KD_MULTIVERSION void student_grad_piece(const A* z, int64_t n, A max, A rate, A of_q, A of_1, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const A c = z[i] - max, e = exp2(c * rate);
-    out[i] = of_q * e + of_1 * exp_1<kT>(e, c);
-  }
-}
-
+// Up to four teachers in a chunk: logits, maxima, and the factors of their exponentials.
 template <class A>
-KD_MULTIVERSION void subtract_exponentials(const A* z, int64_t n, A max, A rate, A coef, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] -= coef * exp2((z[i] - max) * rate);
+struct Pulls {
+  const A* z[4];
+  A max[4], factor[4];
+};
+
+// out = of_q exp2(c rate) + of_1 exp(c), or what it holds if kAdd, less the pulls of kM teachers.
+template <int kT, int kM, bool kAdd, class A>
+KD_MULTIVERSION void student_grad_piece(const A* z, const Pulls<A>& p, int64_t n, A max, A rate, A of_q, A of_1,
+                                        A* out) {
+  const A *z_0 = p.z[0], *z_1 = p.z[1], *z_2 = p.z[2], *z_3 = p.z[3];
+  update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
+    const A c = z[i] - max, e = exp2(c * rate);
+    A sum = kAdd ? old : of_q * e + of_1 * exp_1<kT>(e, c);
+    if (kM > 0) sum -= p.factor[0] * exp2((z_0[i] - p.max[0]) * rate);
+    if (kM > 1) sum -= p.factor[1] * exp2((z_1[i] - p.max[1]) * rate);
+    if (kM > 2) sum -= p.factor[2] * exp2((z_2[i] - p.max[2]) * rate);
+    if (kM > 3) sum -= p.factor[3] * exp2((z_3[i] - p.max[3]) * rate);
+    return sum;
+  });
 }
 
 template <bool kCross, class A>
 KD_MULTIVERSION void teacher_grad_piece(const A* z, const A* student, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q,
                                         A divergence, A scale, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = (z[i] - p.max) * p.rate;
     out[i] = teacher_term(exp2(c) * p.inverse, c - p.log2_sum, (student[i] - q.max) * q.rate - q.log2_sum, divergence,
                           scale, kCross);
-  }
+  });
 }
 
 template <class A>
 KD_MULTIVERSION void raise_to(const A* z, int64_t n, LogSoftmax<A> p, A* top) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A log_p = (z[i] - p.max) * p.rate - p.log2_sum;
     top[i] = log_p > top[i] ? log_p : top[i];
-  }
+  });
 }
 
 template <class A>
 KD_MULTIVERSION void add_below(const A* z, int64_t n, LogSoftmax<A> p, const A* top, A* sum) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  update_elements(sum, n, [&](int64_t i, A old) KD_INLINED {
     const A log_p = (z[i] - p.max) * p.rate - p.log2_sum;
-    sum[i] += exp2(log_p - (is_masked(top[i]) ? A(0) : top[i]));
-  }
+    return old + exp2(log_p - (is_masked(top[i]) ? A(0) : top[i]));
+  });
 }
 
 template <class A>
 KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
-  A kl = 0;
-#pragma omp simd reduction(+ : kl)
-  for (int64_t i = 0; i < n; ++i) {
-    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
-    kl += reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
-  }
-  return kl;
+  return sum_elements<1, A>(n,
+                            [&](int64_t i) KD_INLINED {
+                              const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+                              return Terms<A>{reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count))};
+                            })
+      .a;
 }
 
 template <class A>
 KD_MULTIVERSION void reverse_grad_piece(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count,
                                         A kl, A scale, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
     const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
-    out[i] += reverse_grad(exp2(log_q), log_q, mean_log(top[i], sum[i], count), kl, scale);
-  }
+    return old + reverse_grad(exp2(log_q), log_q, mean_log(top[i], sum[i], count), kl, scale);
+  });
 }
 
 // ---- rows
@@ -333,14 +304,14 @@ A finite_max(A max) {
   return is_masked(max) ? A(0) : max;
 }
 
-// A chunk of every network in one row, padded to whole vectors with -inf.
+// A chunk of every network in one row.
 template <class A>
 struct Chunk {
   const A* z[kMost];
 
   void read(const Networks& networks, int64_t row, int64_t begin, int64_t n, const Scratch<A>& scratch, int64_t first) {
     for (int64_t m = 0; m < networks.count; ++m) {
-      z[m] = kdfast::read<A>(networks[m], row, begin, n, -infinity<A>(), scratch.piece(first + m));
+      z[m] = kdfast::read<A>(networks[m], row, begin, n, scratch.piece(first + m));
     }
   }
 };
@@ -377,56 +348,44 @@ struct Mixed {
   int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
 };
 
-// Sums over a chunk: fast where no logit is -inf, and the padded rest of it with care.
-template <int kT, class A>
-Sums<A> all_exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
-  Sums<A> sums = exponentials<kT>(z, whole, max, rate, e);
-  if (rest == 0) return sums;
-  const Sums<A> last = exponentials<kT>(z + whole, rest, max, rate, e + whole);
-  return {sums.t + last.t, sums.one + last.one};
-}
-
+// Sums over a chunk: fast where no logit is -inf, else with care.
 template <int kT, bool kEps, class A>
 LearnerSums<A> all_learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
-  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
-  LearnerSums<A> sums = learner_sums<kT, kEps, false>(z, t, e_t, whole, max_q, max_t, rate);
-  if (sums.has_masked()) sums = learner_sums<kT, kEps, true>(z, t, e_t, whole, max_q, max_t, rate);
-  if (rest == 0) return sums;
-  const LearnerSums<A> last = learner_sums<kT, kEps, true>(z + whole, t + whole, e_t + whole, rest, max_q, max_t, rate);
-  return {sums.sum + last.sum, sums.sum_1 + last.sum_1, sums.dot + last.dot, sums.centred + last.centred,
-          sums.extra + last.extra};
+  const LearnerSums<A> sums = learner_sums<kT, kEps, false>(z, t, e_t, n, max_q, max_t, rate);
+  return sums.has_masked() ? learner_sums<kT, kEps, true>(z, t, e_t, n, max_q, max_t, rate) : sums;
 }
 
 template <class A>
 Raised<A> all_raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
-  const int64_t whole = n / kLanes * kLanes, rest = padded(n) - whole;
-  Raised<A> sums = raised_sums<false>(t, e, whole, s, eps);
-  if (!(sums.rise - sums.rise == 0)) sums = raised_sums<true>(t, e, whole, s, eps);
-  if (rest == 0) return sums;
-  const Raised<A> last = raised_sums<true>(t + whole, e + whole, rest, s, eps);
-  return {sums.rise + last.rise, sums.logs + last.logs, sums.live + last.live};
+  const Raised<A> sums = raised_sums<false>(t, e, n, s, eps);
+  return sums.rise - sums.rise == 0 ? sums : raised_sums<true>(t, e, n, s, eps);
 }
 
-// Writes the logits of kR targets, from r on, in a chunk of the row; false if a network counts for some of them only.
-template <int kR, class A>
-bool mix_targets(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* const* out) {
+// f(first, constant count) for kMany of `count` things at a time, and then for those that are left.
+template <int kMany, class F>
+void for_some(int64_t first, int64_t count, const F& f) {
+  for (; first + kMany <= count; first += kMany) f(first, std::integral_constant<int, kMany>{});
+  if constexpr (kMany > 1) for_some<kMany - 1>(first, count, f);
+}
+
+// Writes the logits of target r in a chunk of the row.
+template <class A>
+void mix_target(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* out) {
   const A* z[kMost];
-  A max[kMost], w[kMost * kR];
+  A max[kMost], w[kMost];
+  const Column weights = op.mix.column(row, r);
   int64_t count = 0;
   for (int64_t m = 0; m < op.networks.count; ++m) {
-    int zeros = 0;
-    for (int k = 0; k < kR; ++k) {
-      w[count * kR + k] = read<A>(op.mix.column(row, r + k), m);
-      zeros += w[count * kR + k] == 0;
-    }
-    if (zeros == kR) continue;  // adds nothing, also where it is -inf
-    if (zeros > 0) return false;
+    w[count] = read<A>(weights, m);
+    if (w[count] == 0) continue;  // adds nothing, also where it is -inf
     z[count] = chunk.z[m];
     max[count++] = op.stats.max(m, row);
   }
-  mix_piece<kR>(z, max, w, count, padded(n), out);
-  return true;
+  if (count == 0) return std::fill(out, out + n, A(0)), void();
+  for_some<4>(0, count, [&](int64_t first, auto some) {
+    const auto piece = first ? mix_piece<some.value, true, A> : mix_piece<some.value, false, A>;
+    piece(z + first, max + first, w + first, n, out);
+  });
 }
 
 // The logits of the one target that takes the least of each class.
@@ -437,23 +396,15 @@ void least_target(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_
     const A at_label = read_one<A>(op.networks[m], row, op.labels.at(row));
     origin[m] = is_masked(at_label) ? op.stats.max(m, row) : at_label;
   }
-  least_piece(chunk.z, origin, op.networks.count, padded(n), out);
+  least_piece(chunk.z, origin, op.networks.count, n, out);
 }
 
 // The logits of all targets in a chunk of the row, in pieces of the scratch from `first` on.
 template <class A>
 void target_pieces(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, const Scratch<A>& scratch,
                    int64_t first) {
-  A* out[kMost];
-  for (int64_t r = 0; r < op.targets; ++r) out[r] = scratch.piece(first + r);
-  if (op.mix.data) {
-    int64_t r = 0;
-    while (r + 4 <= op.targets && mix_targets<4>(op, row, r, chunk, n, out + r)) r += 4;
-    for (; r < op.targets; ++r) mix_targets<1>(op, row, r, chunk, n, out + r);
-  } else {
-    least_target(op, row, chunk, n, out[0]);
-  }
-  for (int64_t r = 0; r < op.targets; ++r) std::fill(out[r] + n, out[r] + padded(n), -infinity<A>());
+  if (!op.mix.data) return least_target(op, row, chunk, n, scratch.piece(first));
+  for (int64_t r = 0; r < op.targets; ++r) mix_target(op, row, r, chunk, n, scratch.piece(first + r));
 }
 
 // The logits of one class of a target.
@@ -484,9 +435,10 @@ struct Value {
 };
 
 template <int kT, bool kEps, class A>
-Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, TargetState* targets,
-                   LearnerState* learners) {
+Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   const MixedStats<A>& stats = op.stats;
+  std::vector<TargetState> targets(op.targets);
+  std::vector<LearnerState> learners(op.learners);
   const int64_t count = op.networks.count, logits = count, powers = count + op.targets;  // pieces of the scratch
   Chunk<A> chunk;
   // A row of one chunk is read and mixed once.
@@ -507,7 +459,7 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, T
   for (int64_t m = 0; m < count; ++m) stats.max(m, row) = -infinity<A>();
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
-    for (int64_t m = 0; m < count; ++m) stats.max(m, row) = max_of(chunk.z[m], padded(n), stats.max(m, row));
+    for (int64_t m = 0; m < count; ++m) stats.max(m, row) = max_of(chunk.z[m], n, stats.max(m, row));
   });
   for (int64_t m = 0; m < count; ++m) stats.max(m, row) = finite_max(stats.max(m, row));
 
@@ -515,18 +467,16 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, T
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
     for (int64_t r = 0; r < op.targets; ++r) {
-      stats.target_max(r, row) = max_of(scratch.piece(logits + r), padded(n), stats.target_max(r, row));
+      stats.target_max(r, row) = max_of(scratch.piece(logits + r), n, stats.target_max(r, row));
     }
   });
   for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = finite_max(stats.target_max(r, row));
 
-  std::fill(targets, targets + op.targets, TargetState{});
-  std::fill(learners, learners + op.learners, LearnerState{});
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
     for (int64_t r = 0; r < op.targets; ++r) {
-      const Sums<A> sums = all_exponentials<kT>(scratch.piece(logits + r), n, stats.target_max(r, row), op.rate,
-                                                scratch.piece(powers + r));
+      const Sums<A> sums =
+          exponentials<kT>(scratch.piece(logits + r), n, stats.target_max(r, row), op.rate, scratch.piece(powers + r));
       targets[r].sum += sums.t;
       targets[r].sum_1 += sums.one;
     }
@@ -553,7 +503,7 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch, T
       for (int64_t r = 0; r < op.targets; ++r) {
         const A* t = scratch.piece(logits + r);
         A* e = scratch.piece(powers + r);
-        if (op.cols > kChunk) exponentials<kT>(t, padded(n), stats.target_max(r, row), op.rate, e);
+        if (op.cols > kChunk) powers_piece(t, n, stats.target_max(r, row), op.rate, e);
         const Raised<A> sums = all_raised_sums(t, e, n, LogSoftmax<A>(stats.target(r, row), op.rate), op.eps);
         targets[r].raised.rise += sums.rise;
         targets[r].raised.logs += sums.logs;
@@ -596,10 +546,11 @@ struct MixedGrad {
   Mix mix_grad;
 };
 
-// The gradients of up to four targets at a time, taken to network m.
+// Writes the gradients of all targets, taken to network m and added to its `own`. Two pieces of the scratch from
+// `spare` on are overwritten.
 template <class A>
-void spread(const Mixed<A>& op, int64_t row, int64_t m, const A* z, int64_t n, const Scratch<A>& scratch,
-            int64_t target_grads, A* out, double* dots) {
+void spread(const Mixed<A>& op, const Matrix& out, int64_t row, int64_t begin, int64_t m, const A* z, int64_t n,
+            const Scratch<A>& scratch, int64_t target_grads, const A* own, int64_t spare, double* dots) {
   const A* g[kMost];
   A w[kMost];
   for (int64_t r = 0; r < op.targets; ++r) {
@@ -607,15 +558,14 @@ void spread(const Mixed<A>& op, int64_t row, int64_t m, const A* z, int64_t n, c
     w[r] = read<A>(op.mix.column(row, r), m);
   }
   const A max = op.stats.max(m, row);
-  int64_t r = 0;
-  for (; r + 4 <= op.targets; r += 4) spread_piece<4>(z, max, g + r, w + r, n, out, dots ? dots + r : nullptr);
-  if (dots) dots += r;
-  switch (op.targets - r) {
-    case 3: return spread_piece<3>(z, max, g + r, w + r, n, out, dots);
-    case 2: return spread_piece<2>(z, max, g + r, w + r, n, out, dots);
-    case 1: return spread_piece<1>(z, max, g + r, w + r, n, out, dots);
-    default: return;
-  }
+  A *to = scratch.piece(spare), *next = scratch.piece(spare + 1);
+  for_some<5>(0, op.targets, [&](int64_t r, auto some) {
+    if (r + some.value == op.targets) to = target(out, row, begin, to);
+    spread_piece<some.value>(z, max, g + r, w + r, n, own, to, dots ? dots + r : nullptr);
+    own = to;
+    std::swap(to, next);
+  });
+  write(out, row, begin, n, own);
 }
 
 template <int kT, class A>
@@ -628,52 +578,47 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
   std::vector<double> dots(grad.mix_grad.data ? count * op.targets : 0, 0.0);
   Chunk<A> chunk;
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
-    const int64_t at = label - begin, whole = padded(n);
+    const int64_t at = label - begin;
     const bool has_label = at >= 0 && at < n;
     chunk.read(op.networks, row, begin, n, scratch, 0);
     target_pieces(op, row, chunk, n, scratch, logits);
     for (int64_t r = 0; r < op.targets; ++r) {
       A *t = scratch.piece(logits + r), *e = scratch.piece(powers + r), *g = scratch.piece(target_grads + r);
-      exponentials<kT>(t, whole, stats.target_max(r, row), op.rate, e);
+      powers_piece(t, n, stats.target_max(r, row), op.rate, e);
       if (!grad.flows) continue;
-      std::fill(g, g + whole, A(0));
+      std::fill(g, g + n, A(0));
       if (op.target_ce) {
         const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
-        ce_grad_piece<kT>(t, e, whole, stats.target_max(r, row), coef, g);
+        ce_grad_piece<kT>(t, e, n, stats.target_max(r, row), coef, g);
         if (has_label) g[at] -= grad.ce;
       }
     }
     for (int64_t m = 0; m < written; ++m) {
-      A* out = scratch.piece(outs + (grad.flows ? m : 0));
+      A* out = grad.flows ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
         const A *t = scratch.piece(logits + r), *e_t = scratch.piece(powers + r);
         const LearnerGrad<A> g = learner_grad(stats.target(r, row), stats.learner(m, row), stats.sum_1(m, row),
                                               stats.mass(m, row), op.eps, grad.kl, op.labels.index ? grad.ce : A(0));
-        const bool masked = op.eps != 0 && any_masked(t, n);
         const A slope = A(kLog2E) * stats.slope(m, row);
         if (grad.through_targets && slope != infinity<A>()) {
           const LogSoftmax<A> q(stats.learner(m, row), op.rate), p(stats.target(r, row), op.rate);
-          const auto piece = op.eps == 0 ? both_grads_piece<kT, false, false, A>
-                             : masked    ? both_grads_piece<kT, true, true, A>
-                                         : both_grads_piece<kT, false, true, A>;
-          piece(chunk.z[m], t, e_t, whole, q, p, g, op.eps, slope, grad.kl, out, scratch.piece(target_grads + r));
+          const auto piece = op.eps == 0 ? both_grads_piece<kT, false, A> : both_grads_piece<kT, true, A>;
+          piece(chunk.z[m], t, e_t, n, q, p, g, op.eps, slope, grad.kl, out, scratch.piece(target_grads + r));
         } else {
-          const auto piece = masked ? learner_grad_piece<kT, true, A> : learner_grad_piece<kT, false, A>;
-          piece(chunk.z[m], t, e_t, whole, stats.max(m, row), op.rate, g, out);
+          const auto piece = op.eps == 0 ? learner_grad_piece<kT, false, A> : learner_grad_piece<kT, true, A>;
+          piece(chunk.z[m], t, e_t, n, stats.max(m, row), op.rate, g, out);
         }
         if (has_label) out[at] -= grad.ce;
       } else {
-        std::fill(out, out + whole, A(0));
+        std::fill(out, out + n, A(0));
       }
       if (!grad.flows) write(grad.out[m], row, begin, n, out);
     }
     // A target's gradient is complete after its last learner.
     for (int64_t m = 0; grad.flows && m < count; ++m) {
-      A* out = scratch.piece(outs + m);
-      spread(op, row, m, chunk.z[m], whole, scratch, target_grads, out,
-             grad.mix_grad.data ? dots.data() + m * op.targets : nullptr);
-      write(grad.out[m], row, begin, n, out);
+      spread(op, grad.out[m], row, begin, m, chunk.z[m], n, scratch, target_grads, scratch.piece(outs + m),
+             outs + count, grad.mix_grad.data ? dots.data() + m * op.targets : nullptr);
     }
   });
   for (int64_t m = 0; grad.mix_grad.data && m < count; ++m) {
@@ -703,7 +648,7 @@ template <class A>
 const A* read_all(const Taught<A>& op, int64_t row, int64_t begin, int64_t n, const Scratch<A>& scratch,
                   Chunk<A>& chunk) {
   chunk.read(op.teachers, row, begin, n, scratch, 1);
-  return read<A>(op.student, row, begin, n, -infinity<A>(), scratch.piece(0));
+  return read<A>(op.student, row, begin, n, scratch.piece(0));
 }
 
 // log r of a chunk as its largest logarithm and a sum, see mean_log.
@@ -719,8 +664,9 @@ void mean_pieces(const Taught<A>& op, int64_t row, const Chunk<A>& chunk, int64_
   }
 }
 
-// Statistics of one row; -> its cross-entropy. The exponentials of the last chunk stay in the pieces from M + 1 on.
-template <int kT, class A>
+// Statistics of one row; -> its cross-entropy. If kKeep the exponentials of its last chunk stay in the pieces from M +
+// 1 on.
+template <int kT, bool kKeep, class A>
 A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   const TeacherStats<A>& stats = op.stats;
   const int64_t count = op.teachers.count, top = count + 1, sum = count + 2;
@@ -736,22 +682,20 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   std::fill(max_p, max_p + count, -infinity<A>());
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
-    max_q = max_of(z, padded(n), max_q);
-    for (int64_t m = 0; m < count; ++m) max_p[m] = max_of(chunk.z[m], padded(n), max_p[m]);
+    max_q = max_of(z, n, max_q);
+    for (int64_t m = 0; m < count; ++m) max_p[m] = max_of(chunk.z[m], n, max_p[m]);
   });
   max_q = finite_max(max_q);
   double sum_q = 0, sum_1 = 0, sum_p[kMost] = {}, dot[kMost] = {};
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
-    const Sums<A> sums = exponentials<kT>(z, padded(n), max_q, op.rate, scratch.piece(top));
+    const Sums<A> sums = exponentials<kT, kKeep>(z, n, max_q, op.rate, scratch.piece(top));
     sum_q += sums.t;
     sum_1 += sums.one;
     for (int64_t m = 0; m < count; ++m) {
       const A max = finite_max(max_p[m]);
-      A* powers = scratch.piece(top + 1 + m);
-      const TeacherSums<A> one = op.cross()
-                                     ? teacher_sums<true>(chunk.z[m], z, padded(n), max, max_q, op.rate, powers)
-                                     : teacher_sums<false>(chunk.z[m], z, padded(n), max, max_q, op.rate, powers);
+      const auto piece = op.cross() ? teacher_sums<true, kKeep, A> : teacher_sums<false, kKeep, A>;
+      const TeacherSums<A> one = piece(chunk.z[m], z, n, max, max_q, op.rate, scratch.piece(top + 1 + m));
       sum_p[m] += one.sum;
       dot[m] += one.dot;
     }
@@ -770,9 +714,9 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
     double kl = 0;
     for_chunks(op.cols, [&](int64_t begin, int64_t n) {
       load_chunk(begin, n);
-      mean_pieces(op, row, chunk, padded(n), scratch.piece(top), scratch.piece(sum));
-      kl += reverse_sum(z, padded(n), LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top),
-                        scratch.piece(sum), static_cast<A>(count));
+      mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
+      kl += reverse_sum(z, n, LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top), scratch.piece(sum),
+                        static_cast<A>(count));
     });
     stats.value(0, row) = static_cast<A>(kLn2 * kl);
   }
@@ -803,36 +747,43 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
   }
   Chunk<A> chunk;
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
-    const int64_t whole = padded(n);
     const A* z = read_all(op, row, begin, n, scratch, chunk);
     if (to_student.data) {
-      A* out = scratch.piece(buffer);
-      student_grad_piece<kT>(z, whole, q.max, op.rate, of_q, of_1, out);
+      A* out = target(to_student, row, begin, scratch.piece(buffer));
       if (op.kind == Kind::kReverse) {
-        mean_pieces(op, row, chunk, whole, scratch.piece(top), scratch.piece(sum));
-        reverse_grad_piece(z, whole, q, scratch.piece(top), scratch.piece(sum), static_cast<A>(count),
+        student_grad_piece<kT, 0, false>(z, Pulls<A>{}, n, q.max, op.rate, of_q, of_1, out);
+        mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
+        reverse_grad_piece(z, n, q, scratch.piece(top), scratch.piece(sum), static_cast<A>(count),
                            A(kLog2E) * stats.value(0, row), A(kLn2) * kl, out);
       } else {
-        for (int64_t m = 0; m < count; ++m) {
-          const Side<A> p = stats.teacher(m, row);
-          subtract_exponentials(chunk.z[m], whole, p.max, op.rate, kl * weights[m] * p.inverse(), out);
-        }
+        for_some<4>(0, count, [&](int64_t first, auto some) {
+          Pulls<A> pulls{};
+          for (int64_t m = 0; m < some.value; ++m) {
+            const Side<A> p = stats.teacher(first + m, row);
+            pulls.z[m] = chunk.z[first + m];
+            pulls.max[m] = p.max;
+            pulls.factor[m] = kl * weights[first + m] * p.inverse();
+          }
+          const auto piece =
+              first ? student_grad_piece<kT, some.value, true, A> : student_grad_piece<kT, some.value, false, A>;
+          piece(z, pulls, n, q.max, op.rate, of_q, of_1, out);
+        });
       }
       const int64_t at = op.labels.index ? op.labels.at(row) - begin : -1;
       if (at >= 0 && at < n) out[at] -= ce;
       write(to_student, row, begin, n, out);
     }
     for (int64_t m = 0; m < static_cast<int64_t>(to_teachers.size()); ++m) {
-      A* out = scratch.piece(buffer);
+      A* out = target(to_teachers[m], row, begin, scratch.piece(buffer));
       const A value = stats.value(m, row);
       const LogSoftmax<A> p(stats.teacher(m, row), op.rate);
       const A scale = value == infinity<A>() ? A(0) : A(kLn2) * kl * weights[m];
       if (scale == 0) {
-        std::fill(out, out + whole, A(0));
+        std::fill(out, out + n, A(0));
       } else if (op.cross()) {
-        teacher_grad_piece<true>(chunk.z[m], z, whole, p, q, A(kLog2E) * value, scale, out);
+        teacher_grad_piece<true>(chunk.z[m], z, n, p, q, A(kLog2E) * value, scale, out);
       } else {
-        teacher_grad_piece<false>(chunk.z[m], z, whole, p, q, A(kLog2E) * value, scale, out);
+        teacher_grad_piece<false>(chunk.z[m], z, n, p, q, A(kLog2E) * value, scale, out);
       }
       write(to_teachers[m], row, begin, n, out);
     }
@@ -843,10 +794,11 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
 constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
 constexpr int64_t kFew = 8;      // rows that are added up in the type of the logits, before they go to a double
 
-// G of sum_b (q - p_m); the statistics of the rows on the way.
+// G of sum_b (q - p_m); the statistics of the rows on the way. Sums of probabilities: the student's, then the
+// teachers'.
 template <class A>
 std::vector<double> gradient_gram(const Taught<A>& op) {
-  const int64_t count = op.teachers.count, cols = op.cols, size = count * cols;
+  const int64_t count = op.teachers.count, cols = op.cols, size = (count + 1) * cols;
   const int64_t per_block = std::max<int64_t>(1, (op.rows + kBlocks - 1) / kBlocks);
   const int64_t blocks = (op.rows + per_block - 1) / per_block;
   const std::unique_ptr<double[]> sums(new double[std::max<int64_t>(blocks, 1) * size]);
@@ -857,17 +809,15 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
     std::vector<A> few(size, A(0));
     const int64_t first = block * per_block, end = std::min(op.rows, first + per_block);
     for (int64_t row = first; row < end; ++row) {
-      taught_row<1>(op, row, scratch);
-      const Side<A> q = op.stats.student(row);
+      taught_row<1, true>(op, row, scratch);
       Chunk<A> chunk;
       for_chunks(cols, [&](int64_t begin, int64_t n) {
-        A* e_q = scratch.piece(count + 1);
-        if (cols > kChunk) exponentials<1>(read_all(op, row, begin, n, scratch, chunk), padded(n), q.max, op.rate, e_q);
-        for (int64_t m = 0; m < count; ++m) {
-          const Side<A> p = op.stats.teacher(m, row);
-          A* e_p = scratch.piece(count + 2 + m);
-          if (cols > kChunk) exponentials<1>(chunk.z[m], padded(n), p.max, op.rate, e_p);
-          add_difference(e_q, e_p, n, q.inverse(), p.inverse(), few.data() + m * cols + begin);
+        const A* z = cols > kChunk ? read_all(op, row, begin, n, scratch, chunk) : nullptr;
+        for (int64_t i = 0; i <= count; ++i) {
+          const Side<A> side = i ? op.stats.teacher(i - 1, row) : op.stats.student(row);
+          A* e = scratch.piece(count + 1 + i);
+          if (z) powers_piece(i ? chunk.z[i - 1] : z, n, side.max, op.rate, e);
+          add_scaled(e, n, side.inverse(), few.data() + i * cols + begin);
         }
       });
       if ((row - first) % kFew == kFew - 1 || row + 1 == end) move_sums(few.data(), size, sum);
@@ -880,9 +830,14 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
     }
   });
   std::vector<double> gram(count * count, 0.0);
-  for (int64_t i = 0; blocks && i < count; ++i) {
+  if (blocks == 0) return gram;
+  for (int64_t m = 1; m <= count; ++m) {
+    for (int64_t c = 0; c < cols; ++c) sums[m * cols + c] = sums[c] - sums[m * cols + c];
+  }
+  for (int64_t i = 0; i < count; ++i) {
     for (int64_t j = 0; j <= i; ++j) {
-      gram[i * count + j] = gram[j * count + i] = dot_product(sums.get() + i * cols, sums.get() + j * cols, cols);
+      gram[i * count + j] = gram[j * count + i] =
+          dot_product(sums.get() + (i + 1) * cols, sums.get() + (j + 1) * cols, cols);
     }
   }
   return gram;
@@ -928,10 +883,8 @@ Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, 
     const A kl = static_cast<A>(kl_scale * ramp_of(ramp)), ce = static_cast<A>(ce_scale);
     dispatch_temperature(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count, count + 2 * targets, [&](int64_t row, const Scratch<A>& scratch) {
-        TargetState target_states[kMost];
-        LearnerState learner_states[kMost];
-        const Value<A> v = op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch, target_states, learner_states)
-                                       : mixed_row<t_1.value, true>(op, row, scratch, target_states, learner_states);
+        const Value<A> v =
+            op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch) : mixed_row<t_1.value, true>(op, row, scratch);
         values[row] = weighed(kl, v.kl) + weighed(ce, v.ce);
       });
     });
@@ -966,7 +919,7 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
                   cols, 1};
     }
     dispatch_temperature(op.rate, [&](auto t_1) {
-      for_rows<A>(rows, cols, count, 2 * count + 3 * targets,
+      for_rows<A>(rows, cols, count, 2 * count + 3 * targets + 2,
                   [&](int64_t row, const Scratch<A>& scratch) { mixed_grad_row<t_1.value>(op, g, row, scratch); });
     });
   });
@@ -1000,8 +953,9 @@ std::vector<A> taught_rows(const Taught<A>& op) {
   std::vector<A> ce(op.rows);
   const int64_t count = op.teachers.count;
   dispatch_temperature(op.rate, [&](auto t_1) {
-    for_rows<A>(op.rows, op.cols, count + 1, 2 * count + 2,
-                [&](int64_t row, const Scratch<A>& scratch) { ce[row] = taught_row<t_1.value>(op, row, scratch); });
+    for_rows<A>(op.rows, op.cols, count + 1, 2 * count + 2, [&](int64_t row, const Scratch<A>& scratch) {
+      ce[row] = taught_row<t_1.value, false>(op, row, scratch);
+    });
   });
   return ce;
 }

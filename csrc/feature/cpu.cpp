@@ -4,6 +4,7 @@
 #include "common/lanes.h"
 #include "common/map_chunk.h"
 #include "common/parallel.h"
+#include "common/vector_loop.h"
 #include "feature/math.h"
 
 namespace kdfast {
@@ -407,7 +408,7 @@ struct Planes : PyramidMaps {
   }
 
   double sum(int64_t task, Lanes<A>* cells) const {
-    std::vector<A> own, other, line(padded(width));
+    std::vector<A> own, other, line(width + kLanes);
     double squares = 0;
     for_channels(task, [&](int64_t b, int64_t c, int64_t lane) {
       squares += sum_plane(plane(student, b, c, own), plane(teacher, b, c, other), pyramid, line.data(), cells, lane);
@@ -416,7 +417,7 @@ struct Planes : PyramidMaps {
   }
 
   void write(int64_t task, const Lanes<A>* slopes, A factor, const Output& to_s, const Output& to_t) const {
-    std::vector<A> own, other, line(padded(width)), grad_s(to_s.copied<A>() * size), grad_t(to_t.copied<A>() * size);
+    std::vector<A> own, other, line(width + kLanes), grad_s(to_s.copied<A>() * size), grad_t(to_t.copied<A>() * size);
     for_channels(task, [&](int64_t b, int64_t c, int64_t lane) {
       const int64_t at = (b * channels + c) * size;
       A *s = target(to_s, at, grad_s.data()), *t = target(to_t, at, grad_t.data());

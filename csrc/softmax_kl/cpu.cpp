@@ -5,13 +5,14 @@
 
 #include "common/chunk.h"
 #include "common/parallel.h"
+#include "common/vector_loop.h"
 #include "softmax_kl/layout.h"
 
 namespace kdfast {
 namespace softmax_kl {
 namespace {
 
-// ---- pieces of a row, vectorised
+// ---- pieces of a row
 template <class A>
 struct KlSums {
   A p, q, dot, q_1;
@@ -19,60 +20,42 @@ struct KlSums {
 
 template <class A>
 KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
-  A p = 0, q = 0, dot = 0;
-#pragma omp simd reduction(+ : p, q, dot)
-  for (int64_t i = 0; i < n; ++i) {
-    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
-    const A e_p = exp2(c_p * rate);
-    p += e_p;
-    q += exp2(c_q * rate);
-    dot += kl_term(e_p, c_p - c_q);
-  }
-  return {p, q, dot, 0};
+  const auto sums = sum_elements<3, A>(n, [&](int64_t i) KD_INLINED {
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q, e_p = exp2(c_p * rate);
+    return Terms<A>{e_p, exp2(c_q * rate), kl_term(e_p, c_p - c_q)};
+  });
+  return {sums.a, sums.b, sums.c, 0};
 }
 
 // The same, and the sum q_1 of q's exponentials at temperature 1.
 template <int kT, class A>
 KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
-  A p = 0, q = 0, dot = 0, q_1 = 0;
-#pragma omp simd reduction(+ : p, q, dot, q_1)
-  for (int64_t i = 0; i < n; ++i) {
-    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
-    const A e_p = exp2(c_p * rate), e_q = exp2(c_q * rate);
-    p += e_p;
-    q += e_q;
-    q_1 += exp_1<kT>(e_q, c_q);
-    dot += kl_term(e_p, c_p - c_q);
-  }
-  return {p, q, dot, q_1};
+  const auto sums = sum_elements<4, A>(n, [&](int64_t i) KD_INLINED {
+    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q, e_p = exp2(c_p * rate), e_q = exp2(c_q * rate);
+    return Terms<A>{e_p, e_q, kl_term(e_p, c_p - c_q), exp_1<kT>(e_q, c_q)};
+  });
+  return {sums.a, sums.b, sums.c, sums.d};
 }
 
 template <class A>
 KD_MULTIVERSION A exp_sum(const A* z, int64_t n, A max, A rate) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += exp2((z[i] - max) * rate);
-  return sum;
+  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{exp2((z[i] - max) * rate)}; }).a;
 }
 
 // Writes the exponentials, too.
 template <class A>
 KD_MULTIVERSION A exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) {
-    e[i] = exp2((z[i] - max) * rate);
-    sum += e[i];
-  }
-  return sum;
+  return sum_elements<1, A>(n,
+                            [&](int64_t i) KD_INLINED {
+                              e[i] = exp2((z[i] - max) * rate);
+                              return Terms<A>{e[i]};
+                            })
+      .a;
 }
 
 template <class A>
 KD_MULTIVERSION A centred_sum(const A* z, int64_t n, A max) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += z[i] - max;
-  return sum;
+  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{z[i] - max}; }).a;
 }
 
 template <class A>
@@ -82,13 +65,9 @@ struct TargetSums {
 
 template <class A>
 KD_MULTIVERSION TargetSums<A> target_sums(const A* z, const A* target, int64_t n, A max) {
-  A dot = 0, mass = 0;
-#pragma omp simd reduction(+ : dot, mass)
-  for (int64_t i = 0; i < n; ++i) {
-    dot += target_term(target[i], z[i] - max);
-    mass += target[i];
-  }
-  return {dot, mass};
+  const auto sums = sum_elements<2, A>(
+      n, [&](int64_t i) KD_INLINED { return Terms<A>{target_term(target[i], z[i] - max), target[i]}; });
+  return {sums.a, sums.b};
 }
 
 // What turns a logit into a log-probability in bits, (z - max) * rate - log2_sum, and e into a probability.
@@ -108,76 +87,68 @@ struct MixtureSums {
 template <class A>
 KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
                                             LogSoftmax<A> p, LogSoftmax<A> q, A rate, A beta) {
-  A kl_p = 0, kl_q = 0;
-#pragma omp simd reduction(+ : kl_p, kl_q)
-  for (int64_t i = 0; i < n; ++i) {
+  const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, (z_p[i] - p.max) * rate - p.log2_sum,
                                  (z_q[i] - q.max) * rate - q.log2_sum, beta);
-    kl_p += mixture_term(m.p, m.p_ratio);
-    kl_q += mixture_term(m.q, m.q_ratio);
-  }
-  return {kl_p, kl_q};
+    return Terms<A>{mixture_term(m.p, m.p_ratio), mixture_term(m.q, m.q_ratio)};
+  });
+  return {sums.a, sums.b};
 }
 
 template <class A>
 KD_MULTIVERSION void kl_grad_q_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
                                      A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), exp2((z_q[i] - max_q) * rate));
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
+    out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), exp2((z_q[i] - max_q) * rate));
+  });
 }
 
 template <class A>
 KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
                                      A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
     out[i] = kl_grad_p(g, exp2(c_p * rate), c_p - c_q);
-  }
+  });
 }
 
 // The gradient of one side, whose share of the mixture is `share`.
 template <class A>
 KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own,
                                         LogSoftmax<A> other, A rate, A share, A kl, A scale, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A log_own = (z_own[i] - own.max) * rate - own.log2_sum,
             log_other = (z_other[i] - other.max) * rate - other.log2_sum;
     const Mixture<A> m = mixture(log_own, log_other, share);
     out[i] = mixture_grad(m.p, m.p_ratio, kl, scale * share);
-  }
+  });
 }
 
 // coef * exp((z - max) / T)
 template <class A>
 KD_MULTIVERSION void exp_grad_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = coef * exp2((z[i] - max) * rate);
+  for_elements<A>(n, [&](int64_t i) KD_INLINED { out[i] = coef * exp2((z[i] - max) * rate); });
 }
 
 // coef * exp(z - max) - uniform
 template <class A>
 KD_MULTIVERSION void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = coef * exp2((z[i] - max) * A(kLog2E)) - uniform;
+  for_elements<A>(n, [&](int64_t i) KD_INLINED { out[i] = coef * exp2((z[i] - max) * A(kLog2E)) - uniform; });
 }
 
 // The same, and the gradient of the KL.
 template <int kT, class A>
 KD_MULTIVERSION void kl_ce_grad_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
                                       A coef, A uniform, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c_q = z_q[i] - max_q, e_q = exp2(c_q * rate);
     out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), e_q) + (coef * exp_1<kT>(e_q, c_q) - uniform);
-  }
+  });
 }
 
 template <class A>
 KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] -= coef * target[i];
+  update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old - coef * target[i]; });
 }
 
 // ---- rows
@@ -191,23 +162,24 @@ void for_rows(int64_t rows, int64_t cols, const F& f) {
   for_each(rows, row_grain(cols), f);
 }
 
-// One row of logits, with the label's class read as -inf if `hidden` names one.
+// One row of logits.
 template <class A>
 struct Row {
   const Matrix& m;
-  int64_t row, hidden;
+  int64_t row;
   A* buffer;
 
-  // Padded to whole vectors with -inf, which adds nothing to a softmax.
-  const A* piece(int64_t begin, int64_t n) const {
-    const A* z = read<A>(m, row, begin, n, -infinity<A>(), buffer);
-    if (hidden < begin || hidden >= begin + n) return z;
-    if (z != buffer) std::copy(z, z + n, buffer);
-    buffer[hidden - begin] = -infinity<A>();
-    return buffer;
-  }
+  const A* piece(int64_t begin, int64_t n) const { return read<A>(m, row, begin, n, buffer); }
   A at(int64_t col) const { return read_one<A>(m, row, col); }
 };
+
+// f(begin, n) for the pieces of a row; without the class `hidden` if that is one.
+template <class F>
+void for_row_pieces(int64_t cols, int64_t hidden, const F& f) {
+  if (hidden < 0) return for_pieces(0, cols, f);
+  for_pieces(0, hidden, f);
+  for_pieces(hidden + 1, cols, f);
+}
 
 template <class A>
 using State = KlState<A, double>;
@@ -225,10 +197,10 @@ A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& sum
 }
 
 template <class A>
-State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, A rate) {
+State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
   State<A> s;
-  for_pieces(cols, [&](int64_t begin, int64_t n) {
-    kl_update(s, p.piece(begin, n), q.piece(begin, n), padded(n), rate, kl_sums<A>);
+  for_row_pieces(cols, hidden, [&](int64_t begin, int64_t n) {
+    kl_update(s, p.piece(begin, n), q.piece(begin, n), n, rate, kl_sums<A>);
   });
   return s;
 }
@@ -247,26 +219,17 @@ void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
 
 // ---- softmax_kl: p is the side whose probabilities weigh
 
-// f(begin, n, at) for the pieces of a row: `at` is where the piece begins in its chunk of the row.
-template <class F>
-void for_chunk(int64_t chunk, int64_t cols, const F& f) {
-  for_pieces(std::min(cols - chunk, kChunk), [&](int64_t at, int64_t n) { f(chunk + at, n, at); });
-}
-
 // The softmax of a row. `e` holds the exponentials of its last chunk; that is all of them where the row is no longer.
 template <class A>
 Side<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
   A max = -infinity<A>();
   double sum = 0;
-  for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
-    A top = max;
-    for_chunk(chunk, cols, [&](int64_t begin, int64_t n, int64_t) { top = max_of(z.piece(begin, n), padded(n), top); });
-    if (max != -infinity<A>()) sum *= exp2((double(max) - top) * rate);
+  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
+    const A *piece = z.piece(begin, n), top = max_of(piece, n, max);
+    if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
-    for_chunk(chunk, cols, [&](int64_t begin, int64_t n, int64_t at) {
-      sum += exponentials(z.piece(begin, n), padded(n), State<A>::finite_max(max), rate, e + at);
-    });
-  }
+    sum += exponentials(piece, n, State<A>::finite_max(max), rate, e);
+  });
   return {State<A>::finite_max(max), static_cast<A>(sum)};
 }
 
@@ -277,18 +240,16 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, A beta,
   const Side<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
   const LogSoftmax<A> log_s(side_s), log_t(side_t);
   double kl_s = 0, kl_t = 0;
-  for (int64_t chunk = 0; chunk < cols; chunk += kChunk) {
-    for_chunk(chunk, cols, [&](int64_t begin, int64_t n, int64_t at) {
-      const A *z_s = s.piece(begin, n), *z_t = t.piece(begin, n);
-      if (cols > kChunk) {
-        exponentials(z_s, padded(n), side_s.max, rate, e_s + at);
-        exponentials(z_t, padded(n), side_t.max, rate, e_t + at);
-      }
-      const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t + at, e_s + at, padded(n), log_t, log_s, rate, beta);
-      kl_t += kLn2 * sums.p;
-      kl_s += kLn2 * sums.q;
-    });
-  }
+  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
+    const A *z_s = s.piece(begin, n), *z_t = t.piece(begin, n);
+    if (cols > kChunk) {
+      exponentials(z_s, n, side_s.max, rate, e_s);
+      exponentials(z_t, n, side_t.max, rate, e_t);
+    }
+    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, rate, beta);
+    kl_t += kLn2 * sums.p;
+    kl_s += kLn2 * sums.q;
+  });
   stats.set_side(kStudent, s.row, side_s);
   stats.set_side(kTeacher, s.row, side_t);
   stats[kStudent + kKl][s.row] = static_cast<A>(kl_s);
@@ -298,7 +259,7 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, A beta,
 // One row's KL(p || q), or KL(q || p) if `reverse`.
 template <class A>
 void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse, Stats<A> stats) {
-  const State<A> state = reverse ? kl_sweep(s, t, cols, rate) : kl_sweep(t, s, cols, rate);
+  const State<A> state = reverse ? kl_sweep(s, t, cols, -1, rate) : kl_sweep(t, s, cols, -1, rate);
   const A kl = static_cast<A>(state.kl(rate));
   stats.set_side(kStudent, s.row, reverse ? state.p() : state.q());
   stats.set_side(kTeacher, s.row, reverse ? state.q() : state.p());
@@ -311,7 +272,7 @@ void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows,
                      Stats<A> stats) {
   for_rows(rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
-    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     if (beta > 0 && beta < 1) {
       mixture_row(s, t, cols, rate, beta, stats);
     } else {
@@ -321,19 +282,19 @@ void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows,
 }
 
 template <class A>
-void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, A rate, A max_p, A max_q, const KlGrad<A>& g,
-                    const Matrix& out_p, const Matrix& out_q) {
+void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate, A max_p, A max_q,
+                    const KlGrad<A>& g, const Matrix& out_p, const Matrix& out_q) {
   alignas(64) A buffer[kChunk];
-  for_pieces(cols, [&](int64_t begin, int64_t n) {
+  for_row_pieces(cols, hidden, [&](int64_t begin, int64_t n) {
     const A *z_p = p.piece(begin, n), *z_q = q.piece(begin, n);
     if (out_q.data) {
-      A* out = target(out_q, q.row, begin, n, buffer);
-      kl_grad_q_piece(z_p, z_q, padded(n), max_p, max_q, rate, g, out);
+      A* out = target(out_q, q.row, begin, buffer);
+      kl_grad_q_piece(z_p, z_q, n, max_p, max_q, rate, g, out);
       write(out_q, q.row, begin, n, out);
     }
     if (out_p.data) {
-      A* out = target(out_p, p.row, begin, n, buffer);
-      kl_grad_p_piece(z_p, z_q, padded(n), max_p, max_q, rate, g, out);
+      A* out = target(out_p, p.row, begin, buffer);
+      kl_grad_p_piece(z_p, z_q, n, max_p, max_q, rate, g, out);
       write(out_p, p.row, begin, n, out);
     }
   });
@@ -344,10 +305,9 @@ void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A 
                         Side<A> side_other, A kl, A scale, const Matrix& to) {
   alignas(64) A buffer[kChunk];
   const LogSoftmax<A> log_own(side_own), log_other(side_other);
-  for_pieces(cols, [&](int64_t begin, int64_t n) {
-    A* out = target(to, own.row, begin, n, buffer);
-    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), padded(n), log_own, log_other, rate, share, kl,
-                       scale, out);
+  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
+    A* out = target(to, own.row, begin, buffer);
+    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, rate, share, kl, scale, out);
     write(to, own.row, begin, n, out);
   });
 }
@@ -358,16 +318,16 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
                           const Matrix& to_teacher) {
   for_rows(stats.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
-    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
     const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
     if (beta == 0) {
-      write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate), to_teacher,
-                     to_student);
+      write_kl_grads(t, s, cols, -1, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate),
+                     to_teacher, to_student);
     } else if (beta == 1) {
-      write_kl_grads(s, t, cols, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate), to_student,
-                     to_teacher);
+      write_kl_grads(s, t, cols, -1, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate),
+                     to_student, to_teacher);
     } else {
       const A bits = A(kLn2) * factor;
       if (to_student.data) {
@@ -419,13 +379,13 @@ class Kept {
         cols_(cols),
         first_((cols + kChunk - 1) / kChunk),
         next_(teacher.count),
-        p_(padded(teacher.count)),
-        q_(padded(teacher.count), -infinity<A>()) {}
+        p_(teacher.count),
+        q_(teacher.count) {}
 
   void set_row(int64_t row) {
     row_ = row;
     rest = teacher_.rest.data ? read<A>(teacher_.rest, row) : -infinity<A>();
-    values = read<A>(teacher_.values, row, 0, teacher_.count, -infinity<A>(), p_.data());
+    values = read<A>(teacher_.values, row, 0, teacher_.count, p_.data());
     std::fill(first_.begin(), first_.end(), -1);
     for (int64_t i = 0; i < teacher_.count; ++i) {
       const int64_t index = teacher_.at(row, i);
@@ -455,7 +415,6 @@ class Kept {
     return buffer;
   }
 
-  int64_t size() const { return padded(teacher_.count); }
   const A* logits() const { return q_.data(); }  // of the student
 
   A rest;           // the teacher's logit of all other classes
@@ -473,12 +432,12 @@ template <class A>
 Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
   A max = -infinity<A>();
   double sum = 0;
-  for_pieces(cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     const A* z = kept.hide(s.piece(begin, n), begin, n, s.buffer);
-    const A top = max_of(z, padded(n), max);
+    const A top = max_of(z, n, max);
     if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
-    sum += exp_sum(z, padded(n), State<A>::finite_max(max), rate);
+    sum += exp_sum(z, n, State<A>::finite_max(max), rate);
   });
   return {State<A>::finite_max(max), static_cast<A>(sum)};
 }
@@ -491,11 +450,11 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
     Kept<A> kept(teacher, cols);
     for (int64_t row = begin; row < end; ++row) {
       kept.set_row(row);
-      const Side<A> rest = rest_sweep(Row<A>{student, row, -1, buffer}, cols, rate, kept);
+      const Side<A> rest = rest_sweep(Row<A>{student, row, buffer}, cols, rate, kept);
       State<A> state;
-      state.max_p = max_of(kept.values, kept.size(), kept.rest);
-      state.max_q = max_of(kept.logits(), kept.size(), rest.sum == 0 ? -infinity<A>() : rest.max);
-      for_pieces(kept.size(), [&](int64_t at, int64_t n) {
+      state.max_p = max_of(kept.values, teacher.count, kept.rest);
+      state.max_q = max_of(kept.logits(), teacher.count, rest.sum == 0 ? -infinity<A>() : rest.max);
+      for_pieces(0, teacher.count, [&](int64_t at, int64_t n) {
         kl_update(state, kept.values + at, kept.logits() + at, n, rate, kl_sums<A>);
       });
       add_rest(state, kept.rest, rest, rate);
@@ -516,15 +475,15 @@ void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const
     Kept<A> kept(teacher, cols);
     for (int64_t row = first; row < last; ++row) {
       kept.set_row(row);
-      const Row<A> s{student, row, -1, student_buffer};
+      const Row<A> s{student, row, student_buffer};
       const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
       const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
       const KlGrad<A> g = kl_grad(p, q, stats[kTeacher + kKl][row], factor, rate);
       const A coef = rest_grad(g, kept.rest, p, q, rest, rate);
-      for_pieces(cols, [&](int64_t begin, int64_t n) {
+      for_pieces(0, cols, [&](int64_t begin, int64_t n) {
         const A* z = s.piece(begin, n);
-        A* out = target(to_student, row, begin, n, buffer);
-        exp_grad_piece(z, padded(n), rest.max, rate, coef, out);
+        A* out = target(to_student, row, begin, buffer);
+        exp_grad_piece(z, n, rest.max, rate, coef, out);
         // Whatever that made of the kept classes, which may be larger than any of the rest.
         kept.for_piece(begin, n, [&](int64_t i, int64_t at) {
           out[at] = kl_grad_q(g, exp2((kept.values[i] - p.max) * rate), exp2((z[at] - q.max) * rate));
@@ -564,28 +523,27 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
                            int64_t rows, int64_t cols, A rate, A smoothing, Stats<A> stats, A* ce_rows) {
   for_rows(rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
-    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     State<A> state;
     CeState<double> ce;
-    for_pieces(cols, [&](int64_t begin, int64_t n) {
+    for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
       const A before = state.max_q;
       A sum_1 = 0;
       if (teacher.data) {
-        sum_1 = dispatch_temperature(rate, [&](auto t_1) {
-          return kl_update(state, t.piece(begin, n), z, padded(n), rate, kl_ce_sums<t_1.value, A>);
-        });
+        sum_1 = dispatch_temperature(
+            rate, [&](auto t_1) { return kl_update(state, t.piece(begin, n), z, n, rate, kl_ce_sums<t_1.value, A>); });
       } else {
-        state.max_q = max_of(z, padded(n), state.max_q);
-        sum_1 = exp_sum(z, padded(n), state.q().max, A(kLog2E));
+        state.max_q = max_of(z, n, state.max_q);
+        sum_1 = exp_sum(z, n, state.q().max, A(kLog2E));
       }
       const A max = state.q().max;
       ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
       ce.sum_1 += sum_1;
       if (smoothing != 0) ce.centred += centred_sum(z, n, max);
       if (!labels.index) {
-        const A* target = read<A>(labels.probabilities, row, begin, n, A(0), teacher_buffer);
-        const TargetSums<A> sums = target_sums(z, target, padded(n), max);
+        const A* target = read<A>(labels.probabilities, row, begin, n, teacher_buffer);
+        const TargetSums<A> sums = target_sums(z, target, n, max);
         ce.target_dot += sums.dot;
         ce.target_mass += sums.mass;
       }
@@ -613,33 +571,33 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
                                 const Matrix& to_teacher) {
   for_rows(stats.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
-    const Row<A> s{student, row, -1, student_buffer}, t{teacher, row, -1, teacher_buffer};
+    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
     const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale, smoothing);
-    for_pieces(cols, [&](int64_t begin, int64_t n) {
+    for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
       const A* z_t = teacher.data ? t.piece(begin, n) : nullptr;
       if (to_student.data) {
-        A* out = target(to_student, row, begin, n, buffer);
+        A* out = target(to_student, row, begin, buffer);
         if (z_t) {
           dispatch_temperature(rate, [&](auto t_1) {
-            kl_ce_grad_piece<t_1.value>(z_t, z, padded(n), side_t.max, side_s.max, rate, g.kl, g.coef, g.uniform, out);
+            kl_ce_grad_piece<t_1.value>(z_t, z, n, side_t.max, side_s.max, rate, g.kl, g.coef, g.uniform, out);
           });
         } else {
-          ce_grad_piece(z, padded(n), side_s.max, g.coef, g.uniform, out);
+          ce_grad_piece(z, n, side_s.max, g.coef, g.uniform, out);
         }
         if (labels.index) {
           const int64_t at = labels.at(row) - begin;
           if (at >= 0 && at < n) out[at] -= g.target;
         } else {
           alignas(64) A target_buffer[kChunk];
-          subtract_targets(read<A>(labels.probabilities, row, begin, n, A(0), target_buffer), n, g.target, out);
+          subtract_targets(read<A>(labels.probabilities, row, begin, n, target_buffer), n, g.target, out);
         }
         write(to_student, row, begin, n, out);
       }
       if (to_teacher.data) {
-        A* out = target(to_teacher, row, begin, n, buffer);
-        kl_grad_p_piece(z_t, z, padded(n), side_t.max, side_s.max, rate, g.kl, out);
+        A* out = target(to_teacher, row, begin, buffer);
+        kl_grad_p_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
         write(to_teacher, row, begin, n, out);
       }
     });
@@ -654,8 +612,8 @@ void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels
   for_rows(rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
-    const Row<A> s{student, row, label, student_buffer}, t{teacher, row, label, teacher_buffer};
-    const State<A> state = kl_sweep(t, s, cols, rate);
+    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
+    const State<A> state = kl_sweep(t, s, cols, label, rate);
     stats.set_side(kStudent, row, state.q());
     stats[kStudent + kOdds][row] = log_odds(s.at(label), state.q(), rate);
     stats.set_side(kTeacher, row, state.p());
@@ -671,10 +629,10 @@ void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& l
   for_rows(stats.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
-    const Row<A> s{student, row, label, student_buffer}, t{teacher, row, label, teacher_buffer};
+    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
     const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * scale);
-    write_kl_grads(t, s, cols, rate, side_t.max, side_s.max, g.rest, to_teacher, to_student);
+    write_kl_grads(t, s, cols, label, rate, side_t.max, side_s.max, g.rest, to_teacher, to_student);
     if (to_student.data) write_one(to_student, row, label, g.student);
     if (to_teacher.data) write_one(to_teacher, row, label, g.teacher);
   });
