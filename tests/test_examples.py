@@ -1,10 +1,12 @@
-"""The scripts in `examples/` run as they are and their students learn."""
+"""The scripts in `examples/` are short and run as they are, and their students learn."""
 
+import ast
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,30 @@ def run(example, *launcher):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return [float(accuracy) for accuracy in re.findall(r"student: ([\d.]+)%", result.stdout)]
+
+
+def lines_of_code(path):
+    """How many lines of the script are neither blank, comment nor docstring."""
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    with path.open("rb") as file:
+        tokens = [token for token in tokenize.tokenize(file.readline) if token.type not in layout | {tokenize.ENCODING}]
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            lines -= set(range(node.lineno, node.end_lineno + 1))
+    return len(lines)
+
+
+def test_lines_of_code_are_counted(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text('"""A\ndocstring."""\n\n# comment\nx = [\n    1,\n]  # comment\n\n\ndef f():\n    """One."""\n')
+    assert lines_of_code(path) == 4
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_thirty_lines(example):
+    assert lines_of_code(example) <= 30
+    assert ";" not in example.read_text()
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
