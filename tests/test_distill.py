@@ -273,6 +273,24 @@ def test_resume_without_out_takes_the_newest(images, tmp_path, capsys):
     assert "--epochs was 2 and is 3" in error_line(capsys)
 
 
+@pytest.mark.parametrize("more", [[], ["--lr", "0.2"]], ids=["alone", "timm"])
+def test_resume_of_nothing(more, tmp_path, capsys):
+    """A mistyped folder starts no default run."""
+    (tmp_path / "empty").mkdir()
+    for out, where in ((["--out", "typo"], "typo"), (["--out", "empty"], "empty"), ([], "runs")):
+        assert main(["distill", "--resume", *out, *more]) == 2
+        assert f"--resume: there is no run in {where} to continue; to start one" in error_line(capsys)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_resume_at_the_first_start(images, uninterrupted, tmp_path, capsys):
+    """With the options of a run it starts, so that one command serves a start and its restarts."""
+    for said in (f"nothing to resume, starting in {tmp_path / 'run'}", ""):
+        assert main(arguments(images, tmp_path / "run", "--resume")) == 0
+        assert said in (stderr := capsys.readouterr().err) and ("nothing to resume" in stderr) == bool(said)
+    assert_same_results(tmp_path / "run", uninterrupted)
+
+
 @pytest.mark.parametrize(
     ("more", "named"),
     [

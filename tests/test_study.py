@@ -275,6 +275,13 @@ def test_resume_refuses_other_settings_and_damaged_files(tiny, tmp_path, capsys)
     assert "settings.json is damaged" in error_line(capsys)
 
 
+def test_resume_of_nothing(tmp_path, capsys):
+    for out, where in ((["--out", "typo"], "typo"), ([], "runs")):
+        assert main(["study", "residual", "--resume", *out]) == 2
+        assert f"--resume: there is no run in {where} to continue" in error_line(capsys)
+    assert not os.listdir(tmp_path)
+
+
 def test_resume_without_out_takes_the_newest_of_the_study(tiny, tmp_path):
     assert main(["study", "residual", "--epochs", "1", "--seeds", "1"]) == 0
     assert main(["study", "residual", "--resume"]) == 0

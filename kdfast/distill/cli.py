@@ -40,7 +40,7 @@ def add_arguments(parser):
         "--resume",
         action="store_true",
         help="continue the run in --out, or without --out the newest under runs, from its last epoch; options that are "
-        "not given are those of the run; starts one where there is none",
+        "not given are those of the run; where there is none it starts one, if options of it are given",
     )
     imagenet.add_arguments(parser)
 
@@ -56,8 +56,9 @@ def run(options) -> int:
         return command.run(options)
 
     def folder():
+        folder = pipeline.output_folder(options)
         imagenet.refuse(options, imagenet.OWN, "is for timm models; expected with --student and --teacher")
-        return pipeline.output_folder(options)
+        return folder
 
     return answer(pipeline.COMMAND, folder, lambda folder: pipeline.distill(options, folder))
 

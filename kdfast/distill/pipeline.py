@@ -14,6 +14,7 @@ from kdfast._extras import require
 from kdfast.distill import DistillError, data, report, settings, storage, timing
 from kdfast.distill.losses import ALONE, needed
 from kdfast.distill.train import Run, Trainer, reproducible
+from kdfast.imagenet import settings as imagenet
 
 __all__ = ["COMMAND", "distill", "environment", "output_folder"]
 
@@ -58,8 +59,18 @@ def output_folder(options, command=COMMAND, files=report.FILES):
     elif taken := [name for name in files if (folder / name).exists()]:
         raise DistillError(f"--out: {folder} has a {taken[0]} that belongs to no run; take another --out")
     elif options.resume:
+        if _only_resumes(options):
+            where = folder if options.out else DEFAULT_ROOT
+            start = "to start one, leave out --resume, or give options of the run"
+            raise DistillError(f"--resume: there is no run in {where} to continue; {start}")
         print(f"{command}: nothing to resume, starting in {folder}", file=sys.stderr)
     return folder
+
+
+def _only_resumes(options):
+    """Whether `options` do not say what to run: where nothing can be resumed, the folder's name is then mistyped."""
+    silent = ("command", "study", "out", "resume", *imagenet.OWN)  # a new run of timm models has --data, too
+    return all(value is None for name, value in vars(options).items() if name not in silent)
 
 
 def _newest(stem):

@@ -26,7 +26,8 @@ def add_arguments(parser):
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue the study in --out, or else its newest under runs, after the last step that was done",
+        help="continue the study in --out, or else its newest under runs, after the last step that was done; "
+        "where there is none it starts one, if --epochs or the like is given",
     )
 
 
