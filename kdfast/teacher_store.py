@@ -100,9 +100,13 @@ class Contents:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other):
-        """Lines "name: ours, not theirs" for the fields of the dict `other` that are not equal."""
+        """Words "name ours, not theirs" for the fields of the dict `other` that are not equal."""
         mine = asdict(self)
-        return [f"{name} {mine[name]!r}, not {value!r}" for name, value in other.items() if mine[name] != value]
+        found = {name: f"{mine[name]!r}, not {value!r}" for name, value in other.items() if mine[name] != value}
+        if "data" in found:  # the digests alone tell nobody what has changed
+            same = "" if "samples" in found else f", or other names, labels or order of the {self.samples}"
+            found["data"] = f"of other images{same} ({found['data']})"
+        return [f"{name} {words}" for name, words in found.items()]
 
 
 class Shard(NamedTuple):
@@ -247,14 +251,15 @@ class TeacherStore:
     Args:
         folder: where the store is.
         verify: compare a shard with its checksum when it is first used.
+        name: index -> what a message calls an image beside its index, such as its file.
 
     Raises: DistillError if the store is not there, not whole or damaged.
     """
 
-    def __init__(self, folder, verify=True):
+    def __init__(self, folder, verify=True, name=None):
         self._safetensors = require("safetensors", extra="imagenet")
         self._store = _Folder.of(folder)
-        self._verify = verify
+        self._verify, self._name = verify, name
         self._open = {}  # (augmentation, number) -> name -> tensor
         if missing := self._store.missing():
             total = sum(1 for _ in self._store.shards())
@@ -295,10 +300,11 @@ class TeacherStore:
                 batch[name][places] = rows_of[index[places] - number * rows]
         absent = batch["logits" if contents.top_k is None else "values"][:, 0].isnan()
         if absent.any():
-            where = f"image {int(index[absent][0])} in augmentation {augmentation}"
+            first = int(index[absent][0])
+            called = f" ({self._name(first)})" if self._name else ""
             raise DistillError(
-                f"{self._store.folder} has no logits of {where}, which could not be read when they were written: write "
-                "the store anew"
+                f"{self._store.folder} has no logits of image {first}{called} in augmentation {augmentation}, which "
+                "could not be read when they were written: write the store anew"
             )
         return contents.decode(batch)
 

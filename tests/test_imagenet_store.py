@@ -187,7 +187,8 @@ def test_unreadable_image(photographs, tmp_path, capsys):
     assert main(learning(broken, tmp_path / "teacher", tmp_path / "run")) == 0
     path.write_bytes(content)
     line = refused(capsys, learning(broken, tmp_path / "teacher", tmp_path / "another"))
-    assert re.search(r"has no logits of image \d+ in augmentation 0, which could not be read", line)
+    found = re.search(r"has no logits of image \d+ \((.+)\) in augmentation 0, which could not be read", line)
+    assert found[1] == str(path)
 
 
 def test_as_a_command(photographs, tmp_path):
@@ -244,7 +245,11 @@ def test_store_of_other_data(photographs, store, tmp_path, capsys):
     next((fewer / "train" / "sky").iterdir()).unlink()
     images = CLASSES * TRAIN
     line = refused(capsys, learning(fewer, store(), tmp_path / "run"))
-    assert f"does not fit: it has samples {images}, not {images - 1}; data '" in line
+    assert f"does not fit: it has samples {images}, not {images - 1}; data of other images ('" in line
+    left = sorted((fewer / "train" / "sky").iterdir())[0]
+    shutil.copy(left, left.with_name("another.jpg"))
+    line = refused(capsys, learning(fewer, store(), tmp_path / "run"))
+    assert f"it has data of other images, or other names, labels or order of the {images} ('" in line
     shutil.rmtree(fewer / "train" / "sky")
     shutil.rmtree(fewer / "val" / "sky")
     line = refused(capsys, learning(fewer, store(), tmp_path / "another"))

@@ -209,6 +209,9 @@ def test_unread_images(tmp_path):
         store.logits([6, 8], 0)
         with pytest.raises(DistillError, match="has no logits of image 7 in augmentation 1, which could not be read"):
             store.logits([6, 7], 1)
+        named = TeacherStore(tmp_path / str(contents.top_k), name="image-{}.jpg".format)
+        with pytest.raises(DistillError, match=r"has no logits of image 7 \(image-7.jpg\) in augmentation 1, which"):
+            named.logits([6, 7], 1)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -230,6 +233,13 @@ def test_does_not_fit(tmp_path):
     store.check(classes=CLASSES, samples=SAMPLES, data="0123abcd")
     with pytest.raises(DistillError, match=r"does not fit: it has classes 12, not 1000; samples 23, not 24$"):
         store.check(classes=1000, samples=24, seed=7)
+    other = r"^\S+ does not fit: it has data of other images, or other names, labels or order of the 23 "
+    with pytest.raises(DistillError, match=other + r"\('0123abcd', not '4567'\)$"):
+        store.check(samples=SAMPLES, data="4567")
+    with pytest.raises(
+        DistillError, match=r"it has samples 23, not 24; data of other images \('0123abcd', not '4567'\)$"
+    ):
+        store.check(samples=24, data="4567")
     with pytest.raises(IndexError, match="augmentation must be from 0 to 1, got 2"):
         store.logits(torch.arange(3), 2)
     for index in ([0, 23], [-1, 3]):

@@ -18,7 +18,7 @@ def opened(chosen, reader, classes):
     """The store that --teacher names, for the training images of `reader`; None where it names a model."""
     if not Path(chosen.teacher).is_absolute():  # settings.py makes folders absolute
         return None
-    store = TeacherStore(chosen.teacher)
+    store = TeacherStore(chosen.teacher, name=lambda index: reader.filename(index, absolute=True))
     store.check(classes=classes, samples=len(reader), data=fingerprint(reader))
     return store
 
