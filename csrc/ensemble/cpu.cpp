@@ -114,7 +114,21 @@ KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, in
   });
 }
 
-// The same, and the gradient of the divergence in the target's logits, which is added to `to_target`; slope in bits.
+// The same, and w g_t more, the gradient of the target taken to the network; -> sum g_t (z - max).
+template <int kT, bool kEps, class A>
+KD_MULTIVERSION A learner_spread_piece(const A* z, const A* t, const A* e_t, const A* g_t, int64_t n, A max, A rate,
+                                       LearnerGrad<A> g, A w, A* out) {
+  const auto sums = sum_elements<1, A>(n, [&](int64_t i) KD_INLINED {
+    const A c = z[i] - max, e = exp2(c * rate);
+    const bool live = kEps && !(is_masked(z[i]) && is_masked(t[i]));
+    out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c) + w * g_t[i];
+    return Terms<A>{weight_term(g_t[i], c)};
+  });
+  return sums.a;
+}
+
+// The gradients of a learner, and of the divergence in the target's logits, which is added to `to_target`; slope in
+// bits.
 template <int kT, bool kEps, class A>
 KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
                                       LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
@@ -593,8 +607,11 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
         if (has_label) g[at] -= grad.ce;
       }
     }
+    // One target, complete already, is taken to its learners on the way.
+    const bool at_once = grad.flows && !grad.through_targets && op.targets == 1 && op.learners == count;
+    const bool later = grad.flows && !at_once;
     for (int64_t m = 0; m < written; ++m) {
-      A* out = grad.flows ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
+      A* out = later ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
         const A *t = scratch.piece(logits + r), *e_t = scratch.piece(powers + r);
@@ -605,6 +622,12 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
           const LogSoftmax<A> q(stats.learner(m, row), op.rate), p(stats.target(r, row), op.rate);
           const auto piece = op.eps == 0 ? both_grads_piece<kT, false, A> : both_grads_piece<kT, true, A>;
           piece(chunk.z[m], t, e_t, n, q, p, g, op.eps, slope, grad.kl, out, scratch.piece(target_grads + r));
+        } else if (at_once) {
+          const A w = read<A>(op.mix.column(row, 0), m);
+          const auto piece = op.eps == 0 ? learner_spread_piece<kT, false, A> : learner_spread_piece<kT, true, A>;
+          const A dot =
+              piece(chunk.z[m], t, e_t, scratch.piece(target_grads), n, stats.max(m, row), op.rate, g, w, out);
+          if (grad.mix_grad.data) dots[m] += dot;
         } else {
           const auto piece = op.eps == 0 ? learner_grad_piece<kT, false, A> : learner_grad_piece<kT, true, A>;
           piece(chunk.z[m], t, e_t, n, stats.max(m, row), op.rate, g, out);
@@ -613,10 +636,10 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       } else {
         std::fill(out, out + n, A(0));
       }
-      if (!grad.flows) write(grad.out[m], row, begin, n, out);
+      if (!later) write(grad.out[m], row, begin, n, out);
     }
     // A target's gradient is complete after its last learner.
-    for (int64_t m = 0; grad.flows && m < count; ++m) {
+    for (int64_t m = 0; later && m < count; ++m) {
       spread(op, grad.out[m], row, begin, m, chunk.z[m], n, scratch, target_grads, scratch.piece(outs + m),
              outs + count, grad.mix_grad.data ? dots.data() + m * op.targets : nullptr);
     }
