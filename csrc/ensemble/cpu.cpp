@@ -83,6 +83,23 @@ KD_MULTIVERSION LearnerSums<A> learner_sums(const A* z, const A* t, const A* e_t
   return {sums.a, sums.b, sums.c, sums.d, sums.e};
 }
 
+template <class A>
+struct OwnSums {
+  LearnerSums<A> learner;
+  A target;
+};
+
+// A learner beside a target of its own, whose exponentials are written, and summed up at T.
+template <int kT, class A>
+KD_MULTIVERSION OwnSums<A> own_sums(const A* z, const A* t, A* e_t, int64_t n, A max_q, A max_t, A rate) {
+  const auto sums = sum_elements<5, A>(n, [&](int64_t i) KD_INLINED {
+    const A c_q = z[i] - max_q, c_t = t[i] - max_t, e_q = exp2(c_q * rate), e = exp2(c_t * rate);
+    e_t[i] = e;
+    return Terms<A>{e_q, exp_1<kT>(e_q, c_q), e * (c_t - c_q), c_q, e};
+  });
+  return {{sums.a, sums.b, sums.c, sums.d, 0}, sums.e};
+}
+
 // A target's softmax in bits: log2 p = (t - max) rate - log2_sum, p = e inverse.
 template <class A>
 struct LogSoftmax {
@@ -191,12 +208,12 @@ KD_MULTIVERSION void add_scaled(const A* e, int64_t n, A factor, A* sum) {
   update_elements(sum, n, [&](int64_t i, A old) KD_INLINED { return old + factor * e[i]; });
 }
 
-// Moves the sums of a few rows to those of all.
-template <class A>
+// Moves the sums of a few rows to those of all; without kAdd they are the first.
+template <bool kAdd, class A>
 KD_MULTIVERSION void move_sums(A* few, int64_t n, double* all) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
-    all[i] += static_cast<double>(few[i]);
+    all[i] = (kAdd ? all[i] : 0.0) + static_cast<double>(few[i]);
     few[i] = 0;
   }
 }
@@ -360,15 +377,12 @@ struct Mixed {
   MixedStats<A> stats;
 
   int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
+
+  // Each learner has a target, whose softmax is needed at T alone.
+  bool own_targets() const { return targets == learners && !target_ce; }
 };
 
 // Sums over a chunk: fast where no logit is -inf, else with care.
-template <int kT, bool kEps, class A>
-LearnerSums<A> all_learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
-  const LearnerSums<A> sums = learner_sums<kT, kEps, false>(z, t, e_t, n, max_q, max_t, rate);
-  return sums.has_masked() ? learner_sums<kT, kEps, true>(z, t, e_t, n, max_q, max_t, rate) : sums;
-}
-
 template <class A>
 Raised<A> all_raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
   const Raised<A> sums = raised_sums<false>(t, e, n, s, eps);
@@ -488,7 +502,7 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
 
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
-    for (int64_t r = 0; r < op.targets; ++r) {
+    for (int64_t r = 0; r < op.targets && !op.own_targets(); ++r) {
       const Sums<A> sums =
           exponentials<kT>(scratch.piece(logits + r), n, stats.target_max(r, row), op.rate, scratch.piece(powers + r));
       targets[r].sum += sums.t;
@@ -496,9 +510,18 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
     }
     for (int64_t i = 0; i < op.learners; ++i) {
       const int64_t r = op.target_of(i);
-      const LearnerSums<A> sums =
-          all_learner_sums<kT, kEps>(chunk.z[i], scratch.piece(logits + r), scratch.piece(powers + r), n,
-                                     stats.max(i, row), stats.target_max(r, row), op.rate);
+      const A *z = chunk.z[i], *t = scratch.piece(logits + r), max_q = stats.max(i, row),
+              max_t = stats.target_max(r, row);
+      A* e_t = scratch.piece(powers + r);
+      LearnerSums<A> sums;
+      if (op.own_targets()) {
+        const OwnSums<A> both = own_sums<kT>(z, t, e_t, n, max_q, max_t, op.rate);
+        sums = both.learner;
+        targets[r].sum += both.target;
+      } else {
+        sums = learner_sums<kT, kEps, false>(z, t, e_t, n, max_q, max_t, op.rate);
+      }
+      if (sums.has_masked()) sums = learner_sums<kT, kEps, true>(z, t, e_t, n, max_q, max_t, op.rate);
       learners[i].sum += sums.sum;
       learners[i].sum_1 += sums.sum_1;
       learners[i].shared.dot += sums.dot;
@@ -815,7 +838,7 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
 
 // ---- aekd
 constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
-constexpr int64_t kFew = 8;      // rows that are added up in the type of the logits, before they go to a double
+constexpr int64_t kFew = 16;     // rows that are added up in the type of the logits, before they go to a double
 
 // G of sum_b (q - p_m); the statistics of the rows on the way. Sums of probabilities: the student's, then the
 // teachers'.
@@ -828,7 +851,6 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
   for_each(blocks, 1, [&](int64_t block) {
     const Scratch<A> scratch(2 * count + 2);
     double* sum = sums.get() + block * size;
-    std::fill(sum, sum + size, 0.0);
     std::vector<A> few(size, A(0));
     const int64_t first = block * per_block, end = std::min(op.rows, first + per_block);
     for (int64_t row = first; row < end; ++row) {
@@ -843,7 +865,10 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
           add_scaled(e, n, side.inverse(), few.data() + i * cols + begin);
         }
       });
-      if ((row - first) % kFew == kFew - 1 || row + 1 == end) move_sums(few.data(), size, sum);
+      if ((row - first) % kFew == kFew - 1 || row + 1 == end) {
+        const auto move = row - first < kFew ? move_sums<false, A> : move_sums<true, A>;
+        move(few.data(), size, sum);
+      }
     }
   });
   for_each((size + kChunk - 1) / kChunk, 4, [&](int64_t chunk) {
