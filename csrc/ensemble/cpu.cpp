@@ -33,7 +33,7 @@ KD_MULTIVERSION void least_piece(const A* const* z, const A* origin, int64_t cou
     const A *from = z[m], zero = origin[m];
     update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
       const A c = from[i] - zero;
-      return m > 0 && old < c ? old : c;
+      return m == 0 || c < old ? c : old;
     });
   }
 }
