@@ -4,6 +4,8 @@ Ranks first tell each other about their tensors, on the CPU. So batches of diffe
 the same error on every rank instead of a wait without end.
 """
 
+import weakref
+
 import torch
 import torch.distributed as dist
 
@@ -11,7 +13,9 @@ from kdfast.ops import check
 
 __all__ = ["gather", "ignore_banks"]
 
-_host = (None, None)  # the default process group, and a group of all its ranks that carries CPU tensors
+# Default process group -> a group of all its ranks that carries CPU tensors, None for itself. Weak: a group that is
+# held after it was destroyed keeps its threads, and they may abort the process at its end.
+_host_groups = weakref.WeakKeyDictionary()
 
 
 def world_size():
@@ -21,12 +25,12 @@ def world_size():
 
 def _host_group():
     """A group of all ranks for CPU tensors, which no rank has to wait for its GPU to send."""
-    global _host
-    if _host[0] is not dist.group.WORLD:
+    world = dist.group.WORLD
+    if world not in _host_groups:
         carries = str(dist.get_backend_config())
         only_gpu = "nccl" in carries and "gloo" not in carries
-        _host = dist.group.WORLD, dist.new_group(backend="gloo") if only_gpu else None
-    return _host[1]
+        _host_groups[world] = dist.new_group(backend="gloo") if only_gpu else None
+    return _host_groups[world]
 
 
 def exchange(values):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import HAVE_GLOO, NO_GLOO, in_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -600,42 +601,32 @@ def test_compile_with_autocast_and_without_a_graph(graphs):
 
 
 # ---- distributed -----------------------------------------------------------------------------------------------------
-def ddp_worker(rank, folder, port):
-    torch.set_num_threads(1)
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        gradients = []
-        for compile_ in (False, True):
-            net = make()
-            del net.spare
-            run = torch.compile(nn.parallel.DistributedDataParallel(net), backend="aot_eager", disable=not compile_)
-            with kdfast.capture(run, NAMES) as features:
-                for seed in range(2):
-                    net.zero_grad()
-                    output = run(images(seed, batch=4)[2 * rank : 2 * rank + 2])
-                    losses([output, *features.values()]).backward()
-            assert untouched(net)
-            gradients.append([parameter.grad for parameter in net.parameters()])
-        torch.save(gradients, f"{folder}/{rank}.pt")
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+def of_rank(rank):
+    gradients = []
+    for compile_ in (False, True):
+        net = make()
+        del net.spare
+        run = torch.compile(nn.parallel.DistributedDataParallel(net), backend="aot_eager", disable=not compile_)
+        with kdfast.capture(run, NAMES) as features:
+            for seed in range(2):
+                net.zero_grad()
+                output = run(images(seed, batch=4)[2 * rank : 2 * rank + 2])
+                losses([output, *features.values()]).backward()
+        assert untouched(net)
+        gradients.append([parameter.grad for parameter in net.parameters()])
+    return gradients
 
 
-@pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
-)
+@pytest.mark.skipif(not HAVE_GLOO, reason=NO_GLOO)
 def test_ddp(tmp_path):
     """Two processes with half of the batch each have the gradients of one process, compiled and not."""
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(ddp_worker, (str(tmp_path), store.port), nprocs=2)
+    ranks = in_processes(2, tmp_path, of_rank)
     net = make()
     del net.spare
     x = images(1, batch=4)
     values = by_hand(net, x)
     want = torch.autograd.grad(losses([values[-1], *values]), list(net.parameters()))
-    for rank in range(2):
-        for gradients in torch.load(tmp_path / f"{rank}.pt"):
+    for rank in ranks:
+        for gradients in rank:
             for got, grad in zip(gradients, want, strict=True):
                 torch.testing.assert_close(got, grad, rtol=1e-5, atol=1e-6)

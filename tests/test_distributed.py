@@ -2,13 +2,12 @@
 
 import pytest
 import torch
+from processes import HAVE_GLOO, NO_GLOO, in_processes
 
 import kdfast
 from kdfast import distributed
 
-dist = pytest.importorskip("torch.distributed")
-if not (dist.is_available() and dist.is_gloo_available()):
-    pytest.skip("this torch has no gloo", allow_module_level=True)
+pytestmark = pytest.mark.skipif(not HAVE_GLOO, reason=NO_GLOO)
 
 N_DATA, STEPS = 50, 2
 SPLITS = [(4, 4), (3, 5), (2, 3, 1, 2), (1, 4, 0, 3)]  # rows of each rank
@@ -56,18 +55,6 @@ def relations(student, teacher):
     student.requires_grad_()
     loss = kdfast.RKD()(distributed.gather(student), distributed.gather(teacher))
     return loss.detach(), torch.autograd.grad(loss, student)[0]
-
-
-def worker(rank, split, folder, job, port):
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=len(split))
-    try:
-        mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
-        torch.save(job(rank, split, mine), f"{folder}/{rank}.pt")
-        dist.barrier()  # a rank that leaves while another still listens would abort that one
-    finally:
-        dist.destroy_process_group()
 
 
 def crd_job(rank, split, mine):
@@ -129,9 +116,11 @@ def unequal_job(rank, split, mine):
 
 def run(split, folder, job):
     """-> what `job` gave on each rank."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
-    torch.multiprocessing.spawn(worker, (split, str(folder), job, store.port), nprocs=len(split))
-    return [torch.load(f"{folder}/{rank}.pt") for rank in range(len(split))]
+    return in_processes(len(split), folder, of_rank, job, split)
+
+
+def of_rank(rank, job, split):
+    return job(rank, split, slice(sum(split[:rank]), sum(split[: rank + 1])))
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -385,7 +386,7 @@ def test_full_disk_at_the_log(photographs, tmp_path, monkeypatch, capsys):
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 DISTURBED = """
-import os, signal, sys
+import os, pathlib, signal, sys
 from kdfast.cli import main
 from kdfast.imagenet.train import Trainer
 
@@ -398,7 +399,10 @@ def step(self, batches):
         os.kill(os.getpid(), signal.Signals[sys.argv[3]])
 
 Trainer.step = step
-sys.exit(main(sys.argv[4:]))
+code = main(sys.argv[4:])
+threads = [name.read_text().strip() for name in pathlib.Path("/proc/self/task").glob("*/comm")]
+sys.stdout.write(f"threads: {threads}\\n")
+sys.exit(code)
 """
 
 
@@ -419,6 +423,13 @@ def finished(processes, argv, **more):
     code, output = torchrun(processes, argv, **more)
     assert code == 0, output
     return output
+
+
+def assert_ended(output, processes):
+    """Nothing runs on in `processes` that `torchrun` has disturbed: a thread of gloo could abort one at its exit."""
+    threads = re.findall("threads: (.*)", output)
+    assert len(threads) == processes, output
+    assert not any("gloo" in names for names in threads), threads
 
 
 def test_two_processes_are_one(photographs, undisturbed, tmp_path):
@@ -447,6 +458,7 @@ def test_killed_process_and_restart(photographs, tmp_path):
     argv = arguments(photographs, tmp_path / "run", *options)
     output = finished(3, argv, restarts=1, disturbed=(1, 3, "SIGKILL"))
     assert "exitcode: -9" in output and "resumed after step" in output
+    assert_ended(output, 3)
     assert_same_results(tmp_path / "run", tmp_path / "expected")
 
 
@@ -455,6 +467,7 @@ def test_stopped_processes_and_one_that_goes_on(photographs, undisturbed, tmp_pa
     out = tmp_path / "run"
     code, output = torchrun(2, arguments(photographs, out), disturbed=(1, 3, "SIGTERM"))
     assert code != 0 and output.count("continue with: kdfast distill --resume") == 1 and "exitcode: 143" in output
+    assert_ended(output, 2)
     assert main(["distill", "--resume", "--out", str(out)]) == 0
     assert "resumed after step 3 of 8" in capsys.readouterr().err
     assert_one_process(photographs, out, undisturbed(), ["student.pt"])

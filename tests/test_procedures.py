@@ -9,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+from processes import HAVE_GLOO, NO_GLOO
 from torch import nn
 
 import kdfast
@@ -367,7 +368,7 @@ def start(ranks, folder, dies_at=None):
     return found
 
 
-needs_gloo = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo")
+needs_gloo = pytest.mark.skipif(not HAVE_GLOO, reason=NO_GLOO)
 
 
 @needs_gloo

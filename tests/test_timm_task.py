@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import HAVE_GLOO, NO_GLOO, in_processes
 from torch import nn
 
 import kdfast
@@ -27,7 +28,6 @@ CLASSES, N_DATA, SIZE = 7, 40, (3, 64, 64)
 STUDENT = {"channels": (8, 8, 8, 16), "stem_width": 8}
 FC = ("student.fc:input", "teacher.fc:input")
 EQUAL = {"rtol": 1e-6, "atol": 1e-9}
-DIST = torch.distributed.is_available() and torch.distributed.is_gloo_available()
 
 
 def model(seed, **arguments):
@@ -411,39 +411,30 @@ def descend(task, mine=slice(None)):
 KINDS = {"gathered": {}, "compiled": {}, "apart": {"gather": False}}
 
 
-def worker(rank, folder, port):
-    torch.set_num_threads(1)
-    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=False)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    try:
-        seen = {}
-        for kind, arguments in KINDS.items():
-            task = ranked_task(**arguments)
-            if rank:  # rank 0 has the parameters and the banks that count
-                trained = task.get_trainable_module()
-                with torch.no_grad():
-                    for x in (*trained.parameters(), trained.objective.crd.bank_student):
-                        x.mul_(0.5)
-            if kind == "compiled":
-                task.compile(backend="aot_eager")
-            assert task.prepare_distributed(broadcast_buffers=True) is task
-            assert isinstance(task.get_trainable_module(), nn.parallel.DistributedDataParallel)
-            ignored = task.get_trainable_module().parameters_to_ignore
-            assert {"objective.crd.bank_student", "objective.crd.bank_teacher"} <= set(ignored)
-            assert task.no_sync().__class__.__name__ == "_GeneratorContextManager"
-            seen[kind] = descend(task, slice(4 * rank, 4 * rank + 4))
-        torch.save(seen, f"{folder}/{rank}.pt")
-        torch.distributed.barrier()  # a rank that leaves while another still listens would abort that one
-    finally:
-        torch.distributed.destroy_process_group()
+def of_rank(rank):
+    seen = {}
+    for kind, arguments in KINDS.items():
+        task = ranked_task(**arguments)
+        if rank:  # rank 0 has the parameters and the banks that count
+            trained = task.get_trainable_module()
+            with torch.no_grad():
+                for x in (*trained.parameters(), trained.objective.crd.bank_student):
+                    x.mul_(0.5)
+        if kind == "compiled":
+            task.compile(backend="aot_eager")
+        assert task.prepare_distributed(broadcast_buffers=True) is task
+        assert isinstance(task.get_trainable_module(), nn.parallel.DistributedDataParallel)
+        ignored = task.get_trainable_module().parameters_to_ignore
+        assert {"objective.crd.bank_student", "objective.crd.bank_teacher"} <= set(ignored)
+        assert task.no_sync().__class__.__name__ == "_GeneratorContextManager"
+        seen[kind] = descend(task, slice(4 * rank, 4 * rank + 4))
+    return seen
 
 
-@pytest.mark.skipif(not DIST, reason="this torch has no gloo")
+@pytest.mark.skipif(not HAVE_GLOO, reason=NO_GLOO)
 def test_two_ranks_are_one_process_with_the_whole_batch(tmp_path):
     losses, want = descend(ranked_task())
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    torch.multiprocessing.spawn(worker, (str(tmp_path), store.port), nprocs=2)
-    ranks = [torch.load(f"{tmp_path}/{rank}.pt") for rank in range(2)]
+    ranks = in_processes(2, tmp_path, of_rank)
     for kind in ("gathered", "compiled"):
         for got in (seen[kind][1] for seen in ranks):
             assert got.keys() == want.keys()

@@ -8,7 +8,7 @@ from kdfast.distill import DistillError
 from kdfast.distill import settings as stored_runs
 from kdfast.distill.cli import answer
 from kdfast.imagenet import settings
-from kdfast.imagenet.ranks import OtherRankFailed, Stopped, ranks
+from kdfast.imagenet.ranks import OtherRankFailed, Stopped, join, leave
 
 __all__ = ["run"]
 
@@ -22,6 +22,8 @@ def run(options) -> int:
         return answer(COMMAND, lambda: _folder(options), lambda folder: _run(options, folder))
     except OtherRankFailed as silent:
         return silent.code
+    finally:  # here, where what was raised is gone, and with its frames the networks
+        leave()
 
 
 def _folder(options):
@@ -39,11 +41,11 @@ def _run(options, folder):
         raise error if _speaks() else OtherRankFailed from error
     from kdfast.imagenet.run import train
 
-    with ranks(chosen.device) as here:
-        try:
-            train(chosen, options, folder, here)
-        except Stopped as stopped:
-            raise stopped if here.first else OtherRankFailed(128 + stopped.signal) from stopped
+    here = join(chosen.device)
+    try:
+        train(chosen, options, folder, here)
+    except Stopped as stopped:
+        raise stopped if here.first else OtherRankFailed(128 + stopped.signal) from stopped
 
 
 def _chosen(options, folder):

@@ -1,6 +1,6 @@
 """The processes of a run: one, or those that torchrun has started, and how they stop together."""
 
-import contextlib
+import gc
 import os
 import signal
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from kdfast import distributed
 from kdfast.distill import DistillError
 
-__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "ignore_signals", "ranks"]
+__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "ignore_signals", "join", "leave"]
 
 
 class OtherRankFailed(Exception):
@@ -73,12 +73,13 @@ class Ranks:
         return values
 
 
-@contextlib.contextmanager
-def ranks(device):
-    """The `Ranks` of this process on the device named `device`; under torchrun their process group, until the end."""
+def join(device):
+    """-> the `Ranks` of this process on the device named `device`; under torchrun in a process group, until `leave`."""
     if not _by_torchrun():
-        yield Ranks(0, 1, _device(device, 0))
-        return
+        return Ranks(0, 1, _device(device, 0))
+    # Before there is a group: functions of this module have the one that they find as a default, and would keep it.
+    import torch.distributed.nn.functional  # noqa: F401
+
     local = int(os.environ["LOCAL_RANK"])
     here = _device(device, local)
     # Of its own after each restart: torchrun's store may still have the addresses of the processes that are gone.
@@ -87,9 +88,16 @@ def ranks(device):
     # Whole numbers and names travel on the CPU in either case, without a wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield Ranks(rank, size, here)
-    finally:
+    return Ranks(rank, size, here)
+
+
+def leave():
+    """End the process group of `join`, after everything that used it.
+
+    A group that something still holds keeps its threads, and one that outlives the interpreter may abort the process.
+    """
+    if _by_torchrun() and dist.is_initialized():
+        gc.collect()  # DDP is part of reference cycles
         dist.destroy_process_group()
 
 
