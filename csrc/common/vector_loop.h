@@ -40,7 +40,7 @@ KD_INLINED inline void update_elements(A* x, int64_t n, const F& f) {
   for (int64_t i = 0; i < kLanes; ++i) x[last + i] = f(last + i, old[i]);
 }
 
-// Up to five terms of a sum, or sums.
+// Up to five terms, of sums or maxima, or these.
 template <class A>
 struct Terms {
   A a = 0, b = 0, c = 0, d = 0, e = 0;
@@ -77,6 +77,32 @@ KD_INLINED inline Terms<A> sum_elements(int64_t n, const F& f) {
     if (kSums > 4) e += masked(t.e, mask);
   }
   return {a, b, c, d, e};
+}
+
+// Maxima of the first kMany terms, up to four, of f(i) -> Terms over the n elements, at least -inf; like
+// `for_elements`.
+template <int kMany, class A, class F>
+KD_INLINED inline Terms<A> max_elements(int64_t n, const F& f) {
+  const int64_t whole = whole_vectors<A>(n), last = n - kLanes;
+  A a = -infinity<A>(), b = a, c = a, d = a;
+#pragma omp simd reduction(max : a, b, c, d)
+  for (int64_t i = 0; i < whole; ++i) {
+    const Terms<A> t = f(i);
+    a = t.a > a ? t.a : a;
+    if (kMany > 1) b = t.b > b ? t.b : b;
+    if (kMany > 2) c = t.c > c ? t.c : c;
+    if (kMany > 3) d = t.d > d ? t.d : d;
+  }
+  if (whole == n) return {a, b, c, d, 0};
+#pragma omp simd reduction(max : a, b, c, d)
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const Terms<A> t = f(last + i);
+    a = t.a > a ? t.a : a;
+    if (kMany > 1) b = t.b > b ? t.b : b;
+    if (kMany > 2) c = t.c > c ? t.c : c;
+    if (kMany > 3) d = t.d > d ? t.d : d;
+  }
+  return {a, b, c, d, 0};
 }
 
 }  // namespace kdfast

@@ -13,16 +13,49 @@ namespace ensemble {
 namespace {
 
 // ---- pieces of a row
-// out = sum_m w_m (z_m - max_m) of kM networks, added to what it holds if kAdd.
-template <int kM, bool kAdd, class A>
-KD_MULTIVERSION void mix_piece(const A* const* z, const A* max, const A* w, int64_t n, A* out) {
-  const A *z_0 = z[0], *z_1 = z[kM > 1], *z_2 = z[kM > 2 ? 2 : 0], *z_3 = z[kM > 3 ? 3 : 0];
+// Mixes kM networks to kR targets: out_r = sum_m w_rm (z_m - max_m), w [kR, kMost]; -> the largest of each.
+template <int kM, int kR, class A>
+KD_MULTIVERSION Terms<A> mix_pieces(const A* const* z, const A* max, const A* w, int64_t n, A* const* out) {
+  // All by value: the compiler would read them again after each store.
+  constexpr int m_1 = kM > 1, m_2 = kM > 2 ? 2 : 0, m_3 = kM > 3 ? 3 : 0;
+  constexpr int r_1 = kR > 1, r_2 = kR > 2 ? 2 : 0, r_3 = kR > 3 ? 3 : 0;
+  const A *z_0 = z[0], *z_1 = z[m_1], *z_2 = z[m_2], *z_3 = z[m_3];
+  const A max_0 = max[0], max_1 = max[m_1], max_2 = max[m_2], max_3 = max[m_3];
+  A *out_0 = out[0], *out_1 = out[r_1], *out_2 = out[r_2], *out_3 = out[r_3];
+  struct Weights {
+    A a, b, c, d;
+  };
+  const auto weights = [&](int r) {
+    return Weights{w[r * kMost], w[r * kMost + m_1], w[r * kMost + m_2], w[r * kMost + m_3]};
+  };
+  const Weights w_0 = weights(0), w_1 = weights(r_1), w_2 = weights(r_2), w_3 = weights(r_3);
+  return max_elements<kR, A>(n, [&](int64_t i) KD_INLINED {
+    const A c_0 = z_0[i] - max_0, c_1 = z_1[i] - max_1, c_2 = z_2[i] - max_2, c_3 = z_3[i] - max_3;
+    const auto mixed = [&](Weights w) KD_INLINED {
+      A sum = w.a * c_0;
+      if (kM > 1) sum += w.b * c_1;
+      if (kM > 2) sum += w.c * c_2;
+      if (kM > 3) sum += w.d * c_3;
+      return sum;
+    };
+    const Terms<A> t{mixed(w_0), mixed(w_1), mixed(w_2), mixed(w_3), 0};
+    out_0[i] = t.a;
+    if (kR > 1) out_1[i] = t.b;
+    if (kR > 2) out_2[i] = t.c;
+    if (kR > 3) out_3[i] = t.d;
+    return t;
+  });
+}
+
+// out += sum_m w_m (z_m - max_m) of kM networks.
+template <int kM, class A>
+KD_MULTIVERSION void mix_more(const A* const* z, const A* max, const A* w, int64_t n, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
-    A sum = w[0] * (z_0[i] - max[0]);
-    if (kM > 1) sum += w[1] * (z_1[i] - max[1]);
-    if (kM > 2) sum += w[2] * (z_2[i] - max[2]);
-    if (kM > 3) sum += w[3] * (z_3[i] - max[3]);
-    return kAdd ? old + sum : sum;
+    A sum = w[0] * (z[0][i] - max[0]);
+    if (kM > 1) sum += w[1] * (z[1][i] - max[1]);
+    if (kM > 2) sum += w[2] * (z[2][i] - max[2]);
+    if (kM > 3) sum += w[3] * (z[3][i] - max[3]);
+    return old + sum;
   });
 }
 
@@ -126,7 +159,7 @@ KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, in
                                         LearnerGrad<A> g, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
-    const bool live = kEps && !(is_masked(z[i]) && is_masked(t[i]));
+    const bool live = kEps && !is_masked(kdfast::max(z[i], t[i]));
     out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
   });
 }
@@ -137,9 +170,10 @@ KD_MULTIVERSION A learner_spread_piece(const A* z, const A* t, const A* e_t, con
                                        LearnerGrad<A> g, A w, A* out) {
   const auto sums = sum_elements<1, A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
-    const bool live = kEps && !(is_masked(z[i]) && is_masked(t[i]));
-    out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c) + w * g_t[i];
-    return Terms<A>{weight_term(g_t[i], c)};
+    const bool live = kEps && !is_masked(kdfast::max(z[i], t[i]));
+    const A flow = g_t[i];
+    out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c) + w * flow;
+    return Terms<A>{weight_term(flow, c)};
   });
   return sums.a;
 }
@@ -151,7 +185,7 @@ KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int6
                                       LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
   update_elements(to_target, n, [&](int64_t i, A old) KD_INLINED {
     const A c = z[i] - q.max, e = exp2(c * q.rate), p_t = e_t[i] * p.inverse;
-    const bool live = kEps && !(is_masked(z[i]) && is_masked(t[i]));
+    const bool live = kEps && !is_masked(kdfast::max(z[i], t[i]));
     out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
     const A log_raised = kEps ? fast_log2(p_t + eps) : (t[i] - p.max) * p.rate - p.log2_sum;
     return old + scale * target_term(p_t, log_raised, c * q.rate - q.log2_sum, slope);
@@ -169,16 +203,20 @@ KD_MULTIVERSION void ce_grad_piece(const A* t, const A* e_t, int64_t n, A max, A
 template <int kR, class A>
 KD_MULTIVERSION void spread_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, const A* from, A* out,
                                   double* dots) {
-  const A *g_0 = g[0], *g_1 = g[kR > 1], *g_2 = g[kR > 2 ? 2 : 0], *g_3 = g[kR > 3 ? 3 : 0], *g_4 = g[kR > 4 ? 4 : 0];
+  // By value: the compiler would read them again after each store.
+  constexpr int k_1 = kR > 1, k_2 = kR > 2 ? 2 : 0, k_3 = kR > 3 ? 3 : 0, k_4 = kR > 4 ? 4 : 0;
+  const A *g_0 = g[0], *g_1 = g[k_1], *g_2 = g[k_2], *g_3 = g[k_3], *g_4 = g[k_4];
+  const A w_0 = w[0], w_1 = w[k_1], w_2 = w[k_2], w_3 = w[k_3], w_4 = w[k_4];
   const auto sums = sum_elements<kR, A>(n, [&](int64_t i) KD_INLINED {
     const A c = is_masked(z[i]) ? A(0) : z[i] - max;
-    A sum = from[i] + w[0] * g_0[i];
-    if (kR > 1) sum += w[1] * g_1[i];
-    if (kR > 2) sum += w[2] * g_2[i];
-    if (kR > 3) sum += w[3] * g_3[i];
-    if (kR > 4) sum += w[4] * g_4[i];
+    const A x_0 = g_0[i], x_1 = g_1[i], x_2 = g_2[i], x_3 = g_3[i], x_4 = g_4[i];
+    A sum = from[i] + w_0 * x_0;
+    if (kR > 1) sum += w_1 * x_1;
+    if (kR > 2) sum += w_2 * x_2;
+    if (kR > 3) sum += w_3 * x_3;
+    if (kR > 4) sum += w_4 * x_4;
     out[i] = sum;
-    return Terms<A>{g_0[i] * c, g_1[i] * c, g_2[i] * c, g_3[i] * c, g_4[i] * c};
+    return Terms<A>{x_0 * c, x_1 * c, x_2 * c, x_3 * c, x_4 * c};
   });
   if (!dots) return;
   const A all[] = {sums.a, sums.b, sums.c, sums.d, sums.e};
@@ -234,8 +272,7 @@ struct Pulls {
 
 // out = of_q exp2(c rate) + of_1 exp(c), or what it holds if kAdd, less the pulls of kM teachers.
 template <int kT, int kM, bool kAdd, class A>
-KD_MULTIVERSION void student_grad_piece(const A* z, const Pulls<A>& p, int64_t n, A max, A rate, A of_q, A of_1,
-                                        A* out) {
+KD_MULTIVERSION void student_grad_piece(const A* z, Pulls<A> p, int64_t n, A max, A rate, A of_q, A of_1, A* out) {
   const A *z_0 = p.z[0], *z_1 = p.z[1], *z_2 = p.z[2], *z_3 = p.z[3];
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
@@ -396,43 +433,67 @@ void for_some(int64_t first, int64_t count, const F& f) {
   if constexpr (kMany > 1) for_some<kMany - 1>(first, count, f);
 }
 
-// Writes the logits of target r in a chunk of the row.
-template <class A>
-void mix_target(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* out) {
+// Writes the logits of targets r to r + kR in a chunk of the row, and the largest of each to `top`. They have to be
+// mixed of the same networks; -> whether they are.
+template <int kR, class A>
+bool mix_targets(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chunk, int64_t n, A* const* out, A* top) {
   const A* z[kMost];
-  A max[kMost], w[kMost];
-  const Column weights = op.mix.column(row, r);
+  A max[kMost], w[kR * kMost];
   int64_t count = 0;
   for (int64_t m = 0; m < op.networks.count; ++m) {
-    w[count] = read<A>(weights, m);
-    if (w[count] == 0) continue;  // adds nothing, also where it is -inf
+    int zeros = 0;
+    for (int i = 0; i < kR; ++i) {
+      const A weight = w[i * kMost + count] = read<A>(op.mix.column(row, r + i), m);
+      zeros += weight == 0;
+    }
+    if (zeros == kR) continue;  // adds nothing, also where it is -inf
+    if (zeros) return false;
     z[count] = chunk.z[m];
     max[count++] = op.stats.max(m, row);
   }
-  if (count == 0) return std::fill(out, out + n, A(0)), void();
+  for (int i = 0; i < kR && count == 0; ++i) {
+    std::fill(out[i], out[i] + n, A(0));
+    top[i] = 0;
+  }
   for_some<4>(0, count, [&](int64_t first, auto some) {
-    const auto piece = first ? mix_piece<some.value, true, A> : mix_piece<some.value, false, A>;
-    piece(z + first, max + first, w + first, n, out);
+    if (first == 0) {
+      const Terms<A> tops = mix_pieces<some.value, kR>(z, max, w, n, out);
+      const A all[] = {tops.a, tops.b, tops.c, tops.d};
+      std::copy(all, all + kR, top);
+    } else {
+      for (int i = 0; i < kR; ++i) {
+        mix_more<some.value>(z + first, max + first, w + i * kMost + first, n, out[i]);
+        if (first + some.value == count) top[i] = max_of(out[i], n, -infinity<A>());
+      }
+    }
   });
+  return true;
 }
 
-// The logits of the one target that takes the least of each class.
+// The logits of the one target that takes the least of each class; -> the largest.
 template <class A>
-void least_target(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, A* out) {
+A least_target(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, A* out) {
   A origin[kMost];
   for (int64_t m = 0; m < op.networks.count; ++m) {
     const A at_label = read_one<A>(op.networks[m], row, op.labels.at(row));
     origin[m] = is_masked(at_label) ? op.stats.max(m, row) : at_label;
   }
   least_piece(chunk.z, origin, op.networks.count, n, out);
+  return max_of(out, n, -infinity<A>());
 }
 
-// The logits of all targets in a chunk of the row, in pieces of the scratch from `first` on.
+// Writes the logits of all targets in a chunk of the row to pieces of the scratch from `first` on, and the largest of
+// each to `top`.
 template <class A>
 void target_pieces(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64_t n, const Scratch<A>& scratch,
-                   int64_t first) {
-  if (!op.mix.data) return least_target(op, row, chunk, n, scratch.piece(first));
-  for (int64_t r = 0; r < op.targets; ++r) mix_target(op, row, r, chunk, n, scratch.piece(first + r));
+                   int64_t first, A* top) {
+  if (!op.mix.data) return *top = least_target(op, row, chunk, n, scratch.piece(first)), void();
+  for_some<4>(0, op.targets, [&](int64_t r, auto some) {
+    A* out[some.value];
+    for (int i = 0; i < some.value; ++i) out[i] = scratch.piece(first + r + i);
+    if (mix_targets<some.value>(op, row, r, chunk, n, out, top + r)) return;
+    for (int i = 0; i < some.value; ++i) mix_targets<1>(op, row, r + i, chunk, n, out + i, top + r + i);
+  });
 }
 
 // The logits of one class of a target.
@@ -467,7 +528,8 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   const MixedStats<A>& stats = op.stats;
   std::vector<TargetState> targets(op.targets);
   std::vector<LearnerState> learners(op.learners);
-  const int64_t count = op.networks.count, logits = count, powers = count + op.targets;  // pieces of the scratch
+  const int64_t count = op.networks.count, logits = count;  // pieces of the scratch
+  A* e_t = scratch.piece(count + op.targets);               // exponentials of one target, until the next needs them
   Chunk<A> chunk;
   // A row of one chunk is read and mixed once.
   bool fresh = false;
@@ -476,11 +538,12 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
     chunk.read(op.networks, row, begin, n, scratch, 0);
     fresh = true;
   };
+  A top[kMost];
   bool mixed = false;
   const auto mix_chunk = [&](int64_t begin, int64_t n) {
     if (mixed && op.cols <= kChunk) return;
     load_chunk(begin, n);
-    target_pieces(op, row, chunk, n, scratch, logits);
+    target_pieces(op, row, chunk, n, scratch, logits, top);
     mixed = true;
   };
 
@@ -494,31 +557,36 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = -infinity<A>();
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
-    for (int64_t r = 0; r < op.targets; ++r) {
-      stats.target_max(r, row) = max_of(scratch.piece(logits + r), n, stats.target_max(r, row));
-    }
+    for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = kdfast::max(stats.target_max(r, row), top[r]);
   });
   for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = finite_max(stats.target_max(r, row));
 
+  // Once the sum of a target is complete: what eps adds, from the logits and exponentials of a chunk.
+  const auto raise = [&](int64_t r, const A* t, int64_t n) {
+    const Side<A> side{stats.target_max(r, row), static_cast<A>(targets[r].sum)};
+    const Raised<A> sums = all_raised_sums(t, e_t, n, LogSoftmax<A>(side, op.rate), op.eps);
+    targets[r].raised.rise += sums.rise;
+    targets[r].raised.logs += sums.logs;
+    targets[r].raised.live += sums.live;
+  };
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
-    for (int64_t r = 0; r < op.targets && !op.own_targets(); ++r) {
-      const Sums<A> sums =
-          exponentials<kT>(scratch.piece(logits + r), n, stats.target_max(r, row), op.rate, scratch.piece(powers + r));
-      targets[r].sum += sums.t;
-      targets[r].sum_1 += sums.one;
-    }
     for (int64_t i = 0; i < op.learners; ++i) {
       const int64_t r = op.target_of(i);
+      const bool first = i == r;  // of this target's learners
       const A *z = chunk.z[i], *t = scratch.piece(logits + r), max_q = stats.max(i, row),
               max_t = stats.target_max(r, row);
-      A* e_t = scratch.piece(powers + r);
       LearnerSums<A> sums;
       if (op.own_targets()) {
         const OwnSums<A> both = own_sums<kT>(z, t, e_t, n, max_q, max_t, op.rate);
         sums = both.learner;
         targets[r].sum += both.target;
       } else {
+        if (first) {
+          const Sums<A> of_target = exponentials<kT>(t, n, max_t, op.rate, e_t);
+          targets[r].sum += of_target.t;
+          targets[r].sum_1 += of_target.one;
+        }
         sums = learner_sums<kT, kEps, false>(z, t, e_t, n, max_q, max_t, op.rate);
       }
       if (sums.has_masked()) sums = learner_sums<kT, kEps, true>(z, t, e_t, n, max_q, max_t, op.rate);
@@ -527,26 +595,22 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
       learners[i].shared.dot += sums.dot;
       learners[i].shared.centred += sums.centred;
       learners[i].shared.extra += sums.extra;
+      if (kEps && first && op.cols <= kChunk) raise(r, t, n);
     }
   });
-
-  for (int64_t r = 0; r < op.targets; ++r) {
-    stats.target_sum(r, row) = static_cast<A>(targets[r].sum);
-    stats.target_sum_1(r, row) = static_cast<A>(targets[r].sum_1);
-  }
-  if (kEps) {
+  if (kEps && op.cols > kChunk) {
     for_chunks(op.cols, [&](int64_t begin, int64_t n) {
       mix_chunk(begin, n);
       for (int64_t r = 0; r < op.targets; ++r) {
         const A* t = scratch.piece(logits + r);
-        A* e = scratch.piece(powers + r);
-        if (op.cols > kChunk) powers_piece(t, n, stats.target_max(r, row), op.rate, e);
-        const Raised<A> sums = all_raised_sums(t, e, n, LogSoftmax<A>(stats.target(r, row), op.rate), op.eps);
-        targets[r].raised.rise += sums.rise;
-        targets[r].raised.logs += sums.logs;
-        targets[r].raised.live += sums.live;
+        powers_piece(t, n, stats.target_max(r, row), op.rate, e_t);
+        raise(r, t, n);
       }
     });
+  }
+  for (int64_t r = 0; r < op.targets; ++r) {
+    stats.target_sum(r, row) = static_cast<A>(targets[r].sum);
+    stats.target_sum_1(r, row) = static_cast<A>(targets[r].sum_1);
   }
 
   Value<A> value{0, 0};
@@ -609,35 +673,37 @@ template <int kT, class A>
 void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, const Scratch<A>& scratch) {
   const MixedStats<A>& stats = op.stats;
   const int64_t count = op.networks.count, written = grad.flows ? count : op.learners;
-  const int64_t logits = count, powers = logits + op.targets, target_grads = powers + op.targets,
-                outs = target_grads + op.targets;
+  const int64_t logits = count, target_grads = logits + op.targets, outs = target_grads + op.targets;
+  A* e_t = scratch.piece(outs + count + 2);  // exponentials of one target, until the next needs them
   const int64_t label = op.labels.index ? op.labels.at(row) : -1;
   std::vector<double> dots(grad.mix_grad.data ? count * op.targets : 0, 0.0);
+  A top[kMost];
   Chunk<A> chunk;
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     const int64_t at = label - begin;
     const bool has_label = at >= 0 && at < n;
     chunk.read(op.networks, row, begin, n, scratch, 0);
-    target_pieces(op, row, chunk, n, scratch, logits);
-    for (int64_t r = 0; r < op.targets; ++r) {
-      A *t = scratch.piece(logits + r), *e = scratch.piece(powers + r), *g = scratch.piece(target_grads + r);
-      powers_piece(t, n, stats.target_max(r, row), op.rate, e);
-      if (!grad.flows) continue;
-      std::fill(g, g + n, A(0));
-      if (op.target_ce) {
-        const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
-        ce_grad_piece<kT>(t, e, n, stats.target_max(r, row), coef, g);
-        if (has_label) g[at] -= grad.ce;
-      }
-    }
+    target_pieces(op, row, chunk, n, scratch, logits, top);
     // One target, complete already, is taken to its learners on the way.
     const bool at_once = grad.flows && !grad.through_targets && op.targets == 1 && op.learners == count;
     const bool later = grad.flows && !at_once;
+    const auto prepare = [&](int64_t r) {
+      A *t = scratch.piece(logits + r), *g = scratch.piece(target_grads + r);
+      powers_piece(t, n, stats.target_max(r, row), op.rate, e_t);
+      if (!grad.flows) return;
+      std::fill(g, g + n, A(0));
+      if (op.target_ce) {
+        const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
+        ce_grad_piece<kT>(t, e_t, n, stats.target_max(r, row), coef, g);
+        if (has_label) g[at] -= grad.ce;
+      }
+    };
     for (int64_t m = 0; m < written; ++m) {
       A* out = later ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
-        const A *t = scratch.piece(logits + r), *e_t = scratch.piece(powers + r);
+        if (m == r) prepare(r);  // its first learner
+        const A* t = scratch.piece(logits + r);
         const LearnerGrad<A> g = learner_grad(stats.target(r, row), stats.learner(m, row), stats.sum_1(m, row),
                                               stats.mass(m, row), op.eps, grad.kl, op.labels.index ? grad.ce : A(0));
         const A slope = A(kLog2E) * stats.slope(m, row);
@@ -930,7 +996,7 @@ Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, 
     std::vector<A> values(rows);
     const A kl = static_cast<A>(kl_scale * ramp_of(ramp)), ce = static_cast<A>(ce_scale);
     dispatch_temperature(op.rate, [&](auto t_1) {
-      for_rows<A>(rows, cols, count, count + 2 * targets, [&](int64_t row, const Scratch<A>& scratch) {
+      for_rows<A>(rows, cols, count, count + targets + 1, [&](int64_t row, const Scratch<A>& scratch) {
         const Value<A> v =
             op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch) : mixed_row<t_1.value, true>(op, row, scratch);
         values[row] = weighed(kl, v.kl) + weighed(ce, v.ce);
@@ -967,7 +1033,7 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
                   cols, 1};
     }
     dispatch_temperature(op.rate, [&](auto t_1) {
-      for_rows<A>(rows, cols, count, 2 * count + 3 * targets + 2,
+      for_rows<A>(rows, cols, count, 2 * count + 2 * targets + 3,
                   [&](int64_t row, const Scratch<A>& scratch) { mixed_grad_row<t_1.value>(op, g, row, scratch); });
     });
   });
