@@ -403,6 +403,37 @@ def test_stacked_networks(implementation, name):
         assert torch.equal(got, expected)
 
 
+def test_flat_mix(implementation):
+    """Weights (B, N) are those of one target (B, 1, N)."""
+    data = make(implementation, *SMALL, torch.float32)
+    flat, full = (data.map(torch.clone).leaves() for _ in range(2))
+    values = [
+        ops.mixed_logits_kl(d.networks, mix, d.labels, eps=1e-7, target_ce=True)
+        for d, mix in ((flat, flat.mix[:, 0]), (full, full.mix[:, :1]))
+    ]
+    assert torch.equal(*values)
+    got, want = (torch.autograd.grad(v, [*d.networks, d.mix]) for v, d in zip(values, (flat, full), strict=True))
+    assert all(map(torch.equal, got, want)) and got[-1][:, 0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_okddip_is_a_mixture(implementation, dtype):
+    """The leader's target is the mean of the peers, a list or stacked, of its dtype or not."""
+    d = make(implementation, 3, 4, 9, torch.float32).leaves()
+    *peers, leader = d.networks
+    leader = leader.detach().to(dtype).requires_grad_()
+    attention = d.mix[:, :2, :2]
+    mean = torch.full_like(attention[:, :1], 0.5)
+    mix = F.pad(torch.cat([attention, mean], 1), (0, 1))
+    want = ops.mixed_logits_kl([*peers, leader], mix, d.labels, 3.0, eps=1e-7, through_targets=True)
+    leaves = [*peers, leader, d.mix]
+    grads = torch.autograd.grad(want, leaves)
+    for heads in (peers, torch.stack(peers)):
+        loss = kdfast.OKDDip()(heads, leader, attention, d.labels, 80)
+        assert torch.equal(loss, want)
+        assert all(map(torch.equal, torch.autograd.grad(loss, leaves), grads))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 def test_label_dtypes(implementation, dtype):
     d = make(implementation, *SMALL)
@@ -522,6 +553,27 @@ def test_edges_weight_zero(implementation, name):
         leaf = student.requires_grad_()
         loss = ops.teachers_kl(leaf, teachers, weight=weight)
         assert loss.isfinite() and torch.autograd.grad(loss, leaf)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 9])
+@pytest.mark.parametrize("all_alike", [True, False], ids=["alike", "apart"])
+def test_edges_targets_of_some_networks(implementation, count, all_alike):
+    """Weights of 0 in all targets, or in some: what such a network holds does not matter there."""
+    for_simt(implementation, count in (2, 6))
+    data = make(implementation, count, 3, 21, torch.float32)
+    zero = torch.rand(1, 1 if all_alike else count, count, generator=torch.Generator().manual_seed(count)) < 0.4
+    data.mix *= ~zero.to(data.mix.device)
+    data.mix[1] = 0.0  # a row without a mixture
+    check(VARIANTS["attention"], data)
+    z = data.networks[-1].clone()
+    z[2, 5] = -INF  # where the last target alone has it
+    data.mix[:, :, -1] = 0.0
+    data.mix[2, -1] = 1.0
+    got, want = (
+        ops.mixed_logits_kl([*data.networks[:-1], x], data.mix, temperature=2.0, learners=count)
+        for x in (z, z.clamp(min=-1e30))
+    )
+    assert_close(got, want.double(), want.double(), 21, torch.float32)
 
 
 @every_variant
@@ -732,6 +784,13 @@ ERRORS = [
         ValueError,
         r"attention must have shape \(5, 2, 2\), got \(5, 3, 3\)",
     ),
+    (
+        lambda z, m, y: kdfast.OKDDip()(z[:2], z[2][:, :8], m[:, :2, :2], y, 0),
+        ValueError,
+        r"leader must have the heads' shape \(5, 9\), got \(5, 8\)",
+    ),
+    (lambda z, m, y: kdfast.FFL()(z[:2], z[2][None], y, 0), ValueError, r"fused must be 2-D \(batch, classes\)"),
+    (lambda z, m, y: kdfast.FFL()(z[:2], z[2].to("meta"), y, 0), ValueError, "on the first head's device cpu"),
     (lambda z, m, y: kdfast.OKDDipAttention(7), ValueError, "features must be at least 8"),
     (lambda z, m, y: kdfast.CollaborativeLearning()(z[:1], y), ValueError, "logits must have at least 2 heads, got 1"),
     (

@@ -18,7 +18,7 @@ from kdfast.ops.ensemble import (
     least,
     matrices,
     mixed,
-    mixed_logits_kl,
+    mixed_loss,
     network_count,
     network_list,
     teachers_kl,
@@ -67,6 +67,18 @@ def _heads(logits, least=1):
     if count < least:
         raise ValueError(f"logits must have at least {least} heads, got {count}")
     return tensors, count, tensors[0].shape[-2]
+
+
+def _and(name, x, tensors):
+    """The heads and one network more, the (B, C) logits `x`; all in one dtype."""
+    first = tensors[0]
+    if check.alike(x, first) and x.dim() == 2:
+        return [*tensors, x]
+    check.logits(name, x)
+    if x.shape != first.shape[-2:]:
+        raise ValueError(f"{name} must have the heads' shape {tuple(first.shape[-2:])}, got {tuple(x.shape)}")
+    check.same_device(name, x, first, "the first head")
+    return network_list("logits", [*tensors, x])
 
 
 def _zeros(like, *shape):
@@ -127,9 +139,9 @@ class ONE(nn.Module):
         if gate.shape != (rows, count):
             raise ValueError(f"gate must have shape ({rows}, {count}), got {tuple(gate.shape)}")
         ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_logits_kl(
+        return mixed_loss(
             tensors,
-            gate[:, None],
+            gate,
             labels,
             self.temperature,
             eps=self.eps,
@@ -178,23 +190,20 @@ class OKDDip(nn.Module):
 
     def forward(self, logits, leader, attention, labels, epoch):
         tensors, count, rows = _heads(logits)
-        check.logits("leader", leader)
         check.tensor("attention", attention)
         if attention.shape != (rows, count, count):
             raise ValueError(f"attention must have shape ({rows}, {count}, {count}), got {tuple(attention.shape)}")
-        # One row more for the leader's target, one column more because no target contains the leader.
-        mean = torch.full_like(attention[:, :1], 1 / count)
-        mix = nn.functional.pad(torch.cat([attention, mean], 1), (0, 1))
         ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_logits_kl(
-            [*tensors, leader],
-            mix,
+        return mixed_loss(
+            _and("leader", leader, tensors),
+            attention,
             labels,
             self.temperature,
             eps=self.eps,
             kl_weight=self.alpha,
             ramp=ramp,
             through_targets=True,
+            leader=True,
         )
 
     def extra_repr(self):
@@ -237,13 +246,12 @@ class FFL(nn.Module):
 
     def forward(self, logits, fused, labels, epoch):
         tensors, count, rows = _heads(logits)
-        check.logits("fused", fused)
         mix = _zeros(tensors[0], count + 1, count + 1)
         mix[:count, count] = 1.0
         mix[count, :count] = 1 / count
         ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_logits_kl(
-            [*tensors, fused],
+        return mixed_loss(
+            _and("fused", fused, tensors),
             mix.expand(rows, -1, -1),
             labels,
             self.temperature,
@@ -312,7 +320,7 @@ class CollaborativeLearning(nn.Module):
             raise ValueError(f"epoch must be given with rampup_epochs={self.rampup_epochs}, got None")
         ramp = 1.0 if self.rampup_epochs is None else _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         mix = (1 - torch.eye(count, dtype=accumulator(tensors[0]), device=tensors[0].device)) / (count - 1)
-        return mixed_logits_kl(
+        return mixed_loss(
             tensors,
             mix.expand(rows, -1, -1),
             labels,
@@ -380,7 +388,7 @@ class KDCL(nn.Module):
             mix = nn.functional.pad(_zeros(target, rows, 1, count), (0, 1), value=1.0)
         else:
             mix = self._mix(tensors, labels)
-        return mixed_logits_kl(tensors, mix, labels, self.temperature, kl_weight=self.weight, learners=count)
+        return mixed_loss(tensors, mix, labels, self.temperature, kl_weight=self.weight, learners=count)
 
     @torch.no_grad()
     def target(self, logits, labels):

@@ -160,7 +160,7 @@ class CRD(nn.Module):
             if math.prod(x.shape[1:]) != dim:
                 raise ValueError(f"{name} must have {name}_dim = {dim} features, got shape {tuple(x.shape)}")
         check.same_batch("teacher", teacher, student)
-        check.same_device("student", student, self.bank_student, of="the banks")
+        check.same_device("student", student, self.bank_student, of="the bank")
         contrast_rows("index", index, student, self.n_data)
         if contrast_index is not None:
             contrast_rows("contrast_index", contrast_index, student, self.n_data, columns=True)

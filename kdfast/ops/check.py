@@ -33,6 +33,19 @@ def alike(x, other):
     return plain and x.dtype == other.dtype and x.shape == other.shape and x.device == other.device
 
 
+def unlike_first(tensors):
+    """Indices of the tensors that are not :func:`alike` the first; that of the first comes first."""
+    first, *others = tensors
+    if type(first) not in _PLAIN:
+        return list(range(len(tensors)))
+    dtype, shape, device = first.dtype, first.shape, first.device
+    return [0] + [
+        i
+        for i, x in enumerate(others, 1)
+        if type(x) not in _PLAIN or x.dtype != dtype or x.shape != shape or x.device != device
+    ]
+
+
 def floating(name, x):
     """`x` has one of the four floating-point types."""
     if x.dtype not in FLOATS:

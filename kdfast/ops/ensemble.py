@@ -503,6 +503,21 @@ def network_count(tensors):
     return sum(x.shape[0] if x.dim() == 3 else 1 for x in tensors)
 
 
+def complete(mix, leader):
+    """Weights (B, R, N) as the kernels take them, from those of :func:`mixed_loss`; None for None."""
+    if mix is None:
+        return None
+    if mix.dim() == 2:
+        mix = mix[:, None]
+    if not leader:
+        return mix
+    rows, targets, count = mix.shape
+    weights = mix.new_zeros(rows, targets + 1, count + 1)
+    weights[:, :targets, :count] = mix
+    weights[:, targets, :count] = 1 / count
+    return weights
+
+
 def _regroup(grads, tensors, needed):
     """The gradients [n, B, C] of `matrices(tensors)` in the form of `tensors`; None where not needed or beyond n."""
     out, begin = [], 0
@@ -521,24 +536,30 @@ def _regroup(grads, tensors, needed):
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        mix, labels, ramp, settings, through_targets, *tensors = args
-        loss, stats = _mixed_logits_kl(matrices(tensors), mix, labels, ramp, *settings)
-        ctx.save_for_backward(mix, labels, ramp, stats, *tensors)
-        ctx.constants = (settings, through_targets)
+        mix, labels, ramp, settings, through_targets, leader, *tensors = args
+        weights = complete(mix, leader)
+        loss, stats = _mixed_logits_kl(matrices(tensors), weights, labels, ramp, *settings)
+        ctx.save_for_backward(weights, labels, ramp, stats, *tensors)
+        ctx.constants = (settings, through_targets, leader)
+        ctx.flat = mix is not None and mix.dim() == 2
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("mixed_logits_kl")
         mix, labels, ramp, stats, *tensors = ctx.saved_tensors
-        settings, through_targets = ctx.constants
+        settings, through_targets, leader = ctx.constants
         need_mix = ctx.needs_input_grad[0] and (through_targets or settings[-1])
         networks = matrices(tensors)
         grads, mix_grad = _mixed_logits_kl_backward(
             grad, networks, mix, labels, ramp, stats, *settings, through_targets, need_mix
         )
-        none = (None,) * 4
-        return mix_grad if need_mix else None, *none, *_regroup(grads, tensors, ctx.needs_input_grad[5:])
+        if leader:
+            mix_grad = mix_grad[:, :-1, :-1]
+        if ctx.flat:
+            mix_grad = mix_grad[:, 0]
+        none = (None,) * 5
+        return mix_grad if need_mix else None, *none, *_regroup(grads, tensors, ctx.needs_input_grad[6:])
 
 
 class _TeachersKL(torch.autograd.Function):
@@ -596,7 +617,7 @@ def network_list(name, x, like=None, of="the student"):
     def named(i):
         return name if isinstance(x, torch.Tensor) else f"{name}[{i}]"
 
-    other = [i for i, tensor in enumerate(tensors) if i == 0 or not check.alike(tensor, tensors[0])]
+    other = check.unlike_first(tensors) if tensors else []
     for i in other:
         check.tensor(named(i), tensors[i])
         check.floating(named(i), tensors[i])
@@ -617,7 +638,7 @@ def network_list(name, x, like=None, of="the student"):
                 f"{named(i)} must have {of}'s batch and classes {tuple(shape)}, got shape {tuple(tensors[i].shape)}"
             )
         check.same_device(named(i), tensors[i], first, of)
-    if any(tensors[i].dtype != tensors[0].dtype for i in other):
+    if len(other) > 1 and any(tensors[i].dtype != tensors[0].dtype for i in other):
         tensors = [x.to(accumulator(*tensors)) for x in tensors]
     return list(tensors)
 
@@ -648,8 +669,8 @@ def mixed_logits_kl(
     Args:
         networks: N of them, a list of (B, C) logits, one (N, B, C), or a list of both. The first `learners` learn (all
             by default), the others are mixed only.
-        mix: (B, R, N) weights of any floating type and strides, R = 1 target for all or one for each learner. None: the
-            least logits, ``t = min_m (z_m - z_m[label])`` of each class.
+        mix: (B, R, N) weights of any floating type and strides, R = 1 target for all or one for each learner; (B, N)
+            for one. None: the least logits, ``t = min_m (z_m - z_m[label])`` of each class.
         labels: (B,) integer classes for the cross-entropies (none without). A label that is no class is an error on
             CPU; on CUDA it makes the loss NaN, unless KDFAST_CHECK=1, which checks first.
         ramp: multiplies the divergences: a number, or a 0-d tensor, for which no graph is compiled anew.
@@ -658,7 +679,41 @@ def mixed_logits_kl(
 
     Returns: 0-d, in nats, with gradients to the networks and, as said, to mix. Raises TypeError, ValueError.
     """
-    tensors = network_list("networks", networks)
+    return mixed_loss(
+        network_list("networks", networks),
+        mix,
+        labels,
+        temperature,
+        eps=eps,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        ramp=ramp,
+        learners=learners,
+        target_ce=target_ce,
+        through_targets=through_targets,
+    )
+
+
+def mixed_loss(
+    tensors,
+    mix,
+    labels,
+    temperature,
+    *,
+    eps=0.0,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    ramp=1.0,
+    learners=None,
+    target_ce=False,
+    through_targets=False,
+    leader=False,
+):
+    """:func:`mixed_logits_kl` of networks that `network_list` has checked.
+
+    leader: the last network leads. No target has it, and its own is the mean of the others: `mix` has neither a row nor
+    a column for it.
+    """
     first = tensors[0][0].detach() if tensors[0].dim() == 3 else tensors[0]
     rows, count = first.shape[0], network_count(tensors)
     learners = count if learners is None else learners
@@ -674,10 +729,11 @@ def mixed_logits_kl(
     else:
         check.tensor("mix", mix)
         check.floating("mix", mix)
-        if mix.dim() != 3 or mix.shape[0] != rows or mix.shape[1] not in (1, learners) or mix.shape[2] != count:
-            expected = f"({rows}, 1 or {learners}, {count})"
+        targets, mixed_of = learners - leader, count - leader
+        if mix.shape not in ((rows, mixed_of), (rows, 1, mixed_of), (rows, targets, mixed_of)):
+            expected = f"({rows}, 1 or {targets}, {mixed_of}) or ({rows}, {mixed_of})"
             raise ValueError(f"mix must have the shape {expected}, got {tuple(mix.shape)}")
-        check.same_device("mix", mix, first, "the networks")
+        check.same_device("mix", mix, first, "the first network")
     if target_ce and labels is None:
         raise ValueError("labels must be given with target_ce")
     check.positive("temperature", temperature)
@@ -689,7 +745,7 @@ def mixed_logits_kl(
         check.floating("ramp", ramp)
         if ramp.dim() != 0:
             raise ValueError(f"ramp must be a number or a 0-d tensor, got shape {tuple(ramp.shape)}")
-        check.same_device("ramp", ramp, first, "the networks")
+        check.same_device("ramp", ramp, first, "the first network")
     else:
         check.number("ramp", ramp)
         kl_weight, ramp = kl_weight * ramp, None
@@ -697,7 +753,7 @@ def mixed_logits_kl(
     share = 1 / max(rows, 1)
     ce_scale = 0.0 if labels is None else float(ce_weight * share)
     settings = (learners, float(temperature), float(eps), kl_weight * temperature * temperature * share, ce_scale)
-    return _MixedLogitsKL.apply(mix, labels, ramp, (*settings, target_ce), through_targets, *tensors)
+    return _MixedLogitsKL.apply(mix, labels, ramp, (*settings, target_ce), through_targets, leader, *tensors)
 
 
 def teachers_kl(
