@@ -414,6 +414,8 @@ def test_flat_mix(implementation):
     assert torch.equal(*values)
     got, want = (torch.autograd.grad(v, [*d.networks, d.mix]) for v, d in zip(values, (flat, full), strict=True))
     assert all(map(torch.equal, got, want)) and got[-1][:, 0].any()
+    constant = ops.mixed_logits_kl(flat.networks, flat.mix[:, 0].detach(), flat.labels, eps=1e-7, target_ce=True)
+    assert all(map(torch.equal, torch.autograd.grad(constant, flat.networks), want[:-1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -432,6 +434,8 @@ def test_okddip_is_a_mixture(implementation, dtype):
         loss = kdfast.OKDDip()(heads, leader, attention, d.labels, 80)
         assert torch.equal(loss, want)
         assert all(map(torch.equal, torch.autograd.grad(loss, leaves), grads))
+    constant = kdfast.OKDDip()(peers, leader, attention.detach(), d.labels, 80)
+    assert all(map(torch.equal, torch.autograd.grad(constant, leaves[:-1]), grads[:-1]))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
@@ -735,7 +739,7 @@ ERRORS = [
         ValueError,
         r"networks\[1\] must be on networks\[0\]'s device cpu, got meta",
     ),
-    (lambda z, m, y: ops.mixed_logits_kl(z, m[:, :2]), ValueError, r"mix must have the shape \(5, 1 or 3, 3\)"),
+    (lambda z, m, y: ops.mixed_logits_kl(z, m[:, :2]), ValueError, r"shape \(5, 3\) or \(5, 1, 3\) or \(5, 3, 3\)"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m[:4]), ValueError, "mix must have the shape"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m.long()), TypeError, "mix must be float32"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, learners=4), ValueError, "learners must be at most the 3 networks"),

@@ -554,12 +554,13 @@ class _MixedLogitsKL(torch.autograd.Function):
         grads, mix_grad = _mixed_logits_kl_backward(
             grad, networks, mix, labels, ramp, stats, *settings, through_targets, need_mix
         )
-        if leader:
+        if not need_mix:
+            mix_grad = None
+        elif leader:
             mix_grad = mix_grad[:, :-1, :-1]
-        if ctx.flat:
+        elif ctx.flat:
             mix_grad = mix_grad[:, 0]
-        none = (None,) * 5
-        return mix_grad if need_mix else None, *none, *_regroup(grads, tensors, ctx.needs_input_grad[6:])
+        return mix_grad, *(None,) * 5, *_regroup(grads, tensors, ctx.needs_input_grad[6:])
 
 
 class _TeachersKL(torch.autograd.Function):
@@ -711,8 +712,8 @@ def mixed_loss(
 ):
     """:func:`mixed_logits_kl` of networks that `network_list` has checked.
 
-    leader: the last network leads. No target has it, and its own is the mean of the others: `mix` has neither a row nor
-    a column for it.
+    leader: the last network leads. No target has it, and its own is the mean of the others: `mix`, (B, N - 1, N - 1),
+    has neither a row nor a column for it.
     """
     first = tensors[0][0].detach() if tensors[0].dim() == 3 else tensors[0]
     rows, count = first.shape[0], network_count(tensors)
@@ -729,10 +730,12 @@ def mixed_loss(
     else:
         check.tensor("mix", mix)
         check.floating("mix", mix)
-        targets, mixed_of = learners - leader, count - leader
-        if mix.shape not in ((rows, mixed_of), (rows, 1, mixed_of), (rows, targets, mixed_of)):
-            expected = f"({rows}, 1 or {targets}, {mixed_of}) or ({rows}, {mixed_of})"
-            raise ValueError(f"mix must have the shape {expected}, got {tuple(mix.shape)}")
+        if leader:
+            shapes = [(rows, learners - 1, count - 1)]
+        else:
+            shapes = [(rows, count), (rows, 1, count), (rows, learners, count)]
+        if mix.shape not in shapes:
+            raise ValueError(f"mix must have the shape {' or '.join(map(str, shapes))}, got {tuple(mix.shape)}")
         check.same_device("mix", mix, first, "the first network")
     if target_ce and labels is None:
         raise ValueError("labels must be given with target_ce")
