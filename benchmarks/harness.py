@@ -1,4 +1,4 @@
-"""Measures one loss in several implementations, one right after the other, on pytest-benchmark.
+"""Measures one loss in several implementations, which take turns, on pytest-benchmark.
 
 A bench file lists its cases (a loss at a shape, with baselines) and hands each job to this module. What counts as
 the time of a call:
@@ -32,6 +32,7 @@ import kdfast
 PHASES = ("both", "forward", "backward")
 WARM_UP_CALLS = 3
 ROUNDS = (8, 300)  # fewest and most, whatever the budget
+TURNS = 4  # in which the implementations are measured on a CPU, whose speed wanders within seconds
 SLOW, SLOW_ROUNDS = 1.0, 3  # a call of so many seconds is warm after two, and measured with so few
 VERY_SLOW = 5.0  # one of so many is warm after itself
 
@@ -66,14 +67,16 @@ def against_eager(case, **changes):
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """One figure: a case in one implementation and one phase."""
+    """One figure, or its share of one turn: a case in one implementation and one phase."""
 
     case: Case
     implementation: str
     phase: str
+    turn: int = 0
+    turns: int = 1
 
     def __str__(self):
-        return f"{self.case}-{self.phase}-{self.implementation}"
+        return f"{self.case}-{self.phase}-{self.implementation}" + (f"-{self.turn + 1}" if self.turns > 1 else "")
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,22 @@ class Settings:
         seconds = 0.1 if self.quick else 1.0 if phase == "both" else 0.4
         return seconds if self.device == "cpu" else 0.3 * seconds
 
+    def turns(self, phase):
+        """In how many turns, one of each implementation after another, a case is measured."""
+        return TURNS if phase == "both" and self.device == "cpu" and not self.quick else 1
+
 
 def jobs(cases, settings, family):
-    """Every job, ordered so that the implementations of one case and phase run one after another."""
+    """Every job, ordered so that the implementations of one case and phase run one after another, in turns."""
     names = implementations(settings.device, family)
     phases = PHASES[:1] if settings.quick else PHASES
-    return [
-        Job(case, name, phase)
-        for case, phase, name in itertools.product(cases, phases, names)
-        if phase in case.phases and name not in case.left_out and (name != "liger" or case.liger is not None)
-    ]
+    found = []
+    for case, phase in itertools.product(cases, phases):
+        measured = [name for name in names if name not in case.left_out and (name != "liger" or case.liger is not None)]
+        turns = settings.turns(phase) if len(measured) > 1 else 1
+        if phase in case.phases:
+            found += [Job(case, name, phase, turn, turns) for turn in range(turns) for name in measured]
+    return found
 
 
 def implementations(device, family):
@@ -292,8 +301,9 @@ def measure_loss(benchmark, job, settings):
                 raise
             # Whatever torch.compile lacks here (a C++ compiler, mostly), the other figures do not depend on it.
             pytest.skip(f"torch.compile does not work here: {error}")
-        benchmark.pedantic(call.run, setup=call.setup, rounds=rounds_within(settings.budget(phase), seconds))
-        peak = call.peak_bytes() if phase == "both" else None
+        rounds = rounds_within(settings.budget(phase), seconds, job.turns)
+        benchmark.pedantic(call.run, setup=call.setup, rounds=rounds)
+        peak = call.peak_bytes() if phase == "both" and job.turn == 0 else None
     benchmark.extra_info.update(
         kind="loss",
         loss=case.loss,
@@ -310,11 +320,11 @@ def measure_loss(benchmark, job, settings):
     )
 
 
-def rounds_within(budget, seconds):
-    """How many rounds of `seconds` fit the budget, within ROUNDS; few of slow ones."""
+def rounds_within(budget, seconds, turns=1):
+    """How many rounds of `seconds`, a turn of as many, fit the budget, within ROUNDS; few of slow ones."""
     fewest, most = ROUNDS
     fewest = SLOW_ROUNDS if seconds > SLOW else fewest
-    return max(fewest, min(most, int(budget / max(seconds, 1e-9))))
+    return max(-(-fewest // turns), min(most, int(budget / max(seconds, 1e-9))) // turns)
 
 
 def measure_host(benchmark, host_job, settings):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import textwrap
 from pathlib import Path
@@ -28,6 +29,7 @@ SHARES = {
 }
 NAMES = {"eager": "eager PyTorch", "compile": "torch.compile", "fallback": "kdfast's plain-PyTorch fallback"}
 STATISTICS = ("median", "q1", "q3", "rounds")
+FIGURE = ("loss", "shape", "dtype", "implementation", "phase")  # what tells a figure from others
 STEPS = textwrap.fill(
     "A whole training step: the teacher's forward, the student's, cross-entropy and the loss, backward, the optimizer. "
     "Median milliseconds with the loss in eager PyTorch and with kdfast's; of them what the loss alone takes, forward "
@@ -41,10 +43,14 @@ STEPS = textwrap.fill(
 def collect(raw, family):
     """The results of one run: machine, ceilings, and every figure with its median, quartiles and rounds."""
     groups = {"ceiling": [], "loss": [], "host": []}
+    turns = {}
     for benchmark in raw["benchmarks"]:
-        info = dict(benchmark["extra_info"])
-        statistics = {name: benchmark["stats"][name] for name in STATISTICS}
-        groups[info.pop("kind")].append(info | statistics)
+        info = benchmark["extra_info"]
+        what = tuple(str(info.get(name)) for name in ("kind", "name", *FIGURE))
+        turns.setdefault(what, []).append(benchmark)
+    for benchmarks in turns.values():
+        info = dict(benchmarks[0]["extra_info"])
+        groups[info.pop("kind")].append(info | pooled([benchmark["stats"] for benchmark in benchmarks]))
 
     for ceiling in groups["ceiling"]:
         ceiling["rate"] = ceiling["work"] / ceiling["median"]
@@ -60,6 +66,15 @@ def collect(raw, family):
         "figures": groups["loss"],
         "host": groups["host"],
     }
+
+
+def pooled(turns):
+    """The statistics of all rounds of the turns."""
+    if len(turns) == 1:
+        return {name: turns[0][name] for name in STATISTICS}
+    seconds = [round_ for stats in turns for round_ in stats["data"]]
+    q1, median, q3 = statistics.quantiles(seconds, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3, "rounds": len(seconds)}
 
 
 def slug(results):

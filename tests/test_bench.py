@@ -74,6 +74,24 @@ def test_collect_keeps_every_figure(results):
     assert (results["machine"]["commit"], results["date"]) == ("0123456789ab", "2026-01-02")
 
 
+def test_turns_are_one_figure(raw):
+    """All rounds of all turns count alike, and memory is the first turn's."""
+    first, second, other = (loss_entry("kdfast", 1.0, shape=shape, peak=None) for shape in ("8 x 8", "8 x 8", "9 x 9"))
+    first["stats"]["data"], second["stats"]["data"] = [1.0, 2.0, 9.0], [3.0, 4.0]
+    first["extra_info"]["peak_bytes"] = 7
+    raw["benchmarks"] += [first, other, second]
+    figures = report.collect(raw, "softmax_kl")["figures"]
+    (figure,) = [figure for figure in figures if figure["shape"] == "8 x 8"]
+    assert [figure[name] for name in ("q1", "median", "q3", "rounds", "peak_bytes")] == [2.0, 3.0, 4.0, 5, 7]
+    assert len(figures) == 7 + 2
+
+
+def test_rounds_of_a_turn():
+    assert harness.rounds_within(1.0, 0.01) == 100 and harness.rounds_within(1.0, 0.01, turns=4) == 25
+    assert harness.rounds_within(1.0, 0.5) == 8 and harness.rounds_within(1.0, 0.5, turns=4) == 2
+    assert harness.rounds_within(1.0, 3.0, turns=4) == 1 and harness.rounds_within(1.0, 1e-9, turns=4) == 75
+
+
 def test_ratios(results):
     figures = report.cases(results)["KD", "256 x 1000"]
     assert report.speed_up(figures, "eager") == pytest.approx(5)
@@ -345,7 +363,11 @@ def test_implementations_of_a_case_run_one_after_another(monkeypatch):
     names = ["eager", "compile", "fallback", "kdfast"]
     groups = [jobs[start : start + len(names)] for start in range(0, len(jobs), len(names))]
     assert all([job.implementation for job in group] == names for group in groups)
-    assert all(len({(job.case, job.phase) for job in group}) == 1 for group in groups)
+    assert all(len({(job.case, job.phase, job.turn) for job in group}) == 1 for group in groups)
+    turns = [(group[0].turn, group[0].turns) for group in groups if group[0].phase == "both"]
+    assert turns == [(turn, harness.TURNS) for turn in range(harness.TURNS)] * (len(turns) // harness.TURNS)
+    assert all(group[0].turns == 1 for group in groups if group[0].phase != "both")
+    assert len(set(map(str, jobs))) == len(jobs)
     assert {str(job.case) for job in jobs if job.case.loss == "KD"} == {
         f"KD-{rows}x{cols}-float32" for rows, cols in softmax_kl.SHAPES
     }
