@@ -212,7 +212,7 @@ class TeacherStoreWriter:
 
         `absent` (rows,) marks images that could not be read: a reader raises if it is asked for them.
 
-        Raises: ValueError for another shape or NaN; DistillError if the disk is full or the dtype too narrow.
+        Raises: ValueError for another shape; DistillError for NaN or inf, if the disk is full or the dtype too narrow.
         """
         contents = self._store.contents
         expected = (shard.end - shard.begin, contents.classes)
@@ -221,7 +221,7 @@ class TeacherStoreWriter:
         logits = logits.detach().cpu()
         if logits.isnan().any() or (logits == float("inf")).any():
             bad = int((logits.isnan() | (logits == float("inf"))).any(1).nonzero()[0])
-            raise ValueError(f"logits must be numbers, got NaN or inf for image {shard.begin + bad}")
+            raise DistillError(f"the teacher's logits must be numbers, got NaN or inf for image {shard.begin + bad}")
         if absent is not None:
             logits = logits.masked_fill(absent[:, None], float("nan"))
         tensors = {name: x.contiguous() for name, x in contents.encode(logits).items()}

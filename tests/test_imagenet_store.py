@@ -216,6 +216,14 @@ def test_bad_store(more, expected, photographs, tmp_path, capsys):
     assert expected in refused(capsys, storing(photographs, tmp_path / "teacher", *more))
 
 
+def test_store_of_a_broken_teacher(photographs, tmp_path, capsys):
+    weights = {name: x.clone() for name, x in torch.load(photographs / "teacher.pt").items()}
+    weights["fc.bias"][1] = float("nan")
+    torch.save(weights, tmp_path / "teacher.pt")
+    line = refused(capsys, storing(photographs, tmp_path / "store", "--teacher-weights", tmp_path / "teacher.pt"))
+    assert "the teacher's logits must be numbers, got NaN or inf for image 0" in line
+
+
 def test_store_options_without_a_store(photographs, tmp_path, capsys):
     line = refused(capsys, arguments(photographs, tmp_path / "run", "--store-top-k", "2"))
     assert "--store-top-k: expected with --store-teacher" in line

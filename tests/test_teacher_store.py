@@ -312,7 +312,7 @@ def test_logits_that_cannot_be_stored(tmp_path):
         writer.write(shard, logits)
     for bad in (float("nan"), float("inf")):
         logits[2, 3] = bad
-        with pytest.raises(ValueError, match="got NaN or inf for image 7"):
+        with pytest.raises(DistillError, match="got NaN or inf for image 7"):
             writer.write(shard, logits)
     with pytest.raises(ValueError, match=r"the shape \(5, 12\) of logits-0000-00001.safetensors, got \(5, 11\)"):
         writer.write(shard, logits[:, 1:])

@@ -46,7 +46,7 @@ struct Terms {
   A a = 0, b = 0, c = 0, d = 0, e = 0;
 };
 
-// x, or 0 where the mask is: of a choice between two floats GCC 12 makes branches.
+// x, or 0 where the mask is; see exp2.
 KD_INLINED inline float masked(float x, uint32_t mask) { return bits<float>(bits<uint32_t>(x) & mask); }
 KD_INLINED inline double masked(double x, uint32_t mask) { return mask ? x : 0; }
 

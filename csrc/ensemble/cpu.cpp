@@ -645,6 +645,11 @@ struct MixedGrad {
   bool through_targets, flows;
   Matrix out[kMost];
   Mix mix_grad;
+
+  // The gradient of the only target is complete before its learners', and taken to them on the way.
+  bool at_once(const Mixed<A>& op) const {
+    return flows && !through_targets && op.targets == 1 && op.learners == op.networks.count;
+  }
 };
 
 // Writes the gradients of all targets, taken to network m and added to its `own`. Two pieces of the scratch from
@@ -669,6 +674,30 @@ void spread(const Mixed<A>& op, const Matrix& out, int64_t row, int64_t begin, i
   write(out, row, begin, n, own);
 }
 
+// Writes the gradient of learner m in a chunk, beside its target's logits and exponentials, but for the label. What the
+// divergence pulls at the target is added to `target_grad`; or that is taken to the learner, -> its part of the
+// gradient of mix.
+template <int kT, bool kEps, class A>
+A learner_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64_t m, const A* z, const A* t,
+                const A* e_t, int64_t n, A* target_grad, A* out) {
+  const MixedStats<A>& stats = op.stats;
+  const int64_t r = op.target_of(m);
+  const Side<A> learner = stats.learner(m, row), target = stats.target(r, row);
+  const LearnerGrad<A> g = learner_grad(target, learner, stats.sum_1(m, row), stats.mass(m, row), op.eps, grad.kl,
+                                        op.labels.index ? grad.ce : A(0));
+  const A slope = A(kLog2E) * stats.slope(m, row);
+  if (grad.through_targets && slope != infinity<A>()) {
+    const LogSoftmax<A> q(learner, op.rate), p(target, op.rate);
+    both_grads_piece<kT, kEps>(z, t, e_t, n, q, p, g, op.eps, slope, grad.kl, out, target_grad);
+  } else if (grad.at_once(op)) {
+    const A w = read<A>(op.mix.column(row, 0), m);
+    return learner_spread_piece<kT, kEps>(z, t, e_t, target_grad, n, learner.max, op.rate, g, w, out);
+  } else {
+    learner_grad_piece<kT, kEps>(z, t, e_t, n, learner.max, op.rate, g, out);
+  }
+  return 0;
+}
+
 template <int kT, class A>
 void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, const Scratch<A>& scratch) {
   const MixedStats<A>& stats = op.stats;
@@ -684,9 +713,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
     const bool has_label = at >= 0 && at < n;
     chunk.read(op.networks, row, begin, n, scratch, 0);
     target_pieces(op, row, chunk, n, scratch, logits, top);
-    // One target, complete already, is taken to its learners on the way.
-    const bool at_once = grad.flows && !grad.through_targets && op.targets == 1 && op.learners == count;
-    const bool later = grad.flows && !at_once;
+    const bool later = grad.flows && !grad.at_once(op);
     const auto prepare = [&](int64_t r) {
       A *t = scratch.piece(logits + r), *g = scratch.piece(target_grads + r);
       powers_piece(t, n, stats.target_max(r, row), op.rate, e_t);
@@ -703,24 +730,10 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
         if (m == r) prepare(r);  // its first learner
-        const A* t = scratch.piece(logits + r);
-        const LearnerGrad<A> g = learner_grad(stats.target(r, row), stats.learner(m, row), stats.sum_1(m, row),
-                                              stats.mass(m, row), op.eps, grad.kl, op.labels.index ? grad.ce : A(0));
-        const A slope = A(kLog2E) * stats.slope(m, row);
-        if (grad.through_targets && slope != infinity<A>()) {
-          const LogSoftmax<A> q(stats.learner(m, row), op.rate), p(stats.target(r, row), op.rate);
-          const auto piece = op.eps == 0 ? both_grads_piece<kT, false, A> : both_grads_piece<kT, true, A>;
-          piece(chunk.z[m], t, e_t, n, q, p, g, op.eps, slope, grad.kl, out, scratch.piece(target_grads + r));
-        } else if (at_once) {
-          const A w = read<A>(op.mix.column(row, 0), m);
-          const auto piece = op.eps == 0 ? learner_spread_piece<kT, false, A> : learner_spread_piece<kT, true, A>;
-          const A dot =
-              piece(chunk.z[m], t, e_t, scratch.piece(target_grads), n, stats.max(m, row), op.rate, g, w, out);
-          if (grad.mix_grad.data) dots[m] += dot;
-        } else {
-          const auto piece = op.eps == 0 ? learner_grad_piece<kT, false, A> : learner_grad_piece<kT, true, A>;
-          piece(chunk.z[m], t, e_t, n, stats.max(m, row), op.rate, g, out);
-        }
+        const auto piece = op.eps == 0 ? learner_grads<kT, false, A> : learner_grads<kT, true, A>;
+        const A dot = piece(op, grad, row, m, chunk.z[m], scratch.piece(logits + r), e_t, n,
+                            scratch.piece(target_grads + r), out);
+        if (grad.mix_grad.data) dots[m * op.targets] += dot;
         if (has_label) out[at] -= grad.ce;
       } else {
         std::fill(out, out + n, A(0));

@@ -115,7 +115,7 @@ def _detached(name, networks):
         raise TypeError(
             f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got {type(networks).__name__}"
         )
-    return [x.detach() if isinstance(x, torch.Tensor) else x for x in networks]
+    return [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in networks]
 
 
 class ONE(nn.Module):

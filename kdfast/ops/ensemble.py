@@ -818,4 +818,4 @@ def aekd(student, teachers, temperature=4.0, *, slack=0.6, normalize=False):
     check.number("slack", slack, 0, 1)
     scale = temperature * temperature / max(student.shape[0], 1)
     constants = (float(temperature), scale, float(slack), bool(normalize))
-    return _AEKD.apply(student, *constants, *(x.detach() for x in tensors))
+    return _AEKD.apply(student, *constants, *(x.detach() if x.requires_grad else x for x in tensors))
