@@ -34,3 +34,7 @@ with kdfast.capture(student, [layer]) as ours, kdfast.capture(teacher, [layer]) 
             optimizer.step()
 
 print(f"student: {digits.accuracy(student.cpu()):.1f}% of the test digits")
+
+# The process group ends its threads once nothing holds it: they must not outlive Python.
+model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
+accelerator.end_training()

@@ -11,6 +11,10 @@ import torch.distributed as dist
 
 from kdfast.ops import check
 
+if dist.is_available():
+    # DDP imports it, and its functions keep the process group that there is by then, as a default, for good.
+    import torch.distributed.nn.functional  # noqa: F401
+
 __all__ = ["gather", "ignore_banks"]
 
 # Default process group -> a group of all its ranks that carries CPU tensors, None for itself. Weak: a group that is

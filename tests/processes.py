@@ -5,9 +5,6 @@ import gc
 import torch
 import torch.distributed as dist
 
-if dist.is_available():  # before there is a group, which its functions would keep as their default
-    import torch.distributed.nn.functional  # noqa: F401
-
 HAVE_GLOO = dist.is_available() and dist.is_gloo_available()
 NO_GLOO = "this torch has no gloo"
 

@@ -77,9 +77,6 @@ def join(device):
     """-> the `Ranks` of this process on the device named `device`; under torchrun in a process group, until `leave`."""
     if not _by_torchrun():
         return Ranks(0, 1, _device(device, 0))
-    # Before there is a group: functions of this module have the one that they find as a default, and would keep it.
-    import torch.distributed.nn.functional  # noqa: F401
-
     local = int(os.environ["LOCAL_RANK"])
     here = _device(device, local)
     # Of its own after each restart: torchrun's store may still have the addresses of the processes that are gone.
