@@ -72,7 +72,7 @@ def _heads(logits, least=1):
 def _and(name, x, tensors):
     """The heads and one network more, the (B, C) logits `x`; all in one dtype."""
     first = tensors[0]
-    if check.alike(x, first) and x.dim() == 2:
+    if first.dim() == 2 and check.unlike_first([first, x]) == [0]:
         return [*tensors, x]
     check.logits(name, x)
     if x.shape != first.shape[-2:]:

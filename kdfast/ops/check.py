@@ -27,14 +27,11 @@ def tensor(name, x):
         )
 
 
-def alike(x, other):
-    """`x` and `other` are plain tensors, and what passes a check of type, shape or device for one passes for both."""
-    plain = type(x) in _PLAIN and type(other) in _PLAIN
-    return plain and x.dtype == other.dtype and x.shape == other.shape and x.device == other.device
-
-
 def unlike_first(tensors):
-    """Indices of the tensors that are not :func:`alike` the first; that of the first comes first."""
+    """Indices of the tensors that need checks of their own, the first's first.
+
+    What passes a check of type, shape or device for the first passes for the others: plain tensors that share them.
+    """
     first, *others = tensors
     if type(first) not in _PLAIN:
         return list(range(len(tensors)))
