@@ -1,5 +1,6 @@
 """The ensemble family: its ops and losses against the formulas and the official code, on each implementation."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -250,6 +251,7 @@ def test_opcheck(implementation):
         ((z, mix, y, ramp, 3, *scales, True), (True, True)),
         ((z, mix[:, :1], None, None, 2, *scales, False), (False, False)),
         ((z, None, y, None, 3, *scales, False), (False, False)),
+        ((z, mix[:, :2, :2], y, None, 3, *scales, False), (True, True)),  # the third network leads
     ):
         torch.library.opcheck(raw.mixed_logits_kl.default, arguments)
         _, stats = raw.mixed_logits_kl(*arguments)
@@ -436,6 +438,21 @@ def test_okddip_is_a_mixture(implementation, dtype):
         assert all(map(torch.equal, torch.autograd.grad(loss, leaves), grads))
     constant = kdfast.OKDDip()(peers, leader, attention.detach(), d.labels, 80)
     assert all(map(torch.equal, torch.autograd.grad(constant, leaves[:-1]), grads[:-1]))
+
+
+@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.bfloat16], repeat=3)), ids=str)
+def test_teachers_of_other_dtypes(implementation, dtypes):
+    """Student and teachers may differ in their types; the types of one list are widened, which changes no value."""
+    tensors = taught_by(implementation, 2, dtype=torch.bfloat16)
+    student, *teachers = (x.to(dtype).requires_grad_() for x, dtype in zip(tensors, dtypes, strict=True))
+    loss = ops.teachers_kl(student, teachers, temperature=2.0)
+    grads = torch.autograd.grad(loss, [student, *teachers])
+    assert [x.dtype for x in grads] == list(dtypes)
+    wide = [x.float().requires_grad_() for x in tensors]
+    want = ops.teachers_kl(wide[0], wide[1:], temperature=2.0)
+    assert torch.equal(loss, want)
+    for got, x in zip(grads, torch.autograd.grad(want, wide), strict=True):
+        assert torch.equal(got, x.to(got.dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)

@@ -6,6 +6,7 @@
 #include "attention/math.h"
 #include "common/chunk.h"
 #include "common/parallel.h"
+#include "common/vector_loop.h"
 
 namespace kdfast {
 namespace attention {
@@ -55,10 +56,7 @@ KD_MULTIVERSION void add_channels(const A* x, int64_t stride, int64_t channels, 
 
 template <int P, class A>
 KD_MULTIVERSION A sum_powers(const A* x, int64_t n, int64_t p) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += power<P>(x[i], p);
-  return sum;
+  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{power<P>(x[i], p)}; }).a;
 }
 
 // sum [positions] += those at [begin, end) of the channels of m [C, N].
@@ -119,10 +117,12 @@ void write_maps(const Tensor& x, int64_t p, A* sums) {
 // ---- the loss of one sample, and its slopes in place of the maps
 template <class A>
 KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum;
+  return sum_elements<1, double>(n,
+                                 [&](int64_t i) KD_INLINED {
+                                   const double wide = x[i];
+                                   return Terms<double>{wide * wide};
+                                 })
+      .a;
 }
 
 struct GapSums {
@@ -131,15 +131,11 @@ struct GapSums {
 
 template <class A>
 KD_MULTIVERSION GapSums sum_gaps(const A* m_s, const A* m_t, int64_t n, Norms<A> norms) {
-  double loss = 0, along_s = 0, along_t = 0;
-#pragma omp simd reduction(+ : loss, along_s, along_t)
-  for (int64_t i = 0; i < n; ++i) {
-    const double gap = norms.gap(m_s[i], m_t[i]);
-    loss += gap * gap;
-    along_s += gap * static_cast<double>(m_s[i] * norms.inverse_s);
-    along_t += gap * static_cast<double>(m_t[i] * norms.inverse_t);
-  }
-  return {loss, along_s, along_t};
+  const auto sums = sum_elements<3, double>(n, [&](int64_t i) KD_INLINED {
+    const double gap = norms.gap(m_s[i], m_t[i]), q_s = m_s[i] * norms.inverse_s, q_t = m_t[i] * norms.inverse_t;
+    return Terms<double>{gap * gap, gap * q_s, gap * q_t};
+  });
+  return {sums.a, sums.b, sums.c};
 }
 
 template <class A>

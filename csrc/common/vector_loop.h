@@ -50,59 +50,73 @@ struct Terms {
 KD_INLINED inline float masked(float x, uint32_t mask) { return bits<float>(bits<uint32_t>(x) & mask); }
 KD_INLINED inline double masked(double x, uint32_t mask) { return mask ? x : 0; }
 
-// Sums of the first kSums terms of f(i) -> Terms over the n elements; like `for_elements`.
-template <int kSums, class A, class F>
-KD_INLINED inline Terms<A> sum_elements(int64_t n, const F& f) {
-  const int64_t whole = whole_vectors<A>(n), last = n - kLanes;
-  A a = 0, b = 0, c = 0, d = 0, e = 0;
-#pragma omp simd reduction(+ : a, b, c, d, e)
-  for (int64_t i = 0; i < whole; ++i) {
-    const Terms<A> t = f(i);
-    a += t.a;
-    if (kSums > 1) b += t.b;
-    if (kSums > 2) c += t.c;
-    if (kSums > 3) d += t.d;
-    if (kSums > 4) e += t.e;
-  }
-  if (whole == n) return {a, b, c, d, e};
-  const int32_t done = static_cast<int32_t>(whole - last);
-#pragma omp simd reduction(+ : a, b, c, d, e)
-  for (int32_t i = 0; i < static_cast<int32_t>(kLanes); ++i) {
-    const uint32_t mask = i < done ? 0u : ~0u;
-    const Terms<A> t = f(last + i);
-    a += masked(t.a, mask);
-    if (kSums > 1) b += masked(t.b, mask);
-    if (kSums > 2) c += masked(t.c, mask);
-    if (kSums > 3) d += masked(t.d, mask);
-    if (kSums > 4) e += masked(t.e, mask);
-  }
-  return {a, b, c, d, e};
+// How terms are folded: where they start, two of them, and one that has been folded before where the mask is 0.
+template <class A>
+struct Sum {
+  KD_INLINED static A start() { return 0; }
+  KD_INLINED static A of(A x, A y) { return x + y; }
+  KD_INLINED static A once(A x, uint32_t mask) { return masked(x, mask); }
+};
+
+template <class A>
+struct Largest {
+  KD_INLINED static A start() { return -infinity<A>(); }
+  KD_INLINED static A of(A x, A y) { return y > x ? y : x; }
+  KD_INLINED static A once(A x, uint32_t) { return x; }
+};
+
+// Halves folded onto halves, in registers: nothing is written back to the lanes.
+template <class Fold, class A>
+KD_INLINED inline A fold_lanes(const A* lanes) {
+  constexpr int kHalf = kLanes / 2, kQuarter = kLanes / 4;
+  static_assert(kQuarter == 4, "a quarter is folded by hand");
+  A half[kHalf], quarter[kQuarter];
+  for (int i = 0; i < kHalf; ++i) half[i] = Fold::of(lanes[i], lanes[i + kHalf]);
+  for (int i = 0; i < kQuarter; ++i) quarter[i] = Fold::of(half[i], half[i + kQuarter]);
+  return Fold::of(Fold::of(quarter[0], quarter[2]), Fold::of(quarter[1], quarter[3]));
 }
 
-// Maxima of the first kMany terms, up to four, of f(i) -> Terms over the n elements, at least -inf; like
-// `for_elements`.
-template <int kMany, class A, class F>
-KD_INLINED inline Terms<A> max_elements(int64_t n, const F& f) {
-  const int64_t whole = whole_vectors<A>(n), last = n - kLanes;
-  A a = -infinity<A>(), b = a, c = a, d = a;
-#pragma omp simd reduction(max : a, b, c, d)
-  for (int64_t i = 0; i < whole; ++i) {
+// Folds the first kTerms terms of f(i) -> Terms over the n elements; like `for_elements`. Every lane folds its own, of
+// which there are as many on any machine: GCC would end a simd reduction one lane after another, which takes as long as
+// hundreds of elements.
+template <int kTerms, class Fold, class A, class F>
+KD_INLINED inline Terms<A> fold_elements(int64_t n, const F& f) {
+  alignas(64) A a[kLanes], b[kLanes], c[kLanes], d[kLanes], e[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) a[i] = b[i] = c[i] = d[i] = e[i] = Fold::start();
+  const auto fold = [&](int64_t i, int32_t lane, uint32_t mask) KD_INLINED {
     const Terms<A> t = f(i);
-    a = t.a > a ? t.a : a;
-    if (kMany > 1) b = t.b > b ? t.b : b;
-    if (kMany > 2) c = t.c > c ? t.c : c;
-    if (kMany > 3) d = t.d > d ? t.d : d;
+    a[lane] = Fold::of(a[lane], Fold::once(t.a, mask));
+    if (kTerms > 1) b[lane] = Fold::of(b[lane], Fold::once(t.b, mask));
+    if (kTerms > 2) c[lane] = Fold::of(c[lane], Fold::once(t.c, mask));
+    if (kTerms > 3) d[lane] = Fold::of(d[lane], Fold::once(t.d, mask));
+    if (kTerms > 4) e[lane] = Fold::of(e[lane], Fold::once(t.e, mask));
+  };
+  constexpr int32_t lanes = kLanes;
+  const int64_t whole = n / kLanes * kLanes, last = n - kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+#pragma omp simd
+    for (int32_t lane = 0; lane < lanes; ++lane) fold(i + lane, lane, ~0u);
   }
-  if (whole == n) return {a, b, c, d, 0};
-#pragma omp simd reduction(max : a, b, c, d)
-  for (int64_t i = 0; i < kLanes; ++i) {
-    const Terms<A> t = f(last + i);
-    a = t.a > a ? t.a : a;
-    if (kMany > 1) b = t.b > b ? t.b : b;
-    if (kMany > 2) c = t.c > c ? t.c : c;
-    if (kMany > 3) d = t.d > d ? t.d : d;
+  if (whole_vectors<A>(n) != n) {
+    const int32_t done = static_cast<int32_t>(whole - last);
+#pragma omp simd
+    for (int32_t lane = 0; lane < lanes; ++lane) fold(last + lane, lane, lane < done ? 0u : ~0u);
+  } else {
+    for (int32_t lane = 0; whole + lane < n; ++lane) fold(whole + lane, lane, ~0u);
   }
-  return {a, b, c, d, 0};
+  return {fold_lanes<Fold>(a), fold_lanes<Fold>(b), fold_lanes<Fold>(c), fold_lanes<Fold>(d), fold_lanes<Fold>(e)};
+}
+
+// Sums of the first kTerms terms.
+template <int kTerms, class A, class F>
+KD_INLINED inline Terms<A> sum_elements(int64_t n, const F& f) {
+  return fold_elements<kTerms, Sum<A>, A>(n, f);
+}
+
+// Maxima, at least -inf.
+template <int kTerms, class A, class F>
+KD_INLINED inline Terms<A> max_elements(int64_t n, const F& f) {
+  return fold_elements<kTerms, Largest<A>, A>(n, f);
 }
 
 }  // namespace kdfast

@@ -178,18 +178,20 @@ KD_MULTIVERSION A learner_spread_piece(const A* z, const A* t, const A* e_t, con
   return sums.a;
 }
 
-// The gradients of a learner, and of the divergence in the target's logits, which is added to `to_target`; slope in
-// bits.
-template <int kT, bool kEps, class A>
+// The gradients of a learner, and of the divergence in the target's logits, which `to_target` becomes, or is added to
+// if kAdd; slope in bits.
+template <int kT, bool kEps, bool kAdd, class A>
 KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
                                       LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
-  update_elements(to_target, n, [&](int64_t i, A old) KD_INLINED {
+  const auto grads = [&](int64_t i) KD_INLINED {
     const A c = z[i] - q.max, e = exp2(c * q.rate), p_t = e_t[i] * p.inverse;
     const bool live = kEps && !is_masked(kdfast::max(z[i], t[i]));
     out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c);
     const A log_raised = kEps ? fast_log2(p_t + eps) : (t[i] - p.max) * p.rate - p.log2_sum;
-    return old + scale * target_term(p_t, log_raised, c * q.rate - q.log2_sum, slope);
-  });
+    return scale * target_term(p_t, log_raised, c * q.rate - q.log2_sum, slope);
+  };
+  if (kAdd) return update_elements(to_target, n, [&](int64_t i, A old) KD_INLINED { return old + grads(i); });
+  for_elements<A>(n, [&](int64_t i) KD_INLINED { to_target[i] = grads(i); });
 }
 
 // Adds coef exp(t - max).
@@ -229,13 +231,15 @@ struct TeacherSums {
   A sum, dot;
 };
 
-template <bool kCross, bool kKeep, class A>
+// A teacher beside the student, its exponentials kept if kKeep. Without kMasked no logit is -inf, or `dot` is not
+// finite.
+template <bool kCross, bool kKeep, bool kMasked, class A>
 KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
                                             A* powers) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
-    const A c = z[i] - max_p, e = exp2(c * rate);
+    const A c_p = z[i] - max_p, c_q = student[i] - max_q, e = exp2(c_p * rate);
     if (kKeep) powers[i] = e;
-    return Terms<A>{e, divergence_term(e, c, student[i] - max_q, kCross)};
+    return Terms<A>{e, kMasked ? divergence_term(e, c_p, c_q, kCross) : e * (kCross ? -c_q : c_p - c_q)};
   });
   return {sums.a, sums.b};
 }
@@ -257,10 +261,7 @@ KD_MULTIVERSION void move_sums(A* few, int64_t n, double* all) {
 }
 
 KD_MULTIVERSION double dot_product(const double* x, const double* y, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
-  return sum;
+  return sum_elements<1, double>(n, [&](int64_t i) KD_INLINED { return Terms<double>{x[i] * y[i]}; }).a;
 }
 
 // Up to four teachers in a chunk: logits, maxima, and the factors of their exponentials.
@@ -415,6 +416,11 @@ struct Mixed {
 
   int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
 
+  // Of network m in target r.
+  A weight(int64_t row, int64_t r, int64_t m) const {
+    return mix.is_implied(r, m) ? static_cast<A>(mix.implied(m)) : read<A>(mix.column(row, r), m);
+  }
+
   // Each learner has a target, whose softmax is needed at T alone.
   bool own_targets() const { return targets == learners && !target_ce; }
 };
@@ -443,7 +449,7 @@ bool mix_targets(const Mixed<A>& op, int64_t row, int64_t r, const Chunk<A>& chu
   for (int64_t m = 0; m < op.networks.count; ++m) {
     int zeros = 0;
     for (int i = 0; i < kR; ++i) {
-      const A weight = w[i * kMost + count] = read<A>(op.mix.column(row, r + i), m);
+      const A weight = w[i * kMost + count] = op.weight(row, r + i, m);
       zeros += weight == 0;
     }
     if (zeros == kR) continue;  // adds nothing, also where it is -inf
@@ -500,9 +506,8 @@ void target_pieces(const Mixed<A>& op, int64_t row, const Chunk<A>& chunk, int64
 template <class A>
 A target_at(const Mixed<A>& op, int64_t row, int64_t r, int64_t col) {
   A t = 0;
-  const Column weights = op.mix.column(row, r);
   for (int64_t m = 0; m < op.networks.count; ++m) {
-    const A w = read<A>(weights, m);
+    const A w = op.weight(row, r, m);
     if (w != 0) t += w * (read_one<A>(op.networks[m], row, col) - op.stats.max(m, row));
   }
   return t;
@@ -572,6 +577,7 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
     for (int64_t i = 0; i < op.learners; ++i) {
+      prefetch<A>(op.networks[i], row + 1, op.rows, op.cols);
       const int64_t r = op.target_of(i);
       const bool first = i == r;  // of this target's learners
       const A *z = chunk.z[i], *t = scratch.piece(logits + r), max_q = stats.max(i, row),
@@ -646,6 +652,11 @@ struct MixedGrad {
   Matrix out[kMost];
   Mix mix_grad;
 
+  // The divergence of learner m is all that pulls at its target.
+  bool alone(const Mixed<A>& op, int64_t row, int64_t m) const {
+    return through_targets && op.own_targets() && op.stats.slope(m, row) != infinity<A>();
+  }
+
   // The gradient of the only target is complete before its learners', and taken to them on the way.
   bool at_once(const Mixed<A>& op) const {
     return flows && !through_targets && op.targets == 1 && op.learners == op.networks.count;
@@ -661,7 +672,7 @@ void spread(const Mixed<A>& op, const Matrix& out, int64_t row, int64_t begin, i
   A w[kMost];
   for (int64_t r = 0; r < op.targets; ++r) {
     g[r] = scratch.piece(target_grads + r);
-    w[r] = read<A>(op.mix.column(row, r), m);
+    w[r] = op.weight(row, r, m);
   }
   const A max = op.stats.max(m, row);
   A *to = scratch.piece(spare), *next = scratch.piece(spare + 1);
@@ -688,9 +699,11 @@ A learner_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64
   const A slope = A(kLog2E) * stats.slope(m, row);
   if (grad.through_targets && slope != infinity<A>()) {
     const LogSoftmax<A> q(learner, op.rate), p(target, op.rate);
-    both_grads_piece<kT, kEps>(z, t, e_t, n, q, p, g, op.eps, slope, grad.kl, out, target_grad);
+    const auto piece =
+        grad.alone(op, row, m) ? both_grads_piece<kT, kEps, false, A> : both_grads_piece<kT, kEps, true, A>;
+    piece(z, t, e_t, n, q, p, g, op.eps, slope, grad.kl, out, target_grad);
   } else if (grad.at_once(op)) {
-    const A w = read<A>(op.mix.column(row, 0), m);
+    const A w = op.weight(row, 0, m);
     return learner_spread_piece<kT, kEps>(z, t, e_t, target_grad, n, learner.max, op.rate, g, w, out);
   } else {
     learner_grad_piece<kT, kEps>(z, t, e_t, n, learner.max, op.rate, g, out);
@@ -713,11 +726,12 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
     const bool has_label = at >= 0 && at < n;
     chunk.read(op.networks, row, begin, n, scratch, 0);
     target_pieces(op, row, chunk, n, scratch, logits, top);
-    const bool later = grad.flows && !grad.at_once(op);
+    // Whether the targets' gradients are taken to a network once they are complete.
+    const auto takes = [&](int64_t m) { return grad.flows && !grad.at_once(op) && m != op.mix.leader; };
     const auto prepare = [&](int64_t r) {
       A *t = scratch.piece(logits + r), *g = scratch.piece(target_grads + r);
       powers_piece(t, n, stats.target_max(r, row), op.rate, e_t);
-      if (!grad.flows) return;
+      if (!grad.flows || grad.alone(op, row, r)) return;
       std::fill(g, g + n, A(0));
       if (op.target_ce) {
         const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
@@ -726,7 +740,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       }
     };
     for (int64_t m = 0; m < written; ++m) {
-      A* out = later ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
+      A* out = takes(m) ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
         if (m == r) prepare(r);  // its first learner
@@ -738,16 +752,17 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       } else {
         std::fill(out, out + n, A(0));
       }
-      if (!later) write(grad.out[m], row, begin, n, out);
+      if (!takes(m)) write(grad.out[m], row, begin, n, out);
     }
     // A target's gradient is complete after its last learner.
-    for (int64_t m = 0; later && m < count; ++m) {
+    for (int64_t m = 0; m < count; ++m) {
+      if (!takes(m)) continue;
       spread(op, grad.out[m], row, begin, m, chunk.z[m], n, scratch, target_grads, scratch.piece(outs + m),
              outs + count, grad.mix_grad.data ? dots.data() + m * op.targets : nullptr);
     }
   });
-  for (int64_t m = 0; grad.mix_grad.data && m < count; ++m) {
-    for (int64_t r = 0; r < op.targets; ++r) {
+  for (int64_t m = 0; m < grad.mix_grad.networks; ++m) {
+    for (int64_t r = 0; r < grad.mix_grad.targets; ++r) {
       const Column to = grad.mix_grad.column(row, r);
       write_one(Matrix{to.data, to.dtype, 0, 1}, 0, m, static_cast<A>(dots[m * op.targets + r]));
     }
@@ -774,6 +789,17 @@ const A* read_all(const Taught<A>& op, int64_t row, int64_t begin, int64_t n, co
                   Chunk<A>& chunk) {
   chunk.read(op.teachers, row, begin, n, scratch, 1);
   return read<A>(op.student, row, begin, n, scratch.piece(0));
+}
+
+// Sums over a chunk: fast where no logit is -inf, else with care.
+template <bool kKeep, class A>
+TeacherSums<A> all_teacher_sums(bool cross, const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
+                                A* powers) {
+  const auto fast = cross ? teacher_sums<true, kKeep, false, A> : teacher_sums<false, kKeep, false, A>;
+  const TeacherSums<A> sums = fast(z, student, n, max_p, max_q, rate, powers);
+  if (sums.dot - sums.dot == 0) return sums;
+  const auto careful = cross ? teacher_sums<true, kKeep, true, A> : teacher_sums<false, kKeep, true, A>;
+  return careful(z, student, n, max_p, max_q, rate, powers);
 }
 
 // log r of a chunk as its largest logarithm and a sum, see mean_log.
@@ -814,13 +840,15 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   double sum_q = 0, sum_1 = 0, sum_p[kMost] = {}, dot[kMost] = {};
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
+    prefetch<A>(op.student, row + 1, op.rows, op.cols);
     const Sums<A> sums = exponentials<kT, kKeep>(z, n, max_q, op.rate, scratch.piece(top));
     sum_q += sums.t;
     sum_1 += sums.one;
     for (int64_t m = 0; m < count; ++m) {
+      prefetch<A>(op.teachers[m], row + 1, op.rows, op.cols);
       const A max = finite_max(max_p[m]);
-      const auto piece = op.cross() ? teacher_sums<true, kKeep, A> : teacher_sums<false, kKeep, A>;
-      const TeacherSums<A> one = piece(chunk.z[m], z, n, max, max_q, op.rate, scratch.piece(top + 1 + m));
+      const TeacherSums<A> one =
+          all_teacher_sums<kKeep>(op.cross(), chunk.z[m], z, n, max, max_q, op.rate, scratch.piece(top + 1 + m));
       sum_p[m] += one.sum;
       dot[m] += one.dot;
     }
@@ -916,15 +944,16 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
 }
 
 // ---- aekd
-constexpr int64_t kBlocks = 16;  // at most, of rows whose gradients are added up by one thread
-constexpr int64_t kFew = 16;     // rows that are added up in the type of the logits, before they go to a double
+// Rows are added up in blocks by one thread each, at most kBlocks of them and of at least kBlockRows rows.
+constexpr int64_t kBlocks = 16, kBlockRows = 32;
+constexpr int64_t kFew = 16;  // rows that are added up in the type of the logits, before they go to a double
 
 // G of sum_b (q - p_m); the statistics of the rows on the way. Sums of probabilities: the student's, then the
 // teachers'.
 template <class A>
 std::vector<double> gradient_gram(const Taught<A>& op) {
   const int64_t count = op.teachers.count, cols = op.cols, size = (count + 1) * cols;
-  const int64_t per_block = std::max<int64_t>(1, (op.rows + kBlocks - 1) / kBlocks);
+  const int64_t per_block = std::max<int64_t>(kBlockRows, (op.rows + kBlocks - 1) / kBlocks);
   const int64_t blocks = (op.rows + per_block - 1) / per_block;
   const std::unique_ptr<double[]> sums(new double[std::max<int64_t>(blocks, 1) * size]);
   for_each(blocks, 1, [&](int64_t block) {
@@ -977,10 +1006,10 @@ template <class A>
 Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tensor>& mix,
                   const std::optional<Tensor>& labels, int64_t learners, double temperature, double eps, bool target_ce,
                   const Tensor& stats) {
-  const int64_t rows = networks[0].size(0), targets = mix ? mix->size(1) : 1;
-  const int64_t count = static_cast<int64_t>(networks.size());
+  const int64_t rows = networks[0].size(0), count = static_cast<int64_t>(networks.size());
+  const int64_t targets = targets_of(mix, count);
   return {networks_of(networks),
-          mix_of(mix),
+          mix_of(mix, count),
           labels_of(labels),
           rows,
           networks[0].size(1),
@@ -997,8 +1026,8 @@ double ramp_of(const std::optional<Tensor>& ramp) { return ramp ? read<double>(c
 Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, std::optional<Tensor> labels,
                        std::optional<Tensor> ramp, int64_t learners, double temperature, double eps, double kl_scale,
                        double ce_scale, bool target_ce) {
-  const int64_t rows = networks[0].size(0), cols = networks[0].size(1), targets = mix ? mix->size(1) : 1;
-  const int64_t count = static_cast<int64_t>(networks.size());
+  const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
+  const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
   check_labels(labels_of(labels), rows, cols);
   const ScalarType dtype = accumulator(networks, mix);
   Tensor loss = empty(networks[0], dtype, {});
@@ -1024,13 +1053,13 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
                         std::optional<Tensor> labels, std::optional<Tensor> ramp, Tensor stats, int64_t learners,
                         double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
                         bool through_targets, bool need_mix) {
-  const int64_t rows = networks[0].size(0), cols = networks[0].size(1), targets = mix ? mix->size(1) : 1;
-  const int64_t count = static_cast<int64_t>(networks.size());
+  const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
+  const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
   const bool flows = through_targets || target_ce;
   const int64_t written = flows ? count : learners;
   Tensor grads = empty(networks[0], networks[0].scalar_type(), {written, rows, cols});
-  Tensor mix_grad =
-      need_mix ? empty(*mix, mix->scalar_type(), {rows, targets, count}) : empty(grad, grad.scalar_type(), {0});
+  Tensor mix_grad = need_mix ? empty(*mix, mix->scalar_type(), {rows, mix->size(1), mix->size(2)})
+                             : empty(grad, grad.scalar_type(), {0});
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     const auto op = mixed_of<A>(networks, mix, labels, learners, temperature, eps, target_ce, stats);
@@ -1040,7 +1069,7 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
     g.ce = static_cast<A>(upstream * ce_scale);
     g.through_targets = through_targets;
     g.flows = flows;
-    g.mix_grad = need_mix ? mix_of(mix_grad) : Mix{};
+    g.mix_grad = need_mix ? mix_of(mix_grad, count) : Mix{};
     for (int64_t m = 0; m < written; ++m) {
       g.out[m] = {static_cast<char*>(grads.data_ptr()) + m * rows * cols * grads.element_size(), grads.scalar_type(),
                   cols, 1};

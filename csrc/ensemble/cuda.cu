@@ -54,6 +54,10 @@ struct Mixed {
   MixedStats<A> stats;
 
   __device__ int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
+  // Of network m in target r.
+  __device__ A weight(int64_t row, int64_t r, int64_t m) const {
+    return mix.is_implied(r, m) ? static_cast<A>(mix.implied(m)) : read<A>(mix.column(row, r), m);
+  }
   __device__ A kl_weight() const { return static_cast<A>(kl_scale * (ramp.data ? read<double>(ramp, 0) : 1.0)); }
   __device__ bool has_label(int64_t row) const { return labels.at(row) >= 0 && labels.at(row) < cols; }
 };
@@ -61,12 +65,11 @@ struct Mixed {
 // A target's logits in a step; -inf beyond the row's end.
 template <class A>
 __device__ void target_step(const Mixed<A>& op, int64_t row, int64_t r, int64_t col, A (&t)[kStep]) {
-  const Column weights = op.mix.column(row, r);
   const bool least = op.mix.data == nullptr;
 #pragma unroll
   for (int i = 0; i < kStep; ++i) t[i] = least ? infinity<A>() : A(0);
   for (int64_t m = 0; m < op.networks.count; ++m) {
-    const A w = least ? A(1) : read<A>(weights, m);
+    const A w = least ? A(1) : op.weight(row, r, m);
     if (w == 0) continue;
     A z[kStep], origin = op.stats.max(m, row);
     if (least && op.has_label(row)) {
@@ -206,7 +209,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) mixed_forward_kernel(Mi
         const bool valid = op.has_label(row);
         A at_label = 0;
         for (int64_t m = 0; valid && m < op.networks.count; ++m) {
-          const A w = read<A>(op.mix.column(row, r), m);
+          const A w = op.weight(row, r, m);
           if (w != 0) at_label += w * (read_one<A>(op.networks[m], row, op.labels.at(row)) - op.stats.max(m, row));
         }
         if (!valid) sum_1 = not_a_number<A>();
@@ -302,7 +305,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         }
       }
       for (int64_t r = 0; target_grads && r < op.targets; ++r) {
-        const A w = read<A>(op.mix.column(row, r), m);
+        const A w = op.weight(row, r, m);
         const A* from = target_grads + (r * op.rows + row) * op.cols + col;
 #pragma unroll
         for (int i = 0; i < kStep; ++i) {
@@ -321,9 +324,9 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     mix_grad_kernel(Mixed<A> op, const A* target_grads, Mix mix_grad) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;
-  for (int64_t r = 0; r < op.targets; ++r) {
+  for (int64_t r = 0; r < mix_grad.targets; ++r) {
     const A* from = target_grads + (r * op.rows + row) * op.cols;
-    for (int64_t first = 0; first < op.networks.count; first += kAtOnce) {
+    for (int64_t first = 0; first < mix_grad.networks; first += kAtOnce) {
       A dot[kAtOnce] = {};
       for_steps<kThreads>(0, op.cols, [&](int64_t col) {
         A g[kStep];
@@ -331,7 +334,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         for (int i = 0; i < kStep; ++i) g[i] = col + i < op.cols ? from[col + i] : A(0);
 #pragma unroll
         for (int k = 0; k < kAtOnce; ++k) {
-          if (first + k >= op.networks.count) break;
+          if (first + k >= mix_grad.networks) break;
           A z[kStep];
           read(op.networks[first + k], row, col, op.cols, -infinity<A>(), z);
           const A top = op.stats.max(first + k, row);
@@ -341,7 +344,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       });
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
-        if (first + k >= op.networks.count) break;
+        if (first + k >= mix_grad.networks) break;
         const A sum = group_reduce<kThreads>(dot[k], Add{});
         if (!leads<kThreads>()) continue;
         const Column to = mix_grad.column(row, r);
@@ -612,10 +615,10 @@ Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tenso
                   const std::optional<Tensor>& labels, const std::optional<Tensor>& ramp, int64_t learners,
                   double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
                   const Tensor& stats) {
-  const int64_t rows = networks[0].size(0), targets = mix ? mix->size(1) : 1;
-  const int64_t count = static_cast<int64_t>(networks.size());
+  const int64_t rows = networks[0].size(0), count = static_cast<int64_t>(networks.size());
+  const int64_t targets = targets_of(mix, count);
   return {networks_of(networks),
-          mix_of(mix),
+          mix_of(mix, count),
           labels_of(labels),
           column_of(ramp),
           rows,
@@ -634,9 +637,9 @@ Pair mixed_forward_cuda(std::vector<Tensor> networks, std::optional<Tensor> mix,
                         std::optional<Tensor> ramp, int64_t learners, double temperature, double eps, double kl_scale,
                         double ce_scale, bool target_ce) {
   const OnDevice device(networks[0]);
-  const int64_t rows = networks[0].size(0), cols = networks[0].size(1), targets = mix ? mix->size(1) : 1;
+  const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
+  const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
   const ScalarType dtype = accumulator(networks, mix);
-  const int64_t count = static_cast<int64_t>(networks.size());
   Tensor loss = empty(networks[0], dtype, {}), values = empty(networks[0], dtype, {rows});
   Tensor stats = empty(networks[0], dtype, {mixed_stats(count, learners, targets), rows});
   dispatch_accumulator(dtype, [&](auto tag) {
@@ -655,13 +658,13 @@ Pair mixed_backward_cuda(Tensor grad, std::vector<Tensor> networks, std::optiona
                          double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
                          bool through_targets, bool need_mix) {
   const OnDevice device(networks[0]);
-  const int64_t rows = networks[0].size(0), cols = networks[0].size(1), targets = mix ? mix->size(1) : 1;
-  const int64_t count = static_cast<int64_t>(networks.size());
+  const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
+  const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
   const bool flows = through_targets || target_ce;
   const int64_t written = flows ? count : learners;
   Tensor grads = empty(networks[0], networks[0].scalar_type(), {written, rows, cols});
-  Tensor mix_grad =
-      need_mix ? empty(*mix, mix->scalar_type(), {rows, targets, count}) : empty(grad, grad.scalar_type(), {0});
+  Tensor mix_grad = need_mix ? empty(*mix, mix->scalar_type(), {rows, mix->size(1), mix->size(2)})
+                             : empty(grad, grad.scalar_type(), {0});
   Tensor target_grads = empty(stats, stats.scalar_type(), {flows ? targets : 0, rows, cols});
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
@@ -678,7 +681,7 @@ Pair mixed_backward_cuda(Tensor grad, std::vector<Tensor> networks, std::optiona
                 column(grad), inverse, of_targets, grads.data_ptr(), grads.element_size(), written);
     if (need_mix) {
       launch_rows(device, mix_grad_kernel<A, kWarp>, mix_grad_kernel<A, kBlock>, rows, cols, 1, op, of_targets,
-                  mix_of(mix_grad));
+                  mix_of(mix_grad, count));
     }
   });
   return {grads, mix_grad};

@@ -36,11 +36,19 @@ inline Networks networks_of(const std::vector<Tensor>& tensors) {
   return networks;
 }
 
-// Weights [rows, targets, networks] of any strides. A null pointer stands for the least logits.
+// Weights [rows, targets, networks] of any strides. A null pointer stands for the least logits. Without the last
+// network and its target, that network leads: no target has it, and its own is the mean of the others.
 struct Mix {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
   int64_t row_stride = 0, target_stride = 0, network_stride = 0;
+  int64_t targets = 0, networks = 0;  // in memory
+  int64_t leader = -1;                // which network leads, if one does
+
+  KD_HD bool is_implied(int64_t target, int64_t network) const {
+    return leader >= 0 && (target == leader || network == leader);
+  }
+  KD_HD double implied(int64_t network) const { return network == leader ? 0 : 1 / static_cast<double>(leader); }
 
   KD_HD Column column(int64_t row, int64_t target) const {
     const int64_t offset = row * row_stride + target * target_stride;
@@ -49,9 +57,16 @@ struct Mix {
   }
 };
 
-inline Mix mix_of(const std::optional<Tensor>& mix) {
+// Of `count` networks.
+inline Mix mix_of(const std::optional<Tensor>& mix, int64_t count) {
   if (!mix) return {};
-  return {mix->data_ptr(), mix->scalar_type(), mix->stride(0), mix->stride(1), mix->stride(2)};
+  const int64_t networks = mix->size(2);
+  return {mix->data_ptr(), mix->scalar_type(), mix->stride(0), mix->stride(1),
+          mix->stride(2),  mix->size(1),       networks,       networks < count ? networks : -1};
+}
+
+inline int64_t targets_of(const std::optional<Tensor>& mix, int64_t count) {
+  return mix ? mix->size(1) + (mix->size(2) < count) : 1;
 }
 
 struct Labels {

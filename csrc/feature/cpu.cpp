@@ -48,27 +48,11 @@ std::vector<A> values_of(const Tensor& x, double factor) {
 
 template <class A, class Kind>
 KD_MULTIVERSION Terms<A> add_terms(const A* s, const A* t, const A* m, int64_t n, Kind kind) {
-  // A sum for each lane by hand: GCC 12 leaves a simd reduction of three sums scalar.
-  alignas(64) A x[kLanes] = {}, y[kLanes] = {}, z[kLanes] = {};
-  const auto add = [&](int64_t i, int64_t lane) __attribute__((always_inline)) {
+  const auto sums = sum_elements<Kind::kSums, A>(n, [&](int64_t i) KD_INLINED {
     const Terms<A> each = kind.terms(s[i], t[i], Kind::kPerChannel ? m[i] : A(0));
-    x[lane] += each.x;
-    if (Kind::kSums > 1) y[lane] += each.y;
-    if (Kind::kSums > 2) z[lane] += each.z;
-  };
-  const int64_t whole = n / kLanes * kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-#pragma omp simd
-    for (int64_t lane = 0; lane < kLanes; ++lane) add(i + lane, lane);
-  }
-  for (int64_t i = whole; i < n; ++i) add(i, i - whole);
-  Terms<A> sums{0, 0, 0};
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    sums.x += x[lane];
-    sums.y += y[lane];
-    sums.z += z[lane];
-  }
-  return sums;
+    return kdfast::Terms<A>{each.x, each.y, each.z};
+  });
+  return {sums.a, sums.b, sums.c};
 }
 
 template <class A, class Kind, bool kTeacher>

@@ -5,6 +5,7 @@
 #include "common/chunk.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/vector_loop.h"
 #include "gram/math.h"
 
 namespace kdfast {
@@ -225,10 +226,12 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
 // ---- comparisons
 template <class A>
 KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(x[j]);
-  return sum;
+  return sum_elements<1, double>(n,
+                                 [&](int64_t j) KD_INLINED {
+                                   const double wide = x[j];
+                                   return Terms<double>{wide * wide};
+                                 })
+      .a;
 }
 
 // Each fills the statistics of row i and gives its loss; g and h are the row in both matrices.
@@ -238,57 +241,46 @@ KD_MULTIVERSION double compare_row(const Rows<A, kAbsolute>& f, const A* g, cons
   using F = Rows<A, kAbsolute>;
   f.norms(sum_squares(g, n), sum_squares(h, n), i, stats);
   const A inverse_s = stats.get(F::kInverseS, i), inverse_t = stats.get(F::kInverseT, i);
-  double loss = 0, along_s = 0, along_t = 0;
-#pragma omp simd reduction(+ : loss, along_s, along_t)
-  for (int64_t j = 0; j < n; ++j) {
+  const auto sums = sum_elements<3, double>(n, [&](int64_t j) KD_INLINED {
     const A gap = f.gap(g[j], h[j], i, stats), slope = f.slope(gap);
-    loss += f.entry(gap);
-    along_s += slope * (g[j] * inverse_s);
-    along_t -= slope * (h[j] * inverse_t);
-  }
+    return Terms<double>{f.entry(gap), slope * (g[j] * inverse_s), -slope * (h[j] * inverse_t)};
+  });
   const bool floored_s = inverse_s * A(kSmallestNorm) >= 1, floored_t = inverse_t * A(kSmallestNorm) >= 1;
-  stats.put(F::kAlongS, i, floored_s ? A(0) : static_cast<A>(along_s));
-  stats.put(F::kAlongT, i, floored_t ? A(0) : static_cast<A>(along_t));
-  return loss;
+  stats.put(F::kAlongS, i, floored_s ? A(0) : static_cast<A>(sums.b));
+  stats.put(F::kAlongT, i, floored_t ? A(0) : static_cast<A>(sums.c));
+  return sums.a;
 }
 
 template <class A>
 KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A* h, int64_t i, int64_t n,
                                    Stats<A> stats) {
   using F = Distribution<A>;
-  double total_s = 0, total_t = 0;
-#pragma omp simd reduction(+ : total_s, total_t)
-  for (int64_t j = 0; j < n; ++j) {
-    total_s += f.sum_term(kStudent, g[j], i, j, stats);
-    total_t += f.sum_term(kTeacher, h[j], i, j, stats);
-  }
-  const A over_s = static_cast<A>(1 / total_s), over_t = static_cast<A>(1 / total_t);
-  double loss = 0, along_s = 0, along_t = 0;
-#pragma omp simd reduction(+ : loss, along_s, along_t)
-  for (int64_t j = 0; j < n; ++j) {
+  const auto totals = sum_elements<2, double>(n, [&](int64_t j) KD_INLINED {
+    return Terms<double>{f.sum_term(kStudent, g[j], i, j, stats), f.sum_term(kTeacher, h[j], i, j, stats)};
+  });
+  const A over_s = static_cast<A>(1 / totals.a), over_t = static_cast<A>(1 / totals.b);
+  const auto sums = sum_elements<3, double>(n, [&](int64_t j) KD_INLINED {
     const A p = f.sum_term(kStudent, g[j], i, j, stats) * over_s, t = f.sum_term(kTeacher, h[j], i, j, stats) * over_t;
     A slope_s, slope_t;
-    loss += f.entry(p, t, slope_s, slope_t);
-    along_s += slope_s * p;
-    along_t += slope_t * t;
-  }
+    const A entry = f.entry(p, t, slope_s, slope_t);
+    return Terms<double>{entry, slope_s * p, slope_t * t};
+  });
   stats.put(F::kOverS, i, over_s);
   stats.put(F::kOverT, i, over_t);
-  stats.put(F::kAlongS, i, static_cast<A>(along_s));
-  stats.put(F::kAlongT, i, static_cast<A>(along_t));
-  return loss;
+  stats.put(F::kAlongS, i, static_cast<A>(sums.b));
+  stats.put(F::kAlongT, i, static_cast<A>(sums.c));
+  return sums.a;
 }
 
 template <class A, int kTerms>
 KD_MULTIVERSION double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n,
                                    Stats<A> stats) {
-  double loss = 0;
-#pragma omp simd reduction(+ : loss)
-  for (int64_t j = 0; j < n; ++j) {
-    A slope_s, slope_t;
-    loss += f.entry(g[j], h[j], i, j, stats, slope_s, slope_t);
-  }
-  return loss;
+  return sum_elements<1, double>(n,
+                                 [&](int64_t j) KD_INLINED {
+                                   A slope_s, slope_t;
+                                   return Terms<double>{f.entry(g[j], h[j], i, j, stats, slope_s, slope_t)};
+                                 })
+      .a;
 }
 
 template <Side kSide, class A, class F>
@@ -299,10 +291,10 @@ KD_MULTIVERSION void weigh_row(const F& f, const A* g, const A* h, int64_t i, in
 
 template <class A>
 KD_MULTIVERSION double dot(const A* x, const A* y, int64_t n) {
-  double sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(x[j]) * static_cast<double>(y[j]);
-  return sum;
+  return sum_elements<1, double>(
+             n,
+             [&](int64_t j) KD_INLINED { return Terms<double>{static_cast<double>(x[j]) * static_cast<double>(y[j])}; })
+      .a;
 }
 
 template <class A, class F>
@@ -398,14 +390,13 @@ void write_units(const Tensor& x, A eps, const Network<A>& net) {
 // gaps := signs; -> sum |gap|
 template <class A>
 KD_MULTIVERSION A take_signs(const A* s, const A* t, A* signs) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < kPositions * kPositions; ++i) {
-    const A gap = s[i] - t[i];
-    sum += std::abs(gap);
-    signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
-  }
-  return sum;
+  return sum_elements<1, A>(kPositions * kPositions,
+                            [&](int64_t i) KD_INLINED {
+                              const A gap = s[i] - t[i];
+                              signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
+                              return Terms<A>{std::abs(gap)};
+                            })
+      .a;
 }
 
 template <class A>

@@ -4,6 +4,7 @@
 #include "common/chunk.h"
 #include "common/lanes.h"
 #include "common/parallel.h"
+#include "common/vector_loop.h"
 #include "pairwise/math.h"
 
 namespace kdfast {
@@ -202,10 +203,7 @@ void fill_pairs(const Matrix& x, int64_t dim, const Pairs<A>& p) {
 // Of n squared distances in a row: sum of D.
 template <class A>
 KD_MULTIVERSION A distance_sum(const A* p, int64_t n) {
-  A sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < n; ++i) sum += floored_distance(p[i]);
-  return sum;
+  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{floored_distance(p[i])}; }).a;
 }
 
 template <class A>
@@ -215,15 +213,12 @@ struct DistanceSums {
 
 template <class A>
 KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio) {
-  A loss = 0, dot = 0;
-#pragma omp simd reduction(+ : loss, dot)
-  for (int64_t i = 0; i < n; ++i) {
+  const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const A d_s = floored_distance(p_s[i]), x = distance_gap(d_s, floored_distance(p_t[i]), inverse_mu, ratio);
     const A u = huber_slope(x, A(1));
-    loss += huber(x, u, A(0.5));
-    dot += u * d_s;
-  }
-  return {loss, dot};
+    return Terms<A>{huber(x, u, A(0.5)), u * d_s};
+  });
+  return {sums.a, sums.b};
 }
 
 // weights += (scale h' - shift) / D^s, the share of the distance term; 0 where D is the floor.

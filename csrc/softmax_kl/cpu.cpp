@@ -18,21 +18,22 @@ struct KlSums {
   A p, q, dot, q_1;
 };
 
-template <class A>
+// Without kMasked no logit is -inf, or `dot` is not finite.
+template <bool kMasked, class A>
 KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
   const auto sums = sum_elements<3, A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q, e_p = exp2(c_p * rate);
-    return Terms<A>{e_p, exp2(c_q * rate), kl_term(e_p, c_p - c_q)};
+    return Terms<A>{e_p, exp2(c_q * rate), kMasked ? kl_term(e_p, c_p - c_q) : e_p * (c_p - c_q)};
   });
   return {sums.a, sums.b, sums.c, 0};
 }
 
 // The same, and the sum q_1 of q's exponentials at temperature 1.
-template <int kT, class A>
+template <int kT, bool kMasked, class A>
 KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
   const auto sums = sum_elements<4, A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q, e_p = exp2(c_p * rate), e_q = exp2(c_q * rate);
-    return Terms<A>{e_p, e_q, kl_term(e_p, c_p - c_q), exp_1<kT>(e_q, c_q)};
+    return Terms<A>{e_p, e_q, kMasked ? kl_term(e_p, c_p - c_q) : e_p * (c_p - c_q), exp_1<kT>(e_q, c_q)};
   });
   return {sums.a, sums.b, sums.c, sums.d};
 }
@@ -184,12 +185,15 @@ void for_row_pieces(int64_t cols, int64_t hidden, const F& f) {
 template <class A>
 using State = KlState<A, double>;
 
-// sums(p, q, n, max_p, max_q, rate) of a piece, added to the state; -> the piece's sum q_1.
+// sums(p, q, n, max_p, max_q, rate) of a piece, added to the state: `fast` where no logit is -inf, else `careful`; ->
+// the piece's sum q_1.
 template <class A, class F>
-A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& sums) {
+A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& fast, const F& careful) {
   const A top_p = max_of(p, n, s.max_p), top_q = max_of(q, n, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const KlSums<A> piece = sums(p, q, n, s.finite_max(s.max_p), s.finite_max(s.max_q), rate);
+  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  KlSums<A> piece = fast(p, q, n, max_p, max_q, rate);
+  if (!(piece.dot - piece.dot == 0)) piece = careful(p, q, n, max_p, max_q, rate);
   s.sum_p += piece.p;
   s.sum_q += piece.q;
   s.dot += piece.dot;
@@ -200,7 +204,7 @@ template <class A>
 State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
   State<A> s;
   for_row_pieces(cols, hidden, [&](int64_t begin, int64_t n) {
-    kl_update(s, p.piece(begin, n), q.piece(begin, n), n, rate, kl_sums<A>);
+    kl_update(s, p.piece(begin, n), q.piece(begin, n), n, rate, kl_sums<false, A>, kl_sums<true, A>);
   });
   return s;
 }
@@ -455,7 +459,7 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
       state.max_p = max_of(kept.values, teacher.count, kept.rest);
       state.max_q = max_of(kept.logits(), teacher.count, rest.sum == 0 ? -infinity<A>() : rest.max);
       for_pieces(0, teacher.count, [&](int64_t at, int64_t n) {
-        kl_update(state, kept.values + at, kept.logits() + at, n, rate, kl_sums<A>);
+        kl_update(state, kept.values + at, kept.logits() + at, n, rate, kl_sums<false, A>, kl_sums<true, A>);
       });
       add_rest(state, kept.rest, rest, rate);
       stats.set_side(kStudent, row, state.q());
@@ -531,8 +535,10 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
       const A before = state.max_q;
       A sum_1 = 0;
       if (teacher.data) {
-        sum_1 = dispatch_temperature(
-            rate, [&](auto t_1) { return kl_update(state, t.piece(begin, n), z, n, rate, kl_ce_sums<t_1.value, A>); });
+        sum_1 = dispatch_temperature(rate, [&](auto t_1) {
+          return kl_update(state, t.piece(begin, n), z, n, rate, kl_ce_sums<t_1.value, false, A>,
+                           kl_ce_sums<t_1.value, true, A>);
+        });
       } else {
         state.max_q = max_of(z, n, state.max_q);
         sum_1 = exp_sum(z, n, state.q().max, A(kLog2E));

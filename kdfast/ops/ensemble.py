@@ -78,6 +78,22 @@ def least(networks, tops, column, dtype):
     return target
 
 
+def leads(mix, networks):
+    """Whether the last network leads, for which `mix` has neither a target nor a weight."""
+    return mix is not None and mix.shape[2] < len(networks)
+
+
+def completed(mix, networks):
+    """Weights (B, R, N) of all targets and networks: of a leader's target 1 / (N - 1), of the leader 0."""
+    if not leads(mix, networks):
+        return mix
+    rows, targets, count = mix.shape
+    weights = mix.new_zeros(rows, targets + 1, count + 1)
+    weights[:, :targets, :count] = mix
+    weights[:, targets, :count] = 1 / count
+    return weights
+
+
 def targets_of(networks, tops, mix, labels, dtype):
     """-> the mixed logits [rows, cols] of each target."""
     if mix is None:
@@ -103,7 +119,7 @@ def mixed_logits_kl_forward_torch(
 
     sum_c p (log p' - log q); of the targets maxima, sums at T and at 1.
     """
-    dtype = accumulator(*networks, mix)
+    dtype, mix = accumulator(*networks, mix), completed(mix, networks)
     tops = [row_stats(x, 1.0, dtype)[0] for x in networks]
     column, wrong = (None, None) if labels is None else label_column(labels, networks[0].shape[1])
     kl = ce = zero = torch.zeros_like(tops[0])
@@ -155,11 +171,12 @@ def mixed_logits_kl_backward_torch(
     need_mix,
 ):
     """-> gradients [n, rows, cols] of all networks, or of the learners if nothing flows through the targets; of mix."""
-    dtype, count = stats.dtype, len(networks)
+    dtype, count, given = stats.dtype, len(networks), mix
+    mix = completed(mix, networks)
     grad = grad.to(dtype)
     kl_grad = grad * (kl_scale / temperature if ramp is None else kl_scale / temperature * ramp.to(dtype))
     ce_grad = grad * ce_scale
-    tops, sums, sums_1, masses, slopes, *targets = stats.split([count, *[learners] * 4, *[_targets(mix)] * 3])
+    tops, sums, sums_1, masses, slopes, *targets = stats.split([count, *[learners] * 4, *[_targets(mix, networks)] * 3])
     column = None if labels is None else labels.clamp(0, networks[0].shape[1] - 1)[:, None]
     flows = through_targets or target_ce
     grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (networks if flows else networks[:learners])]
@@ -190,12 +207,12 @@ def mixed_logits_kl_backward_torch(
                 c = z.to(dtype) - tops[m][:, None]
                 mix_grad[:, which, m] = fixed_sum(torch.where(c == -INF, 0.0, target_grad * c))
     if need_mix:
-        mix_grad = mix_grad.to(mix.dtype)
+        mix_grad = mix_grad[:, : given.shape[1], : given.shape[2]].to(mix.dtype).contiguous()
     return torch.stack(grads).to(networks[0].dtype), mix_grad
 
 
-def _targets(mix):
-    return 1 if mix is None else mix.shape[1]
+def _targets(mix, networks):
+    return 1 if mix is None else mix.shape[1] + leads(mix, networks)
 
 
 # ---- plain PyTorch: teachers_kl --------------------------------------------------------------------------------------
@@ -362,7 +379,7 @@ def aekd_forward_torch(student, teachers, temperature, scale, slack, normalize):
 # ---- the ops ---------------------------------------------------------------------------------------------------------
 def _mixed_logits_kl_fake(networks, mix, labels, ramp, learners, *args):
     dtype = accumulator(*networks, mix)
-    stats = len(networks) + 4 * learners + 3 * _targets(mix)
+    stats = len(networks) + 4 * learners + 3 * _targets(mix, networks)
     return networks[0].new_empty((), dtype=dtype), networks[0].new_empty((stats, networks[0].shape[0]), dtype=dtype)
 
 
@@ -503,21 +520,6 @@ def network_count(tensors):
     return sum(x.shape[0] if x.dim() == 3 else 1 for x in tensors)
 
 
-def complete(mix, leader):
-    """Weights (B, R, N) as the kernels take them, from those of :func:`mixed_loss`; None for None."""
-    if mix is None:
-        return None
-    if mix.dim() == 2:
-        mix = mix[:, None]
-    if not leader:
-        return mix
-    rows, targets, count = mix.shape
-    weights = mix.new_zeros(rows, targets + 1, count + 1)
-    weights[:, :targets, :count] = mix
-    weights[:, targets, :count] = 1 / count
-    return weights
-
-
 def _regroup(grads, tensors, needed):
     """The gradients [n, B, C] of `matrices(tensors)` in the form of `tensors`; None where not needed or beyond n."""
     out, begin = [], 0
@@ -536,19 +538,19 @@ def _regroup(grads, tensors, needed):
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        mix, labels, ramp, settings, through_targets, leader, *tensors = args
-        weights = complete(mix, leader)
+        mix, labels, ramp, settings, through_targets, *tensors = args
+        ctx.flat = mix is not None and mix.dim() == 2
+        weights = mix[:, None] if ctx.flat else mix
         loss, stats = _mixed_logits_kl(matrices(tensors), weights, labels, ramp, *settings)
         ctx.save_for_backward(weights, labels, ramp, stats, *tensors)
-        ctx.constants = (settings, through_targets, leader)
-        ctx.flat = mix is not None and mix.dim() == 2
+        ctx.constants = (settings, through_targets)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("mixed_logits_kl")
         mix, labels, ramp, stats, *tensors = ctx.saved_tensors
-        settings, through_targets, leader = ctx.constants
+        settings, through_targets = ctx.constants
         need_mix = ctx.needs_input_grad[0] and (through_targets or settings[-1])
         networks = matrices(tensors)
         grads, mix_grad = _mixed_logits_kl_backward(
@@ -556,11 +558,9 @@ class _MixedLogitsKL(torch.autograd.Function):
         )
         if not need_mix:
             mix_grad = None
-        elif leader:
-            mix_grad = mix_grad[:, :-1, :-1]
         elif ctx.flat:
             mix_grad = mix_grad[:, 0]
-        return mix_grad, *(None,) * 5, *_regroup(grads, tensors, ctx.needs_input_grad[6:])
+        return mix_grad, *(None,) * 4, *_regroup(grads, tensors, ctx.needs_input_grad[5:])
 
 
 class _TeachersKL(torch.autograd.Function):
@@ -618,7 +618,10 @@ def network_list(name, x, like=None, of="the student"):
     def named(i):
         return name if isinstance(x, torch.Tensor) else f"{name}[{i}]"
 
-    other = check.unlike_first(tensors) if tensors else []
+    if like is None:
+        other = check.unlike_first(tensors) if tensors else []
+    else:
+        other = [i - 1 for i in check.unlike_first([like, *tensors])[1:]]
     for i in other:
         check.tensor(named(i), tensors[i])
         check.floating(named(i), tensors[i])
@@ -639,7 +642,7 @@ def network_list(name, x, like=None, of="the student"):
                 f"{named(i)} must have {of}'s batch and classes {tuple(shape)}, got shape {tuple(tensors[i].shape)}"
             )
         check.same_device(named(i), tensors[i], first, of)
-    if len(other) > 1 and any(tensors[i].dtype != tensors[0].dtype for i in other):
+    if len(other) > (like is None) and len({x.dtype for x in tensors}) > 1:
         tensors = [x.to(accumulator(*tensors)) for x in tensors]
     return list(tensors)
 
@@ -756,7 +759,7 @@ def mixed_loss(
     share = 1 / max(rows, 1)
     ce_scale = 0.0 if labels is None else float(ce_weight * share)
     settings = (learners, float(temperature), float(eps), kl_weight * temperature * temperature * share, ce_scale)
-    return _MixedLogitsKL.apply(mix, labels, ramp, (*settings, target_ce), through_targets, leader, *tensors)
+    return _MixedLogitsKL.apply(mix, labels, ramp, (*settings, target_ce), through_targets, *tensors)
 
 
 def teachers_kl(
