@@ -420,10 +420,16 @@ def test_flat_mix(implementation):
     assert all(map(torch.equal, torch.autograd.grad(constant, flat.networks), want[:-1]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_okddip_is_a_mixture(implementation, dtype):
+@pytest.mark.parametrize("classes", [9, 1100], ids="classes{}".format)
+@pytest.mark.parametrize(
+    ("peers_dtype", "dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16)],
+    ids=str,
+)
+def test_okddip_is_a_mixture(implementation, peers_dtype, dtype, classes):
     """The leader's target is the mean of the peers, a list or stacked, of its dtype or not."""
-    d = make(implementation, 3, 4, 9, torch.float32).leaves()
+    for_simt(implementation, classes == 9)
+    d = make(implementation, 3, 4, classes, peers_dtype).leaves()
     *peers, leader = d.networks
     leader = leader.detach().to(dtype).requires_grad_()
     attention = d.mix[:, :2, :2]

@@ -740,7 +740,8 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       }
     };
     for (int64_t m = 0; m < written; ++m) {
-      A* out = takes(m) ? scratch.piece(outs + m) : target(grad.out[m], row, begin, scratch.piece(outs));
+      A* own = scratch.piece(outs + m);  // what network m takes is added to it later, so it is no other's
+      A* out = takes(m) ? own : target(grad.out[m], row, begin, own);
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
         if (m == r) prepare(r);  // its first learner

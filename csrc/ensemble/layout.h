@@ -44,11 +44,12 @@ struct Mix {
   int64_t row_stride = 0, target_stride = 0, network_stride = 0;
   int64_t targets = 0, networks = 0;  // in memory
   int64_t leader = -1;                // which network leads, if one does
+  double share = 0;                   // of each other network in its target
 
   KD_HD bool is_implied(int64_t target, int64_t network) const {
     return leader >= 0 && (target == leader || network == leader);
   }
-  KD_HD double implied(int64_t network) const { return network == leader ? 0 : 1 / static_cast<double>(leader); }
+  KD_HD double implied(int64_t network) const { return network == leader ? 0 : share; }
 
   KD_HD Column column(int64_t row, int64_t target) const {
     const int64_t offset = row * row_stride + target * target_stride;
@@ -59,10 +60,20 @@ struct Mix {
 
 // Of `count` networks.
 inline Mix mix_of(const std::optional<Tensor>& mix, int64_t count) {
-  if (!mix) return {};
-  const int64_t networks = mix->size(2);
-  return {mix->data_ptr(), mix->scalar_type(), mix->stride(0), mix->stride(1),
-          mix->stride(2),  mix->size(1),       networks,       networks < count ? networks : -1};
+  Mix m;
+  if (!mix) return m;
+  m.data = mix->data_ptr();
+  m.dtype = mix->scalar_type();
+  m.row_stride = mix->stride(0);
+  m.target_stride = mix->stride(1);
+  m.network_stride = mix->stride(2);
+  m.targets = mix->size(1);
+  m.networks = mix->size(2);
+  if (m.networks < count) {
+    m.leader = m.networks;
+    m.share = 1 / static_cast<double>(m.networks);
+  }
+  return m;
 }
 
 inline int64_t targets_of(const std::optional<Tensor>& mix, int64_t count) {
