@@ -56,7 +56,7 @@ KD_MULTIVERSION void add_channels(const A* x, int64_t stride, int64_t channels, 
 
 template <int P, class A>
 KD_MULTIVERSION A sum_powers(const A* x, int64_t n, int64_t p) {
-  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{power<P>(x[i], p)}; }).a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return power<P>(x[i], p); });
 }
 
 // sum [positions] += those at [begin, end) of the channels of m [C, N].
@@ -117,12 +117,10 @@ void write_maps(const Tensor& x, int64_t p, A* sums) {
 // ---- the loss of one sample, and its slopes in place of the maps
 template <class A>
 KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
-  return sum_elements<1, double>(n,
-                                 [&](int64_t i) KD_INLINED {
-                                   const double wide = x[i];
-                                   return Terms<double>{wide * wide};
-                                 })
-      .a;
+  return sum_each<double>(n, [&](int64_t i) KD_INLINED {
+    const double wide = x[i];
+    return wide * wide;
+  });
 }
 
 struct GapSums {

@@ -113,6 +113,12 @@ KD_INLINED inline Terms<A> sum_elements(int64_t n, const F& f) {
   return fold_elements<kTerms, Sum<A>, A>(n, f);
 }
 
+// The sum of f(i) -> A over the n elements.
+template <class A, class F>
+KD_INLINED inline A sum_each(int64_t n, const F& f) {
+  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{f(i)}; }).a;
+}
+
 // Maxima, at least -inf.
 template <int kTerms, class A, class F>
 KD_INLINED inline Terms<A> max_elements(int64_t n, const F& f) {

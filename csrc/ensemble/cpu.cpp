@@ -168,14 +168,13 @@ KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, in
 template <int kT, bool kEps, class A>
 KD_MULTIVERSION A learner_spread_piece(const A* z, const A* t, const A* e_t, const A* g_t, int64_t n, A max, A rate,
                                        LearnerGrad<A> g, A w, A* out) {
-  const auto sums = sum_elements<1, A>(n, [&](int64_t i) KD_INLINED {
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
     const bool live = kEps && !is_masked(kdfast::max(z[i], t[i]));
     const A flow = g_t[i];
     out[i] = learner_term(g, e_t[i], e, live) + g.of_1 * exp_1<kT>(e, c) + w * flow;
-    return Terms<A>{weight_term(flow, c)};
+    return weight_term(flow, c);
   });
-  return sums.a;
 }
 
 // The gradients of a learner, and of the divergence in the target's logits, which `to_target` becomes, or is added to
@@ -261,7 +260,7 @@ KD_MULTIVERSION void move_sums(A* few, int64_t n, double* all) {
 }
 
 KD_MULTIVERSION double dot_product(const double* x, const double* y, int64_t n) {
-  return sum_elements<1, double>(n, [&](int64_t i) KD_INLINED { return Terms<double>{x[i] * y[i]}; }).a;
+  return sum_each<double>(n, [&](int64_t i) KD_INLINED { return x[i] * y[i]; });
 }
 
 // Up to four teachers in a chunk: logits, maxima, and the factors of their exponentials.
@@ -314,12 +313,10 @@ KD_MULTIVERSION void add_below(const A* z, int64_t n, LogSoftmax<A> p, const A* 
 
 template <class A>
 KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
-  return sum_elements<1, A>(n,
-                            [&](int64_t i) KD_INLINED {
-                              const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
-                              return Terms<A>{reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count))};
-                            })
-      .a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
+    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    return reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
+  });
 }
 
 template <class A>

@@ -226,12 +226,10 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
 // ---- comparisons
 template <class A>
 KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
-  return sum_elements<1, double>(n,
-                                 [&](int64_t j) KD_INLINED {
-                                   const double wide = x[j];
-                                   return Terms<double>{wide * wide};
-                                 })
-      .a;
+  return sum_each<double>(n, [&](int64_t j) KD_INLINED {
+    const double wide = x[j];
+    return wide * wide;
+  });
 }
 
 // Each fills the statistics of row i and gives its loss; g and h are the row in both matrices.
@@ -275,12 +273,10 @@ KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A
 template <class A, int kTerms>
 KD_MULTIVERSION double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n,
                                    Stats<A> stats) {
-  return sum_elements<1, double>(n,
-                                 [&](int64_t j) KD_INLINED {
-                                   A slope_s, slope_t;
-                                   return Terms<double>{f.entry(g[j], h[j], i, j, stats, slope_s, slope_t)};
-                                 })
-      .a;
+  return sum_each<double>(n, [&](int64_t j) KD_INLINED {
+    A slope_s, slope_t;
+    return f.entry(g[j], h[j], i, j, stats, slope_s, slope_t);
+  });
 }
 
 template <Side kSide, class A, class F>
@@ -291,10 +287,8 @@ KD_MULTIVERSION void weigh_row(const F& f, const A* g, const A* h, int64_t i, in
 
 template <class A>
 KD_MULTIVERSION double dot(const A* x, const A* y, int64_t n) {
-  return sum_elements<1, double>(
-             n,
-             [&](int64_t j) KD_INLINED { return Terms<double>{static_cast<double>(x[j]) * static_cast<double>(y[j])}; })
-      .a;
+  return sum_each<double>(n,
+                          [&](int64_t j) KD_INLINED { return static_cast<double>(x[j]) * static_cast<double>(y[j]); });
 }
 
 template <class A, class F>
@@ -390,13 +384,11 @@ void write_units(const Tensor& x, A eps, const Network<A>& net) {
 // gaps := signs; -> sum |gap|
 template <class A>
 KD_MULTIVERSION A take_signs(const A* s, const A* t, A* signs) {
-  return sum_elements<1, A>(kPositions * kPositions,
-                            [&](int64_t i) KD_INLINED {
-                              const A gap = s[i] - t[i];
-                              signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
-                              return Terms<A>{std::abs(gap)};
-                            })
-      .a;
+  return sum_each<A>(kPositions * kPositions, [&](int64_t i) KD_INLINED {
+    const A gap = s[i] - t[i];
+    signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
+    return std::abs(gap);
+  });
 }
 
 template <class A>

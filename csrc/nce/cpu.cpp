@@ -67,11 +67,11 @@ KD_MULTIVERSION A score_tile(const Tile<A>& tile, const A* anchor, int64_t dim, 
   for (int64_t r = 0; r < kTile; ++r) sign[r] = 1;
   if (tile.positive) sign[0] = -1;
   const int64_t count = tile.count;
-  const A loss = sum_elements<1, A>(kTile, [&](int64_t r) KD_INLINED {
-                   const Term<A> t = term(dots[r] * rate - shift, sign[r]);
-                   weights[r] = r < count ? t.slope : A(0);
-                   return Terms<A>{r < count ? t.loss : A(0)};
-                 }).a;
+  const A loss = sum_each<A>(kTile, [&](int64_t r) KD_INLINED {
+    const Term<A> t = term(dots[r] * rate - shift, sign[r]);
+    weights[r] = r < count ? t.slope : A(0);
+    return r < count ? t.loss : A(0);
+  });
   if (!grad) return loss;
   int64_t c = 0;
   for (; c + 8 * kLanesOf<A> <= dim; c += 8 * kLanesOf<A>) add_rows<8>(tile, weights, c, grad);
@@ -314,12 +314,10 @@ Tensor nce_log_sums_cpu(Tensor student, Tensor teacher, Tensor bank_student, Ten
 // moved = momentum * old + (1 - momentum) * row -> the sum of its squares.
 template <class A>
 KD_MULTIVERSION A mix(const A* old, const A* row, int64_t n, A momentum, A* moved) {
-  return sum_elements<1, A>(n,
-                            [&](int64_t i) KD_INLINED {
-                              moved[i] = momentum * old[i] + (1 - momentum) * row[i];
-                              return Terms<A>{moved[i] * moved[i]};
-                            })
-      .a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
+    moved[i] = momentum * old[i] + (1 - momentum) * row[i];
+    return moved[i] * moved[i];
+  });
 }
 
 void update_bank_cpu(Tensor bank, Tensor rows, Tensor index, double momentum) {

@@ -203,7 +203,7 @@ void fill_pairs(const Matrix& x, int64_t dim, const Pairs<A>& p) {
 // Of n squared distances in a row: sum of D.
 template <class A>
 KD_MULTIVERSION A distance_sum(const A* p, int64_t n) {
-  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{floored_distance(p[i])}; }).a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return floored_distance(p[i]); });
 }
 
 template <class A>

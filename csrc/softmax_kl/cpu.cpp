@@ -40,23 +40,21 @@ KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A ma
 
 template <class A>
 KD_MULTIVERSION A exp_sum(const A* z, int64_t n, A max, A rate) {
-  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{exp2((z[i] - max) * rate)}; }).a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return exp2((z[i] - max) * rate); });
 }
 
 // Writes the exponentials, too.
 template <class A>
 KD_MULTIVERSION A exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  return sum_elements<1, A>(n,
-                            [&](int64_t i) KD_INLINED {
-                              e[i] = exp2((z[i] - max) * rate);
-                              return Terms<A>{e[i]};
-                            })
-      .a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
+    e[i] = exp2((z[i] - max) * rate);
+    return e[i];
+  });
 }
 
 template <class A>
 KD_MULTIVERSION A centred_sum(const A* z, int64_t n, A max) {
-  return sum_elements<1, A>(n, [&](int64_t i) KD_INLINED { return Terms<A>{z[i] - max}; }).a;
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return z[i] - max; });
 }
 
 template <class A>
