@@ -31,19 +31,22 @@ class capture(Mapping):
     - Each forward of the model drops the values of the one before. A layer that runs several times in it gives its last
       run; a run outside (a layer called by hand, a checkpoint's recomputation) does not count.
     - A value is the tensor itself and not a copy, in the type that autocast gave it, on the layer's device. What is no
-      tensor (a tuple, a dict) comes as the layer returned it.
+      tensor (a tuple, a dict) comes as the layer returned it. Under torch.inference_mode it is a copy, which a loss can
+      save for its backward.
     - After the block no tensor is kept.
+    - A module that holds a capture and its model can be copied, pickled and saved whole: the copy's capture watches the
+      copy's model, and has no values until that runs. A copy of the model alone is not watched.
 
     Errors: ValueError for a name that the model does not have, with those that are near, for nn.DataParallel, whose
-    copies run in threads, and for a scripted model. RuntimeError on reading a layer that has not run, and a tensor that
-    was changed in place later, as ``nn.ReLU(inplace=True)`` changes the output of the layer before it. The ``:input``
-    of a layer with ``inplace=True`` can be captured: that layer then works on a copy.
+    copies run in threads, and for a scripted model. RuntimeError on reading a layer that has not run, any layer of a
+    forward that raised an error, and a tensor that was changed in place later, as ``nn.ReLU(inplace=True)`` changes the
+    output of the layer before it. The ``:input`` of a layer with ``inplace=True`` can be captured: that layer then
+    works on a copy.
 
     torch.compile: before or after, also ``fullgraph=True``. A model that was compiled before is compiled once more when
-    it next runs; no value is then changed in place. Copies of the model made in the block are not watched. One model
-    cannot be called from several threads at once. In a reentrant checkpoint the values have no graph. With
-    DistributedDataParallel's find_unused_parameters=True, the model's output must depend on every layer that the loss
-    reads.
+    it next runs; no value is then changed in place. One model cannot be called from several threads at once. In a
+    reentrant checkpoint the values have no graph. With DistributedDataParallel's find_unused_parameters=True, the
+    model's output must depend on every layer that the loss reads.
     """
 
     def __init__(self, model, names):
@@ -52,14 +55,14 @@ class capture(Mapping):
         names, model = _names(names), _unwrapped(model)
         layers = _layers(model)
         _check_exist(names, layers)
-        self._values = {name: _Value() for name in names}
-        self._forward = forward = _Forward(list(self._values.values()))
+        self._forward = forward = _Forward(names)
+        forward.watched = True
         self._handles = [
             model.register_forward_pre_hook(_Begin(forward)),
             model.register_forward_hook(_End(forward)),
             _Mark(model),
         ]
-        for name, value in self._values.items():
+        for name, value in forward.values.items():
             layer = layers[name.removesuffix(INPUT)]
             if name.endswith(INPUT):
                 self._handles.append(layer.register_forward_pre_hook(_Input(forward, value), with_kwargs=True))
@@ -68,13 +71,20 @@ class capture(Mapping):
             self._handles.append(_Mark(layer))
 
     def __getitem__(self, name):
-        if name not in self._values:
-            raise KeyError(f"{name} is not captured; captured: {', '.join(self._values)}")
-        if self._forward.state == "ended":
+        values, state = self._forward.values, self._forward.state
+        if name not in values:
+            raise KeyError(f"{name} is not captured; captured: {', '.join(values)}")
+        if not self._forward.watched:
             raise RuntimeError(f"{name}: the capture has ended; read it inside the with block, before remove()")
-        if self._forward.state == "waiting":
-            raise RuntimeError(f"{name}: the model has not run since the capture began; call model(...) itself")
-        value = self._values[name]
+        if state == "waiting":
+            raise RuntimeError(
+                f"{name}: the model has not run since the capture began or was copied; call model(...) itself"
+            )
+        if state == "running":
+            raise RuntimeError(
+                f"{name}: the model's last forward raised an error, or still runs; call model(...) again"
+            )
+        value = values[name]
         if not value.ran:
             raise RuntimeError(f"{name}: the layer did not run in the model's last forward")
         if value.version is not None and value.version != value.content._version:
@@ -85,17 +95,17 @@ class capture(Mapping):
         return value.content
 
     def __iter__(self):
-        return iter(self._values)
+        return iter(self._forward.values)
 
     def __len__(self):
-        return len(self._values)
+        return len(self._forward.values)
 
     def __contains__(self, name):
-        return name in self._values
+        return name in self._forward.values
 
     def values(self):
         """The values in the order of the names, as a list, which a loss of several layers takes."""
-        return [self[name] for name in self._values]
+        return [self[name] for name in self]
 
     def __enter__(self):
         return self
@@ -108,7 +118,14 @@ class capture(Mapping):
         while self._handles:
             self._handles.pop().remove()
         self._forward.drop()
-        self._forward.state = "ended"
+        self._forward.watched = False
+
+    def __getstate__(self):
+        return {"forward": self._forward, "handles": self._handles, "watched": self._forward.watched}
+
+    def __setstate__(self, state):
+        self._forward, self._handles = state["forward"], state["handles"]
+        self._forward.watched = state["watched"]
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -177,51 +194,58 @@ class _Value:
             self.content = x.clone()
         elif not x.is_inference():
             self.version = x._version
+        else:  # no changes are counted, and no backward can save it
+            with torch.inference_mode(False):
+                self.content = x.clone()
+
+    def drop(self):
+        """Forget the content."""
+        self.ran, self.content, self.version = False, None, None
+
+    def __reduce__(self):
+        return _Value, ()
 
 
 class _Forward:
-    """The model's forward, and the values it fills."""
+    """The model's forward, and the values it fills: shared by a capture and its hooks, in copies, too.
 
-    def __init__(self, values):
-        self.state = "waiting"  # for the first forward; then "running" or "done"; "ended" without hooks
-        self.values = values
+    A copy has no values, and its hooks do nothing unless the capture was copied, too.
+    """
+
+    def __init__(self, names):
+        self.watched = False  # whether there is a capture
+        self.state = "waiting"  # for the first forward; then "running" or "done"
+        self.values = {name: _Value() for name in names}
 
     def drop(self):
         """Forget the values."""
-        for value in self.values:
-            value.ran, value.content, value.version = False, None, None
+        for value in self.values.values():
+            value.drop()
+
+    def __getstate__(self):
+        return {"watched": False, "state": "waiting", "values": self.values}
 
 
-class _Hook:
-    """A hook that copies of its model do not have: in a copy, or loaded from a file, it does nothing."""
-
-    def __reduce__(self):
-        return _Idle, ()
-
-
-class _Idle:
-    def __call__(self, *args):
-        return None
-
-
-class _Begin(_Hook):
+class _Begin:
     def __init__(self, forward):
         self.forward = forward
 
     def __call__(self, model, args):
-        self.forward.drop()
-        self.forward.state = "running"
+        if self.forward.watched:
+            self.forward.drop()
+            self.forward.state = "running"
 
 
-class _End(_Hook):
+class _End:
     def __init__(self, forward):
         self.forward = forward
 
     def __call__(self, model, args, output):
-        self.forward.state = "done"
+        if self.forward.state == "running":
+            self.forward.state = "done"
 
 
-class _Output(_Hook):
+class _Output:
     def __init__(self, forward, value):
         self.forward, self.value = forward, value
 
@@ -230,7 +254,7 @@ class _Output(_Hook):
             self.value.set(output)
 
 
-class _Input(_Hook):
+class _Input:
     def __init__(self, forward, value):
         self.forward, self.value = forward, value
 

@@ -3,8 +3,11 @@
 import copy
 import gc
 import io
+import os
 import pickle
 import re
+import subprocess
+import sys
 import warnings
 import weakref
 from pathlib import Path
@@ -260,6 +263,22 @@ def test_without_a_graph(mode):
             assert not value.requires_grad
 
 
+def test_a_teacher_in_inference_mode():
+    """Its values can be saved for the student's backward, and are those of the moment: no changes are counted there."""
+    student, teacher, x = make(0), make(1), images()
+    names = ["stem", "blocks.0.conv1", "blocks.1.relu:input", "head"]
+    with kdfast.capture(student, ["stem"]) as ours, kdfast.capture(teacher, names) as theirs:
+        with torch.inference_mode():
+            teacher(x)
+        student(x)
+        assert not any(value.is_inference() for value in theirs.values())
+        before = teacher.blocks[0].conv1(teacher.stem(x))
+        torch.testing.assert_close(theirs["blocks.0.conv1"], before)
+        (ours["stem"] * theirs["stem"]).sum().backward()
+        want = torch.autograd.grad((student.stem(x) * teacher.stem(x)).sum(), student.stem.weight)[0]
+    torch.testing.assert_close(student.stem.weight.grad, want)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("names", "error", "message"),
@@ -315,20 +334,43 @@ def test_reading_what_is_not_there():
         features["stem"]
 
 
-def test_a_forward_that_fails():
+@pytest.mark.parametrize("how", ["eager", "compiled"])
+def test_a_forward_that_fails(how):
+    """Neither the values of the forward before nor those of the layers that ran are served."""
     net = make()
+    run = net if how == "eager" else torch.compile(net, backend="aot_eager")
     with kdfast.capture(net, ["stem", "blocks.1"]) as features:
-        net(images())
-        with pytest.raises(RuntimeError):
-            net(images()[:, :2])
-        with pytest.raises(RuntimeError, match="stem: the layer did not run"):
-            features["stem"]
-        check_stem(features, net, net, images())
+        run(images())
+        for wrong in (images()[:, :2], torch.randn(2, 3, 6, 0)):
+            with pytest.raises(RuntimeError):
+                run(wrong)
+            with pytest.raises(RuntimeError, match="stem: the model's last forward raised an error, or still runs"):
+                features["stem"]
+            check_stem(features, net, run, images())
+    torch._dynamo.reset()
     assert untouched(net)
+
+
+def test_a_forward_that_fails_after_a_layer():
+    net = make()
+    handle = net.head.register_forward_hook(lambda *_: 1 / 0)
+    with kdfast.capture(net, ["stem", "blocks.1"]) as features:
+        with pytest.raises(ZeroDivisionError):
+            net(images())
+        net.stem(images(1))
+        for name in features:
+            with pytest.raises(RuntimeError, match=f"{name}: the model's last forward raised an error"):
+                features[name]
+        handle.remove()
+        check_stem(features, net, net, images())
 
 
 def check_stem(features, net, run, x):
     run(x)
+    check_stem_of(features, net, x)
+
+
+def check_stem_of(features, net, x):
     torch.testing.assert_close(features["stem"], net.stem(x), rtol=1e-5, atol=1e-5)
 
 
@@ -393,19 +435,156 @@ def saved(net):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
-def test_copies_are_not_watched(duplicate):
+DUPLICATES = pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+
+
+@DUPLICATES
+def test_copies_of_the_model_alone_are_not_watched(duplicate):
     """As for a moving average of the weights, in the middle of the training."""
     net, x = make(), images()
     with kdfast.capture(net, NAMES) as features:
         net(x)
         value = features["stem"]
         other = duplicate(net)
+        kept = [hook.value for layer in other.modules() for hook in watching(layer) if hasattr(hook, "value")]
+        assert len(kept) == len(NAMES)
         with torch.no_grad():
             other.stem.weight.zero_()
             torch.testing.assert_close(other(x), by_hand(other, x)[-1])
         assert features["stem"] is value and value.std() > 0
+        assert all(value.content is None for value in kept), "a copy without a capture keeps its activations"
+        with kdfast.capture(other, ["stem"]) as second:
+            other(x)
+            assert torch.equal(second["stem"], other.stem(x)) and features["stem"] is value
     torch.testing.assert_close(other(x), by_hand(other, x)[-1])
+
+
+def watching(layer):
+    return [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+
+
+class Watched(nn.Module):
+    """A network and a capture of it."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.features = kdfast.capture(net, NAMES)
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class CaptureFirst(Watched):
+    """The capture is copied before the network."""
+
+    def __init__(self, net):
+        nn.Module.__init__(self)
+        self.__dict__ = {"features": kdfast.capture(net, NAMES), **self.__dict__}
+        self.net = net
+
+
+class OfItself(Net):
+    """A network that holds its own capture."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = kdfast.capture(self, NAMES)
+        self.__dict__["net"] = self
+
+
+def of_average(module):
+    return torch.optim.swa_utils.AveragedModel(module).module
+
+
+MOMENTS = ["before a forward", "after a forward", "after a step", "after an error", "after remove"]
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, of_average])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("build", [lambda: Watched(make()), lambda: CaptureFirst(make()), OfItself])
+def test_copies_of_a_capture_watch_their_own_model(build, moment, duplicate):
+    torch.manual_seed(0)
+    module, x = build(), images()
+    value = None
+    if moment == "after an error":
+        with pytest.raises(RuntimeError):
+            module(x[:, :2])
+    elif moment != "before a forward":
+        output = module(x)
+        value = module.features["stem"]
+        if moment == "after a step":
+            losses([output, *module.features.values()]).backward()
+            torch.optim.SGD(module.parameters(), lr=0.1).step()
+        elif moment == "after remove":
+            module.features.remove()
+    other = duplicate(module)
+    if moment == "after remove":
+        other(x)
+        with pytest.raises(RuntimeError, match="stem: the capture has ended"):
+            other.features["stem"]
+        assert untouched(other.net)
+        return
+    with pytest.raises(RuntimeError, match="stem: the model has not run since the capture began or was copied"):
+        other.features["stem"]
+    with torch.no_grad():
+        other.net.stem.weight.add_(1.0)
+    for seed in range(2):  # each serves its own batch, of its own weights
+        check_step(other.features, other, other.net, images(seed + 1))
+        if value is not None:
+            assert module.features["stem"] is value
+    theirs = other.features["stem"]
+    check_step(module.features, module, module.net, images(3))
+    assert other.features["stem"] is theirs
+    other.features.remove()
+    assert untouched(other.net) and not untouched(module.net)
+    check_step(module.features, module, module.net, images(4))
+    module.features.remove()
+    assert untouched(module.net)
+
+
+def test_copies_keep_no_activations():
+    """Neither do files: those of a capture after a forward are as long as before."""
+
+    def length(module):
+        file = io.BytesIO()
+        torch.save(module, file)
+        return len(file.getvalue())
+
+    module = Watched(make())
+    before = length(module)
+    module(images(batch=64))
+    assert length(module) == before
+    other = copy.deepcopy(module)
+    other(images())
+    values = [weakref.ref(value) for value in other.features.values()]
+    del other
+    gc.collect()
+    assert all(value() is None for value in values)
+
+
+def test_a_loaded_capture_and_new_hooks(tmp_path):
+    """A new process counts its hooks from 0: those that are registered there replace none of the capture's."""
+    module = Watched(make())
+    torch.save(module, tmp_path / "module.pt")
+    code = """
+import sys
+import torch
+import test_capture
+module = torch.load(sys.argv[1], weights_only=False)
+layers = [layer for layer in module.net.modules() for _ in range(40)]
+handles = [add(lambda *_: None) for x in layers for add in (x.register_forward_hook, x.register_forward_pre_hook)]
+test_capture.check_step(module.features, module, module.net, test_capture.images())
+print("as by hand")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "module.pt")],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert run.stdout == "as by hand\n", run.stderr
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -488,7 +667,7 @@ def test_compile(how, moment, graphs):
     gc.collect()
     assert all(value() is None for value in values)
     torch.testing.assert_close(run(images()), by_hand(net, images())[-1], rtol=1e-5, atol=1e-5)
-    assert untouched(net) and all(value.content is None for value in features._values.values())
+    assert untouched(net) and all(value.content is None for value in features._forward.values.values())
 
 
 def test_compile_with_inductor(graphs):
@@ -554,6 +733,24 @@ def test_compiled_copies_are_not_watched(graphs):
         compiled(other, "function")(x)
         torch.testing.assert_close(features["stem"], net.stem(x))
         check_stem(features, net, run, images(1))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_copies_of_a_capture(inside, graphs):
+    """The network is compiled inside of the module that is copied, or the copy's for itself."""
+    net = make()
+    run = compiled(net, "function")
+    module = Watched(run if inside else net)
+    check_step(module.features, run, net, images())
+    other = copy.deepcopy(module)
+    own = other.net._orig_mod if inside else other.net
+    run_copy = other.net if inside else compiled(own, "function")
+    with torch.no_grad():
+        own.stem.weight.add_(1.0)
+    for seed in range(2):
+        check_step(other.features, run_copy, own, images(seed))
+        check_step(module.features, run, net, images(seed + 2))
+        check_stem_of(other.features, own, images(seed))
 
 
 def test_compiled_layers(graphs):
