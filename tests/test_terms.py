@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -138,17 +139,35 @@ def test_what_an_objective_reads():
         ({"loss": len}, TypeError, "loss must be an nn.Module, got builtin_function"),
         ({"weight": "1"}, TypeError, "weight must be a number, got str"),
         ({"weight": True}, TypeError, "weight must be a number, got bool"),
+        ({"weight": float("nan")}, ValueError, "weight must be finite, got nan"),
+        ({"weight": torch.ones(())}, TypeError, "weight must be a number, got Tensor"),
         ({"reads": "student.logits"}, TypeError, "reads must be a tuple of the loss's arguments, got 'student.logits'"),
         ({"reads": ("student.logits", "fc")}, ValueError, "reads must be student.LAYER.*got 'fc'"),
         ({"reads": ("student.", "teacher.fc")}, ValueError, "reads must be student.LAYER.*got 'student.'"),
         ({"reads": (["student.fc", 3], "teacher.fc")}, ValueError, "reads must be student.LAYER.*got 3"),
         ({"reads": ("student.logits",)}, ValueError, r"reads must be the arguments of KD \(student, teacher, labels\)"),
         ({"name": "kd.1"}, ValueError, "name must be an identifier, got 'kd.1'"),
+        ({"name": 1}, TypeError, "name must be a string, got int"),
     ],
 )
 def test_wrong_terms(arguments, error, message):
     with pytest.raises(error, match=message):
         Term(**{"loss": kdfast.KD(), **arguments})
+
+
+@pytest.mark.parametrize("weight", [2, 2.0, np.float32(2), np.float64(2), np.int64(2)], ids=lambda x: type(x).__name__)
+def test_weights_of_python_and_numpy(weight):
+    got = Term(kdfast.KD(), weight).weight
+    assert got == 2 and type(got) is float
+
+
+@pytest.mark.parametrize("name", ["forward", "terms", "layers", "training", "half", "_modules", "__class__"])
+def test_names_that_a_module_has(name):
+    message = f"terms must not be named '{name}', as an attribute of nn.Module is; set Term.name"
+    with pytest.raises(ValueError, match=message):
+        Objective([Term(kdfast.KD(), name=name)])
+    with pytest.raises(ValueError, match=message):  # without a name of its own
+        Objective([Term(type(name.capitalize(), (kdfast.KD,), {})(), name=name)])
 
 
 def test_wrong_objectives():

@@ -1,6 +1,8 @@
 """`kdfast.integrations.timm` in timm's own training loop: its optimizers, checkpoints, averages, compile and ranks."""
 
 import copy
+import io
+import pickle
 from argparse import Namespace
 
 import pytest
@@ -17,7 +19,7 @@ pytest.importorskip("timm.task", reason="this timm has no training tasks")
 from timm.optim import create_optimizer_v2  # noqa: E402
 from timm.scheduler import create_scheduler_v2  # noqa: E402
 from timm.task import DistillationTeacher, load_task_ema_checkpoint, resume_task_checkpoint  # noqa: E402
-from timm.utils import CheckpointSaver, dispatch_clip_grad, unwrap_model  # noqa: E402
+from timm.utils import CheckpointSaver, ModelEmaV3, dispatch_clip_grad, unwrap_model  # noqa: E402
 
 from kdfast.integrations.presets import PRESETS, embedding, preactivation, recipe, stages  # noqa: E402
 from kdfast.integrations.timm import LOGITS, DistillationTask, Term, of_layers  # noqa: E402
@@ -196,6 +198,37 @@ def test_no_gradient_goes_through_the_teacher():
     task = DistillationTask(student, teacher, [Term(kdfast.KD())])
     task(images.requires_grad_(), labels)["loss"].backward()
     assert seen == [False] and images.grad.any()
+
+
+class CrossEntropyOfTeacher(nn.Module):
+    """A loss in plain PyTorch, which saves nothing of the teacher's for its backward."""
+
+    def forward(self, student, teacher):
+        return F.cross_entropy(student, teacher.softmax(1))
+
+
+def test_a_teacher_in_inference_mode():
+    """Its logits are taken as they are, and its layers captured, whoever runs it."""
+    student, teacher = networks()
+    images, labels, _ = batch()
+    logits = teacher.eval()(images)
+    with torch.inference_mode():
+        of_inference = teacher(images)
+    task = DistillationTask(student, None, [Term(CrossEntropyOfTeacher(), name="kd")])
+    got, want = (task(images, labels, teacher_logits=x) for x in (of_inference, logits.detach()))
+    assert torch.equal(got["loss"], want["loss"])
+    got["loss"].backward()
+    assert all(p.grad is not None for p in student.parameters())
+
+    class Inference(DistillationTask):
+        @torch.inference_mode()
+        def taught(self, input):
+            return super().taught(input)
+
+    terms = [Term(CrossEntropyOfTeacher(), name="kd"), Term(kdfast.AT(), 1000.0, of_layers(["layer3", "layer4"]))]
+    got, want = (kind(student, teacher, terms).train()(images, labels) for kind in (Inference, DistillationTask))
+    assert torch.equal(got["loss"], want["loss"])
+    got["loss"].backward()
 
 
 def test_a_teacher_by_its_name(monkeypatch):
@@ -529,11 +562,81 @@ def test_wrong_tasks():
     task = DistillationTask(student, teacher, [Term(kdfast.FitNets(), 1.0, ("student.layer2", "teacher.layer2"))])
     with pytest.raises(ValueError, match=r"term fitnets of \(8, 8, 8, 8\), \(8, 48, 8, 8\): teacher must have"):
         task(images, labels)
+    task = preset_task("at", student, teacher)
+    with pytest.raises(ValueError, match="teacher_logits must be None, for the terms read the teacher's layers layer"):
+        task(images, labels, teacher_logits=torch.zeros(8, CLASSES))
+    for weight, error, message in (
+        ("1", TypeError, "a number, got str"),
+        (float("nan"), ValueError, "finite, got nan"),
+    ):
+        with pytest.raises(error, match=f"task_loss_weight must be {message}"):
+            DistillationTask(student, teacher, [Term(kdfast.KD())], task_loss_weight=weight)
     task = preset_task("crd", student, teacher)
     with pytest.raises(
         ValueError, match="index must be the samples' places in the data set, which crd reads, got None"
     ):
         task(images, labels)
+
+
+# ---- copies ----------------------------------------------------------------------------------------------------------
+def pickled(task):
+    return pickle.loads(pickle.dumps(task))
+
+
+def saved(task):
+    file = io.BytesIO()
+    torch.save(task, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def averaged(task):
+    return torch.optim.swa_utils.AveragedModel(task).module
+
+
+def timms_average(task):
+    return ModelEmaV3(task).module.train()
+
+
+def loss_by_hand(task, images):
+    """Of AT, which reads layers of both networks, in new networks with the task's weights."""
+    student, teacher = networks()
+    student.load_state_dict(task.get_eval_model().state_dict())
+    teacher.load_state_dict(task.teacher.model.state_dict())
+    student.train(task.training)
+    teacher.eval()
+    (term,) = task.get_trainable_module().objective.terms
+    sides = [[read.partition(".")[2] for read in side] for side in term.reads]
+    with kdfast.capture(student, sides[0]) as s, kdfast.capture(teacher, sides[1]) as t:
+        student(images), teacher(images)
+        return sum(kdfast.AT()(s[a], t[b]) for a, b in zip(*sides, strict=True))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, averaged, timms_average])
+@pytest.mark.parametrize("moment", ["before a forward", "after a forward", "after a step"])
+def test_copies_have_layers_of_their_own(moment, duplicate):
+    """The losses of a task and of its copy are those of their own networks and batches, in turns."""
+    task = preset_task("at", *networks()).train()
+    images, labels, _ = batch()
+    if moment != "before a forward":
+        result = task(images, labels)
+        if moment == "after a step":
+            optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.01)
+            result["loss"].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    other = duplicate(task)
+    with torch.no_grad():
+        for parameter in (*other.get_eval_model().parameters(), *other.teacher.parameters()):
+            parameter.mul_(0.9)
+    for seed in range(2):
+        for number, each in enumerate((other, task)):
+            x, _, _ = batch(seed=10 * seed + number)
+            want = loss_by_hand(each, x)
+            torch.testing.assert_close(each(x, labels)["at_loss"], want)
+    other(images, labels)["loss"].backward()
+    assert all(p.grad is not None for p in other.get_trainable_module().parameters())
+    assert all(p.grad is None for p in task.get_trainable_module().parameters())
 
 
 def test_copies_of_the_student_are_not_watched():

@@ -1,7 +1,9 @@
 """The terms of an objective: losses of one student and one teacher, with their weights and what they read."""
 
 import inspect
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import nn
@@ -63,8 +65,7 @@ class Term:
     def __post_init__(self):
         if not isinstance(self.loss, nn.Module):
             raise TypeError(f"loss must be an nn.Module, got {type(self.loss).__name__}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):
-            raise TypeError(f"weight must be a number, got {type(self.weight).__name__}")
+        object.__setattr__(self, "weight", finite("weight", self.weight))
         if isinstance(self.reads, str) or not isinstance(self.reads, (list, tuple)):
             raise TypeError(f"reads must be a tuple of the loss's arguments, got {self.reads!r}")
         for read in self.names:
@@ -77,6 +78,8 @@ class Term:
         _check_arguments(self.loss, self.reads)
         if self.name is None:
             object.__setattr__(self, "name", type(self.loss).__name__.lower())
+        if not isinstance(self.name, str):
+            raise TypeError(f"name must be a string, got {type(self.name).__name__}")
         if not self.name.isidentifier():
             raise ValueError(f"name must be an identifier, got {self.name!r}")
         if self.gather is None:
@@ -86,6 +89,15 @@ class Term:
     def names(self):
         """All that it reads, without lists."""
         return [name for read in self.reads for name in ([read] if isinstance(read, str) else read)]
+
+
+def finite(name, value):
+    """`value` as a float, where it is a finite number of Python or NumPy."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def of_layers(student, teacher=None):
@@ -122,6 +134,8 @@ class Objective(nn.Module):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"terms must have different names, got {name!r} twice; set Term.name")
+            if hasattr(self, name):
+                raise ValueError(f"terms must not be named {name!r}, as an attribute of nn.Module is; set Term.name")
         for term in self.terms:
             self.add_module(term.name, term.loss)
 

@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kdfast import distributed
 from kdfast._extras import require
 from kdfast.capture import capture
-from kdfast.integrations.terms import LOGITS, Objective, Term, of_layers
+from kdfast.integrations.terms import LOGITS, Objective, Term, finite, of_layers
 
 __all__ = ["LOGITS", "DistillationTask", "Term", "of_layers"]
 
@@ -54,9 +54,11 @@ class DistillationTask(_task.TrainingTask):
       average (EMA) is the student's.
     - ``compile()`` compiles student and teacher, each for itself; losses have compiled kernels without it.
     - With several ranks, losses of relations among samples see the samples of all ranks, see ``Term.gather``.
+    - A copy of the task, by copy.deepcopy or from a file, has networks, losses and captured layers of its own.
 
-    Errors: TypeError and ValueError on what is no model, term or layer; ValueError for an index that is missing; a
-    loss's own error on widths and shapes, with the name of its term.
+    Errors: TypeError and ValueError on what is no model, term or layer; ValueError for an index that is missing, and
+    for `teacher_logits` where terms read the teacher's layers; a loss's own error on widths and shapes, with the name
+    of its term.
     """
 
     def __init__(
@@ -74,8 +76,8 @@ class DistillationTask(_task.TrainingTask):
             raise ValueError(f"teacher must be a model, whose layers {', '.join(layers)} the terms read, got None")
         self._teacher_features = capture(self.teacher.model, layers) if layers else {}
         self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        self.task_loss_weight = float(task_loss_weight)
-        self.weights = {term.name: float(term.weight) for term in objective.terms}
+        self.task_loss_weight = finite("task_loss_weight", task_loss_weight)
+        self.weights = {term.name: term.weight for term in objective.terms}
         if "task" in self.weights:
             raise ValueError("terms must not be named 'task', whose loss is the criterion's")
         self._index_readers = objective.readers("index")
@@ -97,6 +99,9 @@ class DistillationTask(_task.TrainingTask):
     def forward(self, input, target, index=None, teacher_logits=None):
         """Losses and logits of a batch: input (B, C, H, W), target (B,) or as the criterion takes it, index (B,)."""
         labels, index = self._targets(target, index)
+        if teacher_logits is not None and self._teacher_features:
+            layers = ", ".join(self._teacher_features)
+            raise ValueError(f"teacher_logits must be None, for the terms read the teacher's layers {layers}, too")
         values = {"labels": labels, **(self.taught(input) if teacher_logits is None else {LOGITS[1]: teacher_logits})}
         if index is not None:
             values["index"] = index
