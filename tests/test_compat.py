@@ -1,12 +1,16 @@
 """Losses under other libraries' names: the originals' numbers, what they return, and the loops they are used in."""
 
 import contextlib
+import functools
 import importlib
+import inspect
 import json
+import math
 import re
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kdfast
-from kdfast.compat import mdistiller, repdistiller
+from kdfast.compat import _original, mdistiller, repdistiller
 from kdfast.compat._kdsvd import _RightSingularVectors
 from kdfast.ops.pool import max_pool
 
@@ -296,9 +300,10 @@ def test_matches_the_original(implementation, name, path, call, dtype, request):
 
 def test_every_loss_is_covered():
     names = {name for name, *_ in CASES}
+    of_one_layer = {"single_stage_at_loss", "single_stage_nst_loss", "similarity_loss", "poly_kernel"}
     for module, others in (
         (repdistiller, {"KDSVD", "CRDLoss"}),
-        (mdistiller, {"kdsvd_loss"}),
+        (mdistiller, {"kdsvd_loss", *of_one_layer}),
     ):
         prefix = module.__name__.split(".")[-1]
         assert {n.split(".")[1] for n in names if n.startswith(prefix)} == set(module.__all__) - others
@@ -587,8 +592,10 @@ def test_equal_networks_have_a_finite_gradient(torchdistill, name):
 # What is refused, and what the message says.
 MAPS = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)]
 REFUSED = [
-    (lambda: repdistiller.Attention()(MAPS, MAPS[:1]), ValueError, "as many layers.*got 2 and 1"),
-    (lambda: repdistiller.ABLoss(3)(MAPS, MAPS), ValueError, "feat_num=3 layers, got 2"),
+    (lambda: repdistiller.Attention()([], []), ValueError, "as many layers.*got 0 and 0"),
+    (lambda: repdistiller.Attention("2"), TypeError, "p must be a number, got str"),
+    (lambda: repdistiller.Attention(0), ValueError, "p must be finite and above 0, got 0"),
+    (lambda: mdistiller.at_loss(MAPS, MAPS, -1.5), ValueError, "p must be finite and above 0, got -1.5"),
     (lambda: repdistiller.ABLoss("2"), TypeError, "feat_num"),
     (
         lambda: repdistiller.FSP([x.shape for x in MAPS], [x.shape for x in MAPS[::-1]]),
@@ -597,7 +604,7 @@ REFUSED = [
     ),
     (lambda: repdistiller.KDSVD()(MAPS, MAPS[::-1]), ValueError, r"teacher\[0\].*3 entries, got 5"),
     (lambda: repdistiller.KDSVD(0), ValueError, "k must be at least 1"),
-    (lambda: repdistiller.FactorTransfer(2, 1.5), TypeError, "p2"),
+    (lambda: repdistiller.FactorTransfer(2, 1.5), ValueError, "p2 must be a whole number.*got 1.5"),
     (lambda: repdistiller.Correlation()(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "f_t.*f_s"),
     (lambda: mdistiller.kdsvd_loss(MAPS[:1], MAPS[:1], 1), ValueError, "at least two layers"),
     (lambda: mdistiller.rkd_loss(torch.ones(2, 3), torch.ones(2, 3), eps=0.0), ValueError, "eps"),
@@ -612,12 +619,12 @@ def test_refuses(call, error, message):
 
 def test_torchdistill_refuses(torchdistill):
     for call, message in (
-        (lambda: torchdistill.KDLoss(*PATHS, 4.0, 0.5, reduction="none"), "reduction"),
+        (lambda: torchdistill.KDLoss(*PATHS, 4.0, 0.5, reduction="other"), "reduction"),
         (lambda: torchdistill.ATLoss({"pair": {}}, mode="other"), "mode"),
         (lambda: torchdistill.ATLoss({}), "at least one pair"),
         (lambda: torchdistill.CCKDLoss("s", "t", {"type": "cubic"}, "batchmean"), "kernel_config"),
         (lambda: of_pairs(torchdistill.VIDLoss, [(MAPS[0], torch.ones(4))], [MAPS[0]], [1]), "variance"),
-        (lambda: torchdistill.RKDLoss("s", "t", 1, 2, "none"), "reduction"),
+        (lambda: torchdistill.RKDLoss("s", "t", 1, 2, "other"), "reduction"),
     ):
         with pytest.raises(ValueError, match=message):
             call()
@@ -636,6 +643,674 @@ except ImportError as error:
 """
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "torchdistill" in said and "pip install 'kdfast[torchdistill]'" in said
+
+
+# ---- attributes and methods of the originals -------------------------------------------------------------------------
+def embeddings(seed, batch=5, width=6):
+    return torch.randn(batch, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def maps(seed, channels=(4, 6, 5), size=6):
+    """Of one list of layers, at least 0."""
+    numbers = torch.Generator().manual_seed(seed)
+    shapes = [(3, c, size, size) for c in channels]
+    return [torch.rand(shape, generator=numbers, dtype=torch.float64) for shape in shapes]
+
+
+def of_lists(loss):
+    return sum(loss([x - 0.5 for x in maps(0)], [x - 0.5 for x in maps(1)]))
+
+
+def of_rows(loss):
+    return loss(embeddings(0), embeddings(1))
+
+
+def of_maps(loss):
+    return loss(maps(0)[0], maps(1)[1])
+
+
+def cubes(student, teacher):
+    """A loss to set in the place of another."""
+    return (student - teacher).abs().pow(3).mean()
+
+
+class Cubes(nn.Module):
+    def forward(self, student, teacher):
+        return cubes(student, teacher)
+
+
+def crd_of_repdistiller(nce_t=0.07, nce_m=0.5, nce_k=7, **arguments):
+    sizes = dict(s_dim=6, t_dim=6, feat_dim=5, n_data=12)
+    torch.manual_seed(0)
+    opt = types.SimpleNamespace(**sizes, nce_k=nce_k, nce_t=nce_t, nce_m=nce_m)
+    return repdistiller.CRDLoss(opt, **arguments)
+
+
+def of_two_steps(loss):
+    """CRD's second loss, of the banks that the first has moved; the negatives are drawn."""
+    x, y, index = embeddings(0).float(), embeddings(1).float(), torch.arange(5)
+    return loss(x, y, index) + loss(y, x, index)
+
+
+def first_layers(loss):
+    (value,) = loss([maps(0)[0] - 0.5], [maps(1)[0] - 0.5])
+    return value
+
+
+# A loss of an attribute's value, the attribute, its first and its second value, and a call.
+ATTRIBUTES = [
+    (repdistiller.DistillKL, "T", 4.0, 1.0, of_rows),
+    (repdistiller.Attention, "p", 2, 3, of_lists),
+    (lambda value: repdistiller.RKDLoss(w_d=value), "w_d", 25, 3.0, of_rows),
+    (lambda value: repdistiller.RKDLoss(w_a=value), "w_a", 50, 3.0, of_rows),
+    (lambda value: repdistiller.ABLoss(1, value), "margin", 1.0, 2.0, first_layers),
+    (lambda value: repdistiller.FactorTransfer(p1=value), "p1", 2, 1.5, of_maps),
+    (lambda value: repdistiller.FactorTransfer(p2=value), "p2", 1, 2, of_maps),
+    (repdistiller.KDSVD, "k", 1, 2, lambda loss: sum(loss(maps(0), maps(1)))),
+    (lambda value: crd_of_repdistiller(nce_t=value), "temperature", 0.07, 0.5, of_two_steps),
+    (lambda value: crd_of_repdistiller(nce_m=value), "momentum", 0.5, 0.9, of_two_steps),
+    (lambda value: crd_of_repdistiller(nce_k=value), "negatives", 7, 3, of_two_steps),
+]
+
+
+def check_attribute(make, name, first, second, call):
+    """Set later, it is what it would have been from the start; and what is read is what was set."""
+    loss = make(first)
+    before, want = call(make(first)), call(make(second))
+    assert (before - want).abs() > 1e-6 * want.abs()
+    setattr(loss, name, second)
+    assert getattr(loss, name) is second
+    torch.testing.assert_close(call(loss), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("make", "name", "first", "second", "call"), ATTRIBUTES)
+def test_attributes_act_when_they_are_set_later(make, name, first, second, call):
+    check_attribute(make, name, first, second, call)
+
+
+def test_modules_and_parameters_act_when_they_are_set_later():
+    loss = repdistiller.HintLoss()
+    torch.testing.assert_close(of_rows(loss), F.mse_loss(embeddings(0), embeddings(1)))
+    loss.crit = Cubes()
+    torch.testing.assert_close(of_rows(loss), cubes(embeddings(0), embeddings(1)))
+    loss = repdistiller.ABLoss(1)
+    loss.w = [4]
+    torch.testing.assert_close(first_layers(loss), 4 * first_layers(repdistiller.ABLoss(1)))
+    torch.manual_seed(0)
+    vid = repdistiller.VIDLoss(4, 5, 6).double()
+
+    def call():
+        return vid(maps(0)[0], maps(1)[1])
+
+    values = [call()]
+    vid.eps = 1.0
+    values.append(call())
+    vid.regressor = nn.Conv2d(4, 6, 1).double()
+    values.append(call())
+    vid.log_scale = nn.Parameter(torch.ones(6, dtype=torch.float64))
+    values.append(call())
+    assert len({value.item() for value in values}) == 4
+    variance = torch.ones(6, 1, 1, dtype=torch.float64).exp().log1p() + 1
+    want = ((vid.regressor(maps(0)[0]) - maps(1)[1]).square() / variance + variance.log()).mean() / 2
+    torch.testing.assert_close(values[3], want)
+
+
+def test_modules_of_crd():
+    """Embeddings can be set; what has no module of its own here cannot."""
+    loss = crd_of_repdistiller()
+    before, own = of_two_steps(crd_of_repdistiller()), nn.Linear(6, 5)
+    loss.embed_s = own
+    assert loss.embed_s is own and own.weight in set(loss.parameters()) and len(list(loss.parameters())) == 4
+    assert of_two_steps(loss) != before
+    with pytest.raises(TypeError, match="embed_teacher must be an nn.Linear, got Sequential"):
+        loss.embed_t = nn.Sequential()
+    for name in ("contrast", "criterion_s", "criterion_t"):
+        with pytest.raises(AttributeError, match=f"{name} is no module here"):
+            setattr(loss, name, nn.Identity())
+
+
+def squares(x):
+    """Of a tensor, or of each of several."""
+    return x.square() if isinstance(x, torch.Tensor) else type(x)(y.square() for y in x)
+
+
+def unit_map(self, f):
+    return F.normalize(f.pow(2).mean(1).flatten(1))
+
+
+def own_pdist(e, squared=False, eps=1e-12):
+    return (e[:, None] - e).square().sum(2).clamp(min=eps).sqrt() * (1 - torch.eye(len(e), dtype=e.dtype))
+
+
+def own_flow(g):
+    return [
+        torch.einsum("bthw,bchw->btc", top, bottom) / top[0, 0].numel() for bottom, top in zip(g, g[1:], strict=False)
+    ]
+
+
+def own_boundary(self, s, t):
+    return torch.where(t > 0, (self.margin - s).clamp(min=0), (s + self.margin).clamp(min=0)).square().sum()
+
+
+def rows_of_gram(x):
+    return F.normalize(x.flatten(1) @ x.flatten(1).mT)
+
+
+def own_svd(self, feat, n=1):
+    """With the rule of signs that kdfast's loss has."""
+    u, s, v = repdistiller.KDSVD.svd(self, feat, n)
+    return u, s, v * v.gather(1, v.abs().argmax(1, keepdim=True)).sign()
+
+
+def of_like_lists(loss):
+    """As `of_lists`, with as many channels in both networks."""
+    return sum(loss(maps(0), [x - 0.5 for x in maps(2)]))
+
+
+# A class, its arguments, a method and its formula, and a call.
+METHODS = [
+    (repdistiller.Attention, (), "at", unit_map, of_lists),
+    (
+        repdistiller.Attention,
+        (),
+        "at_loss",
+        lambda self, s, t: (unit_map(self, s) - unit_map(self, t)).square().mean(),
+        of_lists,
+    ),
+    (repdistiller.FactorTransfer, (), "factor", unit_map, of_maps),
+    (repdistiller.FactorTransfer, (2, 2), "factor", unit_map, of_maps),
+    (
+        repdistiller.FactorTransfer,
+        (),
+        "factor_loss",
+        lambda self, s, t: (unit_map(self, s) - unit_map(self, t)).abs().mean(),
+        of_maps,
+    ),
+    (
+        repdistiller.Similarity,
+        (),
+        "similarity_loss",
+        lambda self, s, t: (rows_of_gram(s) - rows_of_gram(t)).square().sum().view(1) / 9,
+        of_lists,
+    ),
+    (repdistiller.RKDLoss, (), "pdist", staticmethod(own_pdist), of_rows),
+    (repdistiller.ABLoss, (3,), "criterion_alternative_l2", own_boundary, of_like_lists),
+    (repdistiller.FSP, ([], []), "compute_fsp", staticmethod(own_flow), of_like_lists),
+    (repdistiller.FSP, ([], []), "compute_loss", staticmethod(F.mse_loss), of_like_lists),
+    (
+        repdistiller.NSTLoss,
+        (),
+        "poly_kernel",
+        lambda self, a, b: (a[:, None] * b[:, :, None]).sum(3).square(),
+        of_lists,
+    ),
+    (repdistiller.PKT, (), "cosine_similarity_loss", staticmethod(lambda a, b: kdfast.PKT()(a, b)), of_rows),
+    (repdistiller.KDSVD, (2,), "svd", own_svd, of_like_lists),
+]
+
+
+def check_method(cls, arguments, name, formula, call):
+    """Of a subclass or of one module: with the original's formula the loss is the same, with another it is another."""
+    static = isinstance(formula, staticmethod)
+    function = formula.__func__ if static else formula
+
+    def other(*x, **y):
+        return squares(function(*x, **y))
+
+    want = call(cls(*arguments))
+    kinds = [type("Own", (cls,), {name: staticmethod(method) if static else method}) for method in (function, other)]
+    same, another = (call(kind(*arguments)) for kind in kinds)
+    torch.testing.assert_close(same, want, rtol=1e-9, atol=1e-12)
+    assert (another - want).abs() > 1e-6 * want.abs()
+    one = cls(*arguments)
+    setattr(one, name, other if static else functools.partial(other, one))
+    torch.testing.assert_close(call(one), another, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("cls", "arguments", "name", "formula", "call"), METHODS)
+def test_methods_of_the_originals_can_be_replaced(cls, arguments, name, formula, call):
+    check_method(cls, arguments, name, formula, call)
+
+
+def pairs_of(*weights):
+    """Two layers of each network, with these weights."""
+    sides = (("student", "s"), ("teacher", "t"))
+    return {
+        f"pair{i}": {**{name: {"io": "output", "path": f"{side}{i}"} for name, side in sides}, "weight": weight}
+        for i, weight in enumerate(weights)
+    }
+
+
+def flows_of(weight):
+    roles = {role: {"io": "output", "path": f"{side}{i}"} for role, (side, i) in FSP_ROLES.items()}
+    return {"pair": {**roles, "weight": weight}}
+
+
+def named(student, teacher):
+    """What modules named s, s0, s1 and t, t0, t1 put out."""
+    sides = []
+    for side, x in (("s", student), ("t", teacher)):
+        several = {f"{side}{i}": {"output": y} for i, y in enumerate(x)}
+        sides.append({side: {"output": x[0]}, f"other {side}": {"output": x[-1]}, **several})
+    return sides
+
+
+def of_named_maps(loss):
+    return loss(*named(maps(0), [x - 0.5 for x in maps(2)]))
+
+
+def of_named_rows(loss):
+    return loss(*named([embeddings(0), embeddings(2)], [embeddings(1), embeddings(3)]), torch.arange(5))
+
+
+def of_named_pair(loss):
+    return loss({"s": {"output": (maps(0)[0], None)}}, {"t": {"output": maps(2)[0]}})
+
+
+KERNEL = {"type": "gaussian", "gamma": 0.1, "max_p": 2}
+ATTRIBUTES_OF_TORCHDISTILL = [
+    # A class, its arguments with the first value, the attribute (of an argument of another name), the second value.
+    ("KDLoss", dict(temperature=4.0, alpha=0.3), "temperature", 1.0, of_named_rows),
+    ("KDLoss", dict(temperature=4.0, alpha=0.3, beta=0.7), "alpha", 0.9, of_named_rows),
+    ("KDLoss", dict(temperature=4.0, alpha=0.3, beta=0.7), "beta", 0.1, of_named_rows),
+    ("KDLoss", dict(temperature=4.0, reduction="batchmean"), "reduction", "sum", of_named_rows),
+    ("FSPLoss", dict(fsp_pairs=flows_of(1)), "fsp_pairs", flows_of(2), of_named_maps),
+    ("ATLoss", dict(at_pairs=pairs_of(1, 2)), "at_pairs", pairs_of(3, 1), of_named_maps),
+    ("ATLoss", dict(at_pairs=pairs_of(1, 2), mode="code"), "mode", "paper", of_named_maps),
+    ("PKTLoss", dict(eps=1e-7), "eps", 1e-2, of_named_rows),
+    ("FTLoss", dict(p=1), "norm_p", 3, of_named_maps),
+    ("FTLoss", dict(p=2, reduction="mean"), "reduction", "sum", of_named_maps),
+    ("FTLoss", {}, "translator_path", "other s", of_named_rows),
+    ("FTLoss", {}, "paraphraser_path", "other t", of_named_rows),
+    ("AltActTransferLoss", dict(feature_pairs=pairs_of(1), margin=1.0, reduction="mean"), "margin", 2.0, of_named_maps),
+    (
+        "AltActTransferLoss",
+        dict(feature_pairs=pairs_of(1), margin=1.0, reduction="mean"),
+        "reduction",
+        "sum",
+        of_named_maps,
+    ),
+    (
+        "AltActTransferLoss",
+        dict(feature_pairs=pairs_of(1), margin=1.0, reduction="mean"),
+        "feature_pairs",
+        pairs_of(2),
+        of_named_maps,
+    ),
+    ("RKDLoss", dict(dist_factor=1, angle_factor=2, reduction="mean"), "dist_factor", 3, of_named_rows),
+    ("RKDLoss", dict(dist_factor=1, angle_factor=2, reduction="mean"), "angle_factor", 3, of_named_rows),
+    ("RKDLoss", dict(dist_factor=1, angle_factor=2, reduction="mean"), "student_output_path", "other s", of_named_rows),
+    ("RKDLoss", dict(dist_factor=1, angle_factor=2, reduction="mean"), "teacher_output_path", "other t", of_named_rows),
+    ("CCKDLoss", dict(kernel_config=KERNEL, reduction="batchmean"), "gamma", 0.2, of_named_rows),
+    ("CCKDLoss", dict(kernel_config=KERNEL, reduction="batchmean"), "max_p", 3, of_named_rows),
+    ("CCKDLoss", dict(kernel_config=KERNEL, reduction="batchmean"), "kernel_type", "bilinear", of_named_rows),
+    ("CCKDLoss", dict(kernel_config=KERNEL, reduction="batchmean"), "reduction", "sum", of_named_rows),
+    ("CCKDLoss", dict(kernel_config=KERNEL, reduction="batchmean"), "student_linear_path", "other s", of_named_rows),
+    ("CCKDLoss", dict(kernel_config=KERNEL, reduction="batchmean"), "teacher_linear_path", "other t", of_named_rows),
+    ("SPKDLoss", dict(reduction="batchmean"), "reduction", "sum", of_named_rows),
+    ("SPKDLoss", dict(reduction="batchmean"), "student_output_path", "other s", of_named_rows),
+    ("SPKDLoss", dict(reduction="batchmean"), "teacher_output_path", "other t", of_named_rows),
+    ("HierarchicalContextLoss", dict(output_sizes=[4, 2, 1]), "output_sizes", [5, 3], of_named_pair),
+    ("DISTLoss", dict(beta=1.0), "beta", 2.0, of_named_rows),
+    ("DISTLoss", dict(gamma=1.0), "gamma", 2.0, of_named_rows),
+    ("DISTLoss", dict(tau=1.0), "tau", 2.0, of_named_rows),
+    ("DISTLoss", dict(eps=1e-8), "eps", 1.0, of_named_rows),
+]
+PATH_ARGUMENTS = {
+    "student_module_path": "s",
+    "student_module_io": "output",
+    "teacher_module_path": "t",
+    "teacher_module_io": "output",
+    "student_output_path": "s",
+    "teacher_output_path": "t",
+    "student_linear_path": "s",
+    "teacher_linear_path": "t",
+    "translator_path": "s",
+    "paraphraser_path": "t",
+}
+
+
+def of_torchdistill(cls, **arguments):
+    """The loss of modules named s and t, unless it is told others."""
+    taken = inspect.signature(cls.__init__).parameters
+    return cls(**{name: x for name, x in PATH_ARGUMENTS.items() if name in taken} | arguments)
+
+
+@pytest.mark.parametrize(("name", "arguments", "attribute", "second", "call"), ATTRIBUTES_OF_TORCHDISTILL)
+def test_attributes_of_torchdistill(torchdistill, name, arguments, attribute, second, call):
+    argument = {"norm_p": "p"}.get(attribute, attribute)
+
+    def make(value):
+        if attribute in ("gamma", "max_p", "kernel_type") and name == "CCKDLoss":
+            key = attribute.removeprefix("kernel_")
+            return of_torchdistill(getattr(torchdistill, name), **arguments | {"kernel_config": KERNEL | {key: value}})
+        return of_torchdistill(getattr(torchdistill, name), **arguments | {argument: value})
+
+    first = getattr(of_torchdistill(getattr(torchdistill, name), **arguments), attribute)
+    check_attribute(make, attribute, first, second, call)
+
+
+def test_modules_of_torchdistill(torchdistill):
+    """Losses inside of a loss, of another kind or with other settings."""
+    student, teacher = embeddings(0), embeddings(1)
+    labels = torch.arange(5)
+    soft = F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="batchmean")
+    loss = of_torchdistill(torchdistill.KDLoss, temperature=4.0, alpha=0.3)
+    for hard in (nn.CrossEntropyLoss(label_smoothing=0.2), nn.CrossEntropyLoss(reduction="sum"), nn.MultiMarginLoss()):
+        loss.cross_entropy_loss = hard
+        want = 0.3 * hard(student, labels) + 0.7 * 16 * soft
+        torch.testing.assert_close(of_named_rows(loss), want, rtol=1e-9, atol=0)
+    loss = of_torchdistill(torchdistill.KDLoss, temperature=4.0)
+    loss.alpha = 0.3
+    torch.testing.assert_close(of_named_rows(loss), 0.3 * F.cross_entropy(student, labels) + 0.7 * 16 * soft)
+
+    angles = []
+    for x in (student, teacher):
+        directions = F.normalize(x[None] - x[:, None], dim=2)
+        angles.append((directions @ directions.mT).flatten())
+    distances = [own_pdist(x) / own_pdist(x)[own_pdist(x) > 0].mean() for x in (student, teacher)]
+    loss = of_torchdistill(torchdistill.RKDLoss, dist_factor=1, angle_factor=2, reduction="mean")
+    for huber in (nn.SmoothL1Loss(beta=0.1), nn.SmoothL1Loss(reduction="sum"), nn.L1Loss()):
+        loss.smooth_l1_loss = huber
+        want = huber(*distances) + 2 * huber(*angles)
+        torch.testing.assert_close(of_named_rows(loss), want, rtol=1e-9, atol=0)
+
+    levels = [[F.adaptive_avg_pool2d(x, n) for x in (maps(0)[0], maps(2)[0])] for n in (6, 4, 2, 1)]
+    loss = of_torchdistill(torchdistill.HierarchicalContextLoss)
+    for criteria in (nn.MSELoss(reduction="sum"), nn.L1Loss()):
+        loss.criteria = criteria
+        want = sum(0.5**k * criteria(*level) for k, level in enumerate(levels)) / 1.875
+        torch.testing.assert_close(of_named_pair(loss), want, rtol=1e-9, atol=0)
+
+
+def test_reduction_none_of_torchdistill(torchdistill):
+    """The terms, where the original returns them."""
+    student, teacher = embeddings(0, width=5), embeddings(1, width=5)
+    terms = F.kl_div((student / 4).log_softmax(1), (teacher / 4).softmax(1), reduction="none")
+    labels = torch.arange(5)
+    hard = F.cross_entropy(student, labels, reduction="none")
+    for alpha, want in ((None, terms), (0.3, 0.3 * hard + 0.7 * 16 * terms)):
+        loss = torchdistill.KDLoss(*PATHS, 4.0, alpha, reduction="none")
+        torch.testing.assert_close(of_modules(loss, student, teacher, labels), want, rtol=1e-9, atol=0)
+    distances = [own_pdist(x) / own_pdist(x)[own_pdist(x) > 0].mean() for x in (student, teacher)]
+    loss = torchdistill.RKDLoss("s", "t", 2.0, None, "none")
+    want = 2 * F.smooth_l1_loss(*distances, reduction="none")
+    torch.testing.assert_close(of_modules(loss, student, teacher), want, rtol=1e-9, atol=1e-15)
+    loss = torchdistill.HierarchicalContextLoss(*PATHS, "none", [6])
+    x, y = maps(0)[0], maps(2)[0]
+    torch.testing.assert_close(of_modules(loss, (x, None), y), (x - y).square())
+
+
+def own_products(self, z):
+    return F.normalize(z.flatten(1) @ z.flatten(1).mT, 1)
+
+
+METHODS_OF_TORCHDISTILL = [
+    (
+        "FSPLoss",
+        dict(fsp_pairs=flows_of(1)),
+        "compute_fsp_matrix",
+        staticmethod(lambda a, b: own_flow([b, a])[0]),
+        of_named_maps,
+    ),
+    (
+        "ATLoss",
+        dict(at_pairs=pairs_of(1)),
+        "attention_transfer",
+        staticmethod(functools.partial(unit_map, None)),
+        of_named_maps,
+    ),
+    (
+        "ATLoss",
+        dict(at_pairs=pairs_of(1), mode="paper"),
+        "attention_transfer_paper",
+        staticmethod(functools.partial(unit_map, None)),
+        of_named_maps,
+    ),
+    (
+        "ATLoss",
+        dict(at_pairs=pairs_of(1)),
+        "compute_at_loss",
+        lambda self, s, t: (unit_map(0, s) - unit_map(0, t)).square().mean(),
+        of_named_maps,
+    ),
+    (
+        "ATLoss",
+        dict(at_pairs=pairs_of(1), mode="paper"),
+        "compute_at_loss_paper",
+        lambda self, s, t: (unit_map(0, s) - unit_map(0, t)).norm(dim=1).sum(),
+        of_named_maps,
+    ),
+    ("PKTLoss", {}, "cosine_similarity_loss", lambda self, a, b: kdfast.PKT()(a, b), of_named_rows),
+    (
+        "AltActTransferLoss",
+        dict(feature_pairs=pairs_of(1), margin=1.0, reduction="mean"),
+        "compute_alt_act_transfer_loss",
+        staticmethod(lambda s, t, margin: kdfast.AB(margin)(s, t)),
+        of_named_maps,
+    ),
+    ("RKDLoss", dict(dist_factor=1, angle_factor=2, reduction="mean"), "pdist", staticmethod(own_pdist), of_named_rows),
+    (
+        "RKDLoss",
+        dict(dist_factor=1, angle_factor=2, reduction="mean"),
+        "compute_rkd_distance_loss",
+        lambda self, t, s: kdfast.RKDDistance()(s, t),
+        of_named_rows,
+    ),
+    (
+        "RKDLoss",
+        dict(dist_factor=1, angle_factor=2, reduction="mean"),
+        "compute_rkd_angle_loss",
+        lambda self, t, s: kdfast.RKDAngle()(s, t),
+        of_named_rows,
+    ),
+    (
+        "CCKDLoss",
+        dict(kernel_config={"type": "bilinear"}, reduction="sum"),
+        "compute_cc_mat_by_bilinear_pool",
+        staticmethod(lambda x: x @ x.t()),
+        of_named_rows,
+    ),
+    (
+        "CCKDLoss",
+        dict(kernel_config=KERNEL, reduction="sum"),
+        "compute_cc_mat_by_gaussian_rbf",
+        lambda self, x: (
+            sum((2 * self.gamma) ** p / math.factorial(p) * (x @ x.t()) ** p for p in range(self.max_p + 1))
+            * math.exp(-2 * self.gamma)
+        ),
+        of_named_rows,
+    ),
+    ("SPKDLoss", dict(reduction="batchmean"), "matmul_and_normalize", own_products, of_named_rows),
+    (
+        "SPKDLoss",
+        dict(reduction="batchmean"),
+        "compute_spkd_loss",
+        lambda self, t, s: (own_products(0, t) - own_products(0, s)).norm() ** 2,
+        of_named_rows,
+    ),
+    (
+        "DISTLoss",
+        {},
+        "pearson_correlation",
+        staticmethod(lambda a, b, eps: F.cosine_similarity(a - a.mean(1, True), b - b.mean(1, True), eps=eps)),
+        of_named_rows,
+    ),
+    (
+        "DISTLoss",
+        {},
+        "inter_class_relation",
+        lambda self, a, b: 1 - self.pearson_correlation(a, b, self.eps).mean(),
+        of_named_rows,
+    ),
+    ("DISTLoss", {}, "intra_class_relation", lambda self, a, b: self.inter_class_relation(a.t(), b.t()), of_named_rows),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "method", "formula", "call"), METHODS_OF_TORCHDISTILL)
+def test_methods_of_torchdistill_can_be_replaced(torchdistill, name, arguments, method, formula, call):
+    class Made(getattr(torchdistill, name)):
+        def __init__(self):
+            taken = inspect.signature(super().__init__).parameters
+            super().__init__(**{name: x for name, x in PATH_ARGUMENTS.items() if name in taken} | arguments)
+
+    check_method(Made, (), method, formula, call)
+
+
+def test_crd_of_torchdistill_has_no_parts(torchdistill):
+    """What is part of a kernel cannot be set or replaced; what has another name in kdfast can."""
+    loss = torchdistill.CRDLoss("norm", "empty", "norm", 5, 12, 7, 12)
+    loss.num_negative_samples = 3
+    loss.memory_v1 = torch.ones(12, 5)
+    assert loss.negatives == 3 and torch.equal(loss.bank_student, torch.ones(12, 5)) and loss.num_samples == 12
+    assert loss.memory_v2 is loss.bank_teacher and len(loss.state_dict()) == len(list(loss.buffers()))
+    for name in ("eps", "num_samples", "params", "unigrams", "probs", "alias"):
+        with pytest.raises(AttributeError, match=f"{name} cannot be set"):
+            setattr(loss, name, 1)
+    with pytest.raises(TypeError, match="Own.contrast_memory would never be called"):
+        type("Own", (torchdistill.CRDLoss,), {"contrast_memory": lambda self, *x: x})
+
+
+def test_methods_alone():
+    """What the thin versions return, in the originals' shapes."""
+    f, g = maps(0)[:2]
+    torch.testing.assert_close(repdistiller.Attention(3).at(f), F.normalize(f.pow(3).mean(1).flatten(1)))
+    torch.testing.assert_close(repdistiller.FactorTransfer(3).factor(f), F.normalize(f.pow(3).mean(1).flatten(1)))
+    e = embeddings(0)
+    for squared in (False, True):
+        d = (e[:, None] - e).square().sum(2)
+        want = (d if squared else d.sqrt()) * (1 - torch.eye(5, dtype=torch.float64))
+        torch.testing.assert_close(repdistiller.RKDLoss.pdist(e, squared), want)
+    torch.testing.assert_close(repdistiller.FSP.compute_fsp([f, g])[0], own_flow([f, g])[0])
+    torch.testing.assert_close(repdistiller.FSP.compute_loss(e, 2 * e), e.square().mean())
+    a, b = f.flatten(2), g.flatten(2)
+    want = (a[:, None] * b[:, :, None]).sum(3).square()
+    for kernel in (repdistiller.NSTLoss().poly_kernel, mdistiller.poly_kernel):
+        torch.testing.assert_close(kernel(a, b), want)
+    for name in ("removenan", "align_rsv"):
+        zeros = {"removenan": torch.zeros_like, "align_rsv": lambda a, b: (0 * b, 0 * b)}[name]
+        assert of_like_lists(type("Own", (repdistiller.KDSVD,), {name: staticmethod(zeros)})()) == 0
+    assert repdistiller.KDSVD.removenan(torch.tensor([1.0, float("nan"), float("inf")])).tolist() == [1, 0, 0]
+    u, s, v = repdistiller.KDSVD().svd(f, 2)
+    assert u.shape == (3, 36, 2) and s.shape == (3, 2) and v.shape == (3, 4, 2)
+    torch.testing.assert_close(v.square().sum(1), torch.ones(3, 2, dtype=torch.float64))
+    torch.testing.assert_close(s.square().sum(1), torch.ones(3, dtype=torch.float64))
+    u, s, v = repdistiller.KDSVD().svd(f, 0)
+    torch.testing.assert_close((u * s[:, None]) @ v.mT, f.flatten(2).mT)
+    aligned, same = repdistiller.KDSVD.align_rsv(-v.flip(2), v[..., :2])
+    torch.testing.assert_close(aligned, v[..., :2])
+    assert torch.equal(same, v[..., :2])
+    torch.testing.assert_close(mdistiller.single_stage_at_loss(f, g, 2), mdistiller.at_loss([f], [g], 2))
+    torch.testing.assert_close(mdistiller.single_stage_nst_loss(f, g), mdistiller.nst_loss([f], [g]))
+    torch.testing.assert_close(mdistiller.similarity_loss(f, g), mdistiller.sp_loss([f], [g]))
+
+
+@pytest.mark.parametrize("p", [0.5, 1.5, 2.0, 2.5, 3.0])
+def test_powers_that_are_not_whole(p):
+    """x^p, as the originals have it: of a whole number also of negative entries, in float64 1e-9 and its gradient."""
+    sign = 0.5 if p in (2.0, 3.0) else 0.0
+    student, teacher = ([(x - sign).requires_grad_() for x in maps(seed)] for seed in (0, 1))
+    want = [
+        (F.normalize(s.pow(p).mean(1).flatten(1)) - F.normalize(t.pow(p).mean(1).flatten(1))).square().mean()
+        for s, t in zip(student, teacher, strict=True)
+    ]
+    grads = torch.autograd.grad(sum(want), [*student, *teacher])
+    for losses in (repdistiller.Attention(p)(student, teacher), [mdistiller.at_loss(student, teacher, p)]):
+        torch.testing.assert_close(sum(losses), sum(want), rtol=1e-9, atol=0)
+        for got, grad in zip(torch.autograd.grad(sum(losses), [*student, *teacher]), grads, strict=True):
+            torch.testing.assert_close(got, grad, rtol=1e-8, atol=1e-15)
+    f_s, f_t = student[0], teacher[0]
+    gap = F.normalize(f_s.pow(p).mean(1).flatten(1)) - F.normalize(f_t.pow(p).mean(1).flatten(1))
+    for p2, value in ((1.0, gap.abs().mean()), (2.0, gap.square().mean()), (3, gap.pow(3).mean())):
+        torch.testing.assert_close(repdistiller.FactorTransfer(p, p2)(f_s, f_t), value, rtol=1e-9, atol=1e-18)
+    half = [x.detach().bfloat16() for x in student]
+    assert repdistiller.Attention(p)(half, half)[0].dtype == torch.float32
+
+
+LISTS_OF_LAYERS = {
+    "Attention": repdistiller.Attention(),
+    "Similarity": repdistiller.Similarity(),
+    "ABLoss": repdistiller.ABLoss(2),
+    "NSTLoss": repdistiller.NSTLoss(),
+    "KDSVD": repdistiller.KDSVD(),
+    "FSP": repdistiller.FSP([], []),
+    "at_loss": lambda s, t: [mdistiller.at_loss(s, t, 2)],
+    "nst_loss": lambda s, t: [mdistiller.nst_loss(s, t)],
+    "sp_loss": lambda s, t: [mdistiller.sp_loss(s, t)],
+    "kdsvd_loss": lambda s, t: [mdistiller.kdsvd_loss(s, t, 1)],
+    "hcl_loss": lambda s, t: [mdistiller.hcl_loss(s, t)],
+}
+
+
+@pytest.mark.parametrize("name", LISTS_OF_LAYERS)
+@pytest.mark.parametrize("longer", ["student", "teacher"])
+def test_lists_of_unequal_length(name, longer):
+    """The last layers of the longer one are left out, as zip does it, with one warning for all steps."""
+    _original._warn.cache_clear()
+    loss, both = LISTS_OF_LAYERS[name], ([x - 0.5 for x in maps(seed)] for seed in (0, 1))
+    student, teacher = both
+    want = loss(student[:2], teacher[:2])
+    lists = (student, teacher[:2]) if longer == "student" else (student[:2], teacher)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = loss(*lists)
+        assert all(torch.equal(a, b) for a, b in zip(got, loss(*lists), strict=True))
+    (warning,) = caught
+    counts = "3 and 2" if longer == "student" else "2 and 3"
+    assert str(warning.message).startswith(f"lists of {counts} layers: the last of the longer one are left out")
+    assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_weights_of_abloss_and_layers_of_unequal_number():
+    _original._warn.cache_clear()
+    lists = [[x - 0.5 for x in maps(seed)] for seed in (0, 1)]
+    with pytest.warns(UserWarning, match="lists of 3 and 2 layers"):
+        few = repdistiller.ABLoss(2)(*lists)
+    with pytest.warns(UserWarning, match="lists of 3 and 4 layers"):
+        many = repdistiller.ABLoss(4)(*lists)
+    all_three = repdistiller.ABLoss(3)(*lists)
+    assert [x / y for x, y in zip(few, all_three, strict=False)] == [2, 2] and len(many) == 3
+    assert [x / y for x, y in zip(many, all_three, strict=True)] == [0.5] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_draws_of_crd(dtype, torchdistill):
+    """Embeddings, banks and whatever is drawn next are the original's of the same seed, in torch's default type."""
+    torch.set_default_dtype(dtype)
+    try:
+        for embedded in (True, False):
+            torch.manual_seed(5)
+            linears = [nn.Linear(6, 5), nn.Linear(6, 5)] if embedded else []
+            bound = 1.0 / np.sqrt(5 / 3)
+            banks = [torch.rand(12, 5).mul_(2 * bound).add_(-bound) for _ in range(2)]
+            after = torch.rand(3)
+            torch.manual_seed(5)
+            if embedded:
+                opt = types.SimpleNamespace(s_dim=6, t_dim=6, feat_dim=5, n_data=12, nce_k=7, nce_t=0.07, nce_m=0.5)
+                loss = repdistiller.CRDLoss(opt)
+                for linear, own in zip(linears, (loss.embed_s, loss.embed_t), strict=True):
+                    assert torch.equal(own.weight, linear.weight) and torch.equal(own.bias, linear.bias)
+            else:
+                loss = torchdistill.CRDLoss("norm", "empty", "norm", 5, 12, 7, 12)
+            assert torch.equal(torch.rand(3), after)
+            for own, bank in zip((loss.bank_student, loss.bank_teacher), banks, strict=True):
+                assert own.dtype == dtype and torch.equal(own, bank)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_banks_of_another_type(torchdistill):
+    """The same draws, rounded."""
+    wide, narrow = (crd_of_repdistiller(bank_dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert wide.bank_student.dtype == torch.float32
+    assert torch.equal(narrow.bank_student, wide.bank_student.bfloat16())
+    assert torch.equal(narrow.embed_s.weight, wide.embed_s.weight)
+    loss = torchdistill.CRDLoss("norm", "empty", "norm", 5, 12, 7, 12, bank_dtype=torch.float16)
+    assert loss.bank_teacher.dtype == torch.float16
+    with pytest.raises(TypeError, match="bank_dtype"):
+        crd_of_repdistiller(bank_dtype="float16")
+    with torch.device("meta"):
+        assert crd_of_repdistiller().bank_student.device.type == "meta"
 
 
 # ---- the loops they are used in --------------------------------------------------------------------------------------

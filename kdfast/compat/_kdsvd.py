@@ -51,7 +51,7 @@ def _vectors(x, count):
     return torch.where(largest < 0, -v, v), torch.nn.functional.normalize(s[:, :count])
 
 
-def _aligned(student, teacher):
+def aligned(student, teacher):
     """For each of the teacher's vectors the student's that is nearest to it or to its opposite, turned towards it."""
     cosines = student.detach().mT @ teacher
     nearest = cosines.abs() == cosines.abs().amax(1, keepdim=True)
@@ -80,7 +80,12 @@ def kdsvd(student, teacher, count):
         with torch.autocast(s.device.type, enabled=False):
             vectors, shares = _vectors(t.detach().to(dtype), count)
             own = _RightSingularVectors.apply(s.to(dtype), count + SPARE)
-            sides.append((_aligned(own, vectors) * shares[:, None], vectors * shares[:, None]))
+            sides.append((aligned(own, vectors) * shares[:, None], vectors * shares[:, None]))
+    return relation_errors(sides)
+
+
+def relation_errors(sides):
+    """The loss of each two consecutive layers, whose vectors (student's, teacher's) [B, D, count] are `sides`."""
     losses = []
     for early, late in zip(sides, sides[1:], strict=False):
         gap = torch.sub(*(_relations(*layers) for layers in zip(late, early, strict=True)))

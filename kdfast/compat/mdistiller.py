@@ -4,14 +4,14 @@ Student first, arguments in the original's order; 0-d, but for sp_loss, which is
 """
 
 import torch
-from torch.nn import functional as F
 
 import kdfast
 from kdfast import ops
 from kdfast.compat._kdsvd import kdsvd
+from kdfast.compat._original import attention_error, distance_error, layers, of_each, pdist, poly_kernel, shortened
 from kdfast.losses.feature import gaussian_error, variance_of
 from kdfast.ops import check
-from kdfast.ops.accumulate import accumulator, fixed_sum, total
+from kdfast.ops.accumulate import accumulator, total
 from kdfast.ops.pool import to_smaller_square
 
 __all__ = [
@@ -23,7 +23,11 @@ __all__ = [
     "kdsvd_loss",
     "nst_loss",
     "pkt_loss",
+    "poly_kernel",
     "rkd_loss",
+    "similarity_loss",
+    "single_stage_at_loss",
+    "single_stage_nst_loss",
     "sp_loss",
     "vid_loss",
 ]
@@ -44,13 +48,23 @@ def dkd_loss(logits_student, logits_teacher, target, alpha, beta, temperature):
 
 
 def at_loss(g_s, g_t, p):
-    """:class:`kdfast.AT` of lists of maps."""
-    return kdfast.AT(p)(g_s, g_t)
+    """:class:`kdfast.AT` of lists of maps; p is any number above 0, as in RepDistiller's Attention."""
+    return total(of_each(lambda s, t: attention_error(s, t, p), g_s, g_t))
+
+
+def single_stage_at_loss(f_s, f_t, p):
+    """:func:`at_loss` of one layer."""
+    return attention_error(f_s, f_t, p)
 
 
 def nst_loss(g_s, g_t):
     """:class:`kdfast.NST` of lists of maps."""
-    return kdfast.NST()(g_s, g_t)
+    return kdfast.NST()(*shortened(g_s, g_t))
+
+
+def single_stage_nst_loss(f_s, f_t):
+    """:func:`nst_loss` of one layer."""
+    return kdfast.NST()(f_s, f_t)
 
 
 def pkt_loss(f_s, f_t, eps=1e-7):
@@ -60,7 +74,12 @@ def pkt_loss(f_s, f_t, eps=1e-7):
 
 def sp_loss(g_s, g_t):
     """:class:`kdfast.SP` of lists of maps, of shape (1,)."""
-    return kdfast.SP()(g_s, g_t).view(1)
+    return kdfast.SP()(*shortened(g_s, g_t)).view(1)
+
+
+def similarity_loss(f_s, f_t):
+    """:func:`sp_loss` of one layer."""
+    return kdfast.SP()(f_s, f_t).view(1)
 
 
 def rkd_loss(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50):
@@ -70,19 +89,8 @@ def rkd_loss(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weigh
     """
     if not squared and eps == 1e-12:
         return ops.rkd(f_s, f_t, distance_weight, angle_weight)
-    check.positive("eps", eps)
-    distance = F.smooth_l1_loss(*(_over_mean(x, squared, eps) for x in (f_s, f_t.detach())), reduction="none")
-    distance = fixed_sum(fixed_sum(distance)) / max(distance.numel(), 1)
-    return distance_weight * distance + ops.rkd(f_s, f_t, 0.0, angle_weight)
-
-
-def _over_mean(x, squared, eps):
-    """Distances [B, B] among the rows of x over their mean off the diagonal, where none is below `eps` squared."""
-    distances = ops.pairwise_distance(x, squared=True).clamp(min=eps)
-    distances = (distances if squared else distances.sqrt()) * (1 - torch.eye(len(x), device=x.device))
-    pairs = max(len(x) * (len(x) - 1), 1)
-    mean = fixed_sum(fixed_sum(distances)) / pairs
-    return distances / mean if len(x) > 1 else distances
+    distances = (pdist(x, squared, eps) for x in (f_s, f_t.detach()))
+    return distance_weight * distance_error(*distances) + ops.rkd(f_s, f_t, 0.0, angle_weight)
 
 
 def vid_loss(regressor, log_scale, f_s, f_t, eps=1e-5):
@@ -102,7 +110,7 @@ def kdsvd_loss(g_s, g_t, k):
     That was the layout of a code for maps (H, W, C): the vectors here have an entry for each column of a map, so both
     networks' maps are equally wide. The original rounds float64 to float32. Lists of maps to a 0-d loss.
     """
-    pairs = check.layers(g_s, g_t, check.maps)
+    pairs = layers(g_s, g_t, check.maps)
     if len(pairs) < 2:
         raise ValueError(f"g_s and g_t must have at least two layers, got {len(pairs)}")
     return total(kdsvd(*([x.flatten(1, 2) for x in maps] for maps in zip(*pairs, strict=True)), k))
@@ -110,7 +118,7 @@ def kdsvd_loss(g_s, g_t, k):
 
 def hcl_loss(fstudent, fteacher):
     """:class:`kdfast.HCL` of lists of maps."""
-    return kdfast.HCL()(fstudent, fteacher)
+    return kdfast.HCL()(*shortened(fstudent, fteacher))
 
 
 def feat_loss(source, target, margin):

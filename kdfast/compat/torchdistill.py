@@ -10,7 +10,9 @@ A YAML configuration needs the import and the changed key; every argument stays:
         key: 'kdfast.KDLoss'
 
 Each takes ``(student_io_dict, teacher_io_dict, targets=None)`` and returns a 0-d loss, CRDLoss one of shape (1,).
-The reductions are those that give one number: "mean", "sum", "batchmean".
+Attributes have the originals' names and act when they are set later, and so do a subclass's own methods where the
+originals have such ones. Reductions are "mean", "sum" and "batchmean"; "none" for KDLoss and HierarchicalContextLoss,
+in plain PyTorch, and of one of RKDLoss's two terms.
 """
 
 import math
@@ -22,6 +24,7 @@ from torch.nn import functional as F
 import kdfast
 from kdfast import ops
 from kdfast._extras import require
+from kdfast.compat._original import alias, attention_map, make_crd, mean, over_mean, pdist, replaced, wide
 from kdfast.losses.feature import gaussian_error
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
@@ -74,11 +77,11 @@ class _OfPairs(nn.Module):
         super().__init__()
         if not pairs:
             raise ValueError(f"there must be at least one pair of modules, got {pairs!r}")
-        self.pairs = pairs
+        self.feature_pairs = pairs
 
     def weighted_sum(self, loss, student_io_dict, teacher_io_dict, roles=("student", "teacher")):
         losses = []
-        for pair in self.pairs.values():
+        for pair in self.feature_pairs.values():
             sides = [student_io_dict if role.startswith("student") else teacher_io_dict for role in roles]
             maps = [side[pair[role]["path"]][pair[role]["io"]] for side, role in zip(sides, roles, strict=True)]
             losses.append(pair.get("weight", 1) * loss(*maps))
@@ -101,8 +104,9 @@ class KDLoss(_OfTwoModules):
     """:class:`kdfast.KD`: ``alpha CE + beta T^2 KL`` of logits (B, C) or (B, C, ...), beta being 1 - alpha if absent.
 
     Without alpha or targets the KL alone, and that without T^2 and beta, as in the original. "batchmean" divides the KL
-    by B and "mean" by all entries. `kwargs` are those of nn.CrossEntropyLoss; with class weights (``weight``)
-    the cross-entropy is torch's own. Without alpha and beta the original raises TypeError, this is the KL.
+    by B, "mean" by all entries, and "none" returns its terms, in plain PyTorch. `kwargs` are those of
+    nn.CrossEntropyLoss; with class weights (``weight``), or another ``cross_entropy_loss`` set later, the cross-entropy
+    is torch's own. Without alpha and beta the original raises TypeError, this is the KL.
     """
 
     def __init__(
@@ -119,37 +123,51 @@ class KDLoss(_OfTwoModules):
     ):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         check.positive("temperature", temperature)
-        check.one_of("reduction", reduction, ("batchmean", "mean", "sum"))
+        check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
         self.temperature = temperature
         self.alpha = alpha
         self.beta = 1 - alpha if beta is None and alpha is not None else beta
         self.reduction = reduction
-        self.cross_entropy_loss = nn.CrossEntropyLoss(reduction="sum" if reduction == "sum" else "mean", **kwargs)
+        self.cross_entropy_loss = nn.CrossEntropyLoss(
+            reduction="mean" if reduction == "batchmean" else reduction, **kwargs
+        )
 
     def forward(self, student_io_dict, teacher_io_dict, targets=None, *args, **kwargs):
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_shape("teacher", teacher, student)
-        batch, entries = student.shape[0], student.numel()
-        divisor = {"batchmean": batch, "mean": entries, "sum": 1}[self.reduction]
+        check.one_of("reduction", self.reduction, ("batchmean", "mean", "sum", "none"))
+        if not self.alpha or targets is None:
+            return self._divergence(student, teacher)
         hard = self.cross_entropy_loss
-        if not self.alpha or targets is None or hard.weight is not None:
-            soft = ops.softmax_kl(_rows(student), _rows(teacher), self.temperature, reduction="sum") / max(divisor, 1)
-            if not self.alpha or targets is None:
-                return soft / self.temperature**2
-            return self.alpha * hard(student, targets) + self.beta * soft
-        rows = entries // student.shape[1] if self.reduction != "sum" else 1
+        beta = 1 - self.alpha if self.beta is None else self.beta
+        one_kernel = type(hard) is nn.CrossEntropyLoss and hard.weight is None
+        if not one_kernel or "none" in (self.reduction, hard.reduction):
+            soft = self._divergence(student, teacher)
+            return self.alpha * hard(student, targets) + beta * self.temperature**2 * soft
+        rows = student.numel() // student.shape[1] if hard.reduction == "mean" else 1
         return ops.cross_entropy_kl(
             _rows(student),
             _rows(teacher),
             _rows(targets) if targets.is_floating_point() else targets.flatten(),
             self.temperature,
-            kl_weight=self.beta * rows / max(divisor, 1),
+            kl_weight=beta * rows / self._divisor(student),
             ce_weight=self.alpha,
             label_smoothing=hard.label_smoothing,
             ignore_index=hard.ignore_index,
             reduction=hard.reduction,
         )
+
+    def _divisor(self, student):
+        return {"batchmean": max(len(student), 1), "mean": max(student.numel(), 1), "sum": 1}[self.reduction]
+
+    def _divergence(self, student, teacher):
+        """The KL divergence without T^2."""
+        if self.reduction != "none":
+            divisor = self._divisor(student) * self.temperature**2
+            return ops.softmax_kl(_rows(student), _rows(teacher), self.temperature, reduction="sum") / divisor
+        student, teacher = (x / self.temperature for x in wide(student, teacher))
+        return F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="none")
 
 
 def _rows(logits):
@@ -165,6 +183,8 @@ class FSPLoss(_OfPairs):
     and width, to which maxima are pooled. Op: ``inner_products``.
     """
 
+    fsp_pairs = alias("feature_pairs")
+
     def __init__(self, fsp_pairs, **kwargs):
         super().__init__(fsp_pairs)
 
@@ -173,13 +193,16 @@ class FSPLoss(_OfPairs):
         return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict, roles)
 
     def of_pair(self, student_first, student_second, teacher_first, teacher_second):
-        gap = self.flow(student_first, student_second) - self.flow(teacher_first, teacher_second)
+        """The loss of one pair."""
+        flow = self.compute_fsp_matrix
+        gap = flow(student_first, student_second) - flow(teacher_first, teacher_second)
         norms = _root(fixed_sum(gap.square().mT))
         return fixed_sum(fixed_sum(norms)) / max(len(gap), 1)
 
     @staticmethod
-    def flow(first, second):
-        ((first, second),) = check.layers([first], [second], check.maps)
+    def compute_fsp_matrix(first_feature_map, second_feature_map):
+        """Products of the channels of two maps over their positions [B, C, C'], averaged."""
+        ((first, second),) = check.layers([first_feature_map], [second_feature_map], check.maps)
         height, width = (min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
         first, second = (max_pool(x, height, width).flatten(2) for x in (first, second))
         return ops.inner_products(first, second) / (height * width)
@@ -192,22 +215,44 @@ class ATLoss(_OfPairs):
     Maps of one size (with "code" those of unlike heights are pooled as by kdfast.AT, where the original raises).
     """
 
+    at_pairs = alias("feature_pairs")
+
     def __init__(self, at_pairs, mode="code", **kwargs):
         super().__init__(at_pairs)
         check.one_of("mode", mode, ("code", "paper"))
         self.mode = mode
-        self.code = kdfast.AT()
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
-        loss = self.code if self.mode == "code" else self.paper
+        check.one_of("mode", self.mode, ("code", "paper"))
+        loss = self.compute_at_loss if self.mode == "code" else self._of_paper
         return self.weighted_sum(loss, student_io_dict, teacher_io_dict)
 
+    def compute_at_loss(self, student_feature_map, teacher_feature_map):
+        """Mode "code" of one pair."""
+        if not replaced(self, ATLoss, "attention_transfer"):
+            return kdfast.AT()(student_feature_map, teacher_feature_map)
+        q_s, q_t = (self.attention_transfer(x) for x in (student_feature_map, teacher_feature_map))
+        return mean((q_s - q_t).square())
+
+    def compute_at_loss_paper(self, student_feature_map, teacher_feature_map):
+        """Mode "paper" of one pair, times B."""
+        check.layers([student_feature_map], [teacher_feature_map], check.maps)
+        q_s, q_t = (self.attention_transfer_paper(x) for x in (student_feature_map, teacher_feature_map))
+        return fixed_sum(_root(fixed_sum((q_s - q_t).square())))
+
+    def _of_paper(self, student, teacher):
+        return self.compute_at_loss_paper(student, teacher) / max(len(student), 1)
+
     @staticmethod
-    def paper(student, teacher):
-        pairs = check.layers([student], [teacher], check.maps)
-        dtype = accumulator(student, teacher)
-        q_s, q_t = (F.normalize(x.to(dtype).square().sum(1).flatten(1)) for x in pairs[0])
-        return fixed_sum(_root(fixed_sum((q_s - q_t).square()))) / max(len(q_s), 1)
+    def attention_transfer(feature_map):
+        """``m / |m|`` [B, N] with ``m = mean_c x^2``."""
+        return attention_map(feature_map, 2)
+
+    @staticmethod
+    def attention_transfer_paper(feature_map):
+        """``m / |m|`` [B, N] with ``m = sum_c x^2``."""
+        check.maps("feature_map", feature_map)
+        return F.normalize(feature_map.to(accumulator(feature_map)).square().sum(1).flatten(1))
 
 
 @register(key="kdfast.PKTLoss")
@@ -216,10 +261,15 @@ class PKTLoss(_OfTwoModules):
 
     def __init__(self, student_module_path, student_module_io, teacher_module_path, teacher_module_io, eps=1e-7):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
-        self.loss = kdfast.PKT(eps)
+        check.positive("eps", eps)
+        self.eps = eps
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
-        return self.loss(*self.read(student_io_dict, teacher_io_dict))
+        return self.cosine_similarity_loss(*self.read(student_io_dict, teacher_io_dict))
+
+    def cosine_similarity_loss(self, student_outputs, teacher_outputs):
+        """The loss."""
+        return kdfast.PKT(self.eps)(student_outputs, teacher_outputs)
 
 
 @register(key="kdfast.FTLoss")
@@ -230,6 +280,9 @@ class FTLoss(_OfOutputs):
     NaN).
     """
 
+    translator_path = alias("student_module_path")
+    paraphraser_path = alias("teacher_module_path")
+
     def __init__(self, p=1, reduction="mean", paraphraser_path="paraphraser", translator_path="translator", **kwargs):
         super().__init__(translator_path, paraphraser_path)
         check.number("p", p, low=1)
@@ -238,6 +291,8 @@ class FTLoss(_OfOutputs):
         self.reduction = reduction
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+        check.number("norm_p", self.norm_p, low=1)
+        check.one_of("reduction", self.reduction, ("mean", "sum"))
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_shape("teacher", teacher, student)
@@ -256,27 +311,76 @@ class AltActTransferLoss(_OfPairs):
 
     def __init__(self, feature_pairs, margin, reduction, **kwargs):
         super().__init__(feature_pairs)
-        self.loss = kdfast.AB(margin, "mean" if reduction == "mean" else "sum")
+        check.number("margin", margin)
+        self.margin = margin
+        self.reduction = reduction
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
-        return self.weighted_sum(self.loss, student_io_dict, teacher_io_dict)
+        return self.weighted_sum(self._of_pair, student_io_dict, teacher_io_dict)
+
+    def _of_pair(self, student, teacher):
+        loss = self.compute_alt_act_transfer_loss(student, teacher, self.margin)
+        return loss / max(len(student), 1) if self.reduction == "mean" else loss
+
+    @staticmethod
+    def compute_alt_act_transfer_loss(source, target, margin):
+        """The sum of one pair."""
+        return ops.activation_boundary(source, target, margin)
 
 
 @register(key="kdfast.RKDLoss")
 class RKDLoss(_OfOutputs):
-    """:class:`kdfast.RKD`; "sum" adds the B^2 and the B^3 terms. A factor None is 0 (the original raises TypeError)."""
+    """:class:`kdfast.RKD`; "sum" adds the B^2 and the B^3 terms. A factor None is 0 (the original raises TypeError).
+
+    With "none", another ``smooth_l1_loss`` set later or a method of a subclass's own it is the original's formula of
+    them, in plain PyTorch, with B^3 cosines. "none" returns the terms of the one whose factor is not 0.
+    """
+
+    student_output_path = alias("student_module_path")
+    teacher_output_path = alias("teacher_module_path")
 
     def __init__(self, student_output_path, teacher_output_path, dist_factor, angle_factor, reduction, **kwargs):
         super().__init__(student_output_path, teacher_output_path)
-        check.one_of("reduction", reduction, ("mean", "sum"))
+        check.one_of("reduction", reduction, ("mean", "sum", "none"))
         self.dist_factor = dist_factor
         self.angle_factor = angle_factor
-        self.reduction = reduction
+        self.smooth_l1_loss = nn.SmoothL1Loss(reduction=reduction)
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
         student, teacher = self.read(student_io_dict, teacher_io_dict)
-        rows = len(student) if self.reduction == "sum" else 1
-        return ops.rkd(student, teacher, (self.dist_factor or 0) * rows**2, (self.angle_factor or 0) * rows**3)
+        check.embeddings("student", student)
+        check.same_batch("teacher", teacher, student)
+        dist_factor, angle_factor = self.dist_factor or 0, self.angle_factor or 0
+        huber = self.smooth_l1_loss
+        usual = type(huber) is nn.SmoothL1Loss and huber.beta == 1 and huber.reduction in ("mean", "sum")
+        methods = ("pdist", "compute_rkd_distance_loss", "compute_rkd_angle_loss")
+        if usual and not replaced(self, RKDLoss, *methods):
+            rows = len(student) if huber.reduction == "sum" else 1
+            return ops.rkd(student, teacher, dist_factor * rows**2, angle_factor * rows**3)
+        flat = [x.flatten(1).to(accumulator(student, teacher)) for x in (teacher, student)]
+        return dist_factor * self.compute_rkd_distance_loss(*flat) + angle_factor * self.compute_rkd_angle_loss(*flat)
+
+    @staticmethod
+    def pdist(e, squared=False, eps=1e-12):
+        """Distances among the rows of e [B, B], whose squares are at least eps, and 0 on the diagonal."""
+        return pdist(e, squared, eps)
+
+    def compute_rkd_distance_loss(self, teacher_flat_outputs, student_flat_outputs):
+        """The distance term, without its factor; 0 where that is 0."""
+        if not self.dist_factor:
+            return 0
+        d_t, d_s = (over_mean(self.pdist(x)) for x in (teacher_flat_outputs.detach(), student_flat_outputs))
+        return self.smooth_l1_loss(d_s, d_t)
+
+    def compute_rkd_angle_loss(self, teacher_flat_outputs, student_flat_outputs):
+        """The angle term, without its factor; 0 where that is 0."""
+        if not self.angle_factor:
+            return 0
+        cosines = []
+        for x in (teacher_flat_outputs.detach(), student_flat_outputs):
+            directions = F.normalize(x[None] - x[:, None], dim=2)
+            cosines.append((directions @ directions.mT).flatten())
+        return self.smooth_l1_loss(cosines[1], cosines[0])
 
 
 @register(key="kdfast.VIDLoss")
@@ -305,32 +409,48 @@ class CCKDLoss(_OfOutputs):
     reduction but "batchmean" leaves out the B^2. Op: ``inner_products``.
     """
 
+    student_linear_path = alias("student_module_path")
+    teacher_linear_path = alias("teacher_module_path")
+
     def __init__(self, student_linear_path, teacher_linear_path, kernel_config, reduction, **kwargs):
         super().__init__(student_linear_path, teacher_linear_path)
         self.kernel_type = kernel_config["type"]
         check.one_of("kernel_config['type']", self.kernel_type, ("bilinear", "gaussian"))
-        self.series = [0.0, 1.0]
         if self.kernel_type == "gaussian":
-            gamma, max_p = kernel_config["gamma"], kernel_config["max_p"]
-            check.number("kernel_config['gamma']", gamma)
-            check.count("kernel_config['max_p']", max_p)
-            self.series = [math.exp(-2 * gamma) * (2 * gamma) ** p / math.factorial(p) for p in range(max_p + 1)]
+            self.gamma, self.max_p = kernel_config["gamma"], kernel_config["max_p"]
+            check.number("kernel_config['gamma']", self.gamma)
+            check.count("kernel_config['max_p']", self.max_p)
         self.reduction = reduction
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
-        gap = self.kernel(student) - self.kernel(teacher)
+        check.one_of("kernel_type", self.kernel_type, ("bilinear", "gaussian"))
+        gaussian = self.kernel_type == "gaussian"
+        kernel = self.compute_cc_mat_by_gaussian_rbf if gaussian else self.compute_cc_mat_by_bilinear_pool
+        gap = kernel(student) - kernel(teacher)
         norm = _root(fixed_sum(fixed_sum(gap.square())))
         return norm / (max(len(gap), 1) ** 2 if self.reduction == "batchmean" else 1)
 
-    def kernel(self, x):
-        products = ops.inner_products(x.flatten(1)[None])[0]
+    @staticmethod
+    def compute_cc_mat_by_bilinear_pool(linear_outputs):
+        """K [B, B], bilinear."""
+        return _products(linear_outputs)
+
+    def compute_cc_mat_by_gaussian_rbf(self, linear_outputs):
+        """K [B, B], gaussian."""
+        g = 2 * self.gamma
+        products = _products(linear_outputs)
         value = torch.zeros_like(products)
-        for coefficient in reversed(self.series):
-            value = value * products + coefficient
+        for p in reversed(range(self.max_p + 1)):
+            value = value * products + math.exp(-g) * g**p / math.factorial(p)
         return value
+
+
+def _products(x):
+    """The inner products of the rows of x [B, B], flattened."""
+    return ops.inner_products(x.flatten(1)[None])[0]
 
 
 @register(key="kdfast.SPKDLoss")
@@ -341,6 +461,9 @@ class SPKDLoss(_OfOutputs):
     ``inner_products``.
     """
 
+    student_output_path = alias("student_module_path")
+    teacher_output_path = alias("teacher_module_path")
+
     def __init__(self, student_output_path, teacher_output_path, reduction, **kwargs):
         super().__init__(student_output_path, teacher_output_path)
         self.reduction = reduction
@@ -349,9 +472,17 @@ class SPKDLoss(_OfOutputs):
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
-        q_s, q_t = (F.normalize(ops.inner_products(x.flatten(1)[None])[0], p=1) for x in (student, teacher))
-        loss = fixed_sum(fixed_sum((q_s - q_t).square()))
-        return loss / (max(len(q_s), 1) ** 2 if self.reduction == "batchmean" else 1)
+        loss = self.compute_spkd_loss(teacher, student)
+        return loss / (max(len(student), 1) ** 2 if self.reduction == "batchmean" else 1)
+
+    def matmul_and_normalize(self, z):
+        """q [B, B]."""
+        return F.normalize(_products(z), p=1)
+
+    def compute_spkd_loss(self, teacher_outputs, student_outputs):
+        """The loss, without the B^2."""
+        gap = self.matmul_and_normalize(student_outputs) - self.matmul_and_normalize(teacher_outputs)
+        return fixed_sum(fixed_sum(gap.square()))
 
 
 @register(key="kdfast.CRDLoss")
@@ -360,8 +491,14 @@ class CRDLoss(kdfast.CRD):
 
     The student's empty module takes in {"pos_idx", "contrast_idx"}. Without contrast_idx negatives are drawn on the
     device (the original raises AttributeError). On the first call the banks move to the student's device. One size of
-    data set: num_samples is output_size; and eps is 1e-7.
+    data set: num_samples is output_size; and eps is 1e-7. `bank_dtype`: of the banks, by default torch's default type,
+    as there; made on the CPU they are the original's of the same seed. There is no ``params``: ``temperature``,
+    ``momentum`` and ``num_negative_samples`` act. The original's methods are kernels here: a subclass cannot have them.
     """
+
+    num_negative_samples = alias("negatives")
+    memory_v1 = alias("bank_student")
+    memory_v2 = alias("bank_teacher")
 
     def __init__(
         self,
@@ -375,16 +512,37 @@ class CRDLoss(kdfast.CRD):
         temperature=0.07,
         momentum=0.5,
         eps=1e-7,
+        bank_dtype=None,
     ):
         if num_samples != output_size:
             raise ValueError(f"num_samples must be output_size={output_size}, got {num_samples}")
         if eps != 1e-7:
             raise ValueError(f"eps must be 1e-7, got {eps}")
-        super().__init__(input_size, input_size, output_size, input_size, num_negative_samples, temperature, momentum)
+        sizes = input_size, input_size, output_size, input_size, num_negative_samples, temperature, momentum
+        make_crd(self, *sizes, embeddings=False, bank_dtype=bank_dtype)
         del self.embed_student, self.embed_teacher
         self.student_norm_module_path = student_norm_module_path
         self.student_empty_module_path = student_empty_module_path
         self.teacher_norm_module_path = teacher_norm_module_path
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for name in ("contrast_memory", "compute_contrast_loss", "draw", "init_prob_alias"):
+            if hasattr(cls, name):
+                raise TypeError(f"{cls.__name__}.{name} would never be called: it is part of a kernel here")
+
+    def __setattr__(self, name, value):
+        if name in ("eps", "num_samples", "params", "unigrams", "probs", "alias"):
+            raise AttributeError(
+                f"{name} cannot be set, for it would change nothing; temperature, momentum, num_negative_samples, "
+                "memory_v1 and memory_v2 can"
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def num_samples(self):
+        """The number of samples of the data set."""
+        return self.n_data
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
         student = student_io_dict[self.student_norm_module_path]["output"]
@@ -401,7 +559,11 @@ class CRDLoss(kdfast.CRD):
 
 @register(key="kdfast.HierarchicalContextLoss")
 class HierarchicalContextLoss(_OfTwoModules):
-    """:class:`kdfast.HCL`; the student's module puts out (map, residual). Other sizes and "sum": plain PyTorch."""
+    """:class:`kdfast.HCL`; the student's module puts out (map, residual).
+
+    Other sizes and reductions, and other ``criteria`` set later: plain PyTorch. "none" is for sizes that are no smaller
+    than the map, as there, or that torch can add to it.
+    """
 
     def __init__(
         self,
@@ -414,24 +576,28 @@ class HierarchicalContextLoss(_OfTwoModules):
         **kwargs,
     ):
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
-        check.one_of("reduction", reduction, ("mean", "sum"))
-        self.reduction = reduction
+        check.one_of("reduction", reduction, ("mean", "sum", "none"))
+        self.criteria = nn.MSELoss(reduction=reduction)
         self.output_sizes = [4, 2, 1] if output_sizes is None else list(output_sizes)
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
         (student, _), teacher = self.read(student_io_dict, teacher_io_dict)
-        if self.reduction == "mean" and self.output_sizes == [4, 2, 1]:
+        usual = type(self.criteria) is nn.MSELoss and self.criteria.reduction == "mean"
+        if usual and list(self.output_sizes) == [4, 2, 1]:
             return ops.pyramid_error(student, teacher)
         ((s, t),) = check.layers([student], [teacher], check.maps, check.same_shape)
-        dtype = accumulator(s, t)
-        gap = s.to(dtype) - t.to(dtype)
-        levels = [gap, *(average_pool(gap, size, size) for size in self.output_sizes if size < gap.shape[2])]
+        s, t = wide(s, t)
+        sizes = [size for size in self.output_sizes if size < s.shape[2]]
+        levels = [(s, t), *([average_pool(x, size, size) for x in (s, t)] for size in sizes)]
         weights = [0.5**k for k in range(len(levels))]
-        return total(w * self.error(x) for w, x in zip(weights, levels, strict=True)) / sum(weights)
+        return total(w * self.error(*maps) for w, maps in zip(weights, levels, strict=True)) / sum(weights)
 
-    def error(self, gap):
-        squares = fixed_sum(gap.square().flatten())
-        return squares / max(gap.numel(), 1) if self.reduction == "mean" else squares
+    def error(self, student, teacher):
+        """The error of one level."""
+        if type(self.criteria) is not nn.MSELoss or self.criteria.reduction not in ("mean", "sum"):
+            return self.criteria(student, teacher)
+        squares = fixed_sum((student - teacher).square().flatten())
+        return squares / max(student.numel(), 1) if self.criteria.reduction == "mean" else squares
 
 
 @register(key="kdfast.DISTLoss")
@@ -463,13 +629,22 @@ class DISTLoss(_OfTwoModules):
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.pair(student, teacher)
+        check.positive("tau", self.tau)
         dtype = accumulator(student, teacher)
         p_s, p_t = (torch.softmax(x.to(dtype) / self.tau, 1) for x in (student, teacher))
-        inter, intra = self.dissimilarity(p_s, p_t), self.dissimilarity(p_s.t(), p_t.t())
+        inter, intra = self.inter_class_relation(p_s, p_t), self.intra_class_relation(p_s, p_t)
         return self.tau**2 * (self.beta * inter + self.gamma * intra)
 
-    def dissimilarity(self, a, b):
+    @staticmethod
+    def pearson_correlation(y_s, y_t, eps):
+        """The correlation of each row (B,)."""
+        return F.cosine_similarity(*(x - x.mean(1, keepdim=True) for x in (y_s, y_t)), eps=eps)
+
+    def inter_class_relation(self, y_s, y_t):
         """1 less the mean correlation of the rows."""
-        a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
-        cosines = F.cosine_similarity(a, b, eps=self.eps)
-        return 1 - fixed_sum(cosines) / max(len(cosines), 1)
+        correlations = self.pearson_correlation(y_s, y_t, self.eps)
+        return 1 - fixed_sum(correlations) / max(len(correlations), 1)
+
+    def intra_class_relation(self, y_s, y_t):
+        """1 less the mean correlation of the columns."""
+        return self.inter_class_relation(y_s.t(), y_t.t())
