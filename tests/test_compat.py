@@ -589,6 +589,46 @@ def test_equal_networks_have_a_finite_gradient(torchdistill, name):
     assert grad.isfinite().all() and grad.abs().max() <= 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FTLoss-2",
+        "FTLoss-3",
+        "CCKDLoss",
+        "SPKDLoss",
+        "ATLoss",
+        "FSPLoss",
+        "DISTLoss",
+        "HierarchicalContextLoss",
+        "RKDLoss",
+    ],
+)
+def test_nan_stays_in_plain_pytorch(torchdistill, name):
+    """A sample that is NaN makes the loss NaN, and its gradient."""
+    name, _, p = name.partition("-")
+    arguments = {
+        "FTLoss": dict(p=int(p or 1)),
+        "CCKDLoss": dict(kernel_config=KERNEL, reduction="batchmean"),
+        "SPKDLoss": dict(reduction="batchmean"),
+        "ATLoss": dict(at_pairs=pairs_of(1), mode="paper"),
+        "FSPLoss": dict(fsp_pairs=flows_of(1)),
+        "HierarchicalContextLoss": dict(reduction="sum"),
+        "RKDLoss": dict(dist_factor=1, angle_factor=0, reduction="none"),
+    }.get(name, {})
+    student, teacher = maps(0, (4, 4)), maps(1, (4, 4))
+    if name in ("CCKDLoss", "SPKDLoss", "DISTLoss", "RKDLoss"):
+        student, teacher = ([embeddings(seed), embeddings(seed + 1)] for seed in (0, 2))
+    student[0][0] = float("nan")
+    student[0].requires_grad_()
+    sides = named(student, teacher)
+    if name == "HierarchicalContextLoss":
+        sides[0]["s"]["output"] = (student[0], None)
+    value = of_torchdistill(getattr(torchdistill, name), **arguments)(*sides).sum()
+    assert value.isnan()
+    value.backward()
+    assert student[0].grad[0].isnan().any()
+
+
 # What is refused, and what the message says.
 MAPS = [torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)]
 REFUSED = [
@@ -762,7 +802,7 @@ def test_modules_of_crd():
     loss.embed_s = own
     assert loss.embed_s is own and own.weight in set(loss.parameters()) and len(list(loss.parameters())) == 4
     assert of_two_steps(loss) != before
-    with pytest.raises(TypeError, match="embed_teacher must be an nn.Linear, got Sequential"):
+    with pytest.raises(TypeError, match="embed_teacher must be a linear layer, got Sequential"):
         loss.embed_t = nn.Sequential()
     for name in ("contrast", "criterion_s", "criterion_t"):
         with pytest.raises(AttributeError, match=f"{name} is no module here"):
@@ -1035,6 +1075,9 @@ def test_reduction_none_of_torchdistill(torchdistill):
     distances = [own_pdist(x) / own_pdist(x)[own_pdist(x) > 0].mean() for x in (student, teacher)]
     loss = torchdistill.RKDLoss("s", "t", 2.0, None, "none")
     want = 2 * F.smooth_l1_loss(*distances, reduction="none")
+    torch.testing.assert_close(of_modules(loss, student, teacher), want, rtol=1e-9, atol=1e-15)
+    loss = torchdistill.FTLoss(1, "none", paraphraser_path="t", translator_path="s")
+    want = (F.normalize(student) - F.normalize(teacher)).abs()
     torch.testing.assert_close(of_modules(loss, student, teacher), want, rtol=1e-9, atol=1e-15)
     loss = torchdistill.HierarchicalContextLoss(*PATHS, "none", [6])
     x, y = maps(0)[0], maps(2)[0]
@@ -1510,6 +1553,53 @@ def test_student_loop_of_repdistiller_trains_the_criterion(distill, beta):
 
 
 # ---- the pages about it ----------------------------------------------------------------------------------------------
+def test_crd_of_mdistillers_page():
+    """Its class in the place of mdistiller's, and what mdistiller has saved."""
+    page = Path(__file__).parent.parent / "docs/migrating-from-mdistiller.md"
+    if not page.exists():
+        pytest.skip("needs the source tree")
+    (code,) = [x for x in re.findall("```python\n(.*?)```", page.read_text(), re.DOTALL) if "class FastCRD" in x]
+
+    class Distiller(nn.Module):
+        def get_learnable_parameters(self):
+            return list(self.student.parameters())
+
+    class CRD(Distiller):  # as far as the page's class is concerned
+        def __init__(self, student):
+            super().__init__()
+            self.student = student
+            self.init_crd_modules(6, 4, 5, 12, 7, 0.5, 0.1)
+
+    modules = {
+        name: types.ModuleType(name) for name in ("mdistiller", "mdistiller.distillers", "mdistiller.distillers.CRD")
+    }
+    modules["mdistiller.distillers"].distiller_dict = {"CRD": CRD}
+    modules["mdistiller.distillers.CRD"].CRD = CRD
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        exec(code, {})
+    distiller = modules["mdistiller.distillers"].distiller_dict["CRD"](nn.Linear(3, 6))
+    x, y, index = torch.randn(4, 6, requires_grad=True), torch.randn(4, 4), torch.arange(4)
+    contrast_index = torch.cat([index[:, None], torch.randint(12, (4, 7))], 1)
+    distiller.crd_loss(x, y, index, contrast_index).backward()
+    parameters = distiller.get_learnable_parameters()
+    assert len(parameters) == 6 and all(p.grad is not None for p in parameters[2:])
+    assert distiller.get_extra_parameters() == 5 * 7 + 5 * 5 + 2 * 12 * 5
+    crd = distiller.crd
+    assert (crd.negatives, crd.momentum, crd.temperature, crd.n_data, crd.feature_dim) == (7, 0.5, 0.1, 12, 5)
+    layers = {
+        f"embed_{s}.linear.{part}": torch.randn_like(getattr(layer, part))
+        for s, layer in (("s", crd.embed_student), ("t", crd.embed_teacher))
+        for part in ("weight", "bias")
+    }
+    banks = {f"contrast.memory_v{i}": torch.randn(12, 5) for i in (1, 2)}
+    params = {"contrast.params": torch.tensor([7, 0.1, 30.0, 40.0, 0.5])}
+    kdfast.load_repdistiller_crd(crd, {"student.weight": torch.ones(6, 3), **layers, **banks, **params})
+    assert torch.equal(crd.bank_teacher, banks["contrast.memory_v2"]) and crd.z_teacher == 40
+    assert torch.equal(crd.embed_student.bias, layers["embed_s.linear.bias"])
+
+
 @pytest.mark.parametrize("library", ["repdistiller", "mdistiller", "torchdistill"])
 def test_page_names_every_loss(library, request):
     page = Path(__file__).parent.parent / f"docs/migrating-from-{library}.md"

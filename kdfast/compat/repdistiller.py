@@ -393,8 +393,8 @@ class CRDLoss(kdfast.CRD):
                 f"{name} is no module here, so that setting it would change nothing: set bank_student, bank_teacher, "
                 "temperature, momentum or negatives of the loss"
             )
-        if name.startswith("embed_") and not isinstance(value, nn.Linear):
-            raise TypeError(f"{name} must be an nn.Linear, got {type(value).__name__}")
+        if name in ("embed_student", "embed_teacher") and not hasattr(value, "weight"):
+            raise TypeError(f"{name} must be a linear layer, got {type(value).__name__}")
         super().__setattr__(name, value)
 
     def forward(self, f_s, f_t, idx, contrast_idx=None):

@@ -11,8 +11,8 @@ A YAML configuration needs the import and the changed key; every argument stays:
 
 Each takes ``(student_io_dict, teacher_io_dict, targets=None)`` and returns a 0-d loss, CRDLoss one of shape (1,).
 Attributes have the originals' names and act when they are set later, and so do a subclass's own methods where the
-originals have such ones. Reductions are "mean", "sum" and "batchmean"; "none" for KDLoss and HierarchicalContextLoss,
-in plain PyTorch, and of one of RKDLoss's two terms.
+originals have such ones. Reductions are "mean", "sum" and "batchmean", and "none" where the originals return terms:
+KDLoss, FTLoss with p = 1, RKDLoss with one factor, HierarchicalContextLoss of one size; in plain PyTorch.
 """
 
 import math
@@ -88,15 +88,17 @@ class _OfPairs(nn.Module):
         return total(losses)
 
 
-def _root(x):
-    """The square root of a sum of squares; no gradient where that is 0, as torch's norms have none."""
-    return torch.where(x > 0, x, 1.0).sqrt() * (x > 0)
+def _root(x, power=2):
+    """The root of a sum of powers; no gradient where that is 0, as torch's norms have none."""
+    some = x != 0  # NaN, too
+    return torch.where(some, x, 1.0) ** (1 / power) * some
 
 
 def _unit(x):
     """Rows of x over their lengths; a row of zeros stays, and has no gradient."""
     squares = fixed_sum(x.square())[:, None]
-    return x * (squares > 0) / torch.where(squares > 0, squares, 1.0).sqrt()
+    some = squares != 0
+    return x * some / torch.where(some, squares, 1.0).sqrt()
 
 
 @register(key="kdfast.KDLoss")
@@ -276,8 +278,8 @@ class PKTLoss(_OfTwoModules):
 class FTLoss(_OfOutputs):
     """:class:`kdfast.FT` with p = 1, its mean or its sum over all entries; else ``|s / |s| - t / |t||_p`` of a sample.
 
-    Of these norms the mean or the sum over the batch, in plain PyTorch. A factor of zeros has no gradient (original:
-    NaN).
+    Of these norms the mean, or with another reduction the sum over the batch, in plain PyTorch. A factor of zeros has
+    no gradient (original: NaN). "none" is, with p = 1, all entries.
     """
 
     translator_path = alias("student_module_path")
@@ -286,22 +288,22 @@ class FTLoss(_OfOutputs):
     def __init__(self, p=1, reduction="mean", paraphraser_path="paraphraser", translator_path="translator", **kwargs):
         super().__init__(translator_path, paraphraser_path)
         check.number("p", p, low=1)
-        check.one_of("reduction", reduction, ("mean", "sum"))
+        check.one_of("reduction", reduction, ("mean", "sum", "none"))
         self.norm_p = p
         self.reduction = reduction
 
     def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
         check.number("norm_p", self.norm_p, low=1)
-        check.one_of("reduction", self.reduction, ("mean", "sum"))
+        check.one_of("reduction", self.reduction, ("mean", "sum", "none"))
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_shape("teacher", teacher, student)
-        if self.norm_p == 1:
+        if self.norm_p == 1 and self.reduction != "none":
             return ops.normalized_error(student, teacher) * (student.numel() if self.reduction == "sum" else 1)
-        dtype = accumulator(student, teacher)
-        s, t = (_unit(x.flatten(1).to(dtype)) for x in (student, teacher))
-        powers = fixed_sum((s - t).abs() ** self.norm_p)
-        norms = torch.where(powers > 0, powers, 1.0) ** (1 / self.norm_p) * (powers > 0)
+        s, t = (_unit(x.flatten(1)) for x in wide(student, teacher))
+        if self.norm_p == 1:
+            return (s - t).abs()
+        norms = _root(fixed_sum((s - t).abs() ** self.norm_p), self.norm_p)
         return fixed_sum(norms) / (max(len(norms), 1) if self.reduction == "mean" else 1)
 
 
