@@ -200,21 +200,15 @@ def test_no_gradient_goes_through_the_teacher():
     assert seen == [False] and images.grad.any()
 
 
-class CrossEntropyOfTeacher(nn.Module):
-    """A loss in plain PyTorch, which saves nothing of the teacher's for its backward."""
-
-    def forward(self, student, teacher):
-        return F.cross_entropy(student, teacher.softmax(1))
-
-
-def test_a_teacher_in_inference_mode():
-    """Its logits are taken as they are, and its layers captured, whoever runs it."""
+@pytest.mark.parametrize("loss", [nn.MSELoss(), kdfast.KD()], ids=lambda loss: type(loss).__name__)
+def test_a_teacher_in_inference_mode(loss):
+    """Whoever runs it, its logits and layers are what a loss can save for its backward."""
     student, teacher = networks()
     images, labels, _ = batch()
     logits = teacher.eval()(images)
     with torch.inference_mode():
         of_inference = teacher(images)
-    task = DistillationTask(student, None, [Term(CrossEntropyOfTeacher(), name="kd")])
+    task = DistillationTask(student, None, [Term(loss, name="kd")])
     got, want = (task(images, labels, teacher_logits=x) for x in (of_inference, logits.detach()))
     assert torch.equal(got["loss"], want["loss"])
     got["loss"].backward()
@@ -225,7 +219,7 @@ def test_a_teacher_in_inference_mode():
         def taught(self, input):
             return super().taught(input)
 
-    terms = [Term(CrossEntropyOfTeacher(), name="kd"), Term(kdfast.AT(), 1000.0, of_layers(["layer3", "layer4"]))]
+    terms = [Term(loss, name="kd"), Term(kdfast.AT(), 1000.0, of_layers(["layer3", "layer4"]))]
     got, want = (kind(student, teacher, terms).train()(images, labels) for kind in (Inference, DistillationTask))
     assert torch.equal(got["loss"], want["loss"])
     got["loss"].backward()

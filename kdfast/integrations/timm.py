@@ -102,7 +102,8 @@ class DistillationTask(_task.TrainingTask):
         if teacher_logits is not None and self._teacher_features:
             layers = ", ".join(self._teacher_features)
             raise ValueError(f"teacher_logits must be None, for the terms read the teacher's layers {layers}, too")
-        values = {"labels": labels, **(self.taught(input) if teacher_logits is None else {LOGITS[1]: teacher_logits})}
+        taught = self.taught(input) if teacher_logits is None else {LOGITS[1]: teacher_logits}
+        values = {"labels": labels, **{name: _savable(x) for name, x in taught.items()}}
         if index is not None:
             values["index"] = index
         logits, losses = self.trainable_module(input, values)
@@ -242,6 +243,11 @@ def _teacher(teacher, student, device, dtype):
             "teacher must share no parameters with the student, which would be frozen with it; pass a copy"
         )
     return teacher.to(device).requires_grad_(False).eval()
+
+
+def _savable(x):
+    """x, or a copy of what torch.inference_mode has made, which no backward can save."""
+    return x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x
 
 
 def _normalization(model):
