@@ -1,4 +1,4 @@
-"""What losses of the originals' kind share: attributes of other names, lists of unequal length, methods, formulas."""
+"""What losses under the originals' names share: attributes and methods, lists of unequal length, formulas, draws."""
 
 import functools
 import math
@@ -44,9 +44,9 @@ def _warn(student, teacher):
     )
 
 
-def layers(g_s, g_t, each, *fit):
+def layers(g_s, g_t, each):
     """`check.layers` of lists that are shortened first."""
-    return check.layers(*shortened(g_s, g_t), each, *fit)
+    return check.layers(*shortened(g_s, g_t), each)
 
 
 def of_each(loss, g_s, g_t):
