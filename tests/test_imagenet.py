@@ -4,6 +4,7 @@ import csv
 import errno
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -310,6 +311,73 @@ def test_second_signals(monkeypatch):
         assert stop.signal == signal.SIGINT
 
 
+def end_of(argv, event=None):
+    """-> exit status of the command in a process of its own, with ``event()`` after its first step or batch.
+
+    A process that does not end is an error: one that waits for its loader would do so for ever.
+    """
+
+    def work():
+        for trainer_method in ("step", "teacher_logits"):
+            after(trainer_method, event)
+        sys.exit(main(argv))
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(60)
+    hangs = process.is_alive()
+    process.kill()
+    process.join()
+    assert not hangs, "the process does not end"
+    return process.exitcode
+
+
+def after(name, event):
+    compute = getattr(train.Trainer, name)
+
+    def disturbed(self, *batches):
+        result = compute(self, *batches)
+        event()
+        return result
+
+    setattr(train.Trainer, name, disturbed)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill_a_loader():
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
+
+def fail():
+    raise RuntimeError("a fault of the program")
+
+
+@pytest.mark.parametrize(
+    ("event", "status"),
+    [(terminate, 143), (interrupt, 130), (kill_a_loader, 2), (fail, 1)],
+    ids=["SIGTERM", "Ctrl-C", "killed loader", "error"],
+)
+@pytest.mark.parametrize("work", ["train", "store"])
+def test_it_ends_with_processes_that_load(work, event, status, photographs, tmp_path, capfd):
+    """As a command does at a signal, at the death of a loader (as of memory) and at an error, and it can go on."""
+    argv = arguments(photographs, tmp_path / "run", "--workers", 2, "--epochs", 4)
+    if work == "store":
+        argv[argv.index("--out")] = "--store-teacher"
+    assert end_of(argv, event) == status
+    said = capfd.readouterr().err
+    if event is kill_a_loader:
+        assert "error: --workers: one of the 2 processes that load images has died: DataLoader worker (pid" in said
+    assert ("Traceback" in said) == (event is fail)
+    assert main([*argv, *["--resume"] * (work == "train")]) == 0
+
+
 def test_no_checkpoint_after_a_loss_that_is_not_finite(photographs, tmp_path, capsys):
     argv = arguments(photographs, tmp_path / "run", "--lr", 1e30, "--log-every", 100, "--checkpoint-every", 1)
     assert "a loss is not finite before step" in refused(capsys, argv)
@@ -455,7 +523,7 @@ def test_killed_process_and_restart(photographs, tmp_path):
     """kill -9 of one of three; torchrun starts them anew, and the weights are those of a run without it."""
     options = ("--preset", "crd", "--checkpoint-every", 1)  # three: with two, a sum has no order that could change
     finished(3, arguments(photographs, tmp_path / "expected", *options))
-    argv = arguments(photographs, tmp_path / "run", *options)
+    argv = arguments(photographs, tmp_path / "run", *options, "--workers", 1)
     output = finished(3, argv, restarts=1, disturbed=(1, 3, "SIGKILL"))
     assert "exitcode: -9" in output and "resumed after step" in output
     assert_ended(output, 3)
@@ -465,7 +533,7 @@ def test_killed_process_and_restart(photographs, tmp_path):
 def test_stopped_processes_and_one_that_goes_on(photographs, undisturbed, tmp_path, capsys):
     """One of two gets a SIGTERM, both stop after the same step; the rest is done by a single process."""
     out = tmp_path / "run"
-    code, output = torchrun(2, arguments(photographs, out), disturbed=(1, 3, "SIGTERM"))
+    code, output = torchrun(2, arguments(photographs, out, "--workers", 1), disturbed=(1, 3, "SIGTERM"))
     assert code != 0 and output.count("continue with: kdfast distill --resume") == 1 and "exitcode: 143" in output
     assert_ended(output, 2)
     assert main(["distill", "--resume", "--out", str(out)]) == 0

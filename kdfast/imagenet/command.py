@@ -38,14 +38,18 @@ def _run(options, folder):
     try:
         chosen = _chosen(options, folder)
     except (DistillError, MissingExtra) as error:  # the same in every process
-        raise error if _speaks() else OtherRankFailed from error
+        if _speaks():
+            raise
+        raise OtherRankFailed from error
     from kdfast.imagenet.run import train
 
     here = join(chosen.device)
     try:
         train(chosen, options, folder, here)
     except Stopped as stopped:
-        raise stopped if here.first else OtherRankFailed(128 + stopped.signal) from stopped
+        if here.first:
+            raise
+        raise OtherRankFailed(128 + stopped.signal) from stopped
 
 
 def _chosen(options, folder):

@@ -6,6 +6,7 @@ an augmented image can be made again later: ``Images(...)[augmentation, index]``
 
 import contextlib
 import random
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from kdfast.distill import DistillError
 from kdfast.distill.train import derived_seed
 from kdfast.imagenet.ranks import ignore_signals
 
-__all__ = ["Batch", "Images", "Steps", "Unread", "loader", "seeded"]
+__all__ = ["Batch", "Images", "Steps", "Unread", "loading", "seeded"]
 
 UNREADABLE_IN_A_ROW = 10  # then it is the disk, and not an image
 
@@ -126,16 +127,37 @@ class Steps:
                 yield [(epoch % self.augmentations, index) for index in micro.chunk(self.ranks)[self.rank].tolist()]
 
 
-def loader(images, keys, workers, pin_memory):
-    """A DataLoader of `Batch`es: one for each list of keys in `keys`."""
-    return DataLoader(
-        images,
-        batch_sampler=keys,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
+@contextlib.contextmanager
+def loading(images, keys, workers, pin_memory):
+    """Inside, an iterator of `Batch`es, one for each list of keys in `keys`; its processes end with the block.
+
+    However the block ends: at the interpreter's end, processes that ignore its SIGTERM would be waited for without end.
+    """
+    batches = iter(
+        DataLoader(
+            images,
+            batch_sampler=keys,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            worker_init_fn=ignore_signals,
+        )
     )
+    try:
+        yield batches
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker \(pid", str(error)):
+            raise
+        raise DistillError(
+            f"--workers: one of the {workers} processes that load images has died: {error} If it was out of memory, "
+            "take fewer; what is written is intact, and the run can be continued"
+        ) from error
+    finally:
+        if workers:
+            batches._shutdown_workers()  # torch has no public name for it, and an exception keeps the iterator alive
+            for worker in batches._workers:
+                if worker.is_alive():
+                    worker.kill()
 
 
 def _collate(items):

@@ -52,11 +52,14 @@ class Ranks:
         except Exception as caught:  # whatever it is, the other ranks must not wait for this one
             error = caught
         failed = [rank for rank, failed in enumerate(self.gather(error is not None)) if failed]
-        if failed and failed[0] == self.rank:
-            raise error
-        if failed:
-            raise OtherRankFailed
-        return result
+        try:
+            if failed and failed[0] == self.rank:
+                raise error
+            if failed:
+                raise OtherRankFailed
+            return result
+        finally:
+            del error  # its traceback has this frame: a cycle, which would keep what all frames hold
 
     def on_first(self, work):
         """``work()`` of rank 0, for every rank."""

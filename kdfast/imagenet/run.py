@@ -14,7 +14,7 @@ from kdfast.distill import DistillError, pipeline, report, storage
 from kdfast.distill import settings as stored_runs
 from kdfast.distill.train import reproducible
 from kdfast.imagenet import checkpoints, networks, settings, stored
-from kdfast.imagenet.data import Images, Steps, Unread, loader
+from kdfast.imagenet.data import Images, Steps, Unread, loading
 from kdfast.imagenet.log import FILES, Log, Silent
 from kdfast.imagenet.ranks import Stop, Stopped
 from kdfast.imagenet.readers import fingerprint, open_readers
@@ -130,10 +130,10 @@ class _Run:
             if ended and not self.here.on_first(lambda: log.evaluated(start)):
                 self._evaluate(log, stop)
             self.steps.start = start
-            batches = iter(self._loader(self.train_images, self.steps))
-            log.restart_clock(start)
-            while self.trainer.steps < total:
-                self._step(batches, log, stop)
+            with self._loading(self.train_images, self.steps) as batches:
+                log.restart_clock(start)
+                while self.trainer.steps < total:
+                    self._step(batches, log, stop)
         self._finish(log)
 
     def _log(self, start):
@@ -153,8 +153,8 @@ class _Run:
         if self.here.first and self.trainer.steps:
             _say(f"resumed after step {self.trainer.steps} of {self.steps.total}")
 
-    def _loader(self, images, keys):
-        return loader(images, keys, self.chosen.workers, pin_memory=self.here.device.type == "cuda")
+    def _loading(self, images, keys):
+        return loading(images, keys, self.chosen.workers, pin_memory=self.here.device.type == "cuda")
 
     def _step(self, batches, log, stop):
         trainer, chosen = self.trainer, self.chosen
@@ -188,7 +188,8 @@ class _Run:
         here, size = self.here, max(1, self.chosen.batch_size // self.here.size)
         mine = range(here.rank, len(self.val_images), here.size)
         keys = [[(0, index) for index in mine[first : first + size]] for first in range(0, len(mine), size)]
-        log.epoch(self.trainer.steps, self.trainer.evaluate(self._readable(self._loader(self.val_images, keys), stop)))
+        with self._loading(self.val_images, keys) as batches:
+            log.epoch(self.trainer.steps, self.trainer.evaluate(self._readable(batches, stop)))
 
     def _readable(self, batches, stop):
         for batch in batches:
@@ -222,18 +223,20 @@ class _Run:
             for shard in shards
             for first in range(shard.begin, shard.end, size)
         ]
-        batches = iter(self._loader(self.train_images, keys))
-        for number, shard in enumerate(shards, 1):
-            logits, index = [], []
-            for _ in range(shard.begin, shard.end, size):
-                if stop.signal:
-                    hint = f"the same command continues the store after {number - 1} of {len(shards)} missing shards"
-                    raise Stopped(stop.signal, hint)
-                batch = self._taken(batches)
-                logits.append(self.trainer.teacher_logits(batch).float().cpu())
-                index.append(batch.index)
-            # In place of an image that cannot be read there is another one.
-            writer.write(shard, torch.cat(logits), torch.cat(index) != torch.arange(shard.begin, shard.end))
+        with self._loading(self.train_images, keys) as batches:
+            for number, shard in enumerate(shards, 1):
+                logits, index = [], []
+                for _ in range(shard.begin, shard.end, size):
+                    if stop.signal:
+                        hint = (
+                            f"the same command continues the store after {number - 1} of {len(shards)} missing shards"
+                        )
+                        raise Stopped(stop.signal, hint)
+                    batch = self._taken(batches)
+                    logits.append(self.trainer.teacher_logits(batch).float().cpu())
+                    index.append(batch.index)
+                # In place of an image that cannot be read there is another one.
+                writer.write(shard, torch.cat(logits), torch.cat(index) != torch.arange(shard.begin, shard.end))
 
     # ---- after the training ------------------------------------------------------------------------------------------
     def _finish(self, log):
