@@ -228,10 +228,8 @@ class _Run:
                 logits, index = [], []
                 for _ in range(shard.begin, shard.end, size):
                     if stop.signal:
-                        hint = (
-                            f"the same command continues the store after {number - 1} of {len(shards)} missing shards"
-                        )
-                        raise Stopped(stop.signal, hint)
+                        done = f"{number - 1} of {len(shards)} missing shards"
+                        raise Stopped(stop.signal, f"the same command continues the store after {done}")
                     batch = self._taken(batches)
                     logits.append(self.trainer.teacher_logits(batch).float().cpu())
                     index.append(batch.index)
