@@ -15,7 +15,7 @@ import kdfast
 from kdfast.distill import layers
 from kdfast.integrations.terms import LOGITS, Term, of_layers
 
-__all__ = ["PRESETS", "Pair", "Preset", "Recipe", "embedding", "preactivation", "recipe", "stages"]
+__all__ = ["PRESETS", "AsMaps", "Pair", "Preset", "Recipe", "embedding", "preactivation", "recipe", "stages"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,16 @@ def stages(model):
 
     Raises ValueError, with the layers that the model has, where timm lists no such stages.
     """
-    info = getattr(model, "feature_info", [])
-    found = {row["reduction"]: row["module"] for row in getattr(info, "info", info) if row["reduction"] >= 4}
+    found = {row["reduction"]: row["module"] for row in _stage_rows(model)}
     existing = dict(model.named_modules())
     if not found or any(layer not in existing for layer in found.values()):
         raise ValueError(f"the model lists no stages in feature_info: {_read_by_name(model)}")
     return found
+
+
+def _stage_rows(model):
+    info = getattr(model, "feature_info", [])
+    return [row for row in getattr(info, "info", info) if row["reduction"] >= 4]
 
 
 def embedding(model):
@@ -135,6 +139,18 @@ class Pair:
         maps = {network: _shapes(getattr(self, network), names[network], size) for network in names}
         return SimpleNamespace(**{network: SimpleNamespace(maps=maps[network]) for network in names})
 
+    def maps(self, student, teacher):
+        """These stages' maps (B, C, H, W) for one image, as `example` has them, and how the layers lay them out.
+
+        Raises ValueError for stages that return no maps.
+        """
+        example, layouts = self.example(student, teacher), {}
+        for network, names in (("student", student), ("teacher", teacher)):
+            outputs = getattr(example, network)
+            layouts[network] = _layouts(network, getattr(self, network), names, outputs.maps)
+            outputs.maps = [_as_map(*pair) for pair in zip(outputs.maps, layouts[network], strict=True)]
+        return example, layouts
+
     def in_its_type(self, loss):
         """The loss with convolutions in the student's type, as they read its maps: torch multiplies no two types."""
         return loss.to(next(self.student.parameters()).dtype)
@@ -151,6 +167,76 @@ def _shapes(model, names, size):
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _layouts(network, model, names, outputs):
+    """ "NCHW" or "NHWC" for the output of each of these stages."""
+    rows = {row["module"]: row["num_chs"] for row in _stage_rows(model)}
+    found = []
+    for name, x in zip(names, outputs, strict=True):
+        likely = getattr(model, "output_fmt", "NCHW")  # of Swin "NHWC"; where it has none, the channels tell
+        fits = [layout for layout in ("NCHW", "NHWC") if x.dim() == 4 and x.shape[layout.index("C")] == rows[name]]
+        if not fits:
+            raise ValueError(
+                f"{network} must have stages of maps (B, C, H, W), got shape {tuple(x.shape)}: take a preset of "
+                f"logits or embeddings, or a Term of AsMaps(loss, {network}=(H, W)) for tokens in the order of the map"
+            )
+        found.append(likely if likely in fits else fits[0])
+    return found
+
+
+class AsMaps(nn.Module):
+    """A loss of maps (B, C, H, W), on layers that lay them out in another way.
+
+    Of student and teacher, the layout is "NCHW", "NHWC" (Swin), or (H, W): tokens (B, T, C) with one for each place of
+    a map of this size, row by row, behind class and register tokens, which are left out (ViT). A list of layouts is
+    for a loss of lists, one for each layer.
+
+    Example::
+
+        Term(AsMaps(kdfast.AT(), student=(14, 14), teacher="NHWC"), 1000.0, ("student.blocks.11", "teacher.layers.2"))
+    """
+
+    def __init__(self, loss, student="NCHW", teacher="NCHW"):
+        super().__init__()
+        for name, layouts in (("student", student), ("teacher", teacher)):
+            for layout in layouts if isinstance(layouts, list) else [layouts]:
+                if layout not in ("NCHW", "NHWC") and not _is_size(layout):
+                    raise ValueError(
+                        f"{name} must be NCHW, NHWC or the map's (H, W), or a list of these, got {layout!r}"
+                    )
+        self.loss, self.student, self.teacher = loss, student, teacher
+
+    def forward(self, student, teacher):
+        """The loss of the maps."""
+        return self.loss(self._maps("student", student), self._maps("teacher", teacher))
+
+    def _maps(self, name, outputs):
+        layouts = getattr(self, name)
+        if isinstance(outputs, torch.Tensor):
+            return _as_map(outputs, layouts)
+        if not isinstance(layouts, list):
+            layouts = [layouts] * len(outputs)
+        if len(layouts) != len(outputs):
+            raise ValueError(f"{name} must have {len(layouts)} layers, as many as layouts, got {len(outputs)}")
+        return [_as_map(x, layout) for x, layout in zip(outputs, layouts, strict=True)]
+
+
+def _is_size(layout):
+    return isinstance(layout, tuple) and len(layout) == 2 and all(isinstance(n, int) and n > 0 for n in layout)
+
+
+def _as_map(x, layout):
+    if layout == "NCHW":
+        return x
+    if layout == "NHWC":
+        if x.dim() != 4:
+            raise ValueError(f"a map in the layout NHWC must be (B, H, W, C), got shape {tuple(x.shape)}")
+        return x.permute(0, 3, 1, 2)
+    places = layout[0] * layout[1]
+    if x.dim() != 3 or x.shape[1] < places:
+        raise ValueError(f"tokens of a map of {layout} must be (B, {places} or more, C), got shape {tuple(x.shape)}")
+    return x[:, -places:].transpose(1, 2).unflatten(2, layout)
 
 
 # ---- terms -----------------------------------------------------------------------------------------------------------
@@ -176,29 +262,38 @@ def _last_stage(loss, weight):
     return terms
 
 
-def _maps(loss, weight, first=0):
-    """Of a loss of maps without layers of its own, on the stages from `first` on."""
+def _maps(name, build, weight, chosen):
+    """Of a loss of maps, of the stages that ``chosen(names)`` gives; ``build(pair, example)`` makes it."""
 
     def terms(pair):
-        student, teacher = (names[first:] for names in pair.stages())
-        _require_maps(pair.example(student, teacher))
-        return [Term(loss(), weight, of_layers(student, teacher))]
+        student, teacher = map(chosen, pair.stages())
+        example, layouts = pair.maps(student, teacher)
+        loss = build(pair, example)
+        if any(layout != "NCHW" for network in layouts.values() for layout in network):
+            loss = AsMaps(loss, **layouts)
+        return [Term(loss, weight, of_layers(student, teacher), name)]
 
     return terms
 
 
-def _fitnets(pair):
-    student, teacher = pair.stages()
-    _require_maps(pair.example(student, teacher))
-    student, teacher = student[1:2], teacher[1:2]
-    example = pair.example(student, teacher)
-    return [Term(pair.in_its_type(layers.Hints(example)), 100.0, of_layers(student, teacher), "fitnets")]
+def _every(names):
+    return names
 
 
-def _vid(pair):
-    student, teacher = pair.stages()
-    _require_maps(example := pair.example(student, teacher))
-    return [Term(layers.Information(example), 1.0, of_layers(student, teacher), "vid")]
+def _last_two(names):
+    return names[-2:]
+
+
+def _second(names):
+    return names[1:2] or names  # or the only one
+
+
+def _hints(pair, example):
+    return pair.in_its_type(layers.Hints(example))
+
+
+def _information(pair, example):
+    return layers.Information(example)
 
 
 def _ofd(pair):
@@ -223,16 +318,6 @@ def _crd(pair):
 
 def _crd_kd(pair):
     return [*_crd(pair), Term(kdfast.KD(temperature=4.0))]
-
-
-def _require_maps(example):
-    for network in ("student", "teacher"):
-        for x in getattr(example, network).maps:
-            if x.dim() != 4:
-                raise ValueError(
-                    f"{network} must have stages of maps (B, C, H, W), got shape {tuple(x.shape)}: take a preset of "
-                    "logits or embeddings"
-                )
 
 
 # "torchdistill" are its ImageNet configurations of ResNet-34 and ResNet-18 (configs/official/ilsvrc2012, "sample": in
@@ -261,10 +346,20 @@ _TABLE = [
     ),
     Preset("pkt", "torchdistill, sample: weight 30000", _embeddings(kdfast.PKT, 30000.0)),
     Preset("sp", "RepDistiller, as the paper: weight 3000, the last maps", _last_stage(kdfast.SP, 3000.0)),
-    Preset("at", "torchdistill: weight 1000, the last two stages", _maps(kdfast.AT, 1000.0, first=-2)),
-    Preset("nst", "RepDistiller: weight 50, every stage", _maps(kdfast.NST, 50.0)),
-    Preset("fitnets", "RepDistiller: weight 100, the second stage through a regressor", _fitnets),
-    Preset("vid", "torchdistill, sample: weight 1, every stage, as wide as the teacher", _vid),
+    Preset(
+        "at", "torchdistill: weight 1000, the last two stages", _maps("at", lambda *_: kdfast.AT(), 1000.0, _last_two)
+    ),
+    Preset("nst", "RepDistiller: weight 50, every stage", _maps("nst", lambda *_: kdfast.NST(), 50.0, _every)),
+    Preset(
+        "fitnets",
+        "RepDistiller: weight 100, the second stage through a regressor",
+        _maps("fitnets", _hints, 100.0, _second),
+    ),
+    Preset(
+        "vid",
+        "torchdistill, sample: weight 1, every stage, as wide as the teacher",
+        _maps("vid", _information, 1.0, _every),
+    ),
     Preset("ofd", "the paper's code for ImageNet: weight 1e-4, an earlier stage counts half", _ofd),
     Preset("crd", "torchdistill: weight 0.8, 16384 negatives, 128 features, T 0.07, momentum 0.5", _crd),
     Preset("crd-kd", "torchdistill, sample: crd, and KD of T 4 with weight 1", _crd_kd),
