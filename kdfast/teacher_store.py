@@ -21,7 +21,7 @@ from kdfast.distill import DistillError
 from kdfast.distill.storage import write_atomically
 from kdfast.ops.softmax_kl import TopK
 
-__all__ = ["Contents", "Shard", "TeacherStore", "TeacherStoreWriter"]
+__all__ = ["Contents", "Shard", "TeacherStore", "TeacherStoreWriter", "refuse_others"]
 
 FORMAT = "kdfast teacher logits, 1"
 MANIFEST = "manifest.json"
@@ -155,6 +155,14 @@ class _Folder:
         return [shard for shard in self.shards() if shard.name not in there]
 
 
+def refuse_others(folder):
+    """Raise a DistillError if `folder` has files, but for hidden ones such as a lock, and is no store."""
+    if not folder.is_dir() or (folder / MANIFEST).exists():
+        return
+    if any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise DistillError(f"{folder} is neither empty nor a teacher store: expected another folder")
+
+
 # ---- writing ---------------------------------------------------------------------------------------------------------
 class TeacherStoreWriter:
     """Writes the shards of a store that are not there yet, in any order, and several processes different ones.
@@ -195,8 +203,7 @@ class TeacherStoreWriter:
     def _create(folder, contents, rows):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if any(folder.iterdir()):
-                raise DistillError(f"{folder} is neither empty nor a teacher store: expected another folder")
+            refuse_others(folder)
         except OSError as error:
             raise DistillError(f"cannot write to {folder}: {error.strerror or error}") from error
         manifest = {"format": FORMAT, "contents": asdict(contents), "rows": rows}

@@ -1,9 +1,14 @@
-"""Jobs that run in several processes of gloo at once."""
+"""Jobs that run in several processes of gloo at once, and a process that holds a folder."""
 
+import contextlib
 import gc
+import multiprocessing
+import time
 
 import torch
 import torch.distributed as dist
+
+from kdfast.distill import storage
 
 HAVE_GLOO = dist.is_available() and dist.is_gloo_available()
 NO_GLOO = "this torch has no gloo"
@@ -26,3 +31,27 @@ def _run(rank, count, port, folder, job, arguments):
         gc.collect()  # DDP, in reference cycles, holds the group: its threads could abort the process at its end
     finally:
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def held(folder):
+    """Inside, another process writes into `folder`; it is killed at the end, and leaves lock and part of a file."""
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=_hold, args=(folder, ready))
+    process.start()
+    try:
+        assert ready.wait(30)
+        yield
+    finally:
+        process.kill()
+        process.join()
+    assert (folder / storage.LOCK).exists()
+    assert list(folder.glob(".*.tmp"))
+
+
+def _hold(folder, ready):
+    with storage.locked(folder):
+        (folder / ".part.0.tmp").touch()
+        ready.set()
+        time.sleep(60)

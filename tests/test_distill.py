@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import held
 from torch import nn
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
@@ -236,6 +237,71 @@ def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(storage.DistillError, match="No space left on device"):
         storage.write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+
+
+def test_planted_link(tmp_path):
+    """Temporary files have names that nobody can know, and the lock follows no link."""
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    (tmp_path / ".settings.json.tmp").symlink_to(target)
+    storage.write_atomically(tmp_path / "settings.json", b"new")
+    assert (tmp_path / "settings.json").read_bytes() == b"new" and target.read_bytes() == b"precious"
+    (tmp_path / storage.LOCK).symlink_to(tmp_path / "made")
+    with pytest.raises(storage.DistillError, match="--out: cannot write to"), storage.locked(tmp_path):
+        pass
+    assert not (tmp_path / "made").exists()
+
+
+def test_files_have_the_usual_permissions(tmp_path):
+    storage.write_atomically(tmp_path / "ours", b"")
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_one_folder_is_of_one_process(images, uninterrupted, tmp_path, capsys):
+    """A second process is refused, at the start and on --resume; the lock of one that was killed is none."""
+    out = tmp_path / "run"
+    with held(out):
+        for more in ([], ["--resume"]):
+            assert main(arguments(images, out, *more)) == 2
+            assert f"--out: another process is writing into {out}; " in capsys.readouterr().err
+        assert sorted(os.listdir(out)) == sorted([storage.LOCK, ".part.0.tmp"])
+    assert main(arguments(images, out)) == 0
+    assert not list(out.rglob("*.tmp"))
+    assert_same_results(out, uninterrupted)
+
+
+def test_a_run_that_began_meanwhile(images, tmp_path, monkeypatch, capsys):
+    """Between the check of the folder and the first file, another process has started and ended a run there."""
+    load = data.load
+
+    def load_while_another_runs(*arguments):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run/settings.json").write_text("another's")
+        return load(*arguments)
+
+    monkeypatch.setattr(data, "load", load_while_another_runs)
+    assert main(arguments(images, tmp_path / "run")) == 2
+    assert "holds a run already" in error_line(capsys)
+    assert (tmp_path / "run/settings.json").read_text() == "another's"
+
+
+def test_newest_after_the_clock_was_set_back(tmp_path, monkeypatch):
+    """The newest run is the one that was started last; two that start at once have two folders."""
+    made = []
+    for stamp, process in (
+        ("20260302-101112", 7),
+        ("20260302-101112", 5),
+        ("20250101-000000", 11),
+        ("20250101-000000", 9),
+    ):
+        monkeypatch.setattr(pipeline.time, "strftime", lambda form, stamp=stamp: stamp)
+        monkeypatch.setattr(pipeline.os, "getpid", lambda process=process: process)
+        made.append(pipeline._unused("distill"))
+        made[-1].mkdir(parents=True)
+        (made[-1] / "settings.json").touch()
+        assert pipeline._newest("distill") == made[-1]
+    assert len(set(made)) == 4
 
 
 def test_interrupt(images, tmp_path, monkeypatch, capsys):

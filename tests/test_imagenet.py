@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from processes import held
 
 for extra in ("timm.task", "torchvision", "tensorboard", "webdataset", "sklearn", "rich"):
     pytest.importorskip(extra, reason="the [imagenet] extra or scikit-learn is not installed")
@@ -294,6 +295,19 @@ def test_stop_and_resume(preset, photographs, undisturbed, tmp_path, monkeypatch
     assert_same_results(out, expected)
     assert main(["distill", "--resume", "--out", str(out)]) == 0  # of a finished run
     assert_same_results(out, expected)
+
+
+@pytest.mark.parametrize("option", ["--out", "--store-teacher"])
+def test_one_folder_is_of_one_process(option, photographs, undisturbed, tmp_path, capsys):
+    """A second process is refused; the lock of one that was killed is none."""
+    out = tmp_path / "run"
+    argv = arguments(photographs, out)
+    argv[argv.index("--out")] = option
+    with held(out):
+        assert f"{option}: another process is writing into {out}; " in refused(capsys, argv)
+    assert main(argv) == 0
+    if option == "--out":
+        assert_same_results(out, undisturbed())
 
 
 def test_second_signals(monkeypatch):
@@ -585,8 +599,8 @@ def test_augmented_images_can_be_made_again(photographs):
         images[key]
     assert before == (torch.rand(1), random.random(), np.random.rand())
     assert not torch.equal(made[0, 5], made[1, 5])
-    loaded = data.loader(images, [[(0, 5), (0, 6)], [(1, 5)]], workers=2, pin_memory=False)
-    first, second = loaded
+    with data.loading(images, [[(0, 5), (0, 6)], [(1, 5)]], workers=2, pin_memory=False) as batches:
+        first, second = batches
     assert torch.equal(first.images, torch.stack([made[0, 5], made[0, 6]])) and torch.equal(
         second.images[0], made[1, 5]
     )
@@ -787,6 +801,29 @@ def test_teacher_from_the_cache(photographs, tmp_path, capsys, monkeypatch):
     assert "test_resnet knows 1000 classes, the data has 4" in refused(capsys, argv)
     found = networks.teacher(settings.Settings("", STUDENT, TEACHER), 1000, 32).state_dict()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_weights_that_would_run_code(photographs, tmp_path, capsys, monkeypatch):
+    """Weights are read as tensors alone, whatever the default of timm."""
+    load, asked = timm.models.load_checkpoint, []
+
+    def look(*arguments, **more):
+        asked.append(more.get("weights_only"))
+        return load(*arguments, **more)
+
+    monkeypatch.setattr(timm.models, "load_checkpoint", look)
+    torch.save({"state_dict": {}, "payload": Payload(tmp_path / "ran")}, tmp_path / "weights.pt")
+    argv = arguments(photographs, tmp_path / "run", "--teacher-weights", tmp_path / "weights.pt")
+    assert "--teacher-weights: " in refused(capsys, argv)
+    assert asked == [True] and not (tmp_path / "ran").exists()
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_models_of_one_size_are_set_to_the_images(photographs):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import held
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
     pytest.importorskip(extra, reason="the [distill] extra is not installed")
@@ -273,6 +274,14 @@ def test_resume_refuses_other_settings_and_damaged_files(tiny, tmp_path, capsys)
     (tmp_path / "run/settings.json").write_text("{}")
     assert main(["study", "residual", "--out", "run", "--resume"]) == 2
     assert "settings.json is damaged" in error_line(capsys)
+
+
+def test_one_folder_is_of_one_process(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    with held(out):
+        assert main(["study", "wide", *TINY["wide"], "--out", str(out)]) == 2
+        assert f"--out: another process is writing into {out}; " in error_line(capsys)
+    assert main(["study", "wide", *TINY["wide"], "--out", str(out)]) == 0
 
 
 def test_resume_of_nothing(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The whole of `kdfast distill`: settings, data, the runs in their order, the report."""
 
 import os
+import re
 import sys
 import time
 import warnings
@@ -16,7 +17,7 @@ from kdfast.distill.losses import ALONE, needed
 from kdfast.distill.train import Run, Trainer, reproducible
 from kdfast.imagenet import settings as imagenet
 
-__all__ = ["COMMAND", "distill", "environment", "output_folder"]
+__all__ = ["COMMAND", "begin", "distill", "environment", "output_folder"]
 
 COMMAND = "kdfast distill"
 DEFAULT_ROOT = Path("runs")
@@ -31,16 +32,16 @@ def distill(options, folder):
     _require_kernels(chosen.device)
     images = data.load(chosen.data, chosen.image_size)
     here = environment()
-    if stored is None:
-        folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(settings_file, settings.record(chosen, images.fingerprint(), here))
-    elif found := settings.differences(stored, chosen, images.fingerprint(), here):
-        raise DistillError(f"cannot resume {folder}: {'; '.join(found)}; train anew with another --out")
-    with reproducible(chosen.threads), warnings.catch_warnings():
-        # The table says which path ran, row by row.
-        warnings.simplefilter("ignore", kdfast.FallbackWarning)
-        results = _train_all(chosen, images.to(chosen.device), folder)
-    report.write_files(folder, results, f"Distillation on {images.name}")
+    with storage.locked(folder):
+        if stored is None:
+            begin(folder, settings.record(chosen, images.fingerprint(), here))
+        elif found := settings.differences(stored, chosen, images.fingerprint(), here):
+            raise DistillError(f"cannot resume {folder}: {'; '.join(found)}; train anew with another --out")
+        with reproducible(chosen.threads), warnings.catch_warnings():
+            # The table says which path ran, row by row.
+            warnings.simplefilter("ignore", kdfast.FallbackWarning)
+            results = _train_all(chosen, images.to(chosen.device), folder)
+        report.write_files(folder, results, f"Distillation on {images.name}")
     report.write_table(results, _notes(chosen, images, folder, results))
 
 
@@ -55,7 +56,7 @@ def output_folder(options, command=COMMAND, files=report.FILES):
         raise DistillError(f"--out: {folder} is a file; expected a folder")
     if (folder / "settings.json").exists():
         if not options.resume:
-            raise DistillError(f"--out: {folder} holds a run already; continue it with --resume, or take another --out")
+            raise _taken(folder)
     elif taken := [name for name in files if (folder / name).exists()]:
         raise DistillError(f"--out: {folder} has a {taken[0]} that belongs to no run; take another --out")
     elif options.resume:
@@ -67,6 +68,18 @@ def output_folder(options, command=COMMAND, files=report.FILES):
     return folder
 
 
+def begin(folder, content):
+    """Start a run in the locked `folder`: its settings.json with these bytes, and a folder for checkpoints."""
+    if (folder / "settings.json").exists():  # since the check of `output_folder`
+        raise _taken(folder)
+    folder.joinpath("checkpoints").mkdir(exist_ok=True)
+    storage.write_atomically(folder / "settings.json", content)
+
+
+def _taken(folder):
+    return DistillError(f"--out: {folder} holds a run already; continue it with --resume, or take another --out")
+
+
 def _only_resumes(options):
     """Whether `options` do not say what to run: where nothing can be resumed, the folder's name is then mistyped."""
     silent = ("command", "study", "out", "resume", *imagenet.OWN)  # a new run of timm models has --data, too
@@ -75,16 +88,21 @@ def _only_resumes(options):
 
 def _newest(stem):
     runs = [path.parent for path in DEFAULT_ROOT.glob(f"{stem}-*/settings.json")]
-    return max(runs, key=lambda path: path.name, default=None)
+    return max(runs, key=_order, default=None)
 
 
 def _unused(stem):
-    name = time.strftime(f"{stem}-%Y%m%d-%H%M%S")
-    folder, number = DEFAULT_ROOT / name, 1
-    while folder.exists():
-        number += 1
-        folder = DEFAULT_ROOT / f"{name}-{number}"
-    return folder
+    """A new folder that comes after those there, also where the clock was set back, and is no other process's."""
+    folder = DEFAULT_ROOT / f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    newest = max(DEFAULT_ROOT.glob(f"{stem}-*"), key=_order, default=folder)
+    return (
+        DEFAULT_ROOT / f"{newest.name}-{os.getpid()}" if folder.exists() or _order(newest) > _order(folder) else folder
+    )
+
+
+def _order(folder):
+    """The numbers in its name: date, time, process."""
+    return [int(number) for number in re.findall(r"\d+", folder.name)]
 
 
 def _require_all(chosen):

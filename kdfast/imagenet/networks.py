@@ -27,7 +27,7 @@ def teacher(chosen, classes, image_size):
     try:
         if file is not None:
             model = _create("--teacher", name, num_classes=classes)
-            timm.models.load_checkpoint(model, file)
+            timm.models.load_checkpoint(model, file, weights_only=True)
         else:
             model = _create("--teacher", name, pretrained=True)
     except DistillError:

@@ -1,5 +1,6 @@
 """The whole of the trainer of timm models: settings, processes, data, networks, the loop, the report."""
 
+import contextlib
 import sys
 import warnings
 from pathlib import Path
@@ -19,7 +20,7 @@ from kdfast.imagenet.log import FILES, Log, Silent
 from kdfast.imagenet.ranks import Stop, Stopped
 from kdfast.imagenet.readers import fingerprint, open_readers
 from kdfast.imagenet.train import Trainer
-from kdfast.teacher_store import TeacherStoreWriter
+from kdfast.teacher_store import TeacherStoreWriter, refuse_others
 
 __all__ = ["train"]
 
@@ -36,20 +37,21 @@ def train(chosen, options, folder, here):
     with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
         run = _Run(chosen, here, folder, train_reader, val_reader, classes)
-        if chosen.store_teacher:
-            return run.store_teacher()
-        here.on_first(lambda: _settle(chosen, folder, fingerprint(train_reader, val_reader)))
-        run.go()
+        with contextlib.ExitStack() as held:  # of rank 0
+            if chosen.store_teacher:
+                return run.store_teacher(held)
+            data = here.on_first(lambda: fingerprint(train_reader, val_reader))
+            here.on_first(lambda: _settle(chosen, options, folder, data, held))
+            run.go()
 
 
-def _settle(chosen, folder, data):
-    """Write down what is asked for, or compare it with what was."""
+def _settle(chosen, options, folder, data, held):
+    """Write down what is asked for, or compare it with what was, in the folder that is `held` from now on."""
+    held.enter_context(storage.locked(folder))
     path = folder / "settings.json"
     here = pipeline.environment() | {"timm": timm.__version__, "torchvision": torchvision.__version__}
-    if not path.exists():
-        folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(path, stored_runs.record(chosen, data, here))
-        return
+    if not (options.resume and path.exists()):
+        return pipeline.begin(folder, stored_runs.record(chosen, data, here))
     stored = stored_runs.read(path, settings.DEFAULTS)
     stored["settings"] |= {name: getattr(chosen, name) for name in settings.FREE}
     if found := stored_runs.differences(stored, chosen, data, stored["environment"]):
@@ -199,14 +201,14 @@ class _Run:
             yield batch
 
     # ---- a store of the teacher's logits -----------------------------------------------------------------------------
-    def store_teacher(self):
-        """Write the shards that the store lacks, each rank its share."""
+    def store_teacher(self, held):
+        """Write the shards that the store lacks, each rank its share, into the folder that is `held` from now on."""
         chosen, here, images = self.chosen, self.here, self.train_images
         teacher = self.trainer.task.teacher
         terms = images.reader, images.transform, self.classes, teacher, self.terms
         holds = here.together(lambda: stored.contents(chosen, *terms))
         folder = Path(chosen.store_teacher)
-        missing = here.on_first(lambda: TeacherStoreWriter(folder, holds).missing())
+        missing = here.on_first(lambda: self._missing(folder, holds, held))
         writer = here.together(lambda: TeacherStoreWriter(folder, holds))
         with Stop() as stop:
             here.together(lambda: self._write(writer, missing[here.rank :: here.size], stop))
@@ -215,6 +217,12 @@ class _Run:
             print(
                 f"{folder}: {kept} of {holds.model} for {holds.samples} images, {holds.augmentations} times augmented"
             )
+
+    @staticmethod
+    def _missing(folder, holds, held):
+        refuse_others(folder)  # whose folder gets no lock either
+        held.enter_context(storage.locked(folder, "--store-teacher"))
+        return TeacherStoreWriter(folder, holds).missing()
 
     def _write(self, writer, shards, stop):
         size = self.shape[0]

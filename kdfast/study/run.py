@@ -7,7 +7,7 @@ import kdfast
 from kdfast._extras import require
 from kdfast.distill import DistillError, report, storage
 from kdfast.distill import settings as checks
-from kdfast.distill.pipeline import environment
+from kdfast.distill.pipeline import begin, environment
 from kdfast.distill.train import reproducible
 from kdfast.study import digits
 
@@ -70,20 +70,20 @@ def run(study, options, folder):
     for module in ("rich.console", "matplotlib.figure", "sklearn.datasets"):
         require(module, extra="distill")  # now, so that none is found missing after the work
     data, here = digits.load().fingerprint(), environment()
-    if stored is None:
-        folder.joinpath("checkpoints").mkdir(parents=True, exist_ok=True)
-        storage.write_atomically(settings_file, checks.record(chosen, data, here))
-    elif found := checks.differences(stored, chosen, data, here):
-        refuse(f"cannot resume {folder}: {'; '.join(found)}; start anew with another --out")
-    with reproducible(chosen.threads), warnings.catch_warnings():
-        warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
-        results = _do(study.steps(chosen), folder / "checkpoints")
-        findings = study.findings(chosen, results)
-    for name, figure in findings.pictures.items():
-        storage.write_atomically(folder / name, report.png_bytes(figure))
-    titles = list(findings.records[0])
-    rows = [[repr(v) if isinstance(v, float) else v for v in record.values()] for record in findings.records]
-    storage.write_atomically(folder / RESULTS, report.csv_bytes(titles, rows))
+    with storage.locked(folder):
+        if stored is None:
+            begin(folder, checks.record(chosen, data, here))
+        elif found := checks.differences(stored, chosen, data, here):
+            refuse(f"cannot resume {folder}: {'; '.join(found)}; start anew with another --out")
+        with reproducible(chosen.threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
+            results = _do(study.steps(chosen), folder / "checkpoints")
+            findings = study.findings(chosen, results)
+        for name, figure in findings.pictures.items():
+            storage.write_atomically(folder / name, report.png_bytes(figure))
+        titles = list(findings.records[0])
+        rows = [[repr(v) if isinstance(v, float) else v for v in record.values()] for record in findings.records]
+        storage.write_atomically(folder / RESULTS, report.csv_bytes(titles, rows))
     written = f"written: {', '.join(str(folder / name) for name in files(study))}"
     report.print_table(findings.titles, findings.rows, [*findings.notes, written], findings.sections)
 
