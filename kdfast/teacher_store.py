@@ -23,7 +23,7 @@ from kdfast.ops.softmax_kl import TopK
 
 __all__ = ["Contents", "Shard", "TeacherStore", "TeacherStoreWriter", "refuse_others"]
 
-FORMAT = "kdfast teacher logits, 1"
+FORMAT = "kdfast teacher logits, 2"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20  # of memory while a shard is made
 SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
@@ -104,7 +104,7 @@ class Contents:
         mine = asdict(self)
         found = {name: f"{mine[name]!r}, not {value!r}" for name, value in other.items() if mine[name] != value}
         if "data" in found:  # the digests alone tell nobody what has changed
-            same = "" if "samples" in found else f", or other names, labels or order of the {self.samples}"
+            same = "" if "samples" in found else f", or other names, sizes, labels or order of the {self.samples}"
             found["data"] = f"of other images{same} ({found['data']})"
         return [f"{name} {words}" for name, words in found.items()]
 

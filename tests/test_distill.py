@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -470,11 +471,11 @@ def test_class_folders(tmp_path, capsys):
     write_images(tmp_path / "differ/test/a", 1)
     write_images(tmp_path / "differ/test/c", 1)
     for name, named in (
-        ("empty", f"class folder {tmp_path / 'empty/b'} has no images"),
+        ("empty", f"{tmp_path / 'empty'} has no images in 'b'; expected some in every class folder"),
         ("single", "only the class folder a"),
         ("few", f"class folder {tmp_path / 'few/b'} has 1 image"),
         ("untested", "no test or val"),
-        ("differ", "differ; expected the same names"),
+        ("differ", f"{tmp_path / 'differ/test'} has no 'b' and {tmp_path / 'differ/train'} has no 'c'; expected"),
     ):
         assert main(arguments(tmp_path / name, tmp_path / "run")) == 2
         assert named in error_line(capsys)
@@ -493,6 +494,57 @@ def test_train_and_test_folders(tmp_path):
     assert loaded.train_labels.tolist() == loaded.test_labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert loaded.train_images[5].std() < 1e-6 and loaded.train_images[5].min() == loaded.train_images.max()
     torch.testing.assert_close(loaded.train_images.mean((0, 2, 3)), torch.zeros(3), atol=1e-6, rtol=0)
+
+
+def test_every_broken_image_is_named(tmp_path, capsys):
+    write_images(tmp_path / "images/a", 3)
+    write_images(tmp_path / "images/b", 3)
+    broken = [tmp_path / "images" / name for name in ("a/1.png", "b/0.png")]
+    for path in broken:
+        path.write_text("no image")
+    assert main(arguments(tmp_path / "images", tmp_path / "run")) == 2
+    line = error_line(capsys)
+    assert "cannot read 2 images, such as " in line and all(f"{path}: " in line for path in broken)
+
+
+def test_files_that_are_no_images_are_counted(tmp_path, capsys):
+    write_images(tmp_path / "a", 3)
+    write_images(tmp_path / "b", 3)
+    for name in ("a/notes.txt", "b/photo.heic", "b/.hidden"):
+        (tmp_path / name).write_text("no image")
+    assert len(data.load(str(tmp_path), 8).train_labels) == 4
+    assert "left out 2 files in class folders whose suffixes are not those of images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"\x1b[31mred"], ids=["not UTF-8", "escape sequence"])
+def test_names_that_are_no_text(name, tmp_path, capsys):
+    """They train, and are shown as escapes."""
+    root = tmp_path / os.fsdecode(name)
+    write_images(root / os.fsdecode(name), 6)
+    write_images(root / "other", 6)
+    assert main(arguments(root, tmp_path / "run", "--epochs", "1", "--batch-size", "4")) == 0
+    (root / "other/0.png").write_text("no image")
+    assert main(arguments(root, tmp_path / "another")) == 2
+    printed = capsys.readouterr()
+    assert "cannot read the image" in printed.err and "\x1b" not in printed.err + printed.out
+    printed.err.encode(), printed.out.encode()
+
+
+def test_memory_of_the_images(tmp_path, monkeypatch, capsys):
+    """Beside what is read, 8-bit and as float32, there are no further copies of all pixels."""
+    for name in ("a", "b"):
+        write_images(tmp_path / name, 10, side=128, colour=True)
+    monkeypatch.setattr(data, "CHUNK", 4)  # few of these images, as 1024 are few of many
+    tracemalloc.start()
+    loaded = data.load(str(tmp_path), 128)
+    loaded.fingerprint()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    pixels = 20 * 3 * 128 * 128
+    assert peak < 12 * pixels
+    monkeypatch.setattr(data, "_read", lambda *arguments: (_ for _ in ()).throw(MemoryError))
+    assert main(arguments(tmp_path, tmp_path / "run")) == 2
+    assert "do not fit into the memory; expected fewer images, or less than the 8 of --image-size" in error_line(capsys)
 
 
 def test_split_is_stratified_and_fixed(images):

@@ -14,6 +14,7 @@ import torch
 
 pytest.importorskip("safetensors")
 test_imagenet = pytest.importorskip("test_imagenet")
+from PIL import Image, ImageOps  # noqa: E402
 from test_imagenet import (  # noqa: E402
     CHILD_ENVIRONMENT,
     CLASSES,
@@ -29,7 +30,7 @@ from test_imagenet import (  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast import teacher_store  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.imagenet import networks  # noqa: E402
+from kdfast.imagenet import data, networks  # noqa: E402
 from kdfast.integrations.terms import Term  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
 from kdfast.teacher_store import TeacherStore  # noqa: E402
@@ -174,19 +175,21 @@ def test_stopped_store_continues(photographs, store, tmp_path, monkeypatch, caps
         )
 
 
-def test_unreadable_image(photographs, tmp_path, capsys):
-    """Neither in the store nor asked for; a student that can read it is told."""
-    broken = tmp_path / "photographs"
-    shutil.copytree(photographs, broken)
-    path = sorted((broken / "train" / "sky").iterdir())[3]
-    content = path.read_bytes()
-    path.write_bytes(b"no image")
-    command = storing(broken, tmp_path / "teacher", "--teacher-weights", photographs / "teacher.pt")
-    assert main(command) == 0
-    assert f"cannot read {path}, skipped" in capsys.readouterr().err
-    assert main(learning(broken, tmp_path / "teacher", tmp_path / "run")) == 0
-    path.write_bytes(content)
-    line = refused(capsys, learning(broken, tmp_path / "teacher", tmp_path / "another"))
+def test_unreadable_image(photographs, tmp_path, capsys, monkeypatch):
+    """Neither in the store nor asked for; a student that can read it, from the same file, is told."""
+    path, read = sorted((photographs / "train" / "sky").iterdir())[3], data.Images._read
+
+    def read_others(images, index):
+        if images.reader.filename(index, absolute=True) == str(path):
+            raise OSError("the disk does not answer")
+        return read(images, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Images, "_read", read_others)
+        assert main(storing(photographs, tmp_path / "teacher")) == 0
+        assert f"cannot read {path}, skipped" in capsys.readouterr().err
+        assert main(learning(photographs, tmp_path / "teacher", tmp_path / "run")) == 0
+    line = refused(capsys, learning(photographs, tmp_path / "teacher", tmp_path / "another"))
     found = re.search(r"has no logits of image \d+ \((.+)\) in augmentation 0, which could not be read", line)
     assert found[1] == str(path)
 
@@ -257,7 +260,13 @@ def test_store_of_other_data(photographs, store, tmp_path, capsys):
     left = sorted((fewer / "train" / "sky").iterdir())[0]
     shutil.copy(left, left.with_name("another.jpg"))
     line = refused(capsys, learning(fewer, store(), tmp_path / "run"))
-    assert f"it has data of other images, or other names, labels or order of the {images} ('" in line
+    assert f"it has data of other images, or other names, sizes, labels or order of the {images} ('" in line
+    shutil.copytree(photographs / "train", fewer / "train", dirs_exist_ok=True)
+    left.with_name("another.jpg").unlink()
+    for file in (fewer / "train").rglob("*.jpg"):  # the same names, inverted
+        ImageOps.invert(Image.open(file)).save(file)
+    line = refused(capsys, learning(fewer, store(), tmp_path / "run"))
+    assert f"it has data of other images, or other names, sizes, labels or order of the {images} ('" in line
     shutil.rmtree(fewer / "train" / "sky")
     shutil.rmtree(fewer / "val" / "sky")
     line = refused(capsys, learning(fewer, store(), tmp_path / "another"))

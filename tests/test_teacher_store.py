@@ -233,7 +233,7 @@ def test_does_not_fit(tmp_path):
     store.check(classes=CLASSES, samples=SAMPLES, data="0123abcd")
     with pytest.raises(DistillError, match=r"does not fit: it has classes 12, not 1000; samples 23, not 24$"):
         store.check(classes=1000, samples=24, seed=7)
-    other = r"^\S+ does not fit: it has data of other images, or other names, labels or order of the 23 "
+    other = r"^\S+ does not fit: it has data of other images, or other names, sizes, labels or order of the 23 "
     with pytest.raises(DistillError, match=other + r"\('0123abcd', not '4567'\)$"):
         store.check(samples=SAMPLES, data="4567")
     with pytest.raises(
@@ -296,8 +296,8 @@ def test_damaged_manifest(tmp_path):
         path.write_text(damage)
         with pytest.raises(DistillError, match="manifest.json is damaged"):
             TeacherStore(tmp_path)
-    path.write_text(text.replace("logits, 1", "logits, 2"))
-    with pytest.raises(DistillError, match="has the format 'kdfast teacher logits, 2', expected"):
+    path.write_text(text.replace("logits, 2", "logits, 3"))
+    with pytest.raises(DistillError, match="has the format 'kdfast teacher logits, 3', expected"):
         TeacherStore(tmp_path)
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 
 from kdfast._extras import MissingExtra
+from kdfast._text import printable
 from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
 from kdfast.distill.settings import DEFAULTS
@@ -74,13 +75,15 @@ def answer(command, output_folder, work):
         return _fail(command, str(error))
     except OSError as error:
         return _fail(command, f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError as error:
+        return _fail(command, f"out of memory{f': {error}' if str(error) else ''}")
     except KeyboardInterrupt as interrupt:
         started = folder is not None and (folder / "settings.json").exists()
         hint = f"continue with: {command} --resume --out {folder}" if started else "nothing was trained yet"
-        print(f"\n{command}: interrupted; {getattr(interrupt, 'hint', None) or hint}", file=sys.stderr)
+        print(f"\n{command}: interrupted; {printable(getattr(interrupt, 'hint', None) or hint)}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
 
 
 def _fail(command, message):
-    print(f"{command}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{command}: error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return 2

@@ -1,6 +1,8 @@
 """Images and labels: scikit-learn's handwritten digits, or a folder of class folders."""
 
 import hashlib
+import sys
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,15 +10,18 @@ import numpy as np
 import torch
 
 from kdfast._extras import require
+from kdfast._text import printable
 from kdfast.distill import DistillError
+from kdfast.distill.images import class_files, eight_bits, said_of, same_classes, subfolders
 from kdfast.distill.settings import DIGITS
 
-__all__ = ["Data", "load", "subfolders"]
+__all__ = ["Data", "load"]
 
-SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TEST_FOLDERS = ("test", "val", "valid", "validation")
 # The split is part of the data, so that accuracies of different --seed are comparable.
 SPLIT_SEED = 0
+MOST_NAMED = 20  # broken images in a message
+CHUNK = 1024  # images that are there as float64 at a time
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,10 @@ class Data:
 
     def fingerprint(self):
         """A digest of every image, label and class name: equal only for equal data."""
-        digest = hashlib.sha256("\n".join(self.classes).encode())
+        digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         for tensor in self.tensors:
             digest.update(str(tuple(tensor.shape)).encode())
-            digest.update(tensor.numpy().tobytes())
+            digest.update(np.ascontiguousarray(tensor.numpy()))
         return digest.hexdigest()
 
     def to(self, device):
@@ -50,7 +55,11 @@ class Data:
 
 def load(name, image_size):
     """`DIGITS`, or the images under the folder `name`, resized to `image_size` squares."""
-    return _digits() if name == DIGITS else _folder(Path(name), image_size)
+    try:
+        return _digits() if name == DIGITS else _folder(Path(name), image_size)
+    except MemoryError as error:
+        fewer = f"expected fewer images, or less than the {image_size} of --image-size"
+        raise DistillError(f"--data: the images of {name} do not fit into the memory; {fewer}") from error
 
 
 def _digits():
@@ -77,13 +86,24 @@ def _split(labels, test_share):
 
 def _standardised(name, classes, train_images, train_labels, test_images, test_labels):
     """Data whose training images have mean 0 and standard deviation 1 in each channel."""
-    mean = train_images.mean(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
-    deviation = train_images.std(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
+    axes, pixels = (0, 2, 3), train_images.size // train_images.shape[1]
+    mean = train_images.mean(axis=axes, keepdims=True, dtype=np.float64)
+    squares = sum(np.square(part - mean).sum(axis=axes, keepdims=True) for part in _chunks(train_images))
+    deviation = np.sqrt(squares / pixels)
     deviation[deviation == 0] = 1.0  # a constant channel carries nothing; it stays 0
 
-    train_images, test_images = ((images - mean) / deviation for images in (train_images, test_images))
-    arrays = train_images.astype(np.float32), train_labels, test_images.astype(np.float32), test_labels
-    return Data(name, classes, *map(torch.from_numpy, arrays))
+    def standardised(images):
+        result = np.empty(images.shape, np.float32)
+        for place, part in zip(_chunks(result), _chunks(images), strict=True):
+            place[:] = (part - mean) / deviation
+        return torch.from_numpy(result)
+
+    train_labels, test_labels = map(torch.from_numpy, (train_labels, test_labels))
+    return Data(name, classes, standardised(train_images), train_labels, standardised(test_images), test_labels)
+
+
+def _chunks(images):
+    return [images[first : first + CHUNK] for first in range(0, len(images), CHUNK)]
 
 
 # ---- folders of images -----------------------------------------------------------------------------------------------
@@ -92,17 +112,23 @@ def _folder(root, size):
         raise DistillError(f"--data: {root} is not a folder; expected a folder of class folders of images")
     train_root, test_root = _split_folders(root)
     classes = _classes(train_root)
-    files, labels = _files(train_root, classes)
+    files, labels, others = _files(train_root, classes)
     if test_root is None:
         _need_two_images(root, classes, labels)
+        _tell(root, others)
         images = _read_all(files, size)
         train, test = _split(labels, test_share=0.2)
         return _standardised(str(root), classes, images[train], labels[train], images[test], labels[test])
-    if _classes(test_root) != classes:
-        raise DistillError(f"--data: the class folders of {test_root} and {train_root} differ; expected the same names")
-    test_files, test_labels = _files(test_root, classes)
+    same_classes(train_root, test_root, classes, _classes(test_root))
+    test_files, test_labels, more = _files(test_root, classes)
+    _tell(root, others + more)
     images = _read_all(files + test_files, size)  # together: if one is in colour, all are
     return _standardised(str(root), classes, images[: len(files)], labels, images[len(files) :], test_labels)
+
+
+def _tell(root, others):
+    if line := said_of(others):
+        print(f"{printable(str(root))}: {line}", file=sys.stderr)
 
 
 def _split_folders(root):
@@ -117,13 +143,6 @@ def _split_folders(root):
     raise DistillError(f"--data: {root} has a folder train and no test or val beside it; add one, or pass {train}")
 
 
-def subfolders(folder):
-    """The names of the folders in `folder` that are not hidden, sorted; none where it is no folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-
-
 def _classes(root):
     classes = subfolders(root)
     if len(classes) < 2:
@@ -133,20 +152,11 @@ def _classes(root):
 
 
 def _files(root, classes):
-    """The image files under the class folders, sorted, and their labels (N,)."""
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if _is_image(path))
-        if not found:
-            expected = f"expected files ending in {', '.join(sorted(SUFFIXES))}"
-            raise DistillError(f"--data: class folder {root / name} has no images; {expected}")
-        files += found
-        labels += [label] * len(found)
-    return files, np.array(labels, dtype=np.int64)
-
-
-def _is_image(path):
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+    """The image files under the class folders, sorted, their labels (N,), and the other files' suffixes, counted."""
+    found, others = class_files(root, classes)
+    files = [path for name in classes for path in sorted(map(Path, found[name]))]
+    labels = [label for label, name in enumerate(classes) for _ in found[name]]
+    return files, np.array(labels, dtype=np.int64), others
 
 
 def _need_two_images(root, classes, labels):
@@ -158,27 +168,28 @@ def _need_two_images(root, classes, labels):
 
 
 def _read_all(files, size):
-    """Images (N, channels, size, size), float32 in 0..255; 1 channel if all are gray, else 3."""
-    arrays = [_read(path, size) for path in files]
-    channels = max(len(array) for array in arrays)
-    return np.stack([np.broadcast_to(array, (channels, size, size)) for array in arrays]).astype(np.float32)
+    """Images (N, channels, size, size), uint8; 1 channel if all are gray, else 3."""
+    arrays, broken = deque(), []
+    for path in files:
+        try:
+            arrays.append(_read(path, size))
+        except MemoryError:
+            raise
+        except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error and more
+            broken.append(f"{path}: {error or repr(error)}")
+    if broken:
+        images = "the image" if len(broken) == 1 else f"{len(broken)} images, such as"
+        more = f"; and {len(broken) - MOST_NAMED} more" if len(broken) > MOST_NAMED else ""
+        raise DistillError(f"--data: cannot read {images} {'; '.join(broken[:MOST_NAMED])}{more}")
+    images = np.empty((len(files), max(map(len, arrays)), size, size), np.uint8)
+    for place in images:
+        place[:] = arrays.popleft()  # so that an image is there once
+    return images
 
 
 def _read(path, size):
     """One image (1 or 3 channels, size, size)."""
     pillow = require("PIL.Image", extra="distill")
-    try:
-        with pillow.open(path) as image:
-            image = _eight_bits(pillow, image)
-            image = image.resize((size, size), pillow.Resampling.BILINEAR)
-            array = np.asarray(image)
-    except Exception as error:  # the decoders raise OSError, SyntaxError, ValueError, struct.error and more
-        raise DistillError(f"--data: cannot read the image {path}: {error or repr(error)}") from error
+    with pillow.open(path) as image:
+        array = np.asarray(eight_bits(image).resize((size, size), pillow.Resampling.BILINEAR))
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-
-
-def _eight_bits(pillow, image):
-    """The image as gray ("L") or colour ("RGB")."""
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip at 255
-        return pillow.fromarray((np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8))
-    return image.convert("L" if image.mode in ("1", "L", "LA", "F") else "RGB")

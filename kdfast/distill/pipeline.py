@@ -12,6 +12,7 @@ import torch
 import kdfast
 from kdfast import _kernels
 from kdfast._extras import require
+from kdfast._text import printable
 from kdfast.distill import DistillError, data, report, settings, storage, timing
 from kdfast.distill.losses import ALONE, needed
 from kdfast.distill.train import Run, Trainer, reproducible
@@ -64,7 +65,7 @@ def output_folder(options, command=COMMAND, files=report.FILES):
             where = folder if options.out else DEFAULT_ROOT
             start = "to start one, leave out --resume, or give options of the run"
             raise DistillError(f"--resume: there is no run in {where} to continue; {start}")
-        print(f"{command}: nothing to resume, starting in {folder}", file=sys.stderr)
+        print(f"{command}: nothing to resume, starting in {printable(str(folder))}", file=sys.stderr)
     return folder
 
 

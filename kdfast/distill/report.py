@@ -12,6 +12,7 @@ import statistics
 from dataclasses import dataclass
 
 from kdfast._extras import require
+from kdfast._text import printable
 from kdfast.distill.storage import write_atomically
 
 __all__ = [
@@ -95,7 +96,7 @@ class Progress:
     def line(self, text):
         """What stands in place of a bar."""
         if not self.bar:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self.console.print(printable(text), markup=False, soft_wrap=True)
 
 
 class RunProgress(Progress):
@@ -137,7 +138,7 @@ def print_table(titles, rows, notes, sections=()):
     console.print(table)
     console.print()
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        console.print(printable(note), markup=False, soft_wrap=True)
 
 
 def mean_and_spread(values, digits=2):
@@ -232,7 +233,7 @@ def _curves_png(results, title):
     figure.supylabel("test accuracy (%)")
     seeds = len(groups["student"])
     band = f", mean and range of {seeds} seeds" if seeds > 1 else ""
-    figure.suptitle(f"{title}{band}")
+    figure.suptitle(printable(f"{title}{band}"))
     lines = panels[0, 0].get_lines()
     figure.legend(lines[:3], ["teacher", "student alone", "student with the loss"], loc="outside lower center", ncols=3)
     return png_bytes(figure)

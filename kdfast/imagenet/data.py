@@ -6,7 +6,7 @@ an augmented image can be made again later: ``Images(...)[augmentation, index]``
 
 import contextlib
 import random
-import re
+import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from kdfast.distill import DistillError
+from kdfast.distill.images import eight_bits
 from kdfast.distill.train import derived_seed
 from kdfast.imagenet.ranks import ignore_signals
 
@@ -87,7 +88,7 @@ class Images(Dataset):
     def _read(self, index):
         file, label = self.reader[index]
         with file, Image.open(file) as image:
-            return image.convert("RGB"), label  # decodes it, to the last byte
+            return eight_bits(image).convert("RGB"), label
 
 
 class Steps:
@@ -145,19 +146,30 @@ def loading(images, keys, workers, pin_memory):
     )
     try:
         yield batches
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker \(pid", str(error)):
-            raise
-        raise DistillError(
-            f"--workers: one of the {workers} processes that load images has died: {error} If it was out of memory, "
-            "take fewer; what is written is intact, and the run can be continued"
-        ) from error
+    except Exception as error:  # of the processes' pipes and sockets, or torch's RuntimeError
+        if ended := _ended(batches):
+            raise DistillError(
+                f"--workers: one of the {workers} processes that load images was ended by {ended}; if it was out of "
+                "memory, take fewer; what is written is intact, and the run can be continued"
+            ) from error
+        raise
     finally:
         if workers:
-            batches._shutdown_workers()  # torch has no public name for it, and an exception keeps the iterator alive
+            with contextlib.suppress(RuntimeError):  # which torch raises anywhere when a process has been killed
+                batches._shutdown_workers()  # has no public name, and an exception keeps the iterator alive
             for worker in batches._workers:
                 if worker.is_alive():
                     worker.kill()
+
+
+def _ended(batches):
+    """The name of a signal that has ended one of the processes behind `batches`, or None."""
+    for worker in getattr(batches, "_workers", ()):
+        with contextlib.suppress(RuntimeError):
+            worker.join(0.1)  # its end may be seen in its socket first
+        if worker.exitcode is not None and worker.exitcode < 0:
+            return signal.Signals(-worker.exitcode).name
+    return None
 
 
 def _collate(items):

@@ -11,6 +11,7 @@ import math
 import time
 
 from kdfast._extras import require
+from kdfast._text import printable
 from kdfast.distill import DistillError, report, storage
 
 __all__ = ["FILES", "Log", "Silent"]
@@ -73,7 +74,7 @@ class Log:
 
     def say(self, text):
         """A line above the bar."""
-        self.progress.console.print(text, markup=False, soft_wrap=True)
+        self.progress.console.print(printable(text), markup=False, soft_wrap=True)
 
     def _epoch(self, step):
         return math.ceil(step / self.an_epoch)

@@ -1,34 +1,37 @@
 """Where the images are: class folders, or webdataset shards, behind timm's readers."""
 
+import contextlib
 import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
 
 from timm.data import create_dataset
 from timm.data.readers.reader import Reader
+from timm.utils.misc import natural_key
 
 from kdfast._extras import require
 from kdfast.distill import DistillError
-from kdfast.distill.data import subfolders
+from kdfast.distill.images import SUFFIXES, class_files, names, said_of, same_classes, subfolders
 
 __all__ = ["fingerprint", "open_readers"]
 
 SHARDS = "wds/"  # timm's prefix of a webdataset
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "eval")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # in a shard
+SAMPLED = 1024  # files whose bytes a fingerprint has
 
 
-def open_readers(data, train_split, val_split, classes):
+def open_readers(data, train_split, val_split, classes, say=print):
     """-> a training and a validation reader of `data`, and the number of classes.
 
     `data` is a folder, or ``wds/`` before a folder of shards whose splits are named as timm names them. `classes` is
-    the number that was given, or None. A reader has ``reader[index] -> (file, label)`` and ``filename(index)``; the
-    index of an image is the same in every run.
+    the number that was given, or None; ``say(line)`` tells of files that are left out. A reader has ``reader[index] ->
+    (file, label)``, ``filename(index)`` and ``size(index)``; the index of an image is the same in every run.
     """
     if not data.startswith(SHARDS):
-        train, val = _folders(Path(data))
+        train, val = _folders(Path(data), say)
         counted = len(train.class_to_idx)
         if classes not in (None, counted):
             raise DistillError(
@@ -42,54 +45,71 @@ def open_readers(data, train_split, val_split, classes):
     return train, val, classes
 
 
-def fingerprint(*readers):
-    """A digest of every file name and label, in their order: what an image's index means."""
-    digest = hashlib.sha256()
-    for reader in readers:
-        for index, sample in enumerate(reader.samples):
-            digest.update(f"{reader.filename(index)}\n{sample[1]}\n".encode())
+def fingerprint(reader):
+    """A digest of every file's name, label and size in their order, and of the bytes of up to 1,024 files among them.
+
+    All bytes of a large data set would take hours to read.
+    """
+    digest, count = hashlib.sha256(), len(reader)
+    for index, sample in enumerate(reader.samples):
+        words = f"{reader.filename(index)}\n{sample[1]}\n{reader.size(index)}\n"
+        digest.update(words.encode("utf-8", "surrogateescape"))
+    for index in range(0, count, -(-count // SAMPLED)):
+        with contextlib.suppress(OSError), reader[index][0] as file:  # one that cannot be read has no bytes
+            digest.update(file.read())
     return digest.hexdigest()
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
-def _folders(root):
+def _folders(root, say):
     if not root.is_dir():
         raise DistillError(f"--data: {root} is not a folder; expected one with train/ and val/, or wds/ before shards")
     train, val = _child(root, TRAIN_FOLDERS), _child(root, VALIDATION_FOLDERS)
-    readers = _folder(train), _folder(val)
-    ours, theirs = (set(reader.class_to_idx) for reader in readers)
-    if ours != theirs:
-        parts = [f"{val} has no {_names(ours - theirs)}"] if ours - theirs else []
-        parts += [f"{train} has no {_names(theirs - ours)}"] if theirs - ours else []
-        raise DistillError(f"--data: {' and '.join(parts)}; expected the same class folders in both")
-    if len(ours) < 2:
-        raise DistillError(f"--data: {train} has only the class {_names(ours)}; expected at least 2 class folders")
+    readers = ClassFolders(train), ClassFolders(val)
+    same_classes(train, val, *(reader.class_to_idx for reader in readers))
+    classes = list(readers[0].class_to_idx)
+    if len(classes) < 2:
+        only = f"only the class {classes[0]!r}" if classes else "no class folders"
+        raise DistillError(f"--data: {train} has {only}; expected at least 2 class folders")
+    if line := said_of(readers[0].others + readers[1].others):
+        say(f"{root}: {line}")
     return readers
 
 
-def _child(root, names):
-    for name in names:
+def _child(root, expected):
+    for name in expected:
         if (root / name).is_dir():
             return root / name
-    raise DistillError(f"--data: {root} has no folder {names[0]}; expected train/ and val/ with a folder per class")
+    raise DistillError(f"--data: {root} has no folder {expected[0]}; expected train/ and val/ with a folder per class")
 
 
-def _folder(root):
-    named = set(subfolders(root))
-    try:
-        reader = create_dataset("", root=str(root), search_split=False).reader
-    except RuntimeError as error:  # no images at all
-        raise DistillError(f"--data: {error}") from error
-    if empty := named - set(reader.class_to_idx):
-        raise DistillError(f"--data: {root} has no images in {_names(empty)}; expected some in every class folder")
-    if nested := set(reader.class_to_idx) - named:
-        raise DistillError(f"--data: {root} has images in {_names(nested)}; expected them right in the class folders")
-    return reader
+class ClassFolders(Reader):
+    """The images of class folders: labels and order of timm's reader, files and classes of `kdfast.distill.images`."""
 
+    def __init__(self, root):
+        super().__init__()
+        self.root = root
+        classes = sorted(subfolders(root), key=natural_key)
+        self.class_to_idx = {name: label for label, name in enumerate(classes)}
+        found, self.others = class_files(root, classes)
+        samples = [(file, self.class_to_idx[name]) for name, files in found.items() for file in files]
+        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
-def _names(names, most=5):
-    names = sorted(names)
-    return ", ".join(repr(name) for name in names[:most]) + (f" and {len(names) - most} more" * (len(names) > most))
+    def __getitem__(self, index):
+        path, label = self.samples[index]
+        return open(path, "rb"), label
+
+    def __len__(self):
+        return len(self.samples)
+
+    def size(self, index):
+        """Bytes of the file, None where there is none."""
+        with contextlib.suppress(OSError):
+            return os.stat(self.samples[index][0]).st_size
+
+    def _filename(self, index, basename=False, absolute=False):
+        path = self.samples[index][0]
+        return path if absolute else os.path.relpath(path, self.root)
 
 
 # ---- webdataset shards -----------------------------------------------------------------------------------------------
@@ -116,7 +136,7 @@ class IndexedShards(Reader):
             with tarfile.open(path, "r:") as archive:
                 for member in archive:
                     key, suffix = split_name(member.name)
-                    if suffix and suffix.lower() in IMAGE_SUFFIXES:
+                    if suffix and f".{suffix.lower()}" in SUFFIXES:
                         images[key] = member.offset_data, member.size
                     elif suffix == "cls":
                         labels[key] = int(archive.extractfile(member).read())
@@ -133,7 +153,7 @@ class IndexedShards(Reader):
                 expected = f"expected 0 to {classes - 1} (see --classes)"
                 raise DistillError(f"--data: {self.filename(index)} has label {label}, {expected}")
         if missing := set(range(classes)) - {label for _, label, *_ in self.samples}:
-            raise DistillError(f"--data: split {self.split!r} of {self.root} has no image of class {_names(missing)}")
+            raise DistillError(f"--data: split {self.split!r} of {self.root} has no image of class {names(missing)}")
 
     def __getitem__(self, index):
         number, label, offset, size, _ = self.samples[index]
@@ -143,6 +163,10 @@ class IndexedShards(Reader):
 
     def __len__(self):
         return len(self.samples)
+
+    def size(self, index):
+        """Bytes of the image."""
+        return self.samples[index][3]
 
     def _filename(self, index, basename=False, absolute=False):
         number, *_, key = self.samples[index]

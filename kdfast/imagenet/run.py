@@ -11,6 +11,7 @@ import torchvision
 from timm.data import create_transform, resolve_data_config
 
 import kdfast
+from kdfast._text import printable
 from kdfast.distill import DistillError, pipeline, report, storage
 from kdfast.distill import settings as stored_runs
 from kdfast.distill.train import reproducible
@@ -32,7 +33,7 @@ def train(chosen, options, folder, here):
     if not chosen.store_teacher:
         here.on_first(lambda: pipeline.output_folder(options, files=(STUDENT, AVERAGE, *FILES)))
     train_reader, val_reader, classes = here.on_first(
-        lambda: open_readers(chosen.data, chosen.train_split, chosen.val_split, chosen.classes)
+        lambda: open_readers(chosen.data, chosen.train_split, chosen.val_split, chosen.classes, _say)
     )
     with reproducible(chosen.threads, warn_only=True), warnings.catch_warnings():
         warnings.simplefilter("ignore", kdfast.FallbackWarning)  # `kdfast doctor` says it
@@ -40,8 +41,8 @@ def train(chosen, options, folder, here):
         with contextlib.ExitStack() as held:  # of rank 0
             if chosen.store_teacher:
                 return run.store_teacher(held)
-            data = here.on_first(lambda: fingerprint(train_reader, val_reader))
-            here.on_first(lambda: _settle(chosen, options, folder, data, held))
+            data = run.fingerprint(train_reader), run.fingerprint(val_reader)
+            here.on_first(lambda: _settle(chosen, options, folder, " ".join(data), held))
             run.go()
 
 
@@ -61,7 +62,7 @@ def _settle(chosen, options, folder, data, held):
 
 
 def _say(text):
-    print(f"{pipeline.COMMAND}: {text}", file=sys.stderr)
+    print(f"{pipeline.COMMAND}: {printable(text)}", file=sys.stderr)
 
 
 class _Run:
@@ -70,7 +71,11 @@ class _Run:
     def __init__(self, chosen, here, folder, train_reader, val_reader, classes):
         self.chosen, self.here, self.folder, self.checkpoints = chosen, here, folder, folder / "checkpoints"
         self.classes = classes
-        self.store = here.together(lambda: stored.opened(chosen, train_reader, classes))
+        self.fingerprints = {}
+        self.store = None
+        if stored.is_store(chosen.teacher):
+            data = self.fingerprint(train_reader)
+            self.store = here.together(lambda: stored.opened(chosen, train_reader, classes, data))
         shape = len(train_reader), chosen.batch_size, chosen.accumulate
         augmentations = None if self.store is None else self.store.contents.augmentations
         self.steps = here.together(lambda: Steps(*shape, here, chosen.seed, chosen.epochs, augmentations))
@@ -82,6 +87,12 @@ class _Run:
             lambda: Trainer(chosen, here, task, self.steps.an_epoch, normalization, self.store)
         )
         self.unread = Unread(chosen.strict, _say)
+
+    def fingerprint(self, reader):
+        """That of `reader`, which rank 0 makes once; all ranks have to call it."""
+        if reader not in self.fingerprints:
+            self.fingerprints[reader] = self.here.on_first(lambda: fingerprint(reader))
+        return self.fingerprints[reader]
 
     def _task(self, train_reader, classes):
         """-> timm's task, and its data config for the student."""
@@ -205,7 +216,8 @@ class _Run:
         """Write the shards that the store lacks, each rank its share, into the folder that is `held` from now on."""
         chosen, here, images = self.chosen, self.here, self.train_images
         teacher = self.trainer.task.teacher
-        terms = images.reader, images.transform, self.classes, teacher, self.terms
+        data = self.fingerprint(images.reader)
+        terms = images.reader, data, images.transform, self.classes, teacher, self.terms
         holds = here.together(lambda: stored.contents(chosen, *terms))
         folder = Path(chosen.store_teacher)
         missing = here.on_first(lambda: self._missing(folder, holds, held))
@@ -214,9 +226,8 @@ class _Run:
             here.together(lambda: self._write(writer, missing[here.rank :: here.size], stop))
         if here.first:
             kept = "all logits" if holds.top_k is None else f"the top {holds.top_k} and the rest"
-            print(
-                f"{folder}: {kept} of {holds.model} for {holds.samples} images, {holds.augmentations} times augmented"
-            )
+            many = f"{holds.samples} images, {holds.augmentations} times augmented"
+            print(printable(f"{folder}: {kept} of {holds.model} for {many}"))
 
     @staticmethod
     def _missing(folder, holds, held):

@@ -7,23 +7,25 @@ import torch
 
 import kdfast
 from kdfast.distill import DistillError
-from kdfast.imagenet.readers import fingerprint
 from kdfast.integrations.terms import LOGITS
 from kdfast.teacher_store import Contents, TeacherStore
 
-__all__ = ["check_terms", "check_transform", "contents", "opened"]
+__all__ = ["check_terms", "check_transform", "contents", "is_store", "opened"]
 
 
-def opened(chosen, reader, classes):
-    """The store that --teacher names, for the training images of `reader`; None where it names a model."""
-    if not Path(chosen.teacher).is_absolute():  # settings.py makes folders absolute
-        return None
+def is_store(teacher):
+    """Whether --teacher names a store, and no model."""
+    return Path(teacher).is_absolute()  # settings.py makes folders absolute
+
+
+def opened(chosen, reader, classes, data):
+    """The store that --teacher names, for the training images of `reader`, whose fingerprint is `data`."""
     store = TeacherStore(chosen.teacher, name=lambda index: reader.filename(index, absolute=True))
-    store.check(classes=classes, samples=len(reader), data=fingerprint(reader))
+    store.check(classes=classes, samples=len(reader), data=data)
     return store
 
 
-def contents(chosen, reader, transform, classes, teacher, terms):
+def contents(chosen, reader, data, transform, classes, teacher, terms):
     """What the store of a `teacher` holds that is written as `chosen` says; `terms` are those of the preset."""
     weights = hashlib.sha256()
     for name, value in teacher.state_dict().items():
@@ -34,7 +36,7 @@ def contents(chosen, reader, transform, classes, teacher, terms):
         return Contents(
             model=f"{chosen.teacher}{precision}, weights {weights.hexdigest()[:16]}",
             classes=classes,
-            data=fingerprint(reader),
+            data=data,
             samples=len(reader),
             transform=_words(transform),
             seed=chosen.seed,
