@@ -4,32 +4,37 @@ Papers are modules (``kdfast.KD()(student, teacher)``), kernels are functions (`
 Student first, teacher second, logits unless an argument's name says otherwise; every loss is a 0-d tensor.
 """
 
-from kdfast import _kernels
-
-_kernels.load()
-
-# The ops are defined after the kernels' libraries are known.
-from kdfast import distributed, losses, ops, procedures  # noqa: E402
-from kdfast._kernels import FallbackWarning, fallback  # noqa: E402
-from kdfast.capture import capture  # noqa: E402
-from kdfast.losses import *  # noqa: E402, F403
-from kdfast.losses.nce import load_repdistiller_crd  # noqa: E402
-from kdfast.ops.softmax_kl import TopK  # noqa: E402
-from kdfast.procedures import NoiseSigma, data_inefficiency, effective_logit, quantify_knowledge  # noqa: E402
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = [
-    "FallbackWarning",
-    "NoiseSigma",
-    "TopK",
-    "capture",
-    "data_inefficiency",
-    "distributed",
-    "effective_logit",
-    "fallback",
-    "load_repdistiller_crd",
-    "ops",
-    "procedures",
-    "quantify_knowledge",
-    *losses.__all__,
-]
+
+if TYPE_CHECKING:
+    from kdfast._api import *  # noqa: F403
+    from kdfast._api import __all__  # noqa: F401
+
+
+def _is_command():
+    """Whether this process is the command line, whose --help and --version need no torch."""
+    program = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return program in ("-m", "kdfast", "kdfast.exe")
+
+
+def _load():
+    """Load the library: its names, and the ops that it registers."""
+    api = importlib.import_module("kdfast._api")
+    globals().update({name: getattr(api, name) for name in api.__all__}, __all__=api.__all__)
+
+
+def __getattr__(name):
+    if "__all__" not in globals() and (name == "__all__" or not name.startswith("_")):
+        _load()
+        if name in globals():
+            return globals()[name]
+    raise AttributeError(f"module 'kdfast' has no attribute {name!r}")
+
+
+if not _is_command():
+    _load()

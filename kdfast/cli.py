@@ -2,9 +2,11 @@
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 
-from kdfast import __version__
+import kdfast
 from kdfast._extras import MissingExtra
 
 # Each module has add_arguments(parser) and run(options) -> exit status. Only the chosen one is imported.
@@ -18,9 +20,31 @@ COMMANDS = {
 
 def main(argv=None):
     """Run one command; returns its exit status, 2 where an optional dependency is missing."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # now: at the interpreter's end an error would be printed
+    except BrokenPipeError:  # its reader has seen enough
+        for stream in (sys.stdout, sys.stderr):
+            _abandon(stream)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:  # before the command has begun
+        print("\nkdfast: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _abandon(stream):
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(argv):
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("kdfast", description="Knowledge-distillation losses on fused kernels.")
-    parser.add_argument("--version", action="version", version=f"kdfast {__version__}")
+    parser.add_argument("--version", action="version", version=f"kdfast {kdfast.__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     try:
         for name, (module, summary) in COMMANDS.items():
@@ -29,6 +53,7 @@ def main(argv=None):
                 chosen = importlib.import_module(module)
                 chosen.add_arguments(command)
         options = parser.parse_args(argv)
+        kdfast._load()
         return chosen.run(options)
     except MissingExtra as error:
         print(f"kdfast {argv[0]}: error: {error}", file=sys.stderr)

@@ -6,10 +6,8 @@ import platform
 import sys
 from dataclasses import asdict
 
-import torch
-
 from kdfast import __file__ as package_file
-from kdfast import __version__, _build_record, _kernels
+from kdfast import __version__, _build_record
 
 LIBRARIES = {"cpu": "_C", "cuda": "_cuda"}  # device -> the library with its kernels
 
@@ -28,6 +26,10 @@ def run(options):
 
 def examine():
     """Everything the report says, as plain data."""
+    import torch  # here: --help needs none of it
+
+    from kdfast import _kernels
+
     record = _build_record.read()
     libraries = {name: asdict(library) for name, library in _kernels.status().items()}
     extension = sys.modules["kdfast._C"].build_info() if libraries["_C"]["loaded"] else {}
@@ -41,7 +43,7 @@ def examine():
         "build": record,
         "libraries": libraries,
         "extension": extension,
-        "devices": [describe_device(i) for i in range(torch.cuda.device_count())],
+        "devices": [describe_device(torch, i) for i in range(torch.cuda.device_count())],
         "ops": _kernels.paths(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("KDFAST_")},
     }
@@ -49,7 +51,7 @@ def examine():
     return report
 
 
-def describe_device(index):
+def describe_device(torch, index):
     """Name and compute capability of one visible GPU."""
     major, minor = torch.cuda.get_device_capability(index)
     return {"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}

@@ -151,6 +151,13 @@ def test_table_mean_and_spread(capsys):
         assert expected in output
 
 
+def test_table_on_a_narrow_terminal(capsys, monkeypatch):
+    """Nothing is cut."""
+    monkeypatch.setenv("COLUMNS", "40")
+    report.print_table(["loss", "accuracy %", "ms a step"], [["label-refinery", "91.00 ± 1.41", "1234567890.12"]], [])
+    assert "label-refinery   91.00 ± 1.41   1234567890.12" in capsys.readouterr().out
+
+
 def test_spread_of_one_seed_is_left_out(capsys):
     times = {"step_ms": 2.0, "objective_ms": 0.5, "loss_ms": 0.1, "fallback_ms": None, "path": "fallback"}
     report.write_table([report.Result("kd", 0, [(0.0, 90.0)], times)], [])

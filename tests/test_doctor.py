@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,57 @@ def test_broken_extension(tmp_path):
     report = python("-m", "kdfast", "doctor")
     assert report.returncode == 1
     assert "_C            FAILED: ImportError: " in report.stdout
+
+
+def command(*arguments, **more):
+    """A process of the command line, which runs the package that is tested here."""
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    line = [sys.executable, "-m", "kdfast", *arguments]
+    return subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True, **more)
+
+
+WITHOUT_TORCH = """
+import sys
+sys.argv = ["-m", *sys.argv[1:]]
+sys.modules["torch"] = None  # an import of it is an error
+import kdfast.cli
+kdfast.cli.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("words", ["--version", "--help", "doctor --help", "bench --help", "study --help"])
+def test_help_needs_no_torch(words):
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    line = [sys.executable, "-c", WITHOUT_TORCH, *words.split()]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "kdfast" in done.stdout, done.stderr
+
+
+def test_import_loads_the_library_but_no_compiler():
+    """Outside of the command line the ops are registered by the import alone; torch._dynamo takes longer than they."""
+    code = "import sys, kdfast, torch; torch.ops.kdfast.softmax_kl; print('torch._dynamo' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
+
+
+@pytest.mark.parametrize("words", ["doctor", "--help", "distill --help"])
+def test_a_reader_that_has_seen_enough(words):
+    """`kdfast doctor | head` ends without a word."""
+    process = command(*words.split(), stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    # argparse ignores the error where the output has no buffer.
+    assert process.wait() in (128 + signal.SIGPIPE, *[0] * ("--help" in words))
+
+
+def test_interrupt_before_a_command_has_begun(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.importlib, "import_module", interrupted)
+    assert cli.main(["distill"]) == 130
+    assert capsys.readouterr().err == "\nkdfast: interrupted\n"
 
 
 def test_command_line(capsys, monkeypatch):

@@ -73,6 +73,8 @@ def answer(command, output_folder, work):
         return 0
     except (DistillError, MissingExtra) as error:
         return _fail(command, str(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _fail(command, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except MemoryError as error:

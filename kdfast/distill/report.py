@@ -135,6 +135,8 @@ def print_table(titles, rows, notes, sections=()):
     for row in rows:
         cells = (cell.replace("±", "+-") if console.options.ascii_only else cell for cell in row)
         table.add_row(*cells, end_section=row[0] in sections)
+    wide = console.options.update(width=1000)
+    console.width = max(console.width, console.measure(table, options=wide).maximum)  # else a narrow terminal's is cut
     console.print(table)
     console.print()
     for note in notes:

@@ -1,5 +1,6 @@
 """Losses on feature maps, element by element: they run on the feature kernels. And the layers that come with them."""
 
+import functools
 import math
 
 import torch
@@ -291,6 +292,13 @@ class VID(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
 
 
+@functools.cache
+def _leave_uncompiled():
+    # Not a decorator: it loads torch._dynamo, which takes longer than the rest of kdfast.
+    reason = "JacobianMatching needs second derivatives, which compiled graphs do not have"
+    JacobianMatching.forward = torch.compiler.disable(JacobianMatching.forward, reason=reason)
+
+
 class JacobianMatching(nn.Module):
     """JacobianMatching - Knowledge Transfer with Jacobian Matching (Srinivas and Fleuret, ICML 2018).
 
@@ -302,7 +310,10 @@ class JacobianMatching(nn.Module):
     ``fullgraph=True``), because compiled graphs have no second derivative. Op: ``normalized_error``.
     """
 
-    @torch.compiler.disable(reason="JacobianMatching needs second derivatives, which compiled graphs do not have")
+    def __new__(cls, *arguments, **more):  # copies and unpickled ones pass here, too
+        _leave_uncompiled()
+        return super().__new__(cls)
+
     def forward(self, student, teacher, images, labels):
         check.logits("student", student)
         check.logits("teacher", teacher)

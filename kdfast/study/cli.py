@@ -2,8 +2,6 @@
 
 import importlib
 
-from kdfast.distill.cli import answer
-
 __all__ = ["add_arguments", "run"]
 
 STUDIES = {
@@ -35,6 +33,7 @@ def run(options) -> int:
     """Run the study and report; returns the exit code."""
     # Imported here: `kdfast --help` needs none of it.
     from kdfast.distill import pipeline
+    from kdfast.distill.cli import answer
     from kdfast.study import run as runner
 
     if options.study not in STUDIES:
