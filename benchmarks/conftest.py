@@ -32,7 +32,10 @@ def pytest_generate_tests(metafunc):
     settings, module = metafunc.config.stash[SETTINGS], metafunc.module
     if "job" in metafunc.fixturenames:
         shapes = [tuple(map(int, shape.split("x"))) for shape in metafunc.config.getoption("bench_shape")]
-        cases = module.cases(settings, shapes)
+        try:
+            cases = module.cases(settings, shapes)
+        except (TypeError, ValueError) as error:
+            raise pytest.UsageError(f"--shape does not fit {module.FAMILY}: {error}") from error if shapes else error
         metafunc.parametrize("job", harness.jobs(cases, settings, module.FAMILY), ids=str)
     if "host_job" in metafunc.fixturenames:
         metafunc.parametrize("host_job", harness.host_jobs(module.host_cases(), settings, module.FAMILY), ids=str)

@@ -1,6 +1,6 @@
 """Distils under Accelerate, on scikit-learn's digits: KD of the logits, and RKD of the embeddings of all processes.
 
-pip install 'kdfast[distill]' accelerate
+pip install '.[distill]' accelerate  # in a clone
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Distils under Lightning, on scikit-learn's digits: KD of the logits and AT of a map, with kdfast.capture.
 
-pip install 'kdfast[distill]' lightning
+pip install '.[distill]' lightning  # in a clone
 """
 
 import lightning

@@ -1,8 +1,10 @@
 """Optional dependencies: one place that imports them and says how to install a missing one."""
 
 import importlib
+import importlib.metadata
+import shlex
 
-__all__ = ["MissingExtra", "require"]
+__all__ = ["MissingExtra", "install", "require"]
 
 # Import name -> the name pip knows, where they differ.
 _DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn"}
@@ -26,4 +28,18 @@ def require(module, extra):
         name = _DISTRIBUTIONS.get(root, root)
         missing = isinstance(error, ModuleNotFoundError) and error.name == root
         state = "is not installed" if missing else f"cannot be imported ({error})"
-        raise MissingExtra(f"{name} {state}; install it with: pip install 'kdfast[{extra}]'") from error
+        raise MissingExtra(f"{name} {state}; install it with: {install(extra, [name])}") from error
+
+
+def install(extra, packages):
+    """The command that installs the group `extra`, or `packages` where it is not known.
+
+    By the names of its packages: where kdfast came from, the registry's package of that name may be another.
+    """
+    try:
+        listed = importlib.metadata.requires("kdfast") or []
+    except importlib.metadata.PackageNotFoundError:  # a source tree
+        listed = []
+    parts = [requirement.replace("'", '"').partition(";") for requirement in listed]
+    group = [package.strip() for package, _, marker in parts if f'extra == "{extra}"' in marker]
+    return shlex.join(["pip", "install", *(group or packages)])

@@ -73,7 +73,7 @@ def _is_doctor():
 def _load_cpu(library):
     spec = importlib.util.find_spec("kdfast._C")
     if spec is None:
-        library.reason = _build_record.read().get("reason", "kdfast._C was not built here")
+        library.reason = _build_record.read().get("reason") or _unbuilt("_C")
         return
     library.path = spec.origin
     try:
@@ -83,10 +83,20 @@ def _load_cpu(library):
         library.error = f"{type(error).__name__}: {error}"
 
 
+def _unbuilt(name):
+    tree = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if not os.path.exists(os.path.join(tree, "setup.py")):
+        return f"kdfast.{name} was not built here"
+    return (
+        f"this kdfast is the source tree {tree}, where {name} is not built: start Python in another folder to import "
+        "an installed kdfast, or build here with `pip install -e .`"
+    )
+
+
 def _load_cuda(library):
     found = sorted(glob.glob(os.path.join(os.path.dirname(__file__), "_cuda*.so")))
     if not found:
-        library.reason = _build_record.read().get("reason", "kdfast._cuda was not built here")
+        library.reason = _build_record.read().get("reason") or _unbuilt("_cuda")
         return
     library.path = found[0]
     if torch.version.cuda is None:

@@ -8,10 +8,14 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from kdfast._extras import install
+from kdfast.distill import DistillError
 
 PACKAGE = Path(__file__).resolve().parent
 FAMILIES = ("softmax_kl", "ensemble", "pairwise", "attention", "gram", "feature", "moments", "nce", "step", "compat")
@@ -38,18 +42,48 @@ def add_arguments(parser):
 
 def run(options) -> int:
     """Run the benchmarks as `options` say; returns the exit status."""
+    try:
+        check(options)
+    except DistillError as error:
+        print(f"kdfast bench: error: {error}", file=sys.stderr)
+        return 2
     if options.readme:
         return write_readme(options.readme, options.out)
     missing = [name for name in REQUIRED if not installed(name)]
     if missing:
-        print(f"kdfast bench needs {' and '.join(missing)}: pip install 'kdfast[bench]'", file=sys.stderr)
+        needed = install("bench", [name.replace("_", "-") for name in missing])
+        print(f"kdfast bench needs {' and '.join(missing)}: {needed}", file=sys.stderr)
         return 2
     chart = installed("matplotlib")
     if not chart:
-        print("kdfast bench draws no chart without matplotlib: pip install 'kdfast[bench]'", file=sys.stderr)
+        print(f"kdfast bench draws no chart without matplotlib: {install('bench', ['matplotlib'])}", file=sys.stderr)
     families = [options.family] if options.family else FAMILIES
     statuses = [run_family(family, options, chart) for family in families]
     return max((status for status in statuses if status != NOTHING_SELECTED), default=NOTHING_SELECTED)
+
+
+def check(options):
+    """Raise a DistillError that names an option which cannot be, before anything is measured."""
+    from kdfast.distill.settings import device, whole  # here: `kdfast bench --help` needs none of it
+
+    device("--device", options.device)
+    if options.threads is not None:
+        whole(1, 1024)("--threads", options.threads)
+    if options.seconds is not None and not options.seconds >= 0:
+        raise DistillError(f"--seconds: got {options.seconds}, expected a number of at least 0")
+    for shape in options.shape:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
+            raise DistillError(f"--shape: got {shape!r}, expected sizes of at least 1 as in 256x1000")
+    if options.readme:
+        if not Path(options.readme).is_file():
+            raise DistillError(f"--readme: {options.readme} is not a file; expected a README with the table's marks")
+        return
+    out = Path(options.out)
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise DistillError(f"--out: {there} is a file; expected a folder")
+    if not os.access(there, os.W_OK):
+        raise DistillError(f"--out: cannot write to {there}")
 
 
 def run_family(family, options, chart) -> int:

@@ -448,7 +448,46 @@ def test_every_family_is_measured(family):
 def test_bench_names_the_missing_extra(monkeypatch, capsys):
     monkeypatch.setattr(bench, "installed", lambda name: name != "pytest_benchmark")
     assert bench.run(options()) == 2
-    assert capsys.readouterr().err == "kdfast bench needs pytest_benchmark: pip install 'kdfast[bench]'\n"
+    said = capsys.readouterr().err
+    assert said.startswith("kdfast bench needs pytest_benchmark: pip install ") and "pytest-benchmark" in said
+    assert "kdfast[" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--threads", "-1"], "--threads: got '-1', expected a whole number of at least 1 and at most 1024"),
+        (["--threads", "100000"], "--threads: got '100000', expected a whole number"),
+        (["--shape", "5"], "--shape: got '5', expected sizes of at least 1 as in 256x1000"),
+        (["--shape", "0x5"], "--shape: got '0x5', expected sizes"),
+        (["--shape", "4x16", "--shape", "axb"], "--shape: got 'axb', expected sizes"),
+        (["--seconds", "nan"], "--seconds: got nan, expected a number of at least 0"),
+        (["--out", "file"], "--out: file is a file; expected a folder"),
+        (["--out", "file/results"], "file is a file; expected a folder"),
+        (["--readme", "nothing.md"], "--readme: nothing.md is not a file"),
+    ],
+)
+def test_bench_refuses_before_it_measures(arguments, expected, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("of somebody")
+    monkeypatch.setattr(bench, "measure", None)
+    assert bench.run(options(*arguments)) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_bench_without_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(bench, "measure", None)
+    assert bench.run(options("--device", "cuda")) == 2
+    assert "--device: got 'cuda', but torch" in capsys.readouterr().err
+
+
+def test_bench_of_a_shape_that_does_not_fit(tmp_path, capfd):
+    """Logits have two sizes; the family that is asked for says so."""
+    arguments = ("--quick", "--family", "softmax_kl", "--shape", "4x16x3", "--out", str(tmp_path / "results"))
+    assert bench.run(options(*arguments)) != 0
+    printed = capfd.readouterr()
+    assert "--shape does not fit softmax_kl" in printed.err + printed.out and "Traceback" not in printed.err + printed.out
 
 
 def test_bench_rewrites_a_readme_without_measuring(results, tmp_path, monkeypatch):
