@@ -26,6 +26,7 @@ __all__ = ["Contents", "Shard", "TeacherStore", "TeacherStoreWriter", "refuse_ot
 FORMAT = "kdfast teacher logits, 2"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20  # of memory while a shard is made
+MOST_SHARDS = 10_000_000
 SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -49,8 +50,12 @@ class Contents:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name in ("classes", "samples", "augmentations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not (self.top_k is None or _is_whole(self.top_k)):
+            raise ValueError(f"top_k must be a whole number or None, got {self.top_k!r}")
+        if not (self.temperature is None or isinstance(self.temperature, (int, float))):
+            raise ValueError(f"temperature must be a number or None, got {self.temperature!r}")
         if self.top_k is not None and not 1 <= self.top_k <= self.classes:
             raise ValueError(f"top_k must be from 1 to the {self.classes} classes, got {self.top_k}")
         if (self.top_k is None) != (self.temperature is None):
@@ -65,8 +70,20 @@ class Contents:
         if self.top_k is None:
             return {"logits": self._narrow(logits, dtype)}
         top = TopK.of(logits, self.top_k, self.temperature)
-        index = torch.int16 if self.classes <= 1 << 15 else torch.int32
-        return {"values": self._narrow(top.values, dtype), "indices": top.indices.to(index), "rest": top.rest.float()}
+        indices = top.indices.to(self._index_dtype)
+        return {"values": self._narrow(top.values, dtype), "indices": indices, "rest": top.rest.float()}
+
+    def layout(self, rows):
+        """Name -> (shape, dtype) of the tensors of a shard of so many rows."""
+        dtype = DTYPES[self.dtype]
+        if self.top_k is None:
+            return {"logits": ((rows, self.classes), dtype)}
+        wide = rows, self.top_k
+        return {"values": (wide, dtype), "indices": (wide, self._index_dtype), "rest": ((rows,), torch.float32)}
+
+    @property
+    def _index_dtype(self):
+        return torch.int16 if self.classes <= 1 << 15 else torch.int32
 
     def decode(self, tensors):
         """The teacher that `kdfast.ops.softmax_kl` takes."""
@@ -87,7 +104,7 @@ class Contents:
         size = DTYPES[self.dtype].itemsize
         if self.top_k is None:
             return self.classes * size
-        return self.top_k * (size + (2 if self.classes <= 1 << 15 else 4)) + 4
+        return self.top_k * (size + self._index_dtype.itemsize) + 4
 
     @property
     def rows_at_most(self):
@@ -107,6 +124,10 @@ class Contents:
             same = "" if "samples" in found else f", or other names, sizes, labels or order of the {self.samples}"
             found["data"] = f"of other images{same} ({found['data']})"
         return [f"{name} {words}" for name, words in found.items()]
+
+
+def _is_whole(value):
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class Shard(NamedTuple):
@@ -137,10 +158,15 @@ class _Folder:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT:
                 raise DistillError(f"{path} has the format {manifest['format']!r}, expected {FORMAT!r}")
-            return cls(folder, Contents(**manifest["contents"]), int(manifest["rows"]))
+            contents, rows = Contents(**manifest["contents"]), manifest["rows"]
+            if not _is_whole(rows) or rows < 1:
+                raise ValueError(f"rows must be a whole number of at least 1, got {rows!r}")
+            if contents.augmentations * contents.samples / rows > MOST_SHARDS:
+                raise ValueError(f"{contents.samples} images in shards of {rows} are too many")
+            return cls(folder, contents, rows)
         except FileNotFoundError:
             raise DistillError(f"{folder} is no teacher store: it has no {MANIFEST}") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise DistillError(f"{path} is damaged: {error}") from error
 
     def shards(self):
@@ -233,8 +259,20 @@ class TeacherStoreWriter:
             logits = logits.masked_fill(absent[:, None], float("nan"))
         tensors = {name: x.contiguous() for name, x in contents.encode(logits).items()}
         metadata = {"sha256": _digest(tensors), "contents": contents.digest}
-        content = self._safetensors.save(tensors, metadata)
+        content = _in_order(self._safetensors.save(tensors, metadata))
         write_atomically(self._store.folder / shard.name, content, "the same command continues")
+
+
+def _in_order(content):
+    """The bytes of a safetensors file with the keys of its header in order, so that equal tensors are equal files."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    return content[:8] + header.ljust(size) + content[8 + size :]
+
+
+def _words(layout):
+    parts = [f"{name} {shape} {str(dtype).removeprefix('torch.')}" for name, (shape, dtype) in sorted(layout.items())]
+    return ", ".join(parts) or "no tensors"
 
 
 def _digest(tensors):
@@ -338,9 +376,11 @@ class TeacherStore:
             raise DistillError(f"{path} is damaged ({error}): delete it, and write it again") from error
         if metadata.get("contents") != contents.digest:
             raise DistillError(f"{path} belongs to another store: delete it, and write it again")
-        rows, expected = len(next(iter(tensors.values()))), shard.end - shard.begin
-        if rows != expected:
-            raise DistillError(f"{path} has {rows} images, expected {expected}: delete it, and write it again")
+        expected = contents.layout(shard.end - shard.begin)
+        if (found := {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}) != expected:
+            raise DistillError(
+                f"{path} has {_words(found)}, expected {_words(expected)}: delete it, and write it again"
+            )
         if verify and _digest(tensors) != metadata.get("sha256"):
             raise DistillError(f"{path} is damaged (its checksum differs): delete it, and write it again")
         return tensors

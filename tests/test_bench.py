@@ -487,7 +487,9 @@ def test_bench_of_a_shape_that_does_not_fit(tmp_path, capfd):
     arguments = ("--quick", "--family", "softmax_kl", "--shape", "4x16x3", "--out", str(tmp_path / "results"))
     assert bench.run(options(*arguments)) != 0
     printed = capfd.readouterr()
-    assert "--shape does not fit softmax_kl" in printed.err + printed.out and "Traceback" not in printed.err + printed.out
+    assert (
+        "--shape does not fit softmax_kl" in printed.err + printed.out and "Traceback" not in printed.err + printed.out
+    )
 
 
 def test_bench_rewrites_a_readme_without_measuring(results, tmp_path, monkeypatch):

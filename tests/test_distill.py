@@ -415,6 +415,24 @@ def test_damaged_settings(tmp_path, capsys):
     assert str(tmp_path / "settings.json") in error_line(capsys)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("epochs", -5, "settings.json: epochs: got '-5', expected a whole number of at least 1"),
+        ("threads", True, "settings.json: threads: got 'True', expected a whole number"),
+        ("loss", "kd,nothing", "settings.json: loss: got 'nothing', expected all"),
+        ("seeds", "2", "settings.json is damaged"),
+        ("data", 5, "settings.json is damaged"),
+    ],
+)
+def test_tampered_settings(name, value, expected, uninterrupted, tmp_path, capsys):
+    stored = json.loads((uninterrupted / "settings.json").read_text())
+    stored["settings"][name] = value
+    (tmp_path / "settings.json").write_text(json.dumps(stored))
+    assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
+    assert expected in error_line(capsys)
+
+
 # ---- wrong arguments and data ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "named"),
@@ -830,7 +848,8 @@ def test_what_runs_in_a_step(images):
 
 
 def test_all_is_every_row():
-    assert settings._losses("--loss", "all") == ",".join(losses.ROWS)
+    for text in ("all", "all,kd", "kd, all"):
+        assert settings._losses("--loss", text) == ",".join(losses.ROWS)
     assert settings._losses("--loss", settings.DEFAULTS["loss"]) == settings.DEFAULTS["loss"]
 
 

@@ -250,14 +250,14 @@ def test_precision_and_layout(on, photographs, tmp_path, monkeypatch):
     assert all(value.dtype == torch.float32 for value in weights(tmp_path / "run").values())
 
 
-def test_compiled(photographs, undisturbed, tmp_path, monkeypatch):
+def test_compiled(photographs, undisturbed, tmp_path, monkeypatch, capsys):
     """Through dynamo alone, whose graphs are the networks' own code: inductor would compile for a minute."""
     compiled, compile_task = [], DistillationTask.compile
     monkeypatch.setattr(
         DistillationTask, "compile", lambda self: compiled.append(compile_task(self, backend="eager")) or compiled[0]
     )
     assert main(arguments(photographs, tmp_path / "run", "--compile")) == 0
-    assert len(compiled) == 1
+    assert len(compiled) == 1 and "compiling: the first step takes minutes" in capsys.readouterr().err
     assert_close(weights(tmp_path / "run"), weights(undisturbed()), start_weights(photographs))
 
 
@@ -312,6 +312,43 @@ def test_one_folder_is_of_one_process(option, photographs, undisturbed, tmp_path
         assert_same_results(out, undisturbed())
 
 
+TORCHRUN = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "0"), ("RANK", "1")])
+def test_a_variable_of_torchrun_alone(name, value, photographs, tmp_path, monkeypatch, capsys):
+    """It may be left in a shell: the run is one of one process, and speaks."""
+    monkeypatch.setenv(name, value)
+    assert "--lr: got '0'" in refused(capsys, arguments(photographs, tmp_path / "run", "--lr", "0"))
+    assert main(arguments(photographs, tmp_path / "run", "--epochs", 1)) == 0
+
+
+def test_garbage_in_the_log(photographs, undisturbed, tmp_path, monkeypatch):
+    """Rows that are none are left out on --resume."""
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert main(arguments(photographs, out)) == 128 + signal.SIGTERM
+    with open(out / "train.csv", "ab") as file:
+        file.write(b"what,is,this\n\0\0\xff,,,\n3,1,1.0,nan,1.0\n")
+    (out / "epochs.csv").write_bytes(b"\xfe\0")
+    assert main(["distill", "--resume", "--out", str(out)]) == 0
+    assert_same_results(out, undisturbed())
+
+
+def test_tampered_settings(photographs, undisturbed, tmp_path, capsys):
+    path = tmp_path / "settings.json"
+    for name, value, expected in (
+        ("epochs", -5, "epochs: got '-5'"),
+        ("lr", "fast", "lr: got 'fast'"),
+        ("ema", [], "damaged"),
+    ):
+        stored = json.loads((undisturbed() / "settings.json").read_text())
+        stored["settings"][name] = value
+        path.write_text(json.dumps(stored))
+        assert expected in refused(capsys, ["distill", "--resume", "--out", str(tmp_path)])
+
+
 def test_second_signals(monkeypatch):
     """A second Ctrl-C is meant; torchrun's are the first one once more."""
     with Stop() as stop:
@@ -321,7 +358,8 @@ def test_second_signals(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
         signal.raise_signal(signal.SIGINT)
-    monkeypatch.setenv("LOCAL_RANK", "0")
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
     with Stop() as stop:
         signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
         assert stop.signal == signal.SIGINT
@@ -788,6 +826,7 @@ def test_shards_train_like_the_folder(photographs, undisturbed, tmp_path):
         (lambda text: "cat", [], "cannot read the shard"),
         (lambda text: text, ["--train-split", "train-{0..2}.tar"], "train-2.tar is missing"),
         (lambda text: text, ["--train-split", "nothing"], "timm finds no split 'nothing'"),
+        (lambda text: text, ["--train-split", "train"], "expected a split of its _info.json, or names of shards"),
     ],
 )
 def test_shards_that_do_not_fit(label, more, expected, photographs, tmp_path, capsys):
@@ -818,6 +857,8 @@ def test_truncated_shard(photographs, tmp_path, capsys):
         (["--preset", "ofd"], "--preset ofd: "),
         (["--classes", "3"], "--classes: got 3, but"),
         (["--batch-size", "13", "--accumulate", "2"], "--batch-size: got 13, expected a multiple of 2 micro-batches"),
+        (["--batch-size", "12", "--accumulate", "12"], "--accumulate: got 12, which leaves 1 of the 12 images"),
+        (["--student", "microsoft/resnet-18"], "--student: timm cannot make 'microsoft/resnet-18': "),
         (["--batch-size", "100"], "--batch-size: got 100, expected at most the 48 training images"),
         (["--warmup-epochs", "2"], "--warmup-epochs: got 2, expected less than the 2 of --epochs"),
         (["--lr", "0"], "--lr: got '0', expected a number greater than 0"),

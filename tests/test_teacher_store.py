@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 import kdfast
+from kdfast import teacher_store as stores
 from kdfast._extras import MissingExtra
 from kdfast.distill import DistillError, storage
 
@@ -282,7 +284,9 @@ def test_shards_of_another_store(tmp_path):
     with pytest.raises(DistillError, match="00001.safetensors belongs to another store"):
         TeacherStore(tmp_path / "one").logits([5], 0)
     shutil.copy(tmp_path / "one" / "logits-0000-00004.safetensors", tmp_path / "one" / name)
-    with pytest.raises(DistillError, match="00001.safetensors has 3 images, expected 5"):
+    with pytest.raises(
+        DistillError, match=r"00001.safetensors has logits \(3, 12\) float\d+, expected logits \(5, 12\)"
+    ):
         TeacherStore(tmp_path / "one").logits([5], 0)
 
 
@@ -299,6 +303,52 @@ def test_damaged_manifest(tmp_path):
     path.write_text(text.replace("logits, 2", "logits, 3"))
     with pytest.raises(DistillError, match="has the format 'kdfast teacher logits, 3', expected"):
         TeacherStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("classes", "12"), ("samples", 2.5), ("samples", 10**30), ("augmentations", True), ("rows", 0), ("rows", "1e999")],
+    ids=str,
+)
+def test_hand_made_manifest(field, value, tmp_path):
+    write(tmp_path)
+    path = tmp_path / "manifest.json"
+    manifest = json.loads(path.read_text())
+    (manifest if field == "rows" else manifest["contents"])[field] = value
+    path.write_text(json.dumps(manifest).replace('"1e999"', "1e999"))
+    with pytest.raises(DistillError, match="manifest.json is damaged"):
+        TeacherStore(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {},
+        {"other": torch.zeros(5, CLASSES)},
+        {"logits": torch.zeros(5, 1)},
+        {"logits": torch.zeros(5, CLASSES).double()},
+    ],
+    ids=["nothing", "another name", "one column", "another type"],
+)
+def test_hand_made_shards(tensors, tmp_path):
+    """A shard with the right digests and the wrong tensors."""
+    from safetensors.torch import save_file
+
+    write(tmp_path)
+    metadata = {"sha256": stores._digest(tensors), "contents": TeacherStore(tmp_path).contents.digest}
+    save_file(tensors, tmp_path / "logits-0000-00001.safetensors", metadata)
+    with pytest.raises(DistillError, match=r"00001.safetensors has .*, expected logits \(5, 12\)"):
+        TeacherStore(tmp_path).logits([5], 0)
+
+
+def test_equal_shards_are_equal_files(tmp_path):
+    for folder in ("one", "other"):
+        write(tmp_path / folder)
+    for name in names(tmp_path / "one"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    first = (tmp_path / "one/logits-0000-00000.safetensors").read_bytes()
+    header = json.loads(first[8 : 8 + int.from_bytes(first[:8], "little")])
+    assert list(header) == sorted(header) and list(header["__metadata__"]) == ["contents", "sha256"]
 
 
 def test_logits_that_cannot_be_stored(tmp_path):
@@ -322,7 +372,7 @@ def test_logits_that_cannot_be_stored(tmp_path):
     ("change", "message"),
     [
         ({"dtype": "int8"}, "dtype must be one of float16, float32, got 'int8'"),
-        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
         ({"top_k": 13, "temperature": 1.0}, "top_k must be from 1 to the 12 classes, got 13"),
         ({"top_k": 3}, "top_k and temperature go together"),
     ],
@@ -338,5 +388,5 @@ def test_without_safetensors(tmp_path, monkeypatch):
     for name in ("safetensors", "safetensors.torch"):
         monkeypatch.setitem(sys.modules, name, None)
     for call in (lambda: TeacherStore(tmp_path), lambda: TeacherStoreWriter(tmp_path, CONTENTS)):
-        with pytest.raises(MissingExtra, match=r"pip install 'kdfast\[imagenet\]'"):
+        with pytest.raises(MissingExtra, match=r"install it with: pip install .*safetensors"):
             call()

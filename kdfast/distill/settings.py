@@ -73,8 +73,8 @@ def whole(minimum, maximum=None):
 
 
 def _losses(argument, text):
-    text = ",".join(ROWS) if text.strip() == "all" else text
     names = list(dict.fromkeys(name.strip() for name in text.split(",")))  # each once, in the given order
+    names = list(ROWS) if "all" in names else names
     unknown = [name for name in names if name not in ROWS]
     if unknown:
         raise DistillError(
@@ -127,14 +127,18 @@ def record(settings, fingerprint, environment):
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def read(path, names=DEFAULTS):
-    """The dict of a settings.json, whose settings have these `names`."""
+def read(path, names=DEFAULTS, checks=None):
+    """The dict of a settings.json, whose settings have these `names`, and values that ``checks[name]`` leaves alone."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if set(content["settings"]) != set(names) or not {"data", "environment"} <= set(content):
             raise KeyError("settings")
+        for name, check in (_CHECKS if checks is None else checks).items():
+            value = content["settings"][name]
+            if value is not None and check(f"{path}: {name}", value) != value:
+                raise ValueError(name)
         return content
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DistillError(f"{path} is damaged; the run cannot be resumed, train anew with another --out") from error
 
 

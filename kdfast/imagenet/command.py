@@ -5,10 +5,9 @@ from pathlib import Path
 
 from kdfast._extras import MissingExtra, require
 from kdfast.distill import DistillError
-from kdfast.distill import settings as stored_runs
 from kdfast.distill.cli import answer
 from kdfast.imagenet import settings
-from kdfast.imagenet.ranks import OtherRankFailed, Stopped, join, leave
+from kdfast.imagenet.ranks import OtherRankFailed, Stopped, by_torchrun, join, leave
 
 __all__ = ["run"]
 
@@ -56,9 +55,9 @@ def _chosen(options, folder):
     for module in NEEDED:
         require(module, extra="imagenet")
     path = folder / "settings.json"
-    stored = stored_runs.read(path, settings.DEFAULTS) if options.resume and path.exists() else None
+    stored = settings.read(path) if options.resume and path.exists() else None
     return settings.resolve(options, stored)
 
 
 def _speaks():
-    return os.environ.get("RANK", "0") == "0"
+    return not by_torchrun() or os.environ["RANK"] == "0"

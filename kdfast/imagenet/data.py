@@ -106,6 +106,11 @@ class Steps:
         if batch_size % (accumulate * ranks.size):
             parts = f"{accumulate} micro-batches (--accumulate) on {ranks.size} processes"
             raise DistillError(f"--batch-size: got {batch_size}, expected a multiple of {parts}")
+        if batch_size // (accumulate * ranks.size) < 2:
+            raise DistillError(
+                f"--accumulate: got {accumulate}, which leaves 1 of the {batch_size} images of --batch-size to a "
+                f"micro-batch on {ranks.size} processes; expected at least 2, for batch statistics and relations"
+            )
         self.samples, self.batch_size, self.seed = samples, batch_size, seed
         self.accumulate, self.rank, self.ranks = accumulate, ranks.rank, ranks.size
         self.augmentations = augmentations or epochs

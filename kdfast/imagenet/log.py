@@ -102,9 +102,9 @@ class _Rows:
     def __init__(self, path, start):
         self.path, self.rows = path, []
         if path.exists():
-            with open(path, newline="") as file:
-                # A process that was killed may leave a part of a row.
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            with open(path, newline="", errors="replace") as file:
+                # A process that was killed may leave a part of a row, or a file system its garbage.
+                rows = [row for row in csv.DictReader(line.replace("\0", "?") for line in file) if _is_whole(row)]
             self.rows = [row for row in rows if int(row["step"]) <= start]
             lines = [list(row.values()) for row in self.rows]
             storage.write_atomically(path, report.csv_bytes(list(self.rows[0]), lines) if self.rows else b"")
@@ -120,6 +120,14 @@ class _Rows:
             intact = "the checkpoints are intact, and --resume continues"
             raise DistillError(f"cannot write {self.path}: {error.strerror or error}; {intact}") from error
         self.rows.append({name: str(value) for name, value in row.items()})
+
+
+def _is_whole(row):
+    try:
+        int(row["step"])
+        return all(math.isfinite(float(value)) for value in row.values())
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _clock(seconds):

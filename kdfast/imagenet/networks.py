@@ -71,7 +71,10 @@ def _create(option, name, **arguments):
         near = difflib.get_close_matches(base, known, n=3)
         hint = f"expected {' or '.join(near)}" if near else "timm.list_models() has the names"
         raise DistillError(f"{option}: timm has no model {name!r}; {hint}")
-    return timm.create_model(name, **arguments)
+    try:
+        return timm.create_model(name, **arguments)
+    except Exception as error:  # what a prefix names may be anywhere, and anything
+        raise DistillError(f"{option}: timm cannot make {name!r}: {_shortened(error)}") from error
 
 
 def _sized(model, image_size):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from kdfast import distributed
 from kdfast.distill import DistillError
 
-__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "ignore_signals", "join", "leave"]
+__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "by_torchrun", "ignore_signals", "join", "leave"]
 
 
 class OtherRankFailed(Exception):
@@ -78,7 +78,7 @@ class Ranks:
 
 def join(device):
     """-> the `Ranks` of this process on the device named `device`; under torchrun in a process group, until `leave`."""
-    if not _by_torchrun():
+    if not by_torchrun():
         return Ranks(0, 1, _device(device, 0))
     local = int(os.environ["LOCAL_RANK"])
     here = _device(device, local)
@@ -96,20 +96,21 @@ def leave():
 
     A group that something still holds keeps its threads, and one that outlives the interpreter may abort the process.
     """
-    if _by_torchrun() and dist.is_initialized():
+    if by_torchrun() and dist.is_initialized():
         gc.collect()  # DDP is part of reference cycles
         dist.destroy_process_group()
 
 
-def _by_torchrun():
-    return "LOCAL_RANK" in os.environ
+def by_torchrun():
+    """Whether torchrun, or what does the same, has started this process: one variable alone may be left of a shell."""
+    return {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def _device(name, local):
     device = torch.device(name)
     if device.type != "cuda":
         return device
-    if device.index is not None and _by_torchrun():
+    if device.index is not None and by_torchrun():
         raise DistillError(f"--device: got {name}, expected cuda: torchrun numbers the processes, and each has its own")
     if device.index is None:
         device = torch.device("cuda", local)
@@ -144,7 +145,7 @@ class Stop:
             signal.signal(number, handler)
 
     def _note(self, number, frame):
-        if number == self.signal == signal.SIGINT and not _by_torchrun():
+        if number == self.signal == signal.SIGINT and not by_torchrun():
             raise KeyboardInterrupt
         self.signal = self.signal or number
 

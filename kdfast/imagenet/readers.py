@@ -179,7 +179,8 @@ def _shards(root, split):
     try:
         names = create_dataset("wds/", root=root, split=split).reader.split_info.filenames
     except Exception as error:  # timm and webdataset raise RuntimeError, KeyError, ValueError
-        raise DistillError(f"--data: timm finds no split {split!r} in {root}: {error}") from error
+        hint = "expected a split of its _info.json, or names of shards as --train-split 'train-{0000..0099}.tar'"
+        raise DistillError(f"--data: timm finds no split {split!r} in {root} ({error}); {hint}") from error
     paths = [Path(root) / name for name in names]
     if missing := [path for path in paths if not path.is_file()]:
         raise DistillError(f"--data: the shard {missing[0]} is missing")

@@ -53,7 +53,7 @@ def _settle(chosen, options, folder, data, held):
     here = pipeline.environment() | {"timm": timm.__version__, "torchvision": torchvision.__version__}
     if not (options.resume and path.exists()):
         return pipeline.begin(folder, stored_runs.record(chosen, data, here))
-    stored = stored_runs.read(path, settings.DEFAULTS)
+    stored = settings.read(path)
     stored["settings"] |= {name: getattr(chosen, name) for name in settings.FREE}
     if found := stored_runs.differences(stored, chosen, data, stored["environment"]):
         raise DistillError(f"cannot resume {folder}: {'; '.join(found)}; train anew with another --out")
@@ -143,6 +143,8 @@ class _Run:
             if ended and not self.here.on_first(lambda: log.evaluated(start)):
                 self._evaluate(log, stop)
             self.steps.start = start
+            if self.chosen.compile and self.here.first:
+                log.say("compiling: the first step takes minutes")
             with self._loading(self.train_images, self.steps) as batches:
                 log.restart_clock(start)
                 while self.trainer.steps < total:

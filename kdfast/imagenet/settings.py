@@ -6,10 +6,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from kdfast.distill import DistillError
+from kdfast.distill import settings as stored_runs
 from kdfast.distill.settings import device, whole
 from kdfast.integrations.presets import PRESETS
 
-__all__ = ["DEFAULTS", "FREE", "OWN", "Settings", "add_arguments", "asked_for", "refuse", "resolve"]
+__all__ = ["DEFAULTS", "FREE", "OWN", "Settings", "add_arguments", "asked_for", "read", "refuse", "resolve"]
 
 # Options that may change when a run is resumed: they do not change the weights.
 FREE = ("workers", "checkpoint_every", "log_every", "strict")
@@ -114,6 +115,12 @@ def asked_for(options):
         return "student" in json.loads((Path(options.out) / "settings.json").read_text(encoding="utf-8"))["settings"]
     except (OSError, ValueError, KeyError, TypeError):
         return False  # the other trainer will say what is wrong
+
+
+def read(path):
+    """The dict of a settings.json of this trainer."""
+    # Whether a file is there is asked where it is read: another one may be given on --resume.
+    return stored_runs.read(path, DEFAULTS, {name: check for name, check in _CHECKS.items() if check is not _file})
 
 
 def refuse(options, names, why):

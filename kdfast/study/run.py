@@ -65,7 +65,7 @@ def run(study, options, folder):
     """Do the steps of the module `study` that are not done yet in `folder`, and show what they found."""
     settings_file = folder / "settings.json"
     names = Settings.__dataclass_fields__
-    stored = checks.read(settings_file, names) if options.resume and settings_file.exists() else None
+    stored = checks.read(settings_file, names, CHECKS) if options.resume and settings_file.exists() else None
     chosen = resolve(study, options, stored)
     for module in ("rich.console", "matplotlib.figure", "sklearn.datasets"):
         require(module, extra="distill")  # now, so that none is found missing after the work
