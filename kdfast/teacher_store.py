@@ -9,6 +9,7 @@ absent.
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ FORMAT = "kdfast teacher logits, 2"
 MANIFEST = "manifest.json"
 SHARD_BYTES = 64 << 20  # of memory while a shard is made
 MOST_SHARDS = 10_000_000
+LONG = 100  # characters of a field that a message does not show whole
 SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -119,11 +121,25 @@ class Contents:
     def differences(self, other):
         """Words "name ours, not theirs" for the fields of the dict `other` that are not equal."""
         mine = asdict(self)
-        found = {name: f"{mine[name]!r}, not {value!r}" for name, value in other.items() if mine[name] != value}
+        both = {name: _apart(mine[name], value) for name, value in other.items() if mine[name] != value}
+        found = {name: f"{ours!r}, not {theirs!r}" for name, (ours, theirs) in both.items()}
         if "data" in found:  # the digests alone tell nobody what has changed
             same = "" if "samples" in found else f", or other names, sizes, labels or order of the {self.samples}"
             found["data"] = f"of other images{same} ({found['data']})"
         return [f"{name} {words}" for name, words in found.items()]
+
+
+def _apart(ours, theirs):
+    """Both values; of long texts the words that differ, and "..." for the same words around them."""
+    if not (isinstance(ours, str) and isinstance(theirs, str)) or min(len(ours), len(theirs)) < LONG:
+        return ours, theirs
+    ours, theirs = ours.split(), theirs.split()
+    same = len(os.path.commonprefix([ours, theirs]))
+    same_end = len(os.path.commonprefix([ours[same:][::-1], theirs[same:][::-1]]))
+    return tuple(
+        " ".join(["..."] * (same > 0) + words[same : len(words) - same_end] + ["..."] * (same_end > 0))
+        for words in (ours, theirs)
+    )
 
 
 def _is_whole(value):

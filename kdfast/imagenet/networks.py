@@ -17,7 +17,13 @@ __all__ = ["student", "task", "teacher"]
 def student(chosen, classes):
     """The student that `chosen` names, for `classes` classes, from random weights that depend on the seed alone."""
     torch.manual_seed(derived_seed(chosen.seed))
-    model = _sized(_create("--student", chosen.student, num_classes=classes), chosen.image_size)
+    try:
+        model = _create("--student", chosen.student, num_classes=classes)
+    except DistillError:
+        raise
+    except Exception as error:  # what a prefix names may be anywhere, and anything
+        raise DistillError(f"--student: timm cannot make {chosen.student!r}: {_shortened(error)}") from error
+    model = _sized(model, chosen.image_size)
     return timm.layers.convert_sync_batchnorm(model) if chosen.sync_bn else model
 
 
@@ -71,10 +77,7 @@ def _create(option, name, **arguments):
         near = difflib.get_close_matches(base, known, n=3)
         hint = f"expected {' or '.join(near)}" if near else "timm.list_models() has the names"
         raise DistillError(f"{option}: timm has no model {name!r}; {hint}")
-    try:
-        return timm.create_model(name, **arguments)
-    except Exception as error:  # what a prefix names may be anywhere, and anything
-        raise DistillError(f"{option}: timm cannot make {name!r}: {_shortened(error)}") from error
+    return timm.create_model(name, **arguments)
 
 
 def _sized(model, image_size):
