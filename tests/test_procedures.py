@@ -1,6 +1,7 @@
 """The procedures, each by training small networks on the digits: what they teach, to whom and in which order."""
 
 import copy
+import importlib
 import multiprocessing
 import os
 import signal
@@ -322,6 +323,7 @@ def rank(number, ranks, port, folder, results, dies_at):
     images, labels, test_images, test_labels = digits()
     net = network()
     exchange = PeerExchange(net, folder, every=EVERY, timeout=0.5)
+    importlib.import_module("torch._dynamo")  # which the first step of an optimizer loads, in longer than peers wait
     dist.barrier()  # together, as far as that goes
 
     def before_step(step):
