@@ -199,6 +199,7 @@ def options(*arguments):
 def fake_device(monkeypatch):
     require_cpu_kernels()
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p fake_gpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # for this process, which checks the options
     monkeypatch.setenv("PYTHONPATH", str(TESTS))
     monkeypatch.setenv("KDFAST_COMMIT", "0123456789ab")
 
