@@ -34,6 +34,7 @@ class Op:
     family: str
     schema: str
     fallback: callable
+    has_kernels: bool = True  # else it is plain PyTorch everywhere, around ops that have
 
 
 @dataclass
@@ -115,19 +116,21 @@ def status():
 
 
 def paths():
-    """Op name -> {"cpu": "kernel" or "fallback", "cuda": ...}, as the dispatcher has it now."""
+    """Name of each op that can have kernels -> {"cpu": "kernel" or "fallback", "cuda": ...}, as dispatched now."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     path = {True: "kernel", False: "fallback"}
-    return {name: {key.lower(): path[has(f"kdfast::{name}", key)] for key in ("CPU", "CUDA")} for name in OPS}
+    names = [name for name, op in OPS.items() if op.has_kernels]
+    return {name: {key.lower(): path[has(f"kdfast::{name}", key)] for key in ("CPU", "CUDA")} for name in names}
 
 
 # ---- defining ops ----------------------------------------------------------------------------------------------------
-def define(family, schema, fallback, fake):
+def define(family, schema, fallback, fake, has_kernels=True):
     """Define ``kdfast::<schema>`` with its plain-PyTorch form for all devices and its shape function; return the op."""
     name = schema.split("(")[0]
-    OPS[name] = Op(family, schema, fallback)
+    OPS[name] = Op(family, schema, fallback, has_kernels)
     NAMESPACE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    NAMESPACE.impl(name, _announced(family, fallback), "CompositeExplicitAutograd")
+    run = _announced(family, fallback) if has_kernels else fallback
+    NAMESPACE.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"kdfast::{name}", fake, lib=NAMESPACE)
     return getattr(torch.ops.kdfast, name).default
 

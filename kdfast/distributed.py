@@ -39,7 +39,7 @@ def _host_group():
 
 def exchange(values):
     """Lists of whole numbers, one from each rank in their order; all of one length."""
-    mine = torch.tensor(values, dtype=torch.int64)
+    mine = torch.tensor(values, dtype=torch.int64, device="cpu")
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine, group=_host_group())
     return [part.tolist() for part in parts]

@@ -246,16 +246,16 @@ def test_opcheck(implementation):
     d = make(implementation, *SMALL, torch.float32)
     z, y, mix, ramp = d.networks, d.labels, d.mix, torch.tensor(0.5, device=d.mix.device)
     grad = torch.ones((), device=mix.device)
-    scales = (3.0, 1e-7, 1.0, 0.5)
+    scales, of_tensor = (3.0, 1e-7, 1.0, 0.5, 8), torch.full((), 2.0, device=mix.device)
     for arguments, flows in (
-        ((z, mix, y, ramp, 3, *scales, True), (True, True)),
-        ((z, mix[:, :1], None, None, 2, *scales, False), (False, False)),
-        ((z, None, y, None, 3, *scales, False), (False, False)),
-        ((z, mix[:, :2, :2], y, None, 3, *scales, False), (True, True)),  # the third network leads
+        ((z, mix, y, ramp, None, 3, *scales, True), (True, True)),
+        ((z, mix[:, :1], None, None, of_tensor, 2, *scales, False), (False, False)),
+        ((z, None, y, None, None, 3, *scales, False), (False, False)),
+        ((z, mix[:, :2, :2], y, None, of_tensor, 3, *scales, False), (True, True)),  # the third network leads
     ):
         torch.library.opcheck(raw.mixed_logits_kl.default, arguments)
         _, stats = raw.mixed_logits_kl(*arguments)
-        backward = (grad, *arguments[:4], stats, *arguments[4:], *flows)
+        backward = (grad, *arguments[:5], stats, *arguments[5:], *flows)
         torch.library.opcheck(raw.mixed_logits_kl_backward.default, backward)
     student, *teachers = z
     for kind, labels, weight, needs in (
@@ -263,13 +263,13 @@ def test_opcheck(implementation):
         ("cross_entropy", None, None, (False, True)),
         ("reverse_kl", y, None, (True, False)),
     ):
-        arguments = (student, teachers, labels, weight)
-        constants = (kind, 2.0, 1.0, 0.5)
+        arguments = (student, teachers, labels, weight, of_tensor if labels is None else None)
+        constants = (kind, 2.0, 1.0, 8, 0.5, 8)
         torch.library.opcheck(raw.teachers_kl.default, (*arguments, *constants))
         _, stats = raw.teachers_kl(*arguments, *constants)
         backward = (grad, *arguments, stats, *constants, *needs)
         torch.library.opcheck(raw.teachers_kl_backward.default, backward)
-    torch.library.opcheck(raw.aekd.default, (student, teachers, 4.0, 1.0, 0.6, False))
+    torch.library.opcheck(raw.aekd.default, (student, teachers, None, 4.0, 1.0, 8, 0.6, False))
     gram = torch.eye(3, dtype=torch.float64, device=mix.device)
     torch.library.opcheck(raw.simplex_minimum.default, (gram, gram[0], 0.6))
 

@@ -164,13 +164,13 @@ def test_opcheck(implementation):
     stats = raw.normalized_error(*pair, 1)[1]
     per_channel, per_sample = student.new_ones(5), student.new_ones(3)
     calls = [
-        ("feature_error", (*pair, None, 0, 0.0, 0, 0.5)),
-        ("feature_error", (*last, None, 0, 0.0, 2, 0.5)),
-        ("feature_error", (*pair, None, 1, 1.5, 1, 0.5)),
-        ("feature_error", (*pair, margin, 2, 0.0, 1, 0.5)),
-        ("feature_error_backward", (grad, *last, None, 0, 0.0, 0, 0.5, True, True)),
-        ("feature_error_backward", (per_channel, *pair, None, 0, 0.0, 2, 0.5, True, False)),
-        ("feature_error_backward", (per_sample, *pair, margin, 2, 0.0, 1, 0.5, False, True)),
+        ("feature_error", (*pair, None, 0, 0.0, 0, 2)),
+        ("feature_error", (*last, None, 0, 0.0, 2, 2)),
+        ("feature_error", (*pair, None, 1, 1.5, 1, 2)),
+        ("feature_error", (*pair, margin, 2, 0.0, 1, 2)),
+        ("feature_error_backward", (grad, *last, None, 0, 0.0, 0, 2, True, True)),
+        ("feature_error_backward", (per_channel, *pair, None, 0, 0.0, 2, 2, True, False)),
+        ("feature_error_backward", (per_sample, *pair, margin, 2, 0.0, 1, 2, False, True)),
         ("normalized_error", (*pair, 1)),
         ("normalized_error_backward", (grad, *last, stats, 1, True, True)),
         ("pyramid_error", (student, teacher)),
@@ -443,7 +443,7 @@ ERRORS = [
     (
         lambda s, t: kdfast.HintRegressor((1, 4, 5, 5), (1, 4, 7, 7)),
         ValueError,
-        "student_shape must be as large as teacher_shape, or half or twice its height, got 5 x 5 for 7 x 7",
+        "student_shape must be as large as teacher_shape, or half or twice its size, got 5 x 5 for 7 x 7",
     ),
     (lambda s, t: kdfast.HintRegressor((4, 5, 5), t.shape), ValueError, r"student_shape must be \(batch, channels, "),
     (lambda s, t: kdfast.Paraphraser(4, 0), ValueError, "factors must be at least 1, got 0"),

@@ -613,7 +613,7 @@ ERRORS = [
     (lambda: ops.nce(A, A.to("meta"), BANK, BANK, PAIRS, Z, Z), ValueError, "teacher must be on the student's device"),
     (lambda: ops.update_bank(BANK.t(), A, INDEX), ValueError, "bank must be 2-D and contiguous"),
     (lambda: ops.update_bank(BANK, A[:, :3], INDEX), ValueError, r"rows must have shape \(B, 8\)"),
-    (lambda: ops.update_bank(BANK, A, INDEX, 1.5), ValueError, "momentum must be from 0.0 to 1.0, got 1.5"),
+    (lambda: ops.update_bank(BANK, A, INDEX, 1.5), ValueError, "momentum must be from 0 to 1, got 1.5"),
     (lambda: ops.update_bank(BANK, A, INDEX[:3]), ValueError, r"index must have shape \(5,\), got \(3,\)"),
     (lambda: ops.draw_negatives(INDEX, 0, 10, 1), ValueError, "k must be at least 1, got 0"),
     (lambda: ops.draw_negatives(INDEX, 3, 2**31, 1), ValueError, "n_data must be at most 2147483647"),
@@ -630,7 +630,7 @@ ERRORS = [
     (lambda: kdfast.CRD(6, 4, 0), ValueError, "n_data must be at least 1, got 0"),
     (lambda: kdfast.CRD(6, 4, 10, negatives=2.5), TypeError, "negatives must be an int, got float"),
     (lambda: _crd(temperature=0), ValueError, "temperature must be finite and above 0"),
-    (lambda: _crd(momentum=-0.1), ValueError, "momentum must be from 0.0 to 1.0"),
+    (lambda: _crd(momentum=-0.1), ValueError, "momentum must be from 0 to 1"),
     (lambda: _crd(bank_dtype=torch.int8), TypeError, "bank_dtype must be float32, .* got torch.int8"),
     (lambda: _crd(labels=INDEX), ValueError, r"labels must be integers of shape \(10,\)"),
     (

@@ -12,7 +12,7 @@ from conftest import assert_close
 
 import kdfast
 from kdfast import ops
-from kdfast.ops.pairwise import _flat
+from kdfast.ops.layout import flat_rows
 
 raw = torch.ops.kdfast
 
@@ -257,9 +257,9 @@ def test_maps_are_not_copied():
     """Features may come in any order, but in the same one for two sets."""
     for memory_format in (torch.contiguous_format, torch.channels_last):
         maps = torch.randn(3, 4, 5, 6).contiguous(memory_format=memory_format)
-        assert _flat(maps).shape == (3, 120) and _flat(maps).data_ptr() == maps.data_ptr()
+        assert flat_rows(maps).shape == (3, 120) and flat_rows(maps).data_ptr() == maps.data_ptr()
         for other in (torch.contiguous_format, torch.channels_last):
-            assert torch.equal(_flat(maps.contiguous(memory_format=other), maps), _flat(maps))
+            assert torch.equal(flat_rows(maps.contiguous(memory_format=other), maps), flat_rows(maps))
 
 
 def test_upstream_gradients(implementation):

@@ -225,33 +225,34 @@ def test_gradcheck(implementation, name):
 def test_opcheck(implementation):
     """Schemas, shape functions and dynamic shapes of the raw ops, on inputs that need no gradient."""
     d = make(implementation, *SMALL, torch.float32)
-    raw = torch.ops.kdfast
-    kl = (4.0, 0.3, 1.0)
+    raw, device = torch.ops.kdfast, d.student.device
+    of_tensor, kl = (torch.full((), 4.0, device=device), 1.0), (0.3, 8)
+    t = (None, 4.0)
     calls = [
-        ("softmax_kl", (d.student, d.teacher, d.weight, *kl, True)),
-        ("softmax_kl", (d.student, d.teacher, None, *kl, False)),
-        ("cross_entropy_kl", (d.student, d.teacher, d.labels, 4.0, 1.0, 1.0, 0.1, -100, True, True)),
-        ("cross_entropy_kl", (d.student, None, d.probabilities, 4.0, 0.0, 1.0, 0.1, -100, False, False)),
-        ("dkd", (d.student, d.teacher, d.labels, 4.0, 1.0, 2.0, 1.0)),
+        ("softmax_kl", (d.student, d.teacher, d.weight, *t, *kl, True)),
+        ("softmax_kl", (d.student, d.teacher, None, *of_tensor, *kl, False)),
+        ("cross_entropy_kl", (d.student, d.teacher, d.labels, *t, 1.0, 8, 1.0, 8, 0.1, -100, True, True)),
+        ("cross_entropy_kl", (d.student, None, d.probabilities, *of_tensor, 0.0, 1, 1.0, 8, 0.1, -100, False, False)),
+        ("dkd", (d.student, d.teacher, d.labels, *of_tensor, 1.0, 2.0, 8)),
     ]
     top = top_k(d, 3, 4.0)
     for rest, weight, reduce in ((top.rest, d.weight, False), (None, None, True)):
-        args = (d.student, top.values, top.indices, rest, weight, 4.0, 1.0, reduce)
+        args = (d.student, top.values, top.indices, rest, weight, *of_tensor, 1.0, 8, reduce)
         calls.append(("softmax_kl_topk", args))
     for op, args in calls:
         torch.library.opcheck(getattr(raw, op).default, args)
-    grad = torch.ones((), device=d.student.device)
-    _, stats = raw.softmax_kl(d.student, d.teacher, d.weight, *kl, True)
-    torch.library.opcheck(
-        raw.softmax_kl_backward.default, (grad, d.student, d.teacher, d.weight, stats, *kl, True, True)
-    )
+    grad = torch.ones((), device=device)
+    _, stats = raw.softmax_kl(d.student, d.teacher, d.weight, *t, *kl, True)
+    needs = (True, True)
+    backward = (grad, d.student, d.teacher, d.weight, None, stats, 4.0, *kl, *needs)
+    torch.library.opcheck(raw.softmax_kl_backward.default, backward)
     _, stats = raw.softmax_kl_topk(*args)
-    torch.library.opcheck(raw.softmax_kl_topk_backward.default, (grad, *args[:5], stats, 4.0, 1.0))
+    torch.library.opcheck(raw.softmax_kl_topk_backward.default, (grad, *args[:6], stats, 1.0, 1.0, 8))
     _, stats = raw.cross_entropy_kl(*calls[2][1])
-    args = (grad, d.student, d.teacher, d.labels, stats, 4.0, 1.0, 0.1, True, False)
+    args = (grad, d.student, d.teacher, d.labels, None, stats, 4.0, 1.0, 8, 0.1, True, False)
     torch.library.opcheck(raw.cross_entropy_kl_backward.default, args)
     _, stats = raw.dkd(*calls[4][1])
-    args = (grad, d.student, d.teacher, d.labels, stats, 4.0, 1.0, 2.0, 1.0, False, True)
+    args = (grad, d.student, d.teacher, d.labels, of_tensor[0], stats, 1.0, 1.0, 2.0, 8, False, True)
     torch.library.opcheck(raw.dkd_backward.default, args)
 
 

@@ -7,6 +7,7 @@
 #include "common/parallel.h"
 #include "common/vector_loop.h"
 #include "ensemble/layout.h"
+#include "softmax_kl/near.h"
 
 namespace kdfast {
 namespace ensemble {
@@ -193,10 +194,26 @@ KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int6
   for_elements<A>(n, [&](int64_t i) KD_INLINED { to_target[i] = grads(i); });
 }
 
+// coef exp(z - max)
+template <int kT, class A>
+KD_MULTIVERSION void ce_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
+  for_elements<A>(n, [&](int64_t i) KD_INLINED {
+    const A c = z[i] - max;
+    out[i] = coef * exp_1<kT>(kT == 0 ? A(0) : exp2(c * rate), c);
+  });
+}
+
 // Adds coef exp(t - max).
 template <int kT, class A>
 KD_MULTIVERSION void ce_grad_piece(const A* t, const A* e_t, int64_t n, A max, A coef, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old + coef * exp_1<kT>(e_t[i], t[i] - max); });
+}
+
+// out += w g_t, a target's gradient taken to a network; -> sum g_t (z - max).
+template <class A>
+KD_MULTIVERSION A add_spread(const A* z, A max, const A* g_t, A w, int64_t n, A* out) {
+  update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old + w * g_t[i]; });
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return weight_term(g_t[i], z[i] - max); });
 }
 
 // Takes the gradients of kR targets to one network: out = from + sum_r w_r g_r, which is not where `from` is;
@@ -316,6 +333,14 @@ KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* t
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
     return reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
+  });
+}
+
+template <class A>
+KD_MULTIVERSION A near_reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
+  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
+    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    return near_reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
   });
 }
 
@@ -516,7 +541,8 @@ struct TargetState {
 };
 
 struct LearnerState {
-  double sum = 0, sum_1 = 0;
+  double sum = 0, sum_1 = 0, kl = 0;
+  bool near = false;
   Shared<double> shared;
 };
 
@@ -616,11 +642,30 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
     stats.target_sum_1(r, row) = static_cast<A>(targets[r].sum_1);
   }
 
+  for (int64_t i = 0; i < op.learners; ++i) {
+    const double sum_t = targets[op.target_of(i)].sum;
+    learners[i].kl = divergence<double>(sum_t, learners[i].sum, learners[i].shared.dot, op.rate, false);
+    learners[i].near = learners[i].kl < kNear && sum_t > 0;
+    if (learners[i].near) learners[i].kl = 0;
+  }
+  if (std::any_of(learners.begin(), learners.end(), [](const LearnerState& learner) { return learner.near; })) {
+    for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+      mix_chunk(begin, n);
+      for (int64_t i = 0; i < op.learners; ++i) {
+        if (!learners[i].near) continue;
+        const int64_t r = op.target_of(i);
+        const NearRow<A> near(stats.target_max(r, row), stats.max(i, row), targets[r].sum, learners[i].sum, op.rate,
+                              false);
+        learners[i].kl += softmax_kl::near_sum(scratch.piece(logits + r), chunk.z[i], n, near);
+      }
+    });
+  }
+
   Value<A> value{0, 0};
   for (int64_t i = 0; i < op.learners; ++i) {
     const int64_t r = op.target_of(i);
-    const EpsKl<double> kl =
-        eps_kl<double>(targets[r].sum, learners[i].sum, targets[r].raised, learners[i].shared, op.rate, op.eps);
+    const EpsKl<double> kl = eps_kl<double>(learners[i].kl, targets[r].sum, learners[i].sum, targets[r].raised,
+                                            learners[i].shared, op.rate, op.eps);
     stats.sum(i, row) = static_cast<A>(learners[i].sum);
     stats.sum_1(i, row) = static_cast<A>(learners[i].sum_1);
     stats.mass(i, row) = static_cast<A>(kl.mass);
@@ -651,7 +696,7 @@ struct MixedGrad {
 
   // The divergence of learner m is all that pulls at its target.
   bool alone(const Mixed<A>& op, int64_t row, int64_t m) const {
-    return through_targets && op.own_targets() && op.stats.slope(m, row) != infinity<A>();
+    return through_targets && kl != 0 && op.own_targets() && op.stats.slope(m, row) != infinity<A>();
   }
 
   // The gradient of the only target is complete before its learners', and taken to them on the way.
@@ -694,6 +739,11 @@ A learner_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64
   const LearnerGrad<A> g = learner_grad(target, learner, stats.sum_1(m, row), stats.mass(m, row), op.eps, grad.kl,
                                         op.labels.index ? grad.ce : A(0));
   const A slope = A(kLog2E) * stats.slope(m, row);
+  if (grad.kl == 0) {  // whatever the target is
+    ce_piece<kT>(z, n, learner.max, op.rate, g.of_1, out);
+    if (!grad.at_once(op)) return 0;
+    return add_spread(z, learner.max, target_grad, op.weight(row, 0, m), n, out);
+  }
   if (grad.through_targets && slope != infinity<A>()) {
     const LogSoftmax<A> q(learner, op.rate), p(target, op.rate);
     const auto piece =
@@ -708,6 +758,19 @@ A learner_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64
   return 0;
 }
 
+// Of a loss without weight, whatever the networks are.
+template <class A>
+void write_no_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64_t written, A* zeros) {
+  std::fill(zeros, zeros + kChunk, A(0));
+  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    for (int64_t m = 0; m < written; ++m) write(grad.out[m], row, begin, n, zeros);
+  });
+  for (int64_t r = 0; r < grad.mix_grad.targets; ++r) {
+    const Column to = grad.mix_grad.column(row, r);
+    for (int64_t m = 0; m < grad.mix_grad.networks; ++m) write_one(Matrix{to.data, to.dtype, 0, 1}, 0, m, A(0));
+  }
+}
+
 template <int kT, class A>
 void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, const Scratch<A>& scratch) {
   const MixedStats<A>& stats = op.stats;
@@ -718,6 +781,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
   std::vector<double> dots(grad.mix_grad.data ? count * op.targets : 0, 0.0);
   A top[kMost];
   Chunk<A> chunk;
+  if (grad.kl == 0 && grad.ce == 0) return write_no_grads(op, grad, row, written, scratch.piece(0));
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     const int64_t at = label - begin;
     const bool has_label = at >= 0 && at < n;
@@ -731,7 +795,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
       if (!grad.flows || grad.alone(op, row, r)) return;
       std::fill(g, g + n, A(0));
       if (op.target_ce) {
-        const A coef = grad.ce * Side<A>{0, stats.target_sum_1(r, row)}.inverse();
+        const A coef = of_1(grad.ce, stats.target_sum_1(r, row));
         ce_grad_piece<kT>(t, e_t, n, stats.target_max(r, row), coef, g);
         if (has_label) g[at] -= grad.ce;
       }
@@ -856,20 +920,39 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   stats.sum_1(row) = static_cast<A>(sum_1);
   for (int64_t m = 0; m < count; ++m) {
     stats.set_teacher(m, row, {finite_max(max_p[m]), static_cast<A>(sum_p[m])});
-    stats.value(m, row) =
-        op.kind == Kind::kReverse
-            ? A(0)
-            : static_cast<A>(divergence<double>(sum_p[m], sum_q, dot[m], static_cast<double>(op.rate), op.cross()));
+    if (op.kind == Kind::kReverse) {
+      stats.value(m, row) = 0;
+      continue;
+    }
+    double value = divergence<double>(sum_p[m], sum_q, dot[m], static_cast<double>(op.rate), op.cross());
+    if (op.kind == Kind::kKl && value < kNear && sum_p[m] > 0) {
+      const NearRow<A> near(finite_max(max_p[m]), max_q, sum_p[m], sum_q, op.rate, true);
+      value = 0;
+      for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+        load_chunk(begin, n);
+        value += softmax_kl::near_sum(chunk.z[m], z, n, near);
+      });
+    }
+    stats.value(m, row) = static_cast<A>(value);
   }
   if (op.kind == Kind::kReverse) {
     double kl = 0;
     for_chunks(op.cols, [&](int64_t begin, int64_t n) {
       load_chunk(begin, n);
       mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
-      kl += reverse_sum(z, n, LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top), scratch.piece(sum),
-                        static_cast<A>(count));
+      kl += kLn2 * reverse_sum(z, n, LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top), scratch.piece(sum),
+                               static_cast<A>(count));
     });
-    stats.value(0, row) = static_cast<A>(kLn2 * kl);
+    if (kl < kNear && sum_q > 0) {
+      kl = 0;
+      for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+        load_chunk(begin, n);
+        mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
+        kl += near_reverse_sum(z, n, LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top), scratch.piece(sum),
+                               static_cast<A>(count));
+      });
+    }
+    stats.value(0, row) = static_cast<A>(kl);
   }
   if (!op.labels.index) return 0;
   const A at_label = read_one<A>(op.student, row, op.labels.at(row)) - max_q;
@@ -891,33 +974,43 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
   const int64_t count = op.teachers.count, top = count + 1, sum = count + 2, buffer = count + 3;
   const Side<A> student = stats.student(row);
   const LogSoftmax<A> q(student, op.rate);
-  const A of_1 = op.labels.index ? ce * Side<A>{0, stats.sum_1(row)}.inverse() : A(0);
+  const A coef_1 = op.labels.index ? of_1(ce, stats.sum_1(row)) : A(0);
+  // A teacher without weight adds 0 whatever it is.
+  int64_t active[kMost], actives = 0;
   A of_q = 0;
   for (int64_t m = 0; op.kind != Kind::kReverse && m < count; ++m) {
+    if (kl * weights[m] == 0) continue;
+    active[actives++] = m;
     of_q += stats.teacher(m, row).sum == 0 ? A(0) : kl * weights[m] * q.inverse;
   }
+  const bool reverse = op.kind == Kind::kReverse && kl != 0;
   Chunk<A> chunk;
   for_chunks(op.cols, [&](int64_t begin, int64_t n) {
     const A* z = read_all(op, row, begin, n, scratch, chunk);
     if (to_student.data) {
       A* out = target(to_student, row, begin, scratch.piece(buffer));
-      if (op.kind == Kind::kReverse) {
-        student_grad_piece<kT, 0, false>(z, Pulls<A>{}, n, q.max, op.rate, of_q, of_1, out);
+      if (actives == 0 && coef_1 == 0) {
+        std::fill(out, out + n, A(0));
+      } else if (actives == 0) {
+        student_grad_piece<kT, 0, false>(z, Pulls<A>{}, n, q.max, op.rate, of_q, coef_1, out);
+      }
+      if (reverse) {
         mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
         reverse_grad_piece(z, n, q, scratch.piece(top), scratch.piece(sum), static_cast<A>(count),
                            A(kLog2E) * stats.value(0, row), A(kLn2) * kl, out);
       } else {
-        for_some<4>(0, count, [&](int64_t first, auto some) {
+        for_some<4>(0, actives, [&](int64_t first, auto some) {
           Pulls<A> pulls{};
-          for (int64_t m = 0; m < some.value; ++m) {
-            const Side<A> p = stats.teacher(first + m, row);
-            pulls.z[m] = chunk.z[first + m];
-            pulls.max[m] = p.max;
-            pulls.factor[m] = kl * weights[first + m] * p.inverse();
+          for (int64_t i = 0; i < some.value; ++i) {
+            const int64_t m = active[first + i];
+            const Side<A> p = stats.teacher(m, row);
+            pulls.z[i] = chunk.z[m];
+            pulls.max[i] = p.max;
+            pulls.factor[i] = kl * weights[m] * p.inverse();
           }
           const auto piece =
               first ? student_grad_piece<kT, some.value, true, A> : student_grad_piece<kT, some.value, false, A>;
-          piece(z, pulls, n, q.max, op.rate, of_q, of_1, out);
+          piece(z, pulls, n, q.max, op.rate, of_q, coef_1, out);
         });
       }
       const int64_t at = op.labels.index ? op.labels.at(row) - begin : -1;
@@ -1019,11 +1112,15 @@ Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tenso
           MixedStats<A>{static_cast<A*>(stats.data_ptr()), rows, count, learners, targets}};
 }
 
-double ramp_of(const std::optional<Tensor>& ramp) { return ramp ? read<double>(column(*ramp), 0) : 1; }
+// The temperature, of a tensor that one read gives.
+double value_of(const std::optional<Tensor>& tensor, double number) {
+  return tensor ? read<double>(column(*tensor), 0) : number;
+}
 
 Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, std::optional<Tensor> labels,
-                       std::optional<Tensor> ramp, int64_t learners, double temperature, double eps, double kl_scale,
-                       double ce_scale, bool target_ce) {
+                       std::optional<Tensor> ramp, std::optional<Tensor> temperatures, int64_t learners,
+                       double temperature, double eps, double kl_scale, double ce_scale, int64_t divisor,
+                       bool target_ce) {
   const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
   const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
   check_labels(labels_of(labels), rows, cols);
@@ -1032,9 +1129,11 @@ Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, 
   Tensor stats = empty(networks[0], dtype, {mixed_stats(count, learners, targets), rows});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const auto op = mixed_of<A>(networks, mix, labels, learners, temperature, eps, target_ce, stats);
+    const double t = value_of(temperatures, temperature);
+    const auto op = mixed_of<A>(networks, mix, labels, learners, t, eps, target_ce, stats);
     std::vector<A> values(rows);
-    const A kl = static_cast<A>(kl_scale * ramp_of(ramp)), ce = static_cast<A>(ce_scale);
+    const A kl = static_cast<A>(kl_scale / divisor * t * t * value_of(ramp, 1)),
+            ce = static_cast<A>(ce_scale / divisor);
     dispatch_temperature(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count, count + targets + 1, [&](int64_t row, const Scratch<A>& scratch) {
         const Value<A> v =
@@ -1048,9 +1147,9 @@ Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, 
 }
 
 Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional<Tensor> mix,
-                        std::optional<Tensor> labels, std::optional<Tensor> ramp, Tensor stats, int64_t learners,
-                        double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
-                        bool through_targets, bool need_mix) {
+                        std::optional<Tensor> labels, std::optional<Tensor> ramp, std::optional<Tensor> temperatures,
+                        Tensor stats, int64_t learners, double temperature, double eps, double kl_scale,
+                        double ce_scale, int64_t divisor, bool target_ce, bool through_targets, bool need_mix) {
   const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
   const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
   const bool flows = through_targets || target_ce;
@@ -1060,11 +1159,12 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
                              : empty(grad, grad.scalar_type(), {0});
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    const auto op = mixed_of<A>(networks, mix, labels, learners, temperature, eps, target_ce, stats);
+    const double t = value_of(temperatures, temperature);
+    const auto op = mixed_of<A>(networks, mix, labels, learners, t, eps, target_ce, stats);
     const double upstream = read<double>(column(grad), 0);
     MixedGrad<A> g;
-    g.kl = static_cast<A>(upstream * (kl_scale / temperature) * ramp_of(ramp));
-    g.ce = static_cast<A>(upstream * ce_scale);
+    g.kl = static_cast<A>(upstream * (kl_scale / divisor * t) * value_of(ramp, 1));
+    g.ce = labels ? static_cast<A>(upstream * ce_scale / divisor) : A(0);
     g.through_targets = through_targets;
     g.flows = flows;
     g.mix_grad = need_mix ? mix_of(mix_grad, count) : Mix{};
@@ -1115,19 +1215,21 @@ std::vector<A> taught_rows(const Taught<A>& op) {
 }
 
 Pair teachers_forward_cpu(Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
-                          std::optional<Tensor> weight, std::string kind, double temperature, double scale,
-                          double ce_scale) {
+                          std::optional<Tensor> weight, std::optional<Tensor> temperatures, std::string kind,
+                          double temperature, double scale, int64_t divisor, double ce_scale, int64_t ce_divisor) {
   const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
   check_labels(labels_of(labels), rows, student.size(1));
   const ScalarType dtype = accumulator(teachers, student);
   Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {teacher_stats(count), rows});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const auto op = taught_of<A>(student, teachers, labels, kind_of(kind), temperature, stats);
+    const double t = value_of(temperatures, temperature);
+    const auto op = taught_of<A>(student, teachers, labels, kind_of(kind), t, stats);
     std::vector<A> values = taught_rows(op);
     const std::vector<A> weights = weights_of<A>(weight, count);
+    const A kl = static_cast<A>(scale / divisor * t * t), ce = labels ? static_cast<A>(ce_scale / ce_divisor) : A(0);
     for (int64_t row = 0; row < rows; ++row) {
-      values[row] = weighed(A(scale), row_value(op, weights, row)) + weighed(A(ce_scale), values[row]);
+      values[row] = weighed(kl, row_value(op, weights, row)) + weighed(ce, values[row]);
     }
     *static_cast<A*>(loss.data_ptr()) = sum_of(values);
   });
@@ -1135,8 +1237,9 @@ Pair teachers_forward_cpu(Tensor student, std::vector<Tensor> teachers, std::opt
 }
 
 Pair teachers_backward_cpu(Tensor grad, Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
-                           std::optional<Tensor> weight, Tensor stats, std::string kind, double temperature,
-                           double scale, double ce_scale, bool need_student, bool need_teachers) {
+                           std::optional<Tensor> weight, std::optional<Tensor> temperatures, Tensor stats,
+                           std::string kind, double temperature, double scale, int64_t divisor, double ce_scale,
+                           int64_t ce_divisor, bool need_student, bool need_teachers) {
   const int64_t rows = student.size(0), cols = student.size(1), count = static_cast<int64_t>(teachers.size());
   Tensor to_student =
       need_student ? empty(student, student.scalar_type(), {rows, cols}) : empty(grad, grad.scalar_type(), {0});
@@ -1149,10 +1252,12 @@ Pair teachers_backward_cpu(Tensor grad, Tensor student, std::vector<Tensor> teac
   }
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    const auto op = taught_of<A>(student, teachers, labels, kind_of(kind), temperature, stats);
+    const double t = value_of(temperatures, temperature);
+    const auto op = taught_of<A>(student, teachers, labels, kind_of(kind), t, stats);
     const std::vector<A> weights = weights_of<A>(weight, count);
     const double upstream = read<double>(column(grad), 0);
-    const A kl = static_cast<A>(upstream * scale / temperature), ce = static_cast<A>(upstream * ce_scale);
+    const A kl = static_cast<A>(upstream * (scale / divisor * t)),
+            ce = static_cast<A>(upstream * ce_scale / ce_divisor);
     const Matrix student_out = need_student ? matrix(to_student) : Matrix{};
     dispatch_temperature(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count + 1, count + 4, [&](int64_t row, const Scratch<A>& scratch) {
@@ -1163,20 +1268,23 @@ Pair teachers_backward_cpu(Tensor grad, Tensor student, std::vector<Tensor> teac
   return {to_student, to_teachers};
 }
 
-std::tuple<Tensor, Tensor, Tensor> aekd_forward_cpu(Tensor student, std::vector<Tensor> teachers, double temperature,
-                                                    double scale, double slack, bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> aekd_forward_cpu(Tensor student, std::vector<Tensor> teachers,
+                                                    std::optional<Tensor> temperatures, double temperature,
+                                                    double scale, int64_t divisor, double slack, bool normalize) {
   const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
   const ScalarType dtype = accumulator(teachers, student);
   Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {teacher_stats(count), rows}),
          weights = empty(student, dtype, {count});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const auto op = taught_of<A>(student, teachers, std::nullopt, Kind::kKl, temperature, stats);
+    const double t = value_of(temperatures, temperature);
+    const auto op = taught_of<A>(student, teachers, std::nullopt, Kind::kKl, t, stats);
     std::vector<A> values(rows), rounded(count);
     std::vector<double> gram = gradient_gram(op), memory(simplex_memory(count)), lengths(count), exact(count);
     aekd_weights(gram.data(), count, slack, normalize, memory.data(), lengths.data(), exact.data());
     for (int64_t m = 0; m < count; ++m) rounded[m] = static_cast<A*>(weights.data_ptr())[m] = static_cast<A>(exact[m]);
-    for (int64_t row = 0; row < rows; ++row) values[row] = weighed(A(scale), row_value(op, rounded, row));
+    for (int64_t row = 0; row < rows; ++row)
+      values[row] = weighed(A(scale / divisor * t * t), row_value(op, rounded, row));
     *static_cast<A*>(loss.data_ptr()) = sum_of(values);
   });
   return {loss, stats, weights};

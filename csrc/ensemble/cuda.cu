@@ -47,17 +47,21 @@ struct Mixed {
   Mix mix;
   Labels labels;
   Column ramp;
+  Temperature<A> temperature;
   int64_t rows, cols, learners, targets;
-  A rate, eps;
+  A eps;
   double kl_scale, ce_scale;
   bool target_ce;
   MixedStats<A> stats;
+
+  __device__ A rate() const { return temperature.rate(0); }
 
   __device__ int64_t target_of(int64_t learner) const { return targets == 1 ? 0 : learner; }
   // Of network m in target r.
   __device__ A weight(int64_t row, int64_t r, int64_t m) const {
     return mix.is_implied(r, m) ? static_cast<A>(mix.implied(m)) : read<A>(mix.column(row, r), m);
   }
+  // Of the divergences, without T^2.
   __device__ A kl_weight() const { return static_cast<A>(kl_scale * (ramp.data ? read<double>(ramp, 0) : 1.0)); }
   __device__ bool has_label(int64_t row) const { return labels.at(row) >= 0 && labels.at(row) < cols; }
 };
@@ -90,6 +94,7 @@ __device__ void target_step(const Mixed<A>& op, int64_t row, int64_t r, int64_t 
 // The sums of a target over its row; every thread gets the result.
 template <int kThreads, class A>
 __device__ Side<A> target_side(const Mixed<A>& op, int64_t row, int64_t r, A& sum_1) {
+  const A rate = op.rate();
   A top = -infinity<A>();
   for_steps<kThreads>(0, op.cols, [&](int64_t col) {
     A t[kStep];
@@ -104,7 +109,7 @@ __device__ Side<A> target_side(const Mixed<A>& op, int64_t row, int64_t r, A& su
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       const A c = t[i] - top;
-      sum += exp2(c * op.rate);
+      sum += exp2(c * rate);
       if (op.target_ce) sum_1 += exp2(c * A(kLog2E));
     }
   });
@@ -115,13 +120,14 @@ __device__ Side<A> target_side(const Mixed<A>& op, int64_t row, int64_t r, A& su
 template <int kThreads, class A>
 __device__ Raised<A> target_raised(const Mixed<A>& op, int64_t row, int64_t r, Side<A> side) {
   Raised<A> raised;
-  const LogSoftmax<A> log_p(side, op.rate);
+  const A rate = op.rate();
+  const LogSoftmax<A> log_p(side, rate);
   for_steps<kThreads>(0, op.cols, [&](int64_t col) {
     A t[kStep];
     target_step(op, row, r, col, t);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      const A p = exp2((t[i] - side.max) * op.rate) * log_p.inverse;
+      const A p = exp2((t[i] - side.max) * rate) * log_p.inverse;
       raised.add(p, log_p(t[i]), fast_log2(p + op.eps), !is_masked(t[i]));
     }
   });
@@ -136,10 +142,25 @@ __device__ A cross_entropy(A sum_1, A at_label) {
   return sum_1 == 0 ? infinity<A>() : A(kLn2) * log2(sum_1) - at_label;
 }
 
+// KL(target || learner) of near rows; every thread gets it.
+template <int kThreads, class A>
+__device__ A near_kl(const Mixed<A>& op, int64_t row, int64_t r, int64_t learner, const NearRow<A>& near) {
+  A sum = 0;
+  for_steps<kThreads>(0, op.cols, [&](int64_t col) {
+    A t[kStep], z[kStep];
+    target_step(op, row, r, col, t);
+    read(op.networks[learner], row, col, op.cols, -infinity<A>(), z);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) sum += near.term(t[i], z[i]);
+  });
+  return group_reduce<kThreads>(sum, Add{});
+}
+
 // Learners [first, first + kCount) of target r, as many as there are: their statistics, and what they add to the value.
 template <int kThreads, int kCount, class A>
 __device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Side<A> side, const Raised<A>& raised,
                             int64_t first, A& kl, A& ce) {
+  const A rate = op.rate();
   A top[kCount], sum[kCount], sum_1[kCount];
   Shared<A> shared[kCount];
 #pragma unroll
@@ -158,9 +179,9 @@ __device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Side<A> 
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         const A c_q = z[i] - top[k], c_t = t[i] - side.max;
-        sum[k] += exp2(c_q * op.rate);
+        sum[k] += exp2(c_q * rate);
         sum_1[k] += exp2(c_q * A(kLog2E));
-        shared[k].add(exp2(c_t * op.rate), c_t, c_q);
+        shared[k].add(exp2(c_t * rate), c_t, c_q);
       }
     }
   });
@@ -173,8 +194,12 @@ __device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Side<A> 
     shared[k].dot = group_reduce<kThreads>(shared[k].dot, Add{});
     shared[k].centred = group_reduce<kThreads>(shared[k].centred, Add{});
     shared[k].extra = group_reduce<kThreads>(shared[k].extra, Add{});
-    const EpsKl<A> divergence = eps_kl(side.sum, sum[k], raised, shared[k], op.rate, op.eps);
-    kl += divergence.value;
+    A plain = divergence(side.sum, sum[k], shared[k].dot, rate, false);
+    if (plain < A(kNear) && side.sum > 0) {
+      plain = near_kl<kThreads>(op, row, r, learner, NearRow<A>(side.max, top[k], side.sum, sum[k], rate, false));
+    }
+    const EpsKl<A> of_row = eps_kl(plain, side.sum, sum[k], raised, shared[k], rate, op.eps);
+    kl += of_row.value;
     if (!leads<kThreads>()) continue;
     if (op.labels.index) {
       if (op.has_label(row)) {
@@ -185,8 +210,8 @@ __device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Side<A> 
     }
     op.stats.sum(learner, row) = sum[k];
     op.stats.sum_1(learner, row) = sum_1[k];
-    op.stats.mass(learner, row) = divergence.mass;
-    op.stats.slope(learner, row) = divergence.slope;
+    op.stats.mass(learner, row) = of_row.mass;
+    op.stats.slope(learner, row) = of_row.slope;
   }
 }
 
@@ -228,22 +253,23 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) mixed_forward_kernel(Mi
     }
   }
   if (!leads<kThreads>()) return;
-  values[row] = weighed(op.kl_weight(), kl) + weighed(static_cast<A>(op.ce_scale), ce);
+  const A t = op.temperature[0];
+  values[row] = weighed(op.kl_weight() * (t * t), kl) + weighed(static_cast<A>(op.ce_scale), ce);
 }
 
 // Gradients of the loss in the targets' logits [targets, rows, cols], in the type of sums: what each network takes its
 // share of. A thread has no place for those of all targets.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    target_grad_kernel(Mixed<A> op, Column grad, A inverse_temperature, bool through_targets, A* target_grads) {
+    target_grad_kernel(Mixed<A> op, Column grad, bool through_targets, A* target_grads) {
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row % op.rows, r = at.row / op.rows;
   if (r >= op.targets) return;
-  const A upstream = read<A>(grad, 0), kl = upstream * op.kl_weight() * inverse_temperature;
+  const A upstream = read<A>(grad, 0), kl = upstream * op.kl_weight() * op.temperature[0], rate = op.rate();
   const A ce = upstream * static_cast<A>(op.ce_scale);
   const Side<A> side = op.stats.target(r, row);
-  const LogSoftmax<A> log_p(side, op.rate);
-  const A of_1 = op.target_ce ? ce * Side<A>{0, op.stats.target_sum_1(r, row)}.inverse() : A(0);
+  const LogSoftmax<A> log_p(side, rate);
+  const A coef_1 = op.target_ce ? of_1(ce, op.stats.target_sum_1(r, row)) : A(0);
   const int64_t label = op.target_ce ? op.labels.at(row) : -1;
   const Matrix to{target_grads + r * op.rows * op.cols, sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float,
                   op.cols, 1};
@@ -252,18 +278,18 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     target_step(op, row, r, col, t);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      out[i] = (op.target_ce ? of_1 * exp2((t[i] - side.max) * A(kLog2E)) : A(0)) - (col + i == label ? ce : A(0));
+      out[i] = (coef_1 != 0 ? coef_1 * exp2((t[i] - side.max) * A(kLog2E)) : A(0)) - (col + i == label ? ce : A(0));
     }
     const int64_t first = op.targets == 1 ? 0 : r, end = op.targets == 1 ? op.learners : r + 1;
-    for (int64_t learner = first; through_targets && learner < end; ++learner) {
+    for (int64_t learner = first; through_targets && kl != 0 && learner < end; ++learner) {
       const A slope = op.stats.slope(learner, row);
       if (slope == infinity<A>()) continue;
-      const LogSoftmax<A> log_q(op.stats.learner(learner, row), op.rate);
+      const LogSoftmax<A> log_q(op.stats.learner(learner, row), rate);
       A z[kStep];
       read(op.networks[learner], row, col, op.cols, -infinity<A>(), z);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const A p = exp2((t[i] - side.max) * op.rate) * log_p.inverse;
+        const A p = exp2((t[i] - side.max) * rate) * log_p.inverse;
         const A log_raised = op.eps == 0 ? log_p(t[i]) : fast_log2(p + op.eps);
         out[i] += kl * target_term(p, log_raised, log_q(z[i]), A(kLog2E) * slope);
       }
@@ -275,12 +301,12 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 // Gradients in the networks: of the learners their own, and each network's share of the targets'.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    network_grad_kernel(Mixed<A> op, Column grad, A inverse_temperature, const A* target_grads, void* grads,
-                        int64_t element_size, int64_t written) {
+    network_grad_kernel(Mixed<A> op, Column grad, const A* target_grads, void* grads, int64_t element_size,
+                        int64_t written) {
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row;
   if (row >= op.rows) return;
-  const A upstream = read<A>(grad, 0), kl = upstream * op.kl_weight() * inverse_temperature;
+  const A upstream = read<A>(grad, 0), kl = upstream * op.kl_weight() * op.temperature[0], rate = op.rate();
   const A ce = op.labels.index ? upstream * static_cast<A>(op.ce_scale) : A(0);
   const int64_t label = op.labels.index ? op.labels.at(row) : -1;
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
@@ -300,8 +326,10 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         for (int i = 0; i < kStep; ++i) {
           const A c = z[i] - learner.max;
           const bool live = !(is_masked(z[i]) && is_masked(t[i]));
-          out[i] = learner_term(g, exp2((t[i] - target.max) * op.rate), exp2(c * op.rate), live) +
-                   g.of_1 * exp2(c * A(kLog2E)) - (col + i == label ? ce : A(0));
+          // A term without weight adds 0, whatever it is.
+          const A of_kl = kl == 0 ? A(0) : learner_term(g, exp2((t[i] - target.max) * rate), exp2(c * rate), live);
+          const A of_ce = ce == 0 ? A(0) : g.of_1 * exp2(c * A(kLog2E)) - (col + i == label ? ce : A(0));
+          out[i] = of_kl + of_ce;
         }
       }
       for (int64_t r = 0; target_grads && r < op.targets; ++r) {
@@ -309,7 +337,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         const A* from = target_grads + (r * op.rows + row) * op.cols + col;
 #pragma unroll
         for (int i = 0; i < kStep; ++i) {
-          if (w != 0 && col + i < at.end) out[i] += w * from[i];
+          if (w != 0 && col + i < at.end && from[i] != 0) out[i] += w * from[i];
         }
       }
       const Matrix to{static_cast<char*>(grads) + m * op.rows * op.cols * element_size, op.networks.dtype, op.cols, 1};
@@ -361,11 +389,12 @@ struct Taught {
   Networks teachers;
   Labels labels;
   Column weight;
+  Temperature<A> temperature;
   int64_t rows, cols;
-  A rate;
   Kind kind;
   TeacherStats<A> stats;
 
+  __device__ A rate() const { return temperature.rate(0); }
   __device__ bool cross() const { return kind == Kind::kCrossEntropy; }
   __device__ A weight_of(int64_t m) const { return weight.data ? read<A>(weight, m) : A(1); }
 };
@@ -373,6 +402,7 @@ struct Taught {
 // log2 of the teachers' mean probabilities in a step.
 template <class A>
 __device__ void mean_step(const Taught<A>& op, int64_t row, int64_t col, A (&log_r)[kStep]) {
+  const A rate = op.rate();
   A top[kStep], sum[kStep];
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
@@ -381,7 +411,7 @@ __device__ void mean_step(const Taught<A>& op, int64_t row, int64_t col, A (&log
   }
   for (int pass = 0; pass < 2; ++pass) {
     for (int64_t m = 0; m < op.teachers.count; ++m) {
-      const LogSoftmax<A> log_p(op.stats.teacher(m, row), op.rate);
+      const LogSoftmax<A> log_p(op.stats.teacher(m, row), rate);
       A z[kStep];
       read(op.teachers[m], row, col, op.cols, -infinity<A>(), z);
 #pragma unroll
@@ -399,19 +429,33 @@ __device__ void mean_step(const Taught<A>& op, int64_t row, int64_t col, A (&log
   for (int i = 0; i < kStep; ++i) log_r[i] = mean_log(top[i], sum[i], static_cast<A>(op.teachers.count));
 }
 
+// KL(teacher m || student) of near rows; every thread gets it.
+template <int kThreads, class A>
+__device__ A near_kl(const Taught<A>& op, int64_t row, int64_t m, const NearRow<A>& near) {
+  A sum = 0;
+  for_steps<kThreads>(0, op.cols, [&](int64_t col) {
+    A z[kStep], student[kStep];
+    read(op.teachers[m], row, col, op.cols, -infinity<A>(), z);
+    read(op.student, row, col, op.cols, -infinity<A>(), student);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) sum += near.term(z[i], student[i]);
+  });
+  return group_reduce<kThreads>(sum, Add{});
+}
+
 // Statistics of the rows, and their cross-entropies in `ce`.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) teachers_forward_kernel(Taught<A> op, A* ce) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;
-  const A max_q = row_max<kThreads, A>(op.student, row, op.cols);
+  const A max_q = row_max<kThreads, A>(op.student, row, op.cols), rate = op.rate();
   A sum_q = 0, sum_1 = 0;
   for_steps<kThreads>(0, op.cols, [&](int64_t col) {
     A z[kStep];
     read(op.student, row, col, op.cols, -infinity<A>(), z);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      sum_q += exp2((z[i] - max_q) * op.rate);
+      sum_q += exp2((z[i] - max_q) * rate);
       sum_1 += exp2((z[i] - max_q) * A(kLog2E));
     }
   });
@@ -426,33 +470,45 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) teachers_forward_kernel
       read(op.student, row, col, op.cols, -infinity<A>(), student);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const A c = z[i] - max_p, e = exp2(c * op.rate);
+        const A c = z[i] - max_p, e = exp2(c * rate);
         sum_p += e;
         dot += divergence_term(e, c, student[i] - max_q, op.cross());
       }
     });
     sum_p = group_reduce<kThreads>(sum_p, Add{});
     dot = group_reduce<kThreads>(dot, Add{});
+    A value = op.kind == Kind::kReverse ? A(0) : divergence(sum_p, sum_q, dot, rate, op.cross());
+    if (op.kind == Kind::kKl && value < A(kNear) && sum_p > 0) {
+      value = near_kl<kThreads>(op, row, m, NearRow<A>(max_p, max_q, sum_p, sum_q, rate, true));
+    }
     if (leads<kThreads>()) {
       op.stats.set_teacher(m, row, {max_p, sum_p});
-      op.stats.value(m, row) = op.kind == Kind::kReverse ? A(0) : divergence(sum_p, sum_q, dot, op.rate, op.cross());
+      op.stats.value(m, row) = value;
     }
   }
   group_sync<kThreads>();
   A reverse = 0;
   if (op.kind == Kind::kReverse) {
-    const LogSoftmax<A> log_q(Side<A>{max_q, sum_q}, op.rate);
-    for_steps<kThreads>(0, op.cols, [&](int64_t col) {
-      A z[kStep], log_r[kStep];
-      read(op.student, row, col, op.cols, -infinity<A>(), z);
-      mean_step(op, row, col, log_r);
+    const LogSoftmax<A> log_q(Side<A>{max_q, sum_q}, rate);
+    // The second time in terms that do not cancel, if the rows are near.
+    for (int near = 0; near < 2; ++near) {
+      A sum = 0;
+      for_steps<kThreads>(0, op.cols, [&](int64_t col) {
+        A z[kStep], log_r[kStep];
+        read(op.student, row, col, op.cols, -infinity<A>(), z);
+        mean_step(op, row, col, log_r);
 #pragma unroll
-      for (int i = 0; i < kStep; ++i) reverse += reverse_term(exp2(log_q(z[i])), log_q(z[i]), log_r[i]);
-    });
-    reverse = group_reduce<kThreads>(reverse, Add{});
+        for (int i = 0; i < kStep; ++i) {
+          const A log = log_q(z[i]), q = exp2(log);
+          sum += near ? near_reverse_term(q, log, log_r[i]) : A(kLn2) * reverse_term(q, log, log_r[i]);
+        }
+      });
+      reverse = group_reduce<kThreads>(sum, Add{});
+      if (!(reverse < A(kNear)) || sum_q == 0) break;
+    }
   }
   if (!leads<kThreads>()) return;
-  if (op.kind == Kind::kReverse) op.stats.value(0, row) = A(kLn2) * reverse;
+  if (op.kind == Kind::kReverse) op.stats.value(0, row) = reverse;
   A term = 0;
   if (op.labels.index) {
     const int64_t label = op.labels.at(row);
@@ -471,16 +527,18 @@ template <class A>
 struct TaughtValue {
   TeacherStats<A> stats;
   Column weight;
+  Temperature<A> temperature;
   const A* ce;  // null: none
   A scale, ce_scale;
   bool reverse;
 
   __device__ A operator()(int64_t row) const {
+    const A t = temperature[0];
     A value = reverse ? stats.value(0, row) : A(0);
     for (int64_t m = 0; !reverse && m < stats.count; ++m) {
       value += weighed(weight.data ? read<A>(weight, m) : A(1), stats.value(m, row));
     }
-    return weighed(scale, value) + (ce ? weighed(ce_scale, ce[row]) : A(0));
+    return weighed(scale * (t * t), value) + (ce ? weighed(ce_scale, ce[row]) : A(0));
   }
 };
 
@@ -491,20 +549,21 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row;
   if (row >= op.rows) return;
-  const A upstream = read<A>(grad, 0), kl = upstream * scale, ce = op.labels.index ? upstream * ce_scale : A(0);
+  const A upstream = read<A>(grad, 0), kl = upstream * (scale * op.temperature[0]), rate = op.rate();
+  const A ce = op.labels.index ? upstream * ce_scale : A(0);
   const bool reverse = op.kind == Kind::kReverse;
   const int64_t label = op.labels.index ? op.labels.at(row) : -1;
-  const LogSoftmax<A> log_q(op.stats.student(row), op.rate);
-  const A of_1 = op.labels.index ? ce * Side<A>{0, op.stats.sum_1(row)}.inverse() : A(0);
+  const LogSoftmax<A> log_q(op.stats.student(row), rate);
+  const A coef_1 = of_1(ce, op.stats.sum_1(row));
   const A row_kl = A(kLog2E) * op.stats.value(0, row);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z[kStep], out[kStep];
     read(op.student, row, col, op.cols, A(0), z);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
-      out[i] = of_1 * exp2((z[i] - log_q.max) * A(kLog2E)) - (col + i == label ? ce : A(0));
+      out[i] = (coef_1 == 0 ? A(0) : coef_1 * exp2((z[i] - log_q.max) * A(kLog2E))) - (col + i == label ? ce : A(0));
     }
-    if (reverse) {
+    if (reverse && kl != 0) {
       A log_r[kStep];
       mean_step(op, row, col, log_r);
 #pragma unroll
@@ -514,7 +573,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
     for (int64_t m = 0; !reverse && m < op.teachers.count; ++m) {
       const Side<A> p = op.stats.teacher(m, row);
-      const LogSoftmax<A> log_p(p, op.rate);
+      const LogSoftmax<A> log_p(p, rate);
       const A share = kl * op.weight_of(m), value = op.stats.value(m, row);
       const A of_q = p.sum == 0 ? A(0) : share * log_q.inverse, of_p = share * log_p.inverse;
       const A of_teacher = value == infinity<A>() ? A(0) : A(kLn2) * share;
@@ -522,8 +581,9 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       read(op.teachers[m], row, col, op.cols, A(0), other);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const A e = exp2((other[i] - p.max) * op.rate);
-        out[i] += of_q * exp2((z[i] - log_q.max) * op.rate) - of_p * e;
+        const A e = exp2((other[i] - p.max) * rate);
+        // A teacher without weight adds 0, whatever it is.
+        if (share != 0) out[i] += of_q * exp2((z[i] - log_q.max) * rate) - of_p * e;
         taken[i] = of_teacher == 0 ? A(0)
                                    : teacher_term(e * log_p.inverse, log_p(other[i]), log_q(z[i]), A(kLog2E) * value,
                                                   of_teacher, op.cross());
@@ -550,11 +610,12 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   if (col >= op.cols) return;
   const Matrix teacher = op.teachers[m];
   double sum = 0;
+  const A rate = op.rate();
   const int64_t end = (slab + 1) * per_slab < op.rows ? (slab + 1) * per_slab : op.rows;
   for (int64_t row = slab * per_slab; row < end; ++row) {
     const Side<A> q = op.stats.student(row), p = op.stats.teacher(m, row);
-    sum += static_cast<double>(exp2((read_one<A>(op.student, row, col) - q.max) * op.rate) * q.inverse() -
-                               exp2((read_one<A>(teacher, row, col) - p.max) * op.rate) * p.inverse());
+    sum += static_cast<double>(exp2((read_one<A>(op.student, row, col) - q.max) * rate) * q.inverse() -
+                               exp2((read_one<A>(teacher, row, col) - p.max) * rate) * p.inverse());
   }
   sums[(slab * op.teachers.count + m) * op.cols + col] = sum;
 }
@@ -612,20 +673,20 @@ using Pair = std::tuple<Tensor, Tensor>;
 
 template <class A>
 Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tensor>& mix,
-                  const std::optional<Tensor>& labels, const std::optional<Tensor>& ramp, int64_t learners,
-                  double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
-                  const Tensor& stats) {
+                  const std::optional<Tensor>& labels, const std::optional<Tensor>& ramp,
+                  const Temperature<A>& temperature, int64_t learners, double eps, double kl_scale, double ce_scale,
+                  bool target_ce, const Tensor& stats) {
   const int64_t rows = networks[0].size(0), count = static_cast<int64_t>(networks.size());
   const int64_t targets = targets_of(mix, count);
   return {networks_of(networks),
           mix_of(mix, count),
           labels_of(labels),
           column_of(ramp),
+          temperature,
           rows,
           networks[0].size(1),
           learners,
           targets,
-          A(kLog2E / temperature),
           A(eps),
           kl_scale,
           ce_scale,
@@ -634,8 +695,9 @@ Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tenso
 }
 
 Pair mixed_forward_cuda(std::vector<Tensor> networks, std::optional<Tensor> mix, std::optional<Tensor> labels,
-                        std::optional<Tensor> ramp, int64_t learners, double temperature, double eps, double kl_scale,
-                        double ce_scale, bool target_ce) {
+                        std::optional<Tensor> ramp, std::optional<Tensor> temperatures, int64_t learners,
+                        double temperature, double eps, double kl_scale, double ce_scale, int64_t divisor,
+                        bool target_ce) {
   const OnDevice device(networks[0]);
   const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
   const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
@@ -645,8 +707,8 @@ Pair mixed_forward_cuda(std::vector<Tensor> networks, std::optional<Tensor> mix,
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     A* each = static_cast<A*>(values.data_ptr());
-    const Mixed<A> op =
-        mixed_of<A>(networks, mix, labels, ramp, learners, temperature, eps, kl_scale, ce_scale, target_ce, stats);
+    const Mixed<A> op = mixed_of<A>(networks, mix, labels, ramp, {temperature, temperatures}, learners, eps,
+                                    kl_scale / divisor, ce_scale / divisor, target_ce, stats);
     launch_rows(device, mixed_forward_kernel<A, kWarp>, mixed_forward_kernel<A, kBlock>, rows, cols, 1, op, each);
     sum_of(device, loss, Each<A>{each}, rows, static_cast<A*>(loss.data_ptr()));
   });
@@ -654,9 +716,9 @@ Pair mixed_forward_cuda(std::vector<Tensor> networks, std::optional<Tensor> mix,
 }
 
 Pair mixed_backward_cuda(Tensor grad, std::vector<Tensor> networks, std::optional<Tensor> mix,
-                         std::optional<Tensor> labels, std::optional<Tensor> ramp, Tensor stats, int64_t learners,
-                         double temperature, double eps, double kl_scale, double ce_scale, bool target_ce,
-                         bool through_targets, bool need_mix) {
+                         std::optional<Tensor> labels, std::optional<Tensor> ramp, std::optional<Tensor> temperatures,
+                         Tensor stats, int64_t learners, double temperature, double eps, double kl_scale,
+                         double ce_scale, int64_t divisor, bool target_ce, bool through_targets, bool need_mix) {
   const OnDevice device(networks[0]);
   const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
   const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
@@ -668,17 +730,16 @@ Pair mixed_backward_cuda(Tensor grad, std::vector<Tensor> networks, std::optiona
   Tensor target_grads = empty(stats, stats.scalar_type(), {flows ? targets : 0, rows, cols});
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    const Mixed<A> op =
-        mixed_of<A>(networks, mix, labels, ramp, learners, temperature, eps, kl_scale, ce_scale, target_ce, stats);
+    const Mixed<A> op = mixed_of<A>(networks, mix, labels, ramp, {temperature, temperatures}, learners, eps,
+                                    kl_scale / divisor, ce_scale / divisor, target_ce, stats);
     const int64_t parts = blocks_for(cols, kPiece);
-    const A inverse = A(1 / temperature);
     A* of_targets = flows ? static_cast<A*>(target_grads.data_ptr()) : nullptr;
     if (flows) {
       launch_rows(device, target_grad_kernel<A, kWarp>, target_grad_kernel<A, kBlock>, rows * targets, cols, parts, op,
-                  column(grad), inverse, through_targets, of_targets);
+                  column(grad), through_targets, of_targets);
     }
     launch_rows(device, network_grad_kernel<A, kWarp>, network_grad_kernel<A, kBlock>, rows, cols, parts, op,
-                column(grad), inverse, of_targets, grads.data_ptr(), grads.element_size(), written);
+                column(grad), of_targets, grads.data_ptr(), grads.element_size(), written);
     if (need_mix) {
       launch_rows(device, mix_grad_kernel<A, kWarp>, mix_grad_kernel<A, kBlock>, rows, cols, 1, op, of_targets,
                   mix_of(mix_grad, count));
@@ -689,15 +750,16 @@ Pair mixed_backward_cuda(Tensor grad, std::vector<Tensor> networks, std::optiona
 
 template <class A>
 Taught<A> taught_of(const Tensor& student, const std::vector<Tensor>& teachers, const std::optional<Tensor>& labels,
-                    const std::optional<Tensor>& weight, Kind kind, double temperature, const Tensor& stats) {
+                    const std::optional<Tensor>& weight, Kind kind, const Temperature<A>& temperature,
+                    const Tensor& stats) {
   const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
   return {matrix(student),
           networks_of(teachers),
           labels_of(labels),
           column_of(weight),
+          temperature,
           rows,
           student.size(1),
-          A(kLog2E / temperature),
           kind,
           TeacherStats<A>{static_cast<A*>(stats.data_ptr()), rows, count}};
 }
@@ -709,8 +771,8 @@ void taught_rows(const OnDevice& device, const Taught<A>& op, A* ce) {
 }
 
 Pair teachers_forward_cuda(Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
-                           std::optional<Tensor> weight, std::string kind, double temperature, double scale,
-                           double ce_scale) {
+                           std::optional<Tensor> weight, std::optional<Tensor> temperatures, std::string kind,
+                           double temperature, double scale, int64_t divisor, double ce_scale, int64_t ce_divisor) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
   const ScalarType dtype = accumulator(teachers, student);
@@ -718,18 +780,22 @@ Pair teachers_forward_cuda(Tensor student, std::vector<Tensor> teachers, std::op
   Tensor ce = empty(student, dtype, {rows});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const Taught<A> op = taught_of<A>(student, teachers, labels, weight, kind_of(kind), temperature, stats);
+    const Taught<A> op =
+        taught_of<A>(student, teachers, labels, weight, kind_of(kind), {temperature, temperatures}, stats);
     A* each = static_cast<A*>(ce.data_ptr());
     taught_rows(device, op, each);
-    const TaughtValue<A> value{op.stats, op.weight, each, A(scale), A(ce_scale), op.kind == Kind::kReverse};
+    const A ce_share = labels ? A(ce_scale / ce_divisor) : A(0);
+    const TaughtValue<A> value{op.stats,           op.weight, op.temperature,           each,
+                               A(scale / divisor), ce_share,  op.kind == Kind::kReverse};
     sum_of(device, loss, value, rows, static_cast<A*>(loss.data_ptr()));
   });
   return {loss, stats};
 }
 
 Pair teachers_backward_cuda(Tensor grad, Tensor student, std::vector<Tensor> teachers, std::optional<Tensor> labels,
-                            std::optional<Tensor> weight, Tensor stats, std::string kind, double temperature,
-                            double scale, double ce_scale, bool need_student, bool need_teachers) {
+                            std::optional<Tensor> weight, std::optional<Tensor> temperatures, Tensor stats,
+                            std::string kind, double temperature, double scale, int64_t divisor, double ce_scale,
+                            int64_t ce_divisor, bool need_student, bool need_teachers) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1), count = static_cast<int64_t>(teachers.size());
   Tensor to_student =
@@ -738,17 +804,19 @@ Pair teachers_backward_cuda(Tensor grad, Tensor student, std::vector<Tensor> tea
                                      : empty(grad, grad.scalar_type(), {0});
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    const Taught<A> op = taught_of<A>(student, teachers, labels, weight, kind_of(kind), temperature, stats);
+    const Taught<A> op =
+        taught_of<A>(student, teachers, labels, weight, kind_of(kind), {temperature, temperatures}, stats);
     launch_rows(device, teachers_backward_kernel<A, kWarp>, teachers_backward_kernel<A, kBlock>, rows, cols,
-                blocks_for(cols, kPiece), op, column(grad), A(scale / temperature), A(ce_scale),
+                blocks_for(cols, kPiece), op, column(grad), A(scale / divisor), A(ce_scale / ce_divisor),
                 need_student ? matrix(to_student) : Matrix{}, need_teachers ? to_teachers.data_ptr() : nullptr,
                 to_teachers.element_size());
   });
   return {to_student, to_teachers};
 }
 
-std::tuple<Tensor, Tensor, Tensor> aekd_forward_cuda(Tensor student, std::vector<Tensor> teachers, double temperature,
-                                                     double scale, double slack, bool normalize) {
+std::tuple<Tensor, Tensor, Tensor> aekd_forward_cuda(Tensor student, std::vector<Tensor> teachers,
+                                                     std::optional<Tensor> temperatures, double temperature,
+                                                     double scale, int64_t divisor, double slack, bool normalize) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1), count = static_cast<int64_t>(teachers.size());
   const ScalarType dtype = accumulator(teachers, student);
@@ -762,7 +830,8 @@ std::tuple<Tensor, Tensor, Tensor> aekd_forward_cuda(Tensor student, std::vector
   double *of_slabs = static_cast<double*>(sums.data_ptr()), *g = static_cast<double*>(gram.data_ptr());
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const Taught<A> op = taught_of<A>(student, teachers, std::nullopt, weights, Kind::kKl, temperature, stats);
+    const Taught<A> op =
+        taught_of<A>(student, teachers, std::nullopt, weights, Kind::kKl, {temperature, temperatures}, stats);
     taught_rows(device, op, static_cast<A*>(ce.data_ptr()));
     launch(device, {slabs * count * blocks_for(cols, kBlock), kBlock}, difference_kernel<A>, op, slabs, per_slab,
            of_slabs);
@@ -770,7 +839,7 @@ std::tuple<Tensor, Tensor, Tensor> aekd_forward_cuda(Tensor student, std::vector
     launch(device, {count * count, kBlock}, gram_kernel, of_slabs, count, cols, g);
     launch(device, {1, kWarp}, aekd_weights_kernel<A>, g, count, slack, normalize,
            static_cast<double*>(memory.data_ptr()), static_cast<A*>(weights.data_ptr()));
-    const TaughtValue<A> value{op.stats, op.weight, nullptr, A(scale), 0, false};
+    const TaughtValue<A> value{op.stats, op.weight, op.temperature, nullptr, A(scale / divisor), 0, false};
     sum_of(device, loss, value, rows, static_cast<A*>(loss.data_ptr()));
   });
   return {loss, stats, weights};

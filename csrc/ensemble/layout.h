@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "common/temperature.h"
 #include "common/tensor.h"
 #include "ensemble/math.h"
 

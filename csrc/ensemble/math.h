@@ -16,6 +16,9 @@ namespace kdfast {
 namespace ensemble {
 
 using softmax_kl::kl_term;
+using softmax_kl::kNear;
+using softmax_kl::near_term;
+using softmax_kl::NearRow;
 using softmax_kl::Side;
 
 // e^c for a cross-entropy at temperature 1, from the centred logit c and e = exp(c / T) where T is 1, 2, 3 or 4: a
@@ -66,20 +69,25 @@ struct EpsKl {
   A value, slope, mass;  // value and slope in nats
 };
 
-// An empty target teaches nothing.
+// From kl = KL(p || q). An empty target teaches nothing.
 template <class A>
-KD_HD EpsKl<A> eps_kl(A sum_t, A sum_q, const Raised<A>& raised, const Shared<A>& shared, A rate, A eps) {
+KD_HD EpsKl<A> eps_kl(A kl, A sum_t, A sum_q, const Raised<A>& raised, const Shared<A>& shared, A rate, A eps) {
   if (sum_t == 0) return {0, 0, 0};
   const A live = raised.live + shared.extra, mass = eps == 0 ? A(1) : 1 + eps * live;
   if (sum_q == 0) return {infinity<A>(), infinity<A>(), mass};
-  const A log2_t = log2(sum_t), log2_q = log2(sum_q);
-  A slope = rate * divide(shared.dot, sum_t) - (log2_t - log2_q), value = slope;
+  A slope = kl, value = kl;
   if (eps != 0) {
-    slope += raised.rise;
+    slope += A(kLn2) * raised.rise;
     const A logs = raised.logs + (shared.extra > 0 ? shared.extra * log2(eps) : A(0));
-    value = slope + eps * (logs - (rate * shared.centred - live * log2_q));
+    value = slope + A(kLn2) * eps * (logs - (rate * shared.centred - live * log2(sum_q)));
   }
-  return {A(kLn2) * value, A(kLn2) * slope, mass};
+  return {value, slope, mass};
+}
+
+// What exp(z - max) is multiplied by in the gradient of a cross-entropy.
+template <class A>
+KD_HD A of_1(A ce, A sum_1) {
+  return ce == 0 ? A(0) : ce * Side<A>{0, sum_1}.inverse();
 }
 
 // Gradient of a learner: of_q e_q - of_p e_t - eps_part of a live class, plus of_1 exp(c) of the cross-entropy.
@@ -91,8 +99,7 @@ struct LearnerGrad {
 template <class A>
 KD_HD LearnerGrad<A> learner_grad(Side<A> target, Side<A> learner, A sum_1, A mass, A eps, A kl, A ce) {
   const A weight = target.sum == 0 ? A(0) : kl;
-  return {weight * mass * learner.inverse(), weight * target.inverse(), weight * eps,
-          ce * Side<A>{learner.max, sum_1}.inverse()};
+  return {weight * mass * learner.inverse(), weight * target.inverse(), weight * eps, of_1(ce, sum_1)};
 }
 
 template <class A>
@@ -109,7 +116,7 @@ KD_HD A target_term(A p, A log_raised, A log_q, A slope) {
 // A mixed class as it counts for the weights: one that is -inf moves no mixture that has it.
 template <class A>
 KD_HD A weight_term(A target_grad, A c) {
-  return is_masked(c) ? A(0) : target_grad * c;
+  return is_masked(c) || target_grad == 0 ? A(0) : target_grad * c;
 }
 
 template <class A>
@@ -143,12 +150,19 @@ KD_HD A teacher_term(A p, A log_p, A log_q, A divergence, A scale, bool cross) {
 // log2 of the mean of probabilities, from the largest of their logarithms and the sum of exp2 of the distances to it.
 template <class A>
 KD_HD A mean_log(A top, A sum, A count) {
-  return is_masked(top) ? top : top + (fast_log2(sum) - fast_log2(count));
+  const A log = is_masked(top) ? top : top + (fast_log2(sum) - fast_log2(count));
+  return sum == sum ? log : sum;  // NaN if one of them is
 }
 
 template <class A>
 KD_HD A reverse_term(A q, A log_q, A log_r) {
   return q == 0 ? A(0) : q * (log_q - log_r);
+}
+
+// The same of near rows, in nats.
+template <class A>
+KD_HD A near_reverse_term(A q, A log_q, A log_r) {
+  return near_term(q, exp2(log_r), A(kLn2) * (log_q - log_r));
 }
 
 template <class A>

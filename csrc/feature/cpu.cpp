@@ -501,7 +501,8 @@ void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) 
 }
 
 Tensor feature_error_cpu(Tensor student, Tensor teacher, std::optional<Tensor> margin, int64_t kind, double boundary,
-                         int64_t over, double scale) {
+                         int64_t over, int64_t divisor) {
+  const double scale = 1.0 / static_cast<double>(divisor);
   const ScalarType dtype = accumulator(student, teacher);
   const int64_t batch = student.size(0);
   Tensor out =
@@ -527,8 +528,9 @@ Tensor feature_error_cpu(Tensor student, Tensor teacher, std::optional<Tensor> m
 
 std::tuple<Tensor, Tensor> feature_error_backward_cpu(Tensor grad, Tensor student, Tensor teacher,
                                                       std::optional<Tensor> margin, int64_t kind, double boundary,
-                                                      int64_t over, double scale, bool need_student,
+                                                      int64_t over, int64_t divisor, bool need_student,
                                                       bool need_teacher) {
+  const double scale = 1.0 / static_cast<double>(divisor);
   Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
   dispatch_accumulator(accumulator(student, teacher), [&](auto tag) {
     using A = decltype(tag);

@@ -365,7 +365,8 @@ void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) 
 }
 
 Tensor feature_error_cuda(Tensor student, Tensor teacher, std::optional<Tensor> margin, int64_t kind, double boundary,
-                          int64_t over, double scale) {
+                          int64_t over, int64_t divisor) {
+  const double scale = 1.0 / static_cast<double>(divisor);
   const OnDevice device(student);
   const ScalarType dtype = accumulator(student, teacher);
   const Pair maps(student, teacher);
@@ -388,8 +389,9 @@ Tensor feature_error_cuda(Tensor student, Tensor teacher, std::optional<Tensor> 
 
 std::tuple<Tensor, Tensor> feature_error_backward_cuda(Tensor grad, Tensor student, Tensor teacher,
                                                        std::optional<Tensor> margin, int64_t kind, double boundary,
-                                                       int64_t over, double scale, bool need_student,
+                                                       int64_t over, int64_t divisor, bool need_student,
                                                        bool need_teacher) {
+  const double scale = 1.0 / static_cast<double>(divisor);
   const OnDevice device(student);
   Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
   const Pair maps(student, teacher);

@@ -57,8 +57,8 @@ struct Boundary {
 
   // How far the student is from its side of 0. A NaN stays one.
   KD_HD A gap(A s, A t) const {
-    const A x = margin + (t > A(0) ? -s : s);
-    return x < A(0) ? A(0) : x;
+    const A x = margin + (t > A(0) ? -s : s), held = x < A(0) ? A(0) : x;
+    return t == t ? held : t;
   }
   KD_HD Terms<A> terms(A s, A t, A) const {
     const A x = gap(s, t);
@@ -77,7 +77,7 @@ struct Partial {
   static constexpr bool kPerChannel = true;
 
   KD_HD A gap(A s, A t, A m) const {
-    const A u = t < m ? m : t;
+    const A u = (t < m ? m : t) + (m == m ? A(0) : m);  // the second part only lets a NaN through
     return (s <= u) & (u <= A(0)) ? A(0) : s - u;
   }
   KD_HD Terms<A> terms(A s, A t, A m) const {

@@ -60,7 +60,7 @@ KD_HD V distance_gap(V d_s, V d_t, V inverse_mu, V ratio) {
 
 template <class A>
 KD_HD A floored_distance(A p) {
-  return std::sqrt(max(p, A(kSmallest)));
+  return std::sqrt(p < A(kSmallest) ? A(kSmallest) : p);  // a NaN stays one
 }
 
 }  // namespace pairwise

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <atomic>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -7,6 +8,7 @@
 #include "common/parallel.h"
 #include "common/vector_loop.h"
 #include "softmax_kl/layout.h"
+#include "softmax_kl/near.h"
 
 namespace kdfast {
 namespace softmax_kl {
@@ -85,11 +87,26 @@ struct MixtureSums {
 // e: the exponentials of z - max.
 template <class A>
 KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
-                                            LogSoftmax<A> p, LogSoftmax<A> q, A rate, A beta) {
+                                            LogSoftmax<A> p, LogSoftmax<A> q, A rate, A of_p, A of_q) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, (z_p[i] - p.max) * rate - p.log2_sum,
-                                 (z_q[i] - q.max) * rate - q.log2_sum, beta);
+                                 (z_q[i] - q.max) * rate - q.log2_sum, of_p, of_q);
     return Terms<A>{mixture_term(m.p, m.p_ratio), mixture_term(m.q, m.q_ratio)};
+  });
+  return {sums.a, sums.b};
+}
+
+// The same of near rows, in nats.
+template <class A>
+KD_MULTIVERSION MixtureSums<A> near_mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p,
+                                                 LogSoftmax<A> q, A rate, A of_p, A of_q) {
+  const A log2_ratio = p.log2_sum - q.log2_sum;
+  const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
+    const Mixture<A> m =
+        mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, of_p, of_q);
+    const A d = A(kLn2) * (centred_gap(z_p[i], z_q[i], p.max, q.max) * rate - log2_ratio);
+    const NearMixture<A> near = near_mixture(m, d, of_p, of_q);
+    return Terms<A>{near.p, near.q};
   });
   return {sums.a, sums.b};
 }
@@ -114,11 +131,11 @@ KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A ma
 // The gradient of one side, whose share of the mixture is `share`.
 template <class A>
 KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own,
-                                        LogSoftmax<A> other, A rate, A share, A kl, A scale, A* out) {
+                                        LogSoftmax<A> other, A rate, A share, A of_other, A kl, A scale, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A log_own = (z_own[i] - own.max) * rate - own.log2_sum,
             log_other = (z_other[i] - other.max) * rate - other.log2_sum;
-    const Mixture<A> m = mixture(log_own, log_other, share);
+    const Mixture<A> m = mixture(log_own, log_other, share, of_other);
     out[i] = mixture_grad(m.p, m.p_ratio, kl, scale * share);
   });
 }
@@ -207,6 +224,30 @@ State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden
   return s;
 }
 
+// KL(p || q) of a row whose sums are complete.
+template <class A>
+A row_kl(const State<A>& s, const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
+  double kl = s.kl(rate);
+  if (!(kl < kNear) || s.sum_p == 0) return static_cast<A>(kl);
+  const NearRow<A> near(s, rate);
+  kl = 0;
+  for_row_pieces(cols, hidden,
+                 [&](int64_t begin, int64_t n) { kl += near_sum(p.piece(begin, n), q.piece(begin, n), n, near); });
+  return static_cast<A>(kl);
+}
+
+// A gradient of zeros, where one is needed.
+template <class A>
+void write_zeros(const Matrix& to, int64_t row, int64_t cols) {
+  if (!to.data) return;
+  alignas(64) A buffer[kChunk];
+  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
+    A* out = target(to, row, begin, buffer);
+    std::fill(out, out + n, A(0));
+    write(to, row, begin, n, out);
+  });
+}
+
 // value(row) of all rows: their sum, or one by one.
 template <class A, class F>
 void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
@@ -237,7 +278,7 @@ Side<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
 
 // One row's KL(q || m) and KL(p || m) into its statistics, for 0 < beta < 1.
 template <class A>
-void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, A beta, Stats<A> stats) {
+void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const Shares<A>& shares, Stats<A> stats) {
   alignas(64) A e_s[kChunk], e_t[kChunk];
   const Side<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
   const LogSoftmax<A> log_s(side_s), log_t(side_t);
@@ -248,10 +289,21 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, A beta,
       exponentials(z_s, n, side_s.max, rate, e_s);
       exponentials(z_t, n, side_t.max, rate, e_t);
     }
-    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, rate, beta);
+    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, rate, shares.p, shares.q);
     kl_t += kLn2 * sums.p;
     kl_s += kLn2 * sums.q;
   });
+  if (kl_s < kNear || kl_t < kNear) {  // next to 0 and 1 a mixture is near one of them
+    double near_s = 0, near_t = 0;
+    for_pieces(0, cols, [&](int64_t begin, int64_t n) {
+      const MixtureSums<A> sums =
+          near_mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, rate, shares.p, shares.q);
+      near_t += sums.p;
+      near_s += sums.q;
+    });
+    if (kl_s < kNear) kl_s = near_s;
+    if (kl_t < kNear) kl_t = near_t;
+  }
   stats.set_side(kStudent, s.row, side_s);
   stats.set_side(kTeacher, s.row, side_t);
   stats[kStudent + kKl][s.row] = static_cast<A>(kl_s);
@@ -261,8 +313,9 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, A beta,
 // One row's KL(p || q), or KL(q || p) if `reverse`.
 template <class A>
 void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse, Stats<A> stats) {
-  const State<A> state = reverse ? kl_sweep(s, t, cols, -1, rate) : kl_sweep(t, s, cols, -1, rate);
-  const A kl = static_cast<A>(state.kl(rate));
+  const Row<A>&p = reverse ? s : t, &q = reverse ? t : s;
+  const State<A> state = kl_sweep(p, q, cols, -1, rate);
+  const A kl = row_kl(state, p, q, cols, -1, rate);
   stats.set_side(kStudent, s.row, reverse ? state.p() : state.q());
   stats.set_side(kTeacher, s.row, reverse ? state.q() : state.p());
   stats[kStudent + kKl][s.row] = reverse ? kl : A(0);
@@ -270,15 +323,16 @@ void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse
 }
 
 template <class A>
-void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols, A rate, A beta,
-                     Stats<A> stats) {
+void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols,
+                     const Temperature<A>& temperature, const Shares<A>& shares, Stats<A> stats) {
   for_rows(rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    if (beta > 0 && beta < 1) {
-      mixture_row(s, t, cols, rate, beta, stats);
+    const A rate = temperature.rate(row);
+    if (shares.mixed) {
+      mixture_row(s, t, cols, rate, shares, stats);
     } else {
-      kl_row(s, t, cols, rate, beta == 1, stats);
+      kl_row(s, t, cols, rate, shares.reverse, stats);
     }
   });
 }
@@ -303,40 +357,45 @@ void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidd
 }
 
 template <class A>
-void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A rate, A share, Side<A> side_own,
-                        Side<A> side_other, A kl, A scale, const Matrix& to) {
+void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A rate, A share, A of_other,
+                        Side<A> side_own, Side<A> side_other, A kl, A scale, const Matrix& to) {
   alignas(64) A buffer[kChunk];
   const LogSoftmax<A> log_own(side_own), log_other(side_other);
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     A* out = target(to, own.row, begin, buffer);
-    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, rate, share, kl, scale, out);
+    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, rate, share, of_other, kl,
+                       scale, out);
     write(to, own.row, begin, n, out);
   });
 }
 
 template <class A>
 void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Column& grad, const Column& weight,
-                          Stats<A> stats, int64_t cols, A rate, A beta, A scale, const Matrix& to_student,
-                          const Matrix& to_teacher) {
+                          Stats<A> stats, int64_t cols, const Temperature<A>& temperature, const Shares<A>& shares,
+                          A scale, const Matrix& to_student, const Matrix& to_teacher) {
   for_rows(stats.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
-    const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
-    if (beta == 0) {
+    const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
+    const A rate = temperature.rate(row);
+    if (factor == 0) {
+      write_zeros<A>(to_student, row, cols);
+      write_zeros<A>(to_teacher, row, cols);
+    } else if (!shares.mixed && !shares.reverse) {
       write_kl_grads(t, s, cols, -1, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate),
                      to_teacher, to_student);
-    } else if (beta == 1) {
+    } else if (shares.reverse) {
       write_kl_grads(s, t, cols, -1, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate),
                      to_student, to_teacher);
     } else {
       const A bits = A(kLn2) * factor;
       if (to_student.data) {
-        write_mixture_grad(s, t, cols, rate, 1 - beta, side_s, side_t, A(kLog2E) * kl_s, bits, to_student);
+        write_mixture_grad(s, t, cols, rate, shares.q, shares.p, side_s, side_t, A(kLog2E) * kl_s, bits, to_student);
       }
       if (to_teacher.data) {
-        write_mixture_grad(t, s, cols, rate, beta, side_t, side_s, A(kLog2E) * kl_t, bits, to_teacher);
+        write_mixture_grad(t, s, cols, rate, shares.p, shares.q, side_t, side_s, A(kLog2E) * kl_t, bits, to_teacher);
       }
     }
   });
@@ -445,13 +504,14 @@ Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
 }
 
 template <class A>
-void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t rows, int64_t cols, A rate,
-                          Stats<A> stats) {
+void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t rows, int64_t cols,
+                          const Temperature<A>& temperature, Stats<A> stats) {
   for_ranges(rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     alignas(64) A buffer[kChunk];
     Kept<A> kept(teacher, cols);
     for (int64_t row = begin; row < end; ++row) {
       kept.set_row(row);
+      const A rate = temperature.rate(row);
       const Side<A> rest = rest_sweep(Row<A>{student, row, buffer}, cols, rate, kept);
       State<A> state;
       state.max_p = max_of(kept.values, teacher.count, kept.rest);
@@ -460,10 +520,17 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
         kl_update(state, kept.values + at, kept.logits() + at, n, rate, kl_sums<false, A>, kl_sums<true, A>);
       });
       add_rest(state, kept.rest, rest, rate);
+      double kl = state.kl(rate);
+      if (kl < kNear && state.sum_p > 0) {
+        const NearRow<A> near(state, rate);
+        kl = near_rest_term(near, kept.rest, rest);
+        for_pieces(0, teacher.count,
+                   [&](int64_t at, int64_t n) { kl += near_sum(kept.values + at, kept.logits() + at, n, near); });
+      }
       stats.set_side(kStudent, row, state.q());
       stats[kStudent + kKl][row] = 0;
       stats.set_side(kTeacher, row, state.p());
-      stats[kTeacher + kKl][row] = static_cast<A>(state.kl(rate));
+      stats[kTeacher + kKl][row] = static_cast<A>(kl);
       stats.set_side(kTopKRest, row, rest);
     }
   });
@@ -471,7 +538,8 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
 
 template <class A>
 void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const Column& grad, const Column& weight,
-                               Stats<A> stats, int64_t cols, A rate, A scale, const Matrix& to_student) {
+                               Stats<A> stats, int64_t cols, const Temperature<A>& temperature, A scale,
+                               const Matrix& to_student) {
   for_ranges(stats.rows, row_grain(cols), [&](int64_t first, int64_t last) {
     alignas(64) A student_buffer[kChunk], buffer[kChunk];
     Kept<A> kept(teacher, cols);
@@ -479,7 +547,12 @@ void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const
       kept.set_row(row);
       const Row<A> s{student, row, student_buffer};
       const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
-      const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+      const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
+      if (factor == 0) {
+        write_zeros<A>(to_student, row, cols);
+        continue;
+      }
+      const A rate = temperature.rate(row);
       const KlGrad<A> g = kl_grad(p, q, stats[kTeacher + kKl][row], factor, rate);
       const A coef = rest_grad(g, kept.rest, p, q, rest, rate);
       for_pieces(0, cols, [&](int64_t begin, int64_t n) {
@@ -510,6 +583,15 @@ void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_
   }
 }
 
+// Probabilities of a target do not sum to less than 0: logits and their logarithms do.
+void check_mass(int64_t row, double mass) {
+  if (!(mass < kLeastMass)) return;
+  char number[32];
+  std::snprintf(number, sizeof(number), "%.6g", mass);
+  throw std::invalid_argument("labels[" + std::to_string(row) + "] are probabilities that sum to " + number +
+                              ", expected 0 or more: pass probabilities, not logits or log-probabilities");
+}
+
 // f(constant kT) with kT as exp_1 takes it.
 template <class A, class F>
 auto dispatch_temperature(A rate, F&& f) {
@@ -522,8 +604,10 @@ auto dispatch_temperature(A rate, F&& f) {
 // -> the cross-entropy of each row; 0 where its label is ignored.
 template <class A>
 void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t ignore_index,
-                           int64_t rows, int64_t cols, A rate, A smoothing, Stats<A> stats, A* ce_rows) {
+                           int64_t rows, int64_t cols, const Temperature<A>& temperature, A smoothing, Stats<A> stats,
+                           A* ce_rows) {
   for_rows(rows, cols, [&](int64_t row) {
+    const A rate = temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     State<A> state;
@@ -565,25 +649,30 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
     stats[kCeWeight][row] = kept;
     stats[kMass][row] = (1 - smoothing) * static_cast<A>(ce.target_mass) + smoothing;
     stats.set_side(kCeTeacher, row, state.p());
-    stats[kCeKl][row] = teacher.data ? static_cast<A>(state.kl(rate)) : A(0);
+    stats[kCeKl][row] = teacher.data ? row_kl(state, t, s, cols, -1, rate) : A(0);
   });
 }
 
 template <class A>
 void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad,
-                                Stats<A> stats, int64_t cols, A rate, A kl_scale, A smoothing, const Matrix& to_student,
-                                const Matrix& to_teacher) {
+                                Stats<A> stats, int64_t cols, const Temperature<A>& temperature, A kl_scale,
+                                A smoothing, const Matrix& to_student, const Matrix& to_teacher) {
   for_rows(stats.rows, cols, [&](int64_t row) {
+    const A rate = temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
-    const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale, smoothing);
+    const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale * temperature[row], smoothing);
+    if (!g.has_kl) write_zeros<A>(to_teacher, row, cols);
+    if (!g.has_kl && !g.has_ce) return write_zeros<A>(to_student, row, cols);
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
-      const A* z_t = teacher.data ? t.piece(begin, n) : nullptr;
+      const A* z_t = teacher.data && g.has_kl ? t.piece(begin, n) : nullptr;
       if (to_student.data) {
         A* out = target(to_student, row, begin, buffer);
-        if (z_t) {
+        if (z_t && !g.has_ce) {
+          kl_grad_q_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
+        } else if (z_t) {
           dispatch_temperature(rate, [&](auto t_1) {
             kl_ce_grad_piece<t_1.value>(z_t, z, n, side_t.max, side_s.max, rate, g.kl, g.coef, g.uniform, out);
           });
@@ -592,14 +681,14 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
         }
         if (labels.index) {
           const int64_t at = labels.at(row) - begin;
-          if (at >= 0 && at < n) out[at] -= g.target;
-        } else {
+          if (g.has_ce && at >= 0 && at < n) out[at] -= g.target;
+        } else if (g.has_ce) {
           alignas(64) A target_buffer[kChunk];
           subtract_targets(read<A>(labels.probabilities, row, begin, n, target_buffer), n, g.target, out);
         }
         write(to_student, row, begin, n, out);
       }
-      if (to_teacher.data) {
+      if (to_teacher.data && z_t) {
         A* out = target(to_teacher, row, begin, buffer);
         kl_grad_p_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
         write(to_teacher, row, begin, n, out);
@@ -611,31 +700,39 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
 // ---- dkd
 
 template <class A>
-void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t rows, int64_t cols, A rate,
-              Stats<A> stats) {
+void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t rows, int64_t cols,
+              const Temperature<A>& temperature, Stats<A> stats) {
   for_rows(rows, cols, [&](int64_t row) {
+    const A rate = temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const State<A> state = kl_sweep(t, s, cols, label, rate);
+    const A odds_s = log_odds(s.at(label), state.q(), rate), odds_t = log_odds(t.at(label), state.p(), rate);
     stats.set_side(kStudent, row, state.q());
-    stats[kStudent + kOdds][row] = log_odds(s.at(label), state.q(), rate);
+    stats[kStudent + kOdds][row] = odds_s;
     stats.set_side(kTeacher, row, state.p());
-    stats[kTeacher + kOdds][row] = log_odds(t.at(label), state.p(), rate);
-    stats[kRestKl][row] = static_cast<A>(state.kl(rate));
+    stats[kTeacher + kOdds][row] = odds_t;
+    stats[kRestKl][row] = row_kl(state, t, s, cols, label, rate);
+    stats[kTargetKl][row] = target_kl(odds_t, odds_s, NearRow<A>(state, rate).log_ratio(t.at(label), s.at(label)));
   });
 }
 
 template <class A>
 void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad,
-                   Stats<A> stats, int64_t cols, A rate, A alpha, A beta, A scale, const Matrix& to_student,
-                   const Matrix& to_teacher) {
+                   Stats<A> stats, int64_t cols, const Temperature<A>& temperature, A alpha, A beta, A scale,
+                   const Matrix& to_student, const Matrix& to_teacher) {
   for_rows(stats.rows, cols, [&](int64_t row) {
+    const A rate = temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
-    const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * scale);
+    const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * (scale * temperature[row]));
+    if (!g.has_rest) {
+      write_zeros<A>(to_student, row, cols);
+      return write_zeros<A>(to_teacher, row, cols);
+    }
     write_kl_grads(t, s, cols, label, rate, side_t.max, side_s.max, g.rest, to_teacher, to_student);
     if (to_student.data) write_one(to_student, row, label, g.student);
     if (to_teacher.data) write_one(to_teacher, row, label, g.teacher);
@@ -646,8 +743,9 @@ void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& l
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature,
-                            double beta, double scale, bool reduce) {
+Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor> weight,
+                            std::optional<Tensor> temperatures, double temperature, double beta, int64_t divisor,
+                            bool reduce) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
   Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
@@ -656,29 +754,33 @@ Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
-    softmax_kl_rows<A>(matrix(student), matrix(teacher), rows, cols, A(kLog2E / temperature), A(beta), s);
+    const Temperature<A> t(temperature, temperatures);
+    const Shares<A> shares(beta);
+    softmax_kl_rows<A>(matrix(student), matrix(teacher), rows, cols, t, shares, s);
     reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      const A w = weights.data ? read<A>(weights, row) : A(1);
-      return row_value(s[kTeacher + kKl][row], s[kStudent + kKl][row], A(beta), w, A(scale));
+      const A w = weights.data ? read<A>(weights, row) : A(1), factor = A(1.0 / divisor) * (t[row] * t[row]);
+      return row_value(s[kTeacher + kKl][row], s[kStudent + kKl][row], shares, w, factor);
     });
   });
   return {loss, stats};
 }
 
-Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight, Tensor stats,
-                             double temperature, double beta, double scale, bool need_student, bool need_teacher) {
+Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight,
+                             std::optional<Tensor> temperatures, Tensor stats, double temperature, double beta,
+                             int64_t divisor, bool need_student, bool need_teacher) {
   Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     softmax_kl_grad_rows<A>(matrix(student), matrix(teacher), column(grad), weight ? column(*weight) : Column{},
-                            stats_of<A>(stats), student.size(1), A(kLog2E / temperature), A(beta),
-                            A(scale / temperature), to_student.m, to_teacher.m);
+                            stats_of<A>(stats), student.size(1), Temperature<A>(temperature, temperatures),
+                            Shares<A>(beta), A(1.0 / divisor), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
 
 Pair softmax_kl_topk_forward_cpu(Tensor student, Tensor values, Tensor indices, std::optional<Tensor> rest,
-                                 std::optional<Tensor> weight, double temperature, double scale, bool reduce) {
+                                 std::optional<Tensor> weight, std::optional<Tensor> temperatures, double temperature,
+                                 double scale, int64_t divisor, bool reduce) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const TopK teacher = top_k(values, indices, rest);
   check_indices(teacher, rows, cols);
@@ -689,31 +791,34 @@ Pair softmax_kl_topk_forward_cpu(Tensor student, Tensor values, Tensor indices, 
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
-    softmax_kl_topk_rows<A>(matrix(student), teacher, rows, cols, A(kLog2E / temperature), s);
+    const Temperature<A> t(temperature, temperatures);
+    softmax_kl_topk_rows<A>(matrix(student), teacher, rows, cols, t, s);
     reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      const A w = weights.data ? read<A>(weights, row) : A(1);
-      return row_value(s[kTeacher + kKl][row], A(0), A(0), w, A(scale));
+      const A w = weights.data ? read<A>(weights, row) : A(1), factor = A(scale / divisor) * (t[row] * t[row]);
+      return row_value(s[kTeacher + kKl][row], A(0), Shares<A>(0), w, factor);
     });
   });
   return {loss, stats};
 }
 
 Tensor softmax_kl_topk_backward_cpu(Tensor grad, Tensor student, Tensor values, Tensor indices,
-                                    std::optional<Tensor> rest, std::optional<Tensor> weight, Tensor stats,
-                                    double temperature, double scale) {
+                                    std::optional<Tensor> rest, std::optional<Tensor> weight,
+                                    std::optional<Tensor> temperatures, Tensor stats, double temperature, double scale,
+                                    int64_t divisor) {
   const Output to_student = output(student, true, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     softmax_kl_topk_grad_rows<A>(matrix(student), top_k(values, indices, rest), column(grad),
                                  weight ? column(*weight) : Column{}, stats_of<A>(stats), student.size(1),
-                                 A(kLog2E / temperature), A(scale / temperature), to_student.m);
+                                 Temperature<A>(temperature, temperatures), A(scale / divisor), to_student.m);
   });
   return to_student.tensor;
 }
 
-Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
-                                  double kl_scale, double ce_scale, double smoothing, int64_t ignore_index,
-                                  bool ce_mean, bool reduce) {
+Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher, Tensor labels,
+                                  std::optional<Tensor> temperatures, double temperature, double kl_scale,
+                                  int64_t kl_divisor, double ce_scale, int64_t ce_divisor, double smoothing,
+                                  int64_t ignore_index, bool ce_mean, bool reduce) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const Labels targets = labels_of(labels);
   check_labels(targets, rows, cols, &ignore_index);
@@ -723,35 +828,42 @@ Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher,
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
+    const Temperature<A> t(temperature, temperatures);
     std::vector<A> ce(rows);
     cross_entropy_kl_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, targets, ignore_index, rows, cols,
-                             A(kLog2E / temperature), A(smoothing), s, ce.data());
+                             t, A(smoothing), s, ce.data());
     int64_t kept = 0;
-    for (int64_t row = 0; row < rows; ++row) kept += s[kCeWeight][row] != 0;
-    const double each = ce_mean ? ce_scale / std::max<int64_t>(kept, 1) : ce_scale;
+    for (int64_t row = 0; row < rows; ++row) {
+      kept += s[kCeWeight][row] != 0;
+      if (!targets.index) check_mass(row, (s[kMass][row] - A(smoothing)) / (smoothing < 1 ? A(1 - smoothing) : A(1)));
+    }
+    const double each = ce_scale / (ce_mean ? std::max<int64_t>(kept, 1) : ce_divisor);
     for (int64_t row = 0; row < rows; ++row) s[kCeWeight][row] *= static_cast<A>(each);
-    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()),
-                [&](int64_t row) { return row_value_ce(s[kCeKl][row], ce[row], A(kl_scale), s[kCeWeight][row]); });
+    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
+      return row_value_ce(s[kCeKl][row], ce[row], A(kl_scale / kl_divisor) * (t[row] * t[row]), s[kCeWeight][row]);
+    });
   });
   return {loss, stats};
 }
 
 Pair cross_entropy_kl_backward_cpu(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                   Tensor stats, double temperature, double kl_scale, double smoothing,
-                                   bool need_student, bool need_teacher) {
+                                   std::optional<Tensor> temperatures, Tensor stats, double temperature,
+                                   double kl_scale, int64_t kl_divisor, double smoothing, bool need_student,
+                                   bool need_teacher) {
   Output to_student = output(student, need_student, grad);
   Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     cross_entropy_kl_grad_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels),
-                                  column(grad), stats_of<A>(stats), student.size(1), A(kLog2E / temperature),
-                                  A(kl_scale / temperature), A(smoothing), to_student.m, to_teacher.m);
+                                  column(grad), stats_of<A>(stats), student.size(1),
+                                  Temperature<A>(temperature, temperatures), A(kl_scale / kl_divisor), A(smoothing),
+                                  to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
 
-Pair dkd_forward_cpu(Tensor student, Tensor teacher, Tensor labels, double temperature, double alpha, double beta,
-                     double scale) {
+Pair dkd_forward_cpu(Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
+                     double temperature, double alpha, double beta, int64_t divisor) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const Labels targets = labels_of(labels);
   check_labels(targets, rows, cols, nullptr);
@@ -760,23 +872,25 @@ Pair dkd_forward_cpu(Tensor student, Tensor teacher, Tensor labels, double tempe
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
-    dkd_rows<A>(matrix(student), matrix(teacher), targets, rows, cols, A(kLog2E / temperature), s);
+    const Temperature<A> t(temperature, temperatures);
+    dkd_rows<A>(matrix(student), matrix(teacher), targets, rows, cols, t, s);
     reduce_rows(rows, true, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      const A target = target_kl(s[kTeacher + kOdds][row], s[kStudent + kOdds][row]);
-      return row_value_dkd(target, s[kRestKl][row], A(alpha), A(beta), A(scale));
+      const A scale = A(1.0 / divisor) * (t[row] * t[row]);
+      return row_value_dkd(s[kTargetKl][row], s[kRestKl][row], A(alpha), A(beta), scale);
     });
   });
   return {loss, stats};
 }
 
-Pair dkd_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor stats, double temperature,
-                      double alpha, double beta, double scale, bool need_student, bool need_teacher) {
+Pair dkd_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
+                      Tensor stats, double temperature, double alpha, double beta, int64_t divisor, bool need_student,
+                      bool need_teacher) {
   Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     dkd_grad_rows<A>(matrix(student), matrix(teacher), labels_of(labels), column(grad), stats_of<A>(stats),
-                     student.size(1), A(kLog2E / temperature), A(alpha), A(beta), A(scale / temperature), to_student.m,
-                     to_teacher.m);
+                     student.size(1), Temperature<A>(temperature, temperatures), A(alpha), A(beta), A(1.0 / divisor),
+                     to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }

@@ -59,6 +59,24 @@ __device__ State<A> kl_sweep(const Matrix& p, const Matrix& q, int64_t row, int6
   return s;
 }
 
+// KL(p || q) of a row whose sums are complete; every thread gets it.
+template <int kThreads, class A>
+__device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t row, int64_t cols, int64_t hidden,
+                    A rate) {
+  const A kl = s.kl(rate);
+  if (!(kl < A(kNear)) || s.sum_p == 0) return kl;
+  const NearRow<A> near(s, rate);
+  A sum = 0;
+  for_steps<kThreads>(0, cols, [&](int64_t col) {
+    A z_p[kStep], z_q[kStep];
+    read_hiding(p, row, col, cols, hidden, z_p);
+    read_hiding(q, row, col, cols, hidden, z_q);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) sum += near.term(z_p[i], z_q[i]);
+  });
+  return group_reduce<kThreads>(sum, Add{});
+}
+
 // What turns logits into log-probabilities in bits.
 template <class A>
 struct LogSoftmax {
@@ -68,17 +86,44 @@ struct LogSoftmax {
   __device__ A operator()(A z) const { return (z - max) * rate - log2_sum; }
 };
 
+// KL(q || m) and KL(p || m) of a row where all are near.
+template <int kThreads, class A>
+__device__ void near_mixture_row(const Matrix& student, const Matrix& teacher, int64_t row, int64_t cols,
+                                 const LogSoftmax<A>& log_s, const LogSoftmax<A>& log_t, const Shares<A>& shares,
+                                 A& kl_s, A& kl_t) {
+  const A log2_ratio = log_t.log2_sum - log_s.log2_sum;
+  kl_s = kl_t = 0;
+  for_steps<kThreads>(0, cols, [&](int64_t col) {
+    A z_s[kStep], z_t[kStep];
+    read(student, row, col, cols, -infinity<A>(), z_s);
+    read(teacher, row, col, cols, -infinity<A>(), z_t);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) {
+      const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), shares.p, shares.q);
+      const A d = A(kLn2) * (centred_gap(z_t[i], z_s[i], log_t.max, log_s.max) * log_s.rate - log2_ratio);
+      const NearMixture<A> near = near_mixture(m, d, shares.p, shares.q);
+      kl_t += near.p;
+      kl_s += near.q;
+    }
+  });
+  kl_t = group_reduce<kThreads>(kl_t, Add{});
+  kl_s = group_reduce<kThreads>(kl_s, Add{});
+}
+
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, A rate, A beta,
-                              Stats<A> stats) {
+    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
+                              Shares<A> shares, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
-  const bool reverse = beta == 1;
-  const State<A> s = kl_sweep<kThreads>(reverse ? student : teacher, reverse ? teacher : student, row, cols, -1, rate);
-  const Side<A> side_s = reverse ? s.p() : s.q(), side_t = reverse ? s.q() : s.p();
-  A kl_s = reverse ? s.kl(rate) : 0, kl_t = beta == 0 ? s.kl(rate) : 0;
-  if (beta > 0 && beta < 1) {
+  const A rate = temperature.rate(row);
+  const Matrix &p = shares.reverse ? student : teacher, &q = shares.reverse ? teacher : student;
+  const State<A> s = kl_sweep<kThreads>(p, q, row, cols, -1, rate);
+  const Side<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
+  A kl_s = 0, kl_t = 0;
+  if (!shares.mixed) {
+    (shares.reverse ? kl_s : kl_t) = row_kl<kThreads>(s, p, q, row, cols, -1, rate);
+  } else {
     const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
     for_steps<kThreads>(0, cols, [&](int64_t col) {
       A z_s[kStep], z_t[kStep];
@@ -86,13 +131,19 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       read(teacher, row, col, cols, -infinity<A>(), z_t);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), beta);
+        const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), shares.p, shares.q);
         kl_t += mixture_term(m.p, m.p_ratio);
         kl_s += mixture_term(m.q, m.q_ratio);
       }
     });
     kl_t = A(kLn2) * group_reduce<kThreads>(kl_t, Add{});
     kl_s = A(kLn2) * group_reduce<kThreads>(kl_s, Add{});
+    if (kl_s < A(kNear) || kl_t < A(kNear)) {  // next to 0 and 1 a mixture is near one of them
+      A near_s = 0, near_t = 0;
+      near_mixture_row<kThreads>(student, teacher, row, cols, log_s, log_t, shares, near_s, near_t);
+      if (kl_s < A(kNear)) kl_s = near_s;
+      if (kl_t < A(kNear)) kl_t = near_t;
+    }
   }
   if (threadIdx.x % kThreads == 0) {
     stats.set_side(kStudent, row, side_s);
@@ -129,10 +180,12 @@ __device__ bool mark(const TopK& teacher, int64_t row, int64_t begin, int64_t en
 // A row whose indices cannot be used has the KL NaN.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_topk_forward_kernel(Matrix student, TopK teacher, int64_t rows, int64_t cols, A rate, Stats<A> stats) {
+    softmax_kl_topk_forward_kernel(Matrix student, TopK teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
+                                   Stats<A> stats) {
   KD_SHARED(unsigned, all_bits, kPiece / 32);
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
+  const A rate = temperature.rate(row);
   const int lane = threadIdx.x % kThreads;
   unsigned* bits = all_bits + threadIdx.x / kThreads * (kMarked<kThreads> / 32);
   int wrong = 0;
@@ -190,12 +243,23 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   s.sum_q = group_reduce<kThreads>(s.sum_q, Add{});
   s.dot = group_reduce<kThreads>(s.dot, Add{});
   wrong = group_reduce<kThreads>(wrong, Max{});
-  if (lane != 0) return;
   add_rest(s, rest_p, rest, rate);
+  A kl = s.kl(rate);
+  if (kl < A(kNear) && s.sum_p > 0) {
+    const NearRow<A> near(s, rate);
+    kl = 0;
+    for (int64_t i = lane; i < teacher.count; i += kThreads) {
+      const int64_t index = teacher.at(row, i);
+      if (index < 0 || index >= cols) continue;
+      kl += near.term(read_one<A>(teacher.values, row, i), read_one<A>(student, row, index));
+    }
+    kl = group_reduce<kThreads>(kl, Add{}) + near_rest_term(near, rest_p, rest);
+  }
+  if (lane != 0) return;
   stats.set_side(kStudent, row, s.q());
   stats[kStudent + kKl][row] = 0;
   stats.set_side(kTeacher, row, s.p());
-  stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : s.kl(rate);
+  stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : kl;
   stats.set_side(kTopKRest, row, rest);
 }
 
@@ -203,9 +267,10 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     cross_entropy_kl_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t ignore_index, int64_t rows,
-                                    int64_t cols, A rate, A smoothing, Stats<A> stats, A* ce) {
+                                    int64_t cols, Temperature<A> temperature, A smoothing, Stats<A> stats, A* ce) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
+  const A rate = temperature.rate(row);
   State<A> s;
   CeState<A> c;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
@@ -247,6 +312,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   c.centred = group_reduce<kThreads>(c.centred, Add{});
   c.target_dot = group_reduce<kThreads>(c.target_dot, Add{});
   c.target_mass = group_reduce<kThreads>(c.target_mass, Add{});
+  const A kl = teacher.data ? row_kl<kThreads>(s, teacher, student, row, cols, -1, rate) : A(0);
   if (threadIdx.x % kThreads != 0) return;
   A weight = 1;
   if (labels.index) {
@@ -255,6 +321,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     weight = label == ignore_index ? A(0) : valid ? A(1) : not_a_number<A>();
     c.target_dot = valid ? read_one<A>(student, row, label) - s.q().max : A(0);
     c.target_mass = 1;
+  } else if (c.target_mass < A(kLeastMass)) {
+    weight = not_a_number<A>();
   }
   ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, cols);
   stats.set_side(kStudent, row, s.q());
@@ -262,25 +330,30 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   stats[kCeWeight][row] = weight;
   stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
   stats.set_side(kCeTeacher, row, s.p());
-  stats[kCeKl][row] = teacher.data ? s.kl(rate) : A(0);
+  stats[kCeKl][row] = kl;
 }
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t rows, int64_t cols, A rate,
-                       Stats<A> stats) {
+    dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t rows, int64_t cols,
+                       Temperature<A> temperature, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
+  const A rate = temperature.rate(row);
   const int64_t label = labels.at(row);
   const State<A> s = kl_sweep<kThreads>(teacher, student, row, cols, label, rate);
+  const A kl = row_kl<kThreads>(s, teacher, student, row, cols, label, rate);
   if (threadIdx.x % kThreads != 0) return;
   const bool valid = label >= 0 && label < cols;
-  const A nan = not_a_number<A>();
+  const A z_s = valid ? read_one<A>(student, row, label) : not_a_number<A>();
+  const A z_t = valid ? read_one<A>(teacher, row, label) : not_a_number<A>();
+  const A odds_s = log_odds(z_s, s.q(), rate), odds_t = log_odds(z_t, s.p(), rate);
   stats.set_side(kStudent, row, s.q());
-  stats[kStudent + kOdds][row] = valid ? log_odds(read_one<A>(student, row, label), s.q(), rate) : nan;
+  stats[kStudent + kOdds][row] = valid ? odds_s : z_s;
   stats.set_side(kTeacher, row, s.p());
-  stats[kTeacher + kOdds][row] = valid ? log_odds(read_one<A>(teacher, row, label), s.p(), rate) : nan;
-  stats[kRestKl][row] = s.kl(rate);
+  stats[kTeacher + kOdds][row] = valid ? odds_t : z_t;
+  stats[kRestKl][row] = kl;
+  stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, NearRow<A>(s, rate).log_ratio(z_t, z_s)) : z_t;
 }
 
 // ---- from rows to the loss
@@ -288,11 +361,13 @@ template <class A>
 struct SoftmaxKlValue {
   Stats<A> stats;
   Column weight;
-  A beta, scale;
+  Temperature<A> temperature;
+  Shares<A> shares;
+  A scale;
 
   __device__ A operator()(int64_t row) const {
-    const A w = weight.data ? read<A>(weight, row) : A(1);
-    return row_value(stats[kTeacher + kKl][row], stats[kStudent + kKl][row], beta, w, scale);
+    const A w = weight.data ? read<A>(weight, row) : A(1), t = temperature[row];
+    return row_value(stats[kTeacher + kKl][row], stats[kStudent + kKl][row], shares, w, scale * (t * t));
   }
 };
 
@@ -301,25 +376,27 @@ template <class A>
 struct CrossEntropyValue {
   Stats<A> stats;
   const A* ce;
-  const double* kept;  // null: the cross-entropy is not divided
+  const double* kept;  // null: the cross-entropy is not divided by the rows kept
+  Temperature<A> temperature;
   A kl_scale;
   double ce_scale;
 
   __device__ A operator()(int64_t row) const {
-    const A share = static_cast<A>(kept ? ce_scale / max(*kept, 1.0) : ce_scale);
+    const A share = static_cast<A>(kept ? ce_scale / max(*kept, 1.0) : ce_scale), t = temperature[row];
     const A weight = stats[kCeWeight][row] *= share;
-    return row_value_ce(stats[kCeKl][row], ce[row], kl_scale, weight);
+    return row_value_ce(stats[kCeKl][row], ce[row], kl_scale * (t * t), weight);
   }
 };
 
 template <class A>
 struct DkdValue {
   Stats<A> stats;
+  Temperature<A> temperature;
   A alpha, beta, scale;
 
   __device__ A operator()(int64_t row) const {
-    const A target = target_kl(stats[kTeacher + kOdds][row], stats[kStudent + kOdds][row]);
-    return row_value_dkd(target, stats[kRestKl][row], alpha, beta, scale);
+    const A t = temperature[row];
+    return row_value_dkd(stats[kTargetKl][row], stats[kRestKl][row], alpha, beta, scale * (t * t));
   }
 };
 
@@ -341,6 +418,14 @@ void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_
 
 // ---- backward
 
+// A gradient of zeros, where one is needed: that of a row without weight, whatever its logits are.
+template <int kThreads, class A>
+__device__ void write_zeros(const Matrix& to, const Part& at) {
+  if (!to.data) return;
+  const A zeros[kStep] = {};
+  for_steps<kThreads>(at.begin, at.end, [&](int64_t col) { write(to, at.row, col, at.end, zeros); });
+}
+
 template <class A>
 __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max_p, A max_q, A rate, const KlGrad<A>& g,
                              A (&to_p)[kStep], A (&to_q)[kStep]) {
@@ -355,30 +440,35 @@ __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_backward_kernel(Matrix student, Matrix teacher, Column grad, Column weight, int64_t cols, A rate, A beta,
-                               A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+    softmax_kl_backward_kernel(Matrix student, Matrix teacher, Column grad, Column weight, int64_t cols,
+                               Temperature<A> temperature, Shares<A> shares, A scale, Stats<A> stats, Matrix to_student,
+                               Matrix to_teacher) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
   const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
-  const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
-  const bool reverse = beta == 1, mixed = beta > 0 && beta < 1;
+  const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
+  if (factor == 0) {
+    write_zeros<kThreads, A>(to_student, at);
+    return write_zeros<kThreads, A>(to_teacher, at);
+  }
+  const A rate = temperature.rate(row);
   const KlGrad<A> g =
-      reverse ? kl_grad(side_s, side_t, kl_s, factor, rate) : kl_grad(side_t, side_s, kl_t, factor, rate);
+      shares.reverse ? kl_grad(side_s, side_t, kl_s, factor, rate) : kl_grad(side_t, side_s, kl_t, factor, rate);
   const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
     read(student, row, col, cols, A(0), z_s);
     read(teacher, row, col, cols, A(0), z_t);
-    if (mixed) {
+    if (shares.mixed) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
-        const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), beta);
-        grad_t[i] = mixture_grad(m.p, m.p_ratio, A(kLog2E) * kl_t, A(kLn2) * factor * beta);
-        grad_s[i] = mixture_grad(m.q, m.q_ratio, A(kLog2E) * kl_s, A(kLn2) * factor * (1 - beta));
+        const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), shares.p, shares.q);
+        grad_t[i] = mixture_grad(m.p, m.p_ratio, A(kLog2E) * kl_t, A(kLn2) * factor * shares.p);
+        grad_s[i] = mixture_grad(m.q, m.q_ratio, A(kLog2E) * kl_s, A(kLn2) * factor * shares.q);
       }
-    } else if (reverse) {
+    } else if (shares.reverse) {
       kl_grad_step(z_s, z_t, side_s.max, side_t.max, rate, g, grad_s, grad_t);
     } else {
       kl_grad_step(z_t, z_s, side_t.max, side_s.max, rate, g, grad_t, grad_s);
@@ -392,14 +482,16 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 // twice or otherwise, is NaN from the first on.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_topk_backward_kernel(Matrix student, TopK teacher, Column grad, Column weight, int64_t cols, A rate,
-                                    A scale, Stats<A> stats, Matrix to_student) {
+    softmax_kl_topk_backward_kernel(Matrix student, TopK teacher, Column grad, Column weight, int64_t cols,
+                                    Temperature<A> temperature, A scale, Stats<A> stats, Matrix to_student) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
   const A kl = stats[kTeacher + kKl][row];
-  const A factor = read<A>(grad, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+  const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
+  if (factor == 0) return write_zeros<kThreads, A>(to_student, at);
+  const A rate = temperature.rate(row);
   const KlGrad<A> g = kl_grad(p, q, kl, kl == kl ? factor : kl, rate);
   const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
   const A coef = rest_grad(g, rest_p, p, q, rest, rate);
@@ -422,23 +514,28 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate,
-                                     A kl_scale, A smoothing, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+    cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols,
+                                     Temperature<A> temperature, A kl_scale, A smoothing, Stats<A> stats,
+                                     Matrix to_student, Matrix to_teacher) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
-  const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale, smoothing);
+  const A rate = temperature.rate(row);
+  const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale * temperature[row], smoothing);
+  if (!g.has_kl) write_zeros<kThreads, A>(to_teacher, at);
+  if (!g.has_kl && !g.has_ce) return write_zeros<kThreads, A>(to_student, at);
   const int64_t label = labels.index ? labels.at(row) : -1;
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z[kStep], other[kStep], grad_s[kStep] = {}, grad_t[kStep];
     read(student, row, col, cols, A(0), z);
-    if (teacher.data) {
+    if (teacher.data && g.has_kl) {
       read(teacher, row, col, cols, A(0), other);
       kl_grad_step(other, z, side_t.max, side_s.max, rate, g.kl, grad_t, grad_s);
       if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
     }
     if (!to_student.data) return;
+    if (!g.has_ce) return write(to_student, row, col, at.end, grad_s);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       grad_s[i] += g.coef * exp2((z[i] - side_s.max) * A(kLog2E)) - g.uniform;
@@ -460,14 +557,20 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols, A rate, A alpha,
-                        A beta, A scale, Stats<A> stats, Matrix to_student, Matrix to_teacher) {
+    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols,
+                        Temperature<A> temperature, A alpha, A beta, A scale, Stats<A> stats, Matrix to_student,
+                        Matrix to_teacher) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const int64_t label = labels.at(row);
   const A max_s = stats.side(kStudent, row).max, max_t = stats.side(kTeacher, row).max;
-  const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * scale);
+  const A rate = temperature.rate(row);
+  const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * (scale * temperature[row]));
+  if (!g.has_rest) {
+    write_zeros<kThreads, A>(to_student, at);
+    return write_zeros<kThreads, A>(to_teacher, at);
+  }
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
     read_hiding(student, row, col, cols, label, z_s);
@@ -492,8 +595,9 @@ Tensor loss_like(const Tensor& student, ScalarType dtype, bool reduce) {
 
 using Pair = std::tuple<Tensor, Tensor>;
 
-Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tensor> weight, double temperature,
-                             double beta, double scale, bool reduce) {
+Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tensor> weight,
+                             std::optional<Tensor> temperatures, double temperature, double beta, int64_t divisor,
+                             bool reduce) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
@@ -501,16 +605,18 @@ Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tenso
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
+    const Temperature<A> t(temperature, temperatures);
     launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, rows, cols, 1,
-                matrix(student), matrix(teacher), rows, cols, A(kLog2E / temperature), A(beta), s);
-    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, A(beta), A(scale)};
+                matrix(student), matrix(teacher), rows, cols, t, Shares<A>(beta), s);
+    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, t, Shares<A>(beta), A(1.0 / divisor)};
     reduce_rows<A>(device, loss, value, rows, reduce);
   });
   return {loss, stats};
 }
 
-Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight, Tensor stats,
-                              double temperature, double beta, double scale, bool need_student, bool need_teacher) {
+Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight,
+                              std::optional<Tensor> temperatures, Tensor stats, double temperature, double beta,
+                              int64_t divisor, bool need_student, bool need_teacher) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
@@ -518,14 +624,15 @@ Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::
     using A = decltype(tag);
     launch_rows(device, softmax_kl_backward_kernel<A, kWarp>, softmax_kl_backward_kernel<A, kBlock>, rows, cols,
                 blocks_for(cols, kPiece), matrix(student), matrix(teacher), column(grad),
-                weight ? column(*weight) : Column{}, cols, A(kLog2E / temperature), A(beta), A(scale / temperature),
-                stats_of<A>(stats), to_student.m, to_teacher.m);
+                weight ? column(*weight) : Column{}, cols, Temperature<A>(temperature, temperatures), Shares<A>(beta),
+                A(1.0 / divisor), stats_of<A>(stats), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
 
 Pair softmax_kl_topk_forward_cuda(Tensor student, Tensor values, Tensor indices, std::optional<Tensor> rest,
-                                  std::optional<Tensor> weight, double temperature, double scale, bool reduce) {
+                                  std::optional<Tensor> weight, std::optional<Tensor> temperatures, double temperature,
+                                  double scale, int64_t divisor, bool reduce) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, values);
@@ -533,17 +640,19 @@ Pair softmax_kl_topk_forward_cuda(Tensor student, Tensor values, Tensor indices,
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
+    const Temperature<A> t(temperature, temperatures);
     launch_rows(device, softmax_kl_topk_forward_kernel<A, kWarp>, softmax_kl_topk_forward_kernel<A, kBlock>, rows, cols,
-                1, matrix(student), top_k(values, indices, rest), rows, cols, A(kLog2E / temperature), s);
-    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, A(0), A(scale)};
+                1, matrix(student), top_k(values, indices, rest), rows, cols, t, s);
+    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, t, Shares<A>(0), A(scale / divisor)};
     reduce_rows<A>(device, loss, value, rows, reduce);
   });
   return {loss, stats};
 }
 
 Tensor softmax_kl_topk_backward_cuda(Tensor grad, Tensor student, Tensor values, Tensor indices,
-                                     std::optional<Tensor> rest, std::optional<Tensor> weight, Tensor stats,
-                                     double temperature, double scale) {
+                                     std::optional<Tensor> rest, std::optional<Tensor> weight,
+                                     std::optional<Tensor> temperatures, Tensor stats, double temperature, double scale,
+                                     int64_t divisor) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const Output to_student = output(student, true, grad);
@@ -551,15 +660,16 @@ Tensor softmax_kl_topk_backward_cuda(Tensor grad, Tensor student, Tensor values,
     using A = decltype(tag);
     launch_rows(device, softmax_kl_topk_backward_kernel<A, kWarp>, softmax_kl_topk_backward_kernel<A, kBlock>, rows,
                 cols, blocks_for(cols, kPiece), matrix(student), top_k(values, indices, rest), column(grad),
-                weight ? column(*weight) : Column{}, cols, A(kLog2E / temperature), A(scale / temperature),
-                stats_of<A>(stats), to_student.m);
+                weight ? column(*weight) : Column{}, cols, Temperature<A>(temperature, temperatures),
+                A(scale / divisor), stats_of<A>(stats), to_student.m);
   });
   return to_student.tensor;
 }
 
-Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher, Tensor labels, double temperature,
-                                   double kl_scale, double ce_scale, double smoothing, int64_t ignore_index,
-                                   bool ce_mean, bool reduce) {
+Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher, Tensor labels,
+                                   std::optional<Tensor> temperatures, double temperature, double kl_scale,
+                                   int64_t kl_divisor, double ce_scale, int64_t ce_divisor, double smoothing,
+                                   int64_t ignore_index, bool ce_mean, bool reduce) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
@@ -569,19 +679,23 @@ Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
     A* ce_rows = static_cast<A*>(ce.data_ptr());
+    const Temperature<A> t(temperature, temperatures);
     double* count = ce_mean ? static_cast<double*>(kept.data_ptr()) : nullptr;
     launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows,
                 cols, 1, matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows,
-                cols, A(kLog2E / temperature), A(smoothing), s, ce_rows);
+                cols, t, A(smoothing), s, ce_rows);
     if (count) sum_of(device, student, Kept<A>{s}, rows, count);
-    reduce_rows<A>(device, loss, CrossEntropyValue<A>{s, ce_rows, count, A(kl_scale), ce_scale}, rows, reduce);
+    const double ce_share = ce_mean ? ce_scale : ce_scale / ce_divisor;
+    const CrossEntropyValue<A> value{s, ce_rows, count, t, A(kl_scale / kl_divisor), ce_share};
+    reduce_rows<A>(device, loss, value, rows, reduce);
   });
   return {loss, stats};
 }
 
 Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                    Tensor stats, double temperature, double kl_scale, double smoothing,
-                                    bool need_student, bool need_teacher) {
+                                    std::optional<Tensor> temperatures, Tensor stats, double temperature,
+                                    double kl_scale, int64_t kl_divisor, double smoothing, bool need_student,
+                                    bool need_teacher) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const Output to_student = output(student, need_student, grad);
@@ -590,14 +704,14 @@ Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<T
     using A = decltype(tag);
     launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>, rows,
                 cols, blocks_for(cols, kPiece), matrix(student), teacher ? matrix(*teacher) : Matrix{},
-                labels_of(labels), column(grad), cols, A(kLog2E / temperature), A(kl_scale / temperature), A(smoothing),
-                stats_of<A>(stats), to_student.m, to_teacher.m);
+                labels_of(labels), column(grad), cols, Temperature<A>(temperature, temperatures),
+                A(kl_scale / kl_divisor), A(smoothing), stats_of<A>(stats), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
 
-Pair dkd_forward_cuda(Tensor student, Tensor teacher, Tensor labels, double temperature, double alpha, double beta,
-                      double scale) {
+Pair dkd_forward_cuda(Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
+                      double temperature, double alpha, double beta, int64_t divisor) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const ScalarType dtype = accumulator(student, teacher);
@@ -605,15 +719,17 @@ Pair dkd_forward_cuda(Tensor student, Tensor teacher, Tensor labels, double temp
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
+    const Temperature<A> t(temperature, temperatures);
     launch_rows(device, dkd_forward_kernel<A, kWarp>, dkd_forward_kernel<A, kBlock>, rows, cols, 1, matrix(student),
-                matrix(teacher), labels_of(labels), rows, cols, A(kLog2E / temperature), s);
-    reduce_rows<A>(device, loss, DkdValue<A>{s, A(alpha), A(beta), A(scale)}, rows, true);
+                matrix(teacher), labels_of(labels), rows, cols, t, s);
+    reduce_rows<A>(device, loss, DkdValue<A>{s, t, A(alpha), A(beta), A(1.0 / divisor)}, rows, true);
   });
   return {loss, stats};
 }
 
-Pair dkd_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor stats, double temperature,
-                       double alpha, double beta, double scale, bool need_student, bool need_teacher) {
+Pair dkd_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
+                       Tensor stats, double temperature, double alpha, double beta, int64_t divisor, bool need_student,
+                       bool need_teacher) {
   const OnDevice device(student);
   const int64_t rows = student.size(0), cols = student.size(1);
   const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
@@ -621,8 +737,8 @@ Pair dkd_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor label
     using A = decltype(tag);
     launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, rows, cols,
                 blocks_for(cols, kPiece), matrix(student), matrix(teacher), labels_of(labels), column(grad), cols,
-                A(kLog2E / temperature), A(alpha), A(beta), A(scale / temperature), stats_of<A>(stats), to_student.m,
-                to_teacher.m);
+                Temperature<A>(temperature, temperatures), A(alpha), A(beta), A(1.0 / divisor), stats_of<A>(stats),
+                to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }

@@ -1,6 +1,7 @@
 // What CPU and CUDA agree on: the statistics that a forward leaves for its backward, and labels.
 #pragma once
 
+#include "common/temperature.h"
 #include "common/tensor.h"
 #include "softmax_kl/math.h"
 
@@ -36,8 +37,9 @@ constexpr int64_t kTopKRest = 6, kTopKStats = 8;
 // KL.
 constexpr int64_t kSum1 = 2, kCeWeight = 3, kMass = 4, kCeTeacher = 5, kCeKl = 7, kCeStats = 8;
 
-// dkd: student max, sum of the non-target classes, log-odds of the target; the same of the teacher; KL of the rest.
-constexpr int64_t kOdds = 2, kRestKl = 6, kDkdStats = 7;
+// dkd: student max, sum of the non-target classes, log-odds of the target; the same of the teacher; KL of the rest, and
+// that of the target against the rest.
+constexpr int64_t kOdds = 2, kRestKl = 6, kTargetKl = 7, kDkdStats = 8;
 
 // Labels are classes (int64) or probabilities.
 struct Labels {
@@ -82,20 +84,24 @@ inline Output output(const Tensor& like, bool needed, const Tensor& any) {
 }
 
 // Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target *
-// P.
+// P. A term without weight adds 0 whatever it is, so its inputs are not read.
 template <class A>
 struct CeGrad {
   KlGrad<A> kl;
   A coef, uniform, target;
+  bool has_kl, has_ce;
 };
 
 template <class A>
 KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A rate, A grad, A kl_scale, A smoothing) {
   const Side<A> student = stats.side(kStudent, row), student_1{student.max, stats[kSum1][row]};
-  const A ce = grad * stats[kCeWeight][row];
-  return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], grad * kl_scale, rate),
-          ce * stats[kMass][row] * student_1.inverse(), divide(ce * smoothing, static_cast<A>(cols)),
-          ce * (1 - smoothing)};
+  const A kl = grad * kl_scale, ce = grad * stats[kCeWeight][row];
+  return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], kl, rate),
+          ce * stats[kMass][row] * student_1.inverse(),
+          divide(ce * smoothing, static_cast<A>(cols)),
+          ce * (1 - smoothing),
+          kl != 0,
+          ce != 0};
 }
 
 // Coefficients of one row's gradient in dkd, and the gradients at the target class.
@@ -103,17 +109,19 @@ template <class A>
 struct DkdGrad {
   KlGrad<A> rest;
   A student, teacher;
+  bool has_rest;  // else the gradients of the other classes are 0
 };
 
 template <class A>
 KD_HD DkdGrad<A> dkd_grad(const Stats<A>& stats, int64_t row, A rate, A alpha, A beta, A scale) {
   const Side<A> student = stats.side(kStudent, row), teacher = stats.side(kTeacher, row);
   const A odds_s = stats[kStudent + kOdds][row], odds_t = stats[kTeacher + kOdds][row];
-  const A slope_s = scale * alpha * target_grad_q(odds_t, odds_s),
-          slope_t = scale * alpha * target_grad_p(odds_t, odds_s);
+  const A target = scale * alpha, rest = scale * beta;
+  const A slope_s = target == 0 ? A(0) : target * target_grad_q(odds_t, odds_s),
+          slope_t = target == 0 ? A(0) : target * target_grad_p(odds_t, odds_s);
   // The target's log-odds fall with the log-sum of the other classes.
-  const KlGrad<A> g = kl_grad(teacher, student, stats[kRestKl][row], beta * scale, rate, slope_s, slope_t);
-  return {g, slope_s, slope_t};
+  const KlGrad<A> g = kl_grad(teacher, student, stats[kRestKl][row], rest, rate, slope_s, slope_t);
+  return {g, slope_s, slope_t, target != 0 || rest != 0};
 }
 
 }  // namespace softmax_kl

@@ -73,6 +73,70 @@ struct KlState {
   static KD_HD A finite_max(A max) { return max == -infinity<A>() ? A(0) : max; }
 };
 
+// ---- near distributions. With d = log(p / q), sum_j p_j (e^-d_j - 1 + d_j) is KL(p || q), as p and q sum to 1. No
+// term is negative, so the sum keeps its digits where those of the plain form cancel: rows below kNear, in nats, are
+// summed up once more this way.
+constexpr double kNear = 1.0 / 256;
+
+// e^-d - 1 + d for |d| <= 1/4.
+KD_HD float small_excess(float d) {
+  float p = 2.48015873e-5f;
+  p = p * d - 1.98412698e-4f;
+  p = p * d + 1.38888889e-3f;
+  p = p * d - 8.33333333e-3f;
+  p = p * d + 4.16666667e-2f;
+  p = p * d - 1.66666667e-1f;
+  p = p * d + 0.5f;
+  return p * (d * d);
+}
+
+KD_HD double small_excess(double d) {
+  const double excess = ::expm1(-d) + d;
+  return excess < 0 ? 0.0 : excess;  // a rounding
+}
+
+// p (e^-d - 1 + d), d = log(p / q).
+template <class A>
+KD_HD A near_term(A p, A q, A d) {
+  const A far = (q - p) + p * d;
+  return p == 0 ? q : fabs(d) <= A(0.25) ? p * small_excess(d) : far;
+}
+
+// z_p - z_q of a class less that of the maxima. The difference of near logits is exact; beside an offset between the
+// networks it would lose the digits that centred logits keep.
+template <class A>
+KD_HD A centred_gap(A z_p, A z_q, A max_p, A max_q, bool same_logits = true) {
+  const A gap = max_p - max_q;
+  return same_logits && fabs(gap) <= 1 ? (z_p - z_q) - gap : (z_p - max_p) - (z_q - max_q);
+}
+
+// What turns a pair of logits into the term of its class.
+template <class A>
+struct NearRow {
+  A max_p, max_q, inverse_p, inverse_q, log2_ratio, rate;
+  bool same_logits;  // both sides have their logits, not centred ones on one side
+
+  // S may be wider than A: the ratio of the sums is what is small.
+  template <class S>
+  KD_HD NearRow(A max_p, A max_q, S sum_p, S sum_q, A rate, bool same_logits)
+      : max_p(max_p),
+        max_q(max_q),
+        inverse_p(static_cast<A>(divide(S(1), sum_p))),
+        inverse_q(static_cast<A>(divide(S(1), sum_q))),
+        log2_ratio(static_cast<A>(log2(sum_p) - log2(sum_q))),
+        rate(rate),
+        same_logits(same_logits) {}
+  template <class S>
+  KD_HD NearRow(const KlState<A, S>& s, A rate) : NearRow(s.p().max, s.q().max, s.sum_p, s.sum_q, rate, true) {}
+
+  KD_HD A log_ratio(A z_p, A z_q) const {
+    return A(kLn2) * (centred_gap(z_p, z_q, max_p, max_q, same_logits) * rate - log2_ratio);
+  }
+  KD_HD A p(A z) const { return exp2((z - max_p) * rate) * inverse_p; }
+  KD_HD A q(A z) const { return exp2((z - max_q) * rate) * inverse_q; }
+  KD_HD A term(A z_p, A z_q) const { return near_term(p(z_p), q(z_q), log_ratio(z_p, z_q)); }
+};
+
 // Gradients of a row's loss. For q: factor (of_q e_q - of_p e_p), where the larger of of_q and of_p is 1: so it is
 // exactly 0 where p = q, also when the compiler fuses the subtraction. For p: e_p (slope (c_p - c_q) + offset), 0 where
 // e_p is 0.
@@ -131,6 +195,14 @@ KD_HD void add_rest(KlState<A, S>& s, A rest_p, Side<A> rest_q, A rate) {
   s.dot += kl_term(e_p, c_p - centred_log_sum(rest_q, max_q, rate));
 }
 
+// Its term where the distributions are near.
+template <class A>
+KD_HD A near_rest_term(const NearRow<A>& near, A rest_p, Side<A> rest_q) {
+  const A z_q = near.max_q + centred_log_sum(rest_q, near.max_q, near.rate);
+  return near_term(near.p(rest_p), near.inverse_q * exp_rest(rest_q, near.max_q, near.rate),
+                   near.log_ratio(rest_p, z_q));
+}
+
 // The gradient at the outcome is shared by its classes in the student's proportions: the factor of exp((z - max) / T).
 template <class A>
 KD_HD A rest_grad(const KlGrad<A>& g, A rest_p, Side<A> p, Side<A> q, Side<A> rest_q, A rate) {
@@ -139,6 +211,15 @@ KD_HD A rest_grad(const KlGrad<A>& g, A rest_p, Side<A> p, Side<A> q, Side<A> re
 }
 
 // ---- the mixture m = beta p + (1 - beta) q of the Jensen-Shannon divergence
+// Both shares are rounded from float64: next to 1 a beta in float32 leaves nothing of the other one.
+template <class A>
+struct Shares {
+  A p, q;
+  bool mixed, reverse;  // 0 < beta < 1; beta = 1: KL(q || p)
+
+  explicit Shares(double beta) : p(A(beta)), q(A(1 - beta)), mixed(beta > 0 && beta < 1), reverse(beta == 1) {}
+};
+
 template <class A>
 struct Mixture {
   A p, q;              // probabilities
@@ -146,17 +227,40 @@ struct Mixture {
 };
 
 template <class A>
-KD_HD Mixture<A> mixture(A p, A q, A log2_p, A log2_q, A beta) {
+KD_HD Mixture<A> mixture(A p, A q, A log2_p, A log2_q, A of_p, A of_q) {
   // Where p and q are subnormal, m may be 0, and the ratios infinite.
-  const A m = beta * p + (1 - beta) * q, least = smallest_normal<A>();
-  const A log2_m = fast_log2(m < least ? least : m);
+  const A m = of_p * p + of_q * q, least = smallest_normal<A>();
+  const A log2_m = m == m ? fast_log2(m < least ? least : m) : m;
   const bool equal = log2_p == log2_q;
   return {p, q, equal ? A(0) : log2_p - log2_m, equal ? A(0) : log2_q - log2_m};
 }
 
 template <class A>
-KD_HD Mixture<A> mixture(A log2_p, A log2_q, A beta) {
-  return mixture(exp2(log2_p), exp2(log2_q), log2_p, log2_q, beta);
+KD_HD Mixture<A> mixture(A log2_p, A log2_q, A of_p, A of_q) {
+  return mixture(exp2(log2_p), exp2(log2_q), log2_p, log2_q, of_p, of_q);
+}
+
+// log(1 + x) for |x| <= 0.3.
+KD_HD float small_log1p(float x) {
+  const float t = x / (x + 2.0f), t2 = t * t;
+  return 2.0f * t * (1.0f + t2 * (3.33333333e-1f + t2 * (0.2f + t2 * (1.42857143e-1f + t2 * 1.11111111e-1f))));
+}
+KD_HD double small_log1p(double x) { return ::log1p(x); }
+
+// The terms of KL(p || m) and KL(q || m) in nats, where these are near; d = log(p / q).
+template <class A>
+struct NearMixture {
+  A p, q;
+};
+
+template <class A>
+KD_HD NearMixture<A> near_mixture(const Mixture<A>& m, A d, A of_p, A of_q) {
+  const A mixed = of_p * m.p + of_q * m.q;
+  const bool small = fabs(d) <= A(0.25);
+  // p / m = 1 / (1 + of_q (e^-d - 1))
+  const A a_small = -small_log1p(small ? of_q * (small_excess(d) - d) : A(0));
+  const A a = small ? a_small : A(kLn2) * m.p_ratio, b = small ? a_small - d : A(kLn2) * m.q_ratio;
+  return {near_term(m.p, mixed, a), near_term(m.q, mixed, b)};
 }
 
 // p log2(p / m); with `kl` the sum of those over the row, the gradient of scale * KL in z_p.
@@ -172,8 +276,8 @@ KD_HD A mixture_grad(A p, A ratio, A kl, A scale) {
 
 // beta KL(p || m) + (1 - beta) KL(q || m), of which the plain divergences are the ends; times the row's weight.
 template <class A>
-KD_HD A row_value(A kl_p, A kl_q, A beta, A weight, A scale) {
-  const A value = beta == 0 ? kl_p : beta == 1 ? kl_q : beta * kl_p + (1 - beta) * kl_q;
+KD_HD A row_value(A kl_p, A kl_q, const Shares<A>& shares, A weight, A scale) {
+  const A value = shares.mixed ? shares.p * kl_p + shares.q * kl_q : shares.reverse ? kl_q : kl_p;
   return weight == 0 ? A(0) : scale * (weight * value);
 }
 
@@ -193,6 +297,9 @@ struct CeState {
     target_dot += target_mass * shift;
   }
 };
+
+// The sum of a row's target below which its entries are no probabilities, whatever rounding did.
+constexpr double kLeastMass = -1e-3;
 
 // P_j z_j, where 0 * (-inf) = 0.
 template <class A>
@@ -235,10 +342,16 @@ KD_HD A log_odds(A target, Side<A> rest, A rate) {
   return rest.sum == 0 ? infinity<A>() : A(kLn2) * (rest.scaled(target, rate) - log2(rest.sum));
 }
 
+// `gap` is odds_p - odds_q.
 template <class A>
-KD_HD A target_kl(A odds_p, A odds_q) {
-  return kl_term(sigmoid(odds_p), log_sigmoid(odds_p) - log_sigmoid(odds_q)) +
-         kl_term(sigmoid(-odds_p), log_sigmoid(-odds_p) - log_sigmoid(-odds_q));
+KD_HD A target_kl(A odds_p, A odds_q, A gap) {
+  const A p = sigmoid(odds_p), rest = sigmoid(-odds_p);
+  if (fabs(gap) <= A(0.25)) {  // p / q = 1 + rest (e^gap - 1)
+    const A up = small_excess(-gap) + gap, down = small_excess(gap) - gap;
+    return p * small_excess(small_log1p(rest * up)) + rest * small_excess(small_log1p(p * down));
+  }
+  return kl_term(p, log_sigmoid(odds_p) - log_sigmoid(odds_q)) +
+         kl_term(rest, log_sigmoid(-odds_p) - log_sigmoid(-odds_q));
 }
 
 // d target_kl / d odds_q and d odds_p.

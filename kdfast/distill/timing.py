@@ -93,9 +93,8 @@ def _path(loss, device_type):
     with _OpRecorder() as recorder:
         loss()
     paths = _kernels.paths()
-    if not recorder.names:
-        return "torch"
-    return "kernel" if all(paths[name][device_type] == "kernel" for name in recorder.names) else "fallback"
+    taken = {paths[name][device_type] for name in recorder.names if name in paths}
+    return "torch" if not taken else "fallback" if "fallback" in taken else "kernel"
 
 
 def _median_ms(call, device):

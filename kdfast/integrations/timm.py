@@ -8,6 +8,7 @@ from kdfast import distributed
 from kdfast._extras import require
 from kdfast.capture import capture
 from kdfast.integrations.terms import LOGITS, Objective, Term, finite, of_layers
+from kdfast.ops.accumulate import weighted, weighted_sum
 
 __all__ = ["LOGITS", "DistillationTask", "Term", "of_layers"]
 
@@ -45,7 +46,7 @@ class DistillationTask(_task.TrainingTask):
     teacher of another normalisation gets its own, and does not run where `teacher_logits` (B, C) are given, which may
     be a :class:`kdfast.TopK` for a loss that takes one. Where a term reads the index and a training loop knows nothing
     of it, `target` may be (B, 2) integers, label and index of each sample. ``task.weights``, name of a term -> weight,
-    may be changed at any time.
+    may be changed at any time; a term of weight 0 adds nothing, whatever its value is.
 
     - The teacher is in eval mode, without gradients, outside of DistributedDataParallel, in any mode of the task.
     - The losses with their layers and banks are in the module that DistributedDataParallel wraps, so
@@ -80,6 +81,7 @@ class DistillationTask(_task.TrainingTask):
         self.weights = {term.name: term.weight for term in objective.terms}
         if "task" in self.weights:
             raise ValueError("terms must not be named 'task', whose loss is the criterion's")
+        self._trained = [term.name for term in objective.terms if any(True for _ in term.loss.parameters())]
         self._index_readers = objective.readers("index")
         if self.teacher is not None:
             self._set_normalization(student)
@@ -108,7 +110,9 @@ class DistillationTask(_task.TrainingTask):
             values["index"] = index
         logits, losses = self.trainable_module(input, values)
         result = {"output": logits}
-        loss = sum(self.weights[name] * value for name, value in losses.items())
+        loss = weighted_sum(logits, *((self.weights[name], lambda x=x: x) for name, x in losses.items()))
+        # A loss with parameters stays in the graph, which DistributedDataParallel expects of every parameter.
+        loss = loss + sum(weighted(0, losses[name]) for name in self._trained if not self.weights[name])
         if self.task_loss_weight:
             result["task_loss"] = self.criterion(logits, labels)
             loss = loss + self.task_loss_weight * result["task_loss"]

@@ -1,14 +1,13 @@
 """Losses on attention maps: where a network looks. They run on the attention kernels."""
 
-from torch import nn
-
+from kdfast.losses.base import Loss
 from kdfast.ops import check
 from kdfast.ops.accumulate import total
 from kdfast.ops.attention import attention_transfer
 from kdfast.ops.pool import to_smaller_square
 
 
-class AT(nn.Module):
+class AT(Loss):
     """AT - Paying More Attention to Attention (Zagoruyko and Komodakis, ICLR 2017).
 
     ``1 / (B N) sum_bn (q_bn - q'_bn)^2`` with ``q = m / |m|_2`` and ``m = mean_c x_c^p`` of a sample, N = H W, q' the
@@ -18,9 +17,10 @@ class AT(nn.Module):
     squares. An odd p keeps the sign of x, as RepDistiller's code does. Op: ``attention_transfer``.
     """
 
+    settings = {"p": check.count}
+
     def __init__(self, p=2):
         super().__init__()
-        check.count("p", p)
         self.p = p
 
     def forward(self, student, teacher):

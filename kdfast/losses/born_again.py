@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from kdfast.losses.base import Loss, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.softmax_kl import cross_entropy, row_stats, softmax_kl
@@ -29,7 +30,7 @@ class CWTM(nn.Module):
         return fixed_sum(torch.where(weight == 0, 0.0, weight * rows))
 
 
-class DKPP(nn.Module):
+class DKPP(Loss):
     """DKPP - Born-Again Neural Networks, Dark Knowledge with Permuted Predictions (Furlanello et al., ICML 2018).
 
     ``T^2 KL(p || q)`` averaged over the batch, q = softmax(student / T), p the softmax of the teacher's logits at T, of
@@ -39,10 +40,10 @@ class DKPP(nn.Module):
     each sample. 0-d, in nats. Gradients flow to both. There is no official code. Op: ``softmax_kl``.
     """
 
+    settings = {"temperature": check.positive, "keep": one_of("label", "argmax")}
+
     def __init__(self, temperature=1.0, keep="label"):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.one_of("keep", keep, ("label", "argmax"))
         self.temperature = temperature
         self.keep = keep
 

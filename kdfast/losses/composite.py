@@ -1,10 +1,11 @@
 """Losses that need no kernel of their own: plain PyTorch, with the gradient written out."""
 
 import torch
-from torch import nn
 
+from kdfast.losses.base import Loss
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum
+from kdfast.ops.saved import save, saved
 
 
 def _pearson(a, b):
@@ -23,7 +24,7 @@ def _pearson(a, b):
 class _Dist(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, beta, gamma, temperature):
-        ctx.save_for_backward(student, teacher)
+        save(ctx, student, teacher)
         ctx.constants = (beta, gamma, temperature)
         return _Dist.evaluate(student, teacher, beta, gamma, temperature)[0]
 
@@ -32,19 +33,24 @@ class _Dist(torch.autograd.Function):
         """-> loss, student and teacher softmax q and p, d loss / d q, d loss / d p."""
         dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
         q, p = ((x.to(dtype) / temperature).softmax(1) for x in (student, teacher))
-        inter, inter_q, inter_p = _pearson(q, p)
-        intra, intra_q, intra_p = _pearson(q.t(), p.t())
-        rows, cols = max(q.shape[0], 1), q.shape[1]
-        inter_weight, intra_weight = temperature**2 * beta, temperature**2 * gamma
-        loss = inter_weight * fixed_sum(1 - inter) / rows + intra_weight * fixed_sum(1 - intra) / cols
-        grad_q = -inter_weight / rows * inter_q - intra_weight / cols * intra_q.t()
-        grad_p = -inter_weight / rows * inter_p - intra_weight / cols * intra_p.t()
-        return loss if q.shape[0] else loss * 0, q, p, grad_q, grad_p
+        loss, grad_q, grad_p = q.new_zeros(()), torch.zeros_like(q), torch.zeros_like(p)
+        # Rows are compared, then columns.
+        for weight, sides in ((beta, (q, p)), (gamma, (q.t(), p.t()))):
+            if not weight or not q.shape[0]:
+                continue
+            r, slope_q, slope_p = _pearson(*sides)
+            share = temperature**2 * weight / len(r)
+            loss = loss + share * fixed_sum(1 - r)
+            transposed = sides[0] is not q
+            grad_q = grad_q - share * (slope_q.t() if transposed else slope_q)
+            grad_p = grad_p - share * (slope_p.t() if transposed else slope_p)
+        return loss, q, p, grad_q, grad_p
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("DIST")
-        student, teacher = ctx.saved_tensors
+        beta, gamma, _ = ctx.constants
+        student, teacher = saved(ctx)
         _, q, p, grad_q, grad_p = _Dist.evaluate(student, teacher, *ctx.constants)
         scale = grad / ctx.constants[2]
         grads = []
@@ -52,11 +58,13 @@ class _Dist(torch.autograd.Function):
             inner = scale * prob * (slope - fixed_sum(prob * slope)[:, None])
             # A nearly constant column has slopes of up to 1e8, more than float16 can say.
             inner = inner.clamp(-torch.finfo(x.dtype).max, torch.finfo(x.dtype).max).to(x.dtype)
+            if not beta and not gamma:  # whatever the networks are
+                inner = torch.zeros_like(x)
             grads.append(inner if ctx.needs_input_grad[need] else None)
         return *grads, None, None, None
 
 
-class DIST(nn.Module):
+class DIST(Loss):
     """DIST - Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022).
 
     ``T^2 [beta (1 - mean_b r_b) + gamma (1 - mean_c r_c)]``: r_b is the Pearson correlation of the student's and the
@@ -66,11 +74,10 @@ class DIST(nn.Module):
     no temperature: keep it at 1 there. With one sample the second term is the constant gamma T^2. Plain PyTorch.
     """
 
+    settings = {"beta": check.number, "gamma": check.number, "temperature": check.positive}
+
     def __init__(self, beta=1.0, gamma=1.0, temperature=1.0):
         super().__init__()
-        check.number("beta", beta)
-        check.number("gamma", gamma)
-        check.positive("temperature", temperature)
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature

@@ -2,13 +2,15 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import nn
 
+from kdfast.losses.base import SHARE, Loss, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.ensemble import matrices, network_list
+from kdfast.ops.saved import save, saved
 from kdfast.ops.softmax_kl import log_softmax, row_stats
 
 # The powers of T that multiply the student's logits, divide the teachers', and multiply the loss.
@@ -46,7 +48,7 @@ class _EnDD(torch.autograd.Function):
     def forward(ctx, *args):
         student, smoothing, share, student_scale, teacher_temperature, scale, *teachers = args
         log_mean = sum(_teacher(t, teacher_temperature, share, smoothing)[1].log() for t in teachers) / len(teachers)
-        ctx.save_for_backward(student, log_mean, *teachers)
+        save(ctx, student, log_mean, *teachers)
         ctx.constants = (smoothing, share, student_scale, teacher_temperature, scale)
         u = _log_concentrations(student, student_scale)
         a = u.exp()
@@ -59,7 +61,7 @@ class _EnDD(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("EnDD")
-        student, log_mean, *teachers = ctx.saved_tensors
+        student, log_mean, *teachers = saved(ctx)
         smoothing, share, student_scale, teacher_temperature, scale = ctx.constants
         need_student, *need_teachers = ctx.needs_input_grad[:1] + ctx.needs_input_grad[6:]
         u = _log_concentrations(student, student_scale)
@@ -93,7 +95,7 @@ class _EnDD(torch.autograd.Function):
         return grad_student, None, None, None, None, None, *grad_teachers
 
 
-class EnDD(nn.Module):
+class EnDD(Loss):
     """EnDD - Ensemble Distribution Distillation (Malinin, Mlodozeniec and Gales, ICLR 2020).
 
     The negative log-likelihood of the teachers' softmaxes under a Dirichlet distribution with the concentrations
@@ -109,12 +111,15 @@ class EnDD(nn.Module):
     finite gradient; the official float32 code overflows at concentrations of e^88. Plain PyTorch.
     """
 
+    settings = {
+        "temperature": check.positive,
+        "smoothing": partial(check.number, low=0),
+        "teacher_smoothing": SHARE,
+        "variant": one_of(*VARIANTS),
+    }
+
     def __init__(self, temperature=1.0, smoothing=1e-8, teacher_smoothing=1e-3, variant="dirichlet"):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.number("smoothing", smoothing, 0)
-        check.number("teacher_smoothing", teacher_smoothing, 0, 1)
-        check.one_of("variant", variant, VARIANTS)
         self.temperature = temperature
         self.smoothing = smoothing
         self.teacher_smoothing = teacher_smoothing

@@ -1,11 +1,12 @@
 """How alike the heads of an ensemble are: plain PyTorch, with the gradient written out."""
 
 import torch
-from torch import nn
 
+from kdfast.losses.base import Loss, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.ensemble import matrices, network_list
+from kdfast.ops.saved import save, saved
 from kdfast.ops.softmax_kl import log_softmax, row_stats
 
 
@@ -55,7 +56,7 @@ class _Diversity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         labels, wrong, relation, temperature, sign, *heads = args
-        ctx.save_for_backward(labels, *heads)
+        save(ctx, labels, *heads)
         ctx.constants = (relation, temperature, sign)
         terms = _Diversity.evaluate(labels, relation, temperature, heads)[1]
         rows = torch.where(wrong, float("nan"), fixed_sum(terms.sum(0)))
@@ -78,7 +79,7 @@ class _Diversity(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("DiversityCooperation")
-        labels, *heads = ctx.saved_tensors
+        labels, *heads = saved(ctx)
         relation, temperature, sign = ctx.constants
         p, _, slope, log_slope = _Diversity.evaluate(labels, relation, temperature, heads)
         logit = p * (slope - fixed_sum(p * slope)[..., None])
@@ -90,7 +91,12 @@ class _Diversity(torch.autograd.Function):
         return None, None, None, None, None, *grads
 
 
-class DiversityCooperation(nn.Module):
+def _sign(name, value):
+    if value not in (1, -1):
+        raise ValueError(f"{name} must be 1 or -1, got {value!r}")
+
+
+class DiversityCooperation(Loss):
     """Diversity with Cooperation - Ensemble Methods for Few-Shot Classification (Dvornik et al., ICCV 2019).
 
     The mean over pairs of heads i != j and over the batch of a relation between p = softmax(head / T), or between
@@ -106,12 +112,10 @@ class DiversityCooperation(nn.Module):
     head. Gradients flow to all heads, also through the targets. Plain PyTorch: no (B, C, M, M) tensor.
     """
 
+    settings = {"relation": one_of(*RELATIONS), "temperature": check.positive, "sign": _sign}
+
     def __init__(self, relation="js", temperature=1.0, sign=1):
         super().__init__()
-        check.one_of("relation", relation, RELATIONS)
-        check.positive("temperature", temperature)
-        if sign not in (1, -1):
-            raise ValueError(f"sign must be 1 or -1, got {sign!r}")
         self.relation = relation
         self.temperature = temperature
         self.sign = sign

@@ -4,10 +4,12 @@ And the layers that come with them. Several networks are a list of (B, C) tensor
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
+from kdfast.losses.base import SHARE, Loss, one_of, or_none
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.ensemble import (
@@ -22,6 +24,7 @@ from kdfast.ops.ensemble import (
     network_count,
     network_list,
     teachers_kl,
+    teachers_loss,
 )
 from kdfast.ops.softmax_kl import INF, cross_entropy, log_softmax, row_stats
 
@@ -37,6 +40,8 @@ def _epoch(epoch, device):
         raise TypeError(f"epoch must be an int or a 0-d tensor, got {type(epoch).__name__}")
     if torch.compiler.is_compiling():
         return torch.full((), epoch, dtype=torch.float64, device=device)
+    if math.isnan(epoch):
+        raise ValueError("epoch must be a number, got nan")
     return epoch
 
 
@@ -50,14 +55,13 @@ def _ramp_up(epoch, length, device):
     return math.exp(-5 * (1 - min(max(epoch, 0), length) / length) ** 2)
 
 
-def _schedule(module, temperature, rampup_epochs, eps, alpha=1.0):
-    """Checks and keeps what ONE, OKDDip, FFL and collaborative learning have in common."""
-    check.positive("temperature", temperature)
-    check.number("eps", eps, 0, 1)
-    check.number("alpha", alpha)
-    if rampup_epochs is not None:
-        check.number("rampup_epochs", rampup_epochs, 0)
-    module.temperature, module.rampup_epochs, module.eps = temperature, rampup_epochs, eps
+# What ONE, OKDDip, FFL and collaborative learning have in common.
+SCHEDULE = {
+    "temperature": check.positive,
+    "rampup_epochs": partial(check.number, low=0),
+    "eps": SHARE,
+    "alpha": check.number,
+}
 
 
 def _heads(logits, least=1):
@@ -85,7 +89,7 @@ def _zeros(like, *shape):
     return torch.zeros(shape, dtype=accumulator(like), device=like.device)
 
 
-class DML(nn.Module):
+class DML(Loss):
     """DML - Deep Mutual Learning (Zhang et al., CVPR 2018).
 
     ``[CE(student, labels)] + sum_j T^2 KL(p_j || q)`` of one network against its peers, averaged over the batch: a sum
@@ -95,13 +99,16 @@ class DML(nn.Module):
     1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
     """
 
+    settings = {"temperature": check.positive}
+
     def __init__(self, temperature=1.0):
         super().__init__()
-        check.positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(self, student, peers, labels=None):
-        return teachers_kl(student, _detached("peers", peers), labels, self.temperature)
+        check.logits("student", student)
+        tensors = network_list("peers", _detached("peers", peers), student)
+        return teachers_loss(student, tensors, labels, self.temperature)
 
     def extra_repr(self):
         return f"temperature={self.temperature}"
@@ -118,7 +125,7 @@ def _detached(name, networks):
     return [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in networks]
 
 
-class ONE(nn.Module):
+class ONE(Loss):
     """ONE - Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
 
     ``sum_k CE(z_k) + CE(z_e) + ramp sum_k KL_eps(z_e || z_k)``, z_e = sum_k gate_k z_k, averaged over the batch, with
@@ -129,9 +136,11 @@ class ONE(nn.Module):
     not from the divergence. The official code fixes T = 3. Op: ``mixed_logits_kl``.
     """
 
+    settings = SCHEDULE
+
     def __init__(self, temperature=3.0, rampup_epochs=80, eps=1e-7):
         super().__init__()
-        _schedule(self, temperature, rampup_epochs, eps)
+        self.temperature, self.rampup_epochs, self.eps = temperature, rampup_epochs, eps
 
     def forward(self, logits, gate, labels, epoch):
         tensors, count, rows = _heads(logits)
@@ -147,6 +156,7 @@ class ONE(nn.Module):
             eps=self.eps,
             ramp=ramp,
             target_ce=True,
+            mix_name="gate",
         )
 
     def extra_repr(self):
@@ -172,7 +182,7 @@ class ONEGate(nn.Module):
         return torch.softmax(torch.relu(self.norm(self.linear(x))), dim=1)
 
 
-class OKDDip(nn.Module):
+class OKDDip(Loss):
     """OKDDip - Online Knowledge Distillation with Diverse Peers (Chen et al., AAAI 2020).
 
     ``sum_i CE(z_i) + CE(leader) + alpha ramp [sum_i KL_eps(t_i || z_i) + KL_eps(mean_i z_i || leader)]`` averaged over
@@ -183,10 +193,11 @@ class OKDDip(nn.Module):
     official code logits, and so does this. Op: ``mixed_logits_kl``.
     """
 
+    settings = SCHEDULE
+
     def __init__(self, temperature=3.0, alpha=1.0, rampup_epochs=80, eps=1e-7):
         super().__init__()
-        _schedule(self, temperature, rampup_epochs, eps, alpha)
-        self.alpha = alpha
+        self.temperature, self.alpha, self.rampup_epochs, self.eps = temperature, alpha, rampup_epochs, eps
 
     def forward(self, logits, leader, attention, labels, epoch):
         tensors, count, rows = _heads(logits)
@@ -204,6 +215,7 @@ class OKDDip(nn.Module):
             ramp=ramp,
             through_targets=True,
             leader=True,
+            mix_name="attention",
         )
 
     def extra_repr(self):
@@ -230,7 +242,7 @@ class OKDDipAttention(nn.Module):
         return torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), dim=2)
 
 
-class FFL(nn.Module):
+class FFL(Loss):
     """FFL - Feature Fusion for Online Mutual Knowledge Distillation (Kim et al., ICPR 2020).
 
     ``sum_i CE(z_i) + CE(fused) + ramp [sum_i KL_eps(fused || z_i) + KL_eps(mean_i z_i || fused)]`` averaged over the
@@ -240,9 +252,11 @@ class FFL(nn.Module):
     two branches and T = 3. Op: ``mixed_logits_kl``.
     """
 
+    settings = SCHEDULE
+
     def __init__(self, temperature=3.0, rampup_epochs=80, eps=1e-7):
         super().__init__()
-        _schedule(self, temperature, rampup_epochs, eps)
+        self.temperature, self.rampup_epochs, self.eps = temperature, rampup_epochs, eps
 
     def forward(self, logits, fused, labels, epoch):
         tensors, count, rows = _heads(logits)
@@ -298,7 +312,7 @@ class FusionModule(nn.Module):
         return f"channels={self.channels}, pool={self.pool}"
 
 
-class CollaborativeLearning(nn.Module):
+class CollaborativeLearning(Loss):
     """CL-ILR - Collaborative Learning for Deep Neural Networks (Song and Chai, NeurIPS 2018).
 
     ``sum_h CE(z_h) + alpha ramp sum_h KL_eps(mean_{j != h} z_j || z_h)`` averaged over the batch, as in the OKDDip
@@ -309,10 +323,11 @@ class CollaborativeLearning(nn.Module):
     they are. :func:`rescale_gradient` goes with it, after the shared layers. Op: ``mixed_logits_kl``.
     """
 
+    settings = {**SCHEDULE, "rampup_epochs": or_none(SCHEDULE["rampup_epochs"])}
+
     def __init__(self, temperature=3.0, alpha=1.0, rampup_epochs=None, eps=1e-7):
         super().__init__()
-        _schedule(self, temperature, rampup_epochs, eps, alpha)
-        self.alpha = alpha
+        self.temperature, self.alpha, self.rampup_epochs, self.eps = temperature, alpha, rampup_epochs, eps
 
     def forward(self, logits, labels, epoch=None):
         tensors, count, rows = _heads(logits, least=2)
@@ -353,7 +368,7 @@ def rescale_gradient(x, heads):
     return _RescaleGradient.apply(x, heads)
 
 
-class KDCL(nn.Module):
+class KDCL(Loss):
     """KDCL - Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020).
 
     ``sum_i [CE(z_i) + weight T^2 KL(t || z_i)]`` averaged over the batch, with one target t for all networks:
@@ -371,12 +386,10 @@ class KDCL(nn.Module):
 
     RULES = ("naive", "linear", "minlogit", "general", "mean")
 
+    settings = {"temperature": check.positive, "rule": one_of(*RULES), "weight": check.number}
+
     def __init__(self, temperature=2.0, rule="minlogit", weight=1.0):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.number("weight", weight)
-        if rule not in self.RULES:
-            raise ValueError(f"rule must be one of {', '.join(self.RULES)}, got {rule!r}")
         self.temperature, self.rule, self.weight = temperature, rule, weight
 
     def forward(self, logits, labels):
@@ -445,7 +458,7 @@ def _least_error_mixture(networks, labels):
     return torch.where(masked, -INF, mean.clamp(min=1e-30).log())
 
 
-class Codistillation(nn.Module):
+class Codistillation(Loss):
     """Codistillation - Large Scale Distributed Neural Network Training through Online Distillation (Anil, ICLR 2018).
 
     By Anil et al.: "cross_entropy" ``-sum_c r log q``, or "reverse_kl" ``KL(q || r)``, the default of a public
@@ -457,11 +470,10 @@ class Codistillation(nn.Module):
 
     MODES = ("cross_entropy", "reverse_kl")
 
+    settings = {"mode": one_of(*MODES), "burn_in": partial(check.number, low=0)}
+
     def __init__(self, mode="cross_entropy", burn_in=0):
         super().__init__()
-        if mode not in self.MODES:
-            raise ValueError(f"mode must be one of {', '.join(self.MODES)}, got {mode!r}")
-        check.number("burn_in", burn_in, 0)
         self.mode, self.burn_in = mode, burn_in
 
     def forward(self, student, peers, epoch=None):
@@ -470,14 +482,15 @@ class Codistillation(nn.Module):
         weight = 1.0
         if epoch is not None and not isinstance(epoch, torch.Tensor):
             weight = 1.0 if epoch >= self.burn_in else 0.0
-        loss = teachers_kl(student, _detached("peers", peers), kind=self.mode, kl_weight=weight)
+        tensors = network_list("peers", _detached("peers", peers), student)
+        loss = teachers_loss(student, tensors, None, 1.0, kind=self.mode, kl_weight=weight)
         return torch.where(epoch < self.burn_in, 0.0, loss) if isinstance(epoch, torch.Tensor) else loss
 
     def extra_repr(self):
         return f"mode={self.mode!r}, burn_in={self.burn_in}"
 
 
-class AEKD(nn.Module):
+class AEKD(Loss):
     """AE-KD - Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space (Du et al., NeurIPS 2020).
 
     ``sum_m a_m T^2 KL(p_m || q)`` averaged over the batch, with one weight per teacher and batch:
@@ -490,10 +503,10 @@ class AEKD(nn.Module):
     that depend on the teachers' order. Op: ``aekd``.
     """
 
+    settings = {"temperature": check.positive, "slack": SHARE}
+
     def __init__(self, temperature=4.0, slack=0.6, normalize=False):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.number("slack", slack, 0, 1)
         self.temperature, self.slack, self.normalize = temperature, slack, bool(normalize)
         self.weights = None
 
@@ -505,7 +518,7 @@ class AEKD(nn.Module):
         return f"temperature={self.temperature}, slack={self.slack}, normalize={self.normalize}"
 
 
-class EnD(nn.Module):
+class EnD(Loss):
     """EnD - Ensemble Distribution Distillation, its baseline of mean predictions (Malinin et al., ICLR 2020).
 
     ``-T^2 mean_bc [r log q]``, r = mean_m softmax(teacher_m / T), q = softmax(student / T): the official mean over
@@ -514,15 +527,15 @@ class EnD(nn.Module):
     The teachers are not smoothed. Op: ``teachers_kl``.
     """
 
+    settings = {"temperature": check.positive}
+
     def __init__(self, temperature=1.0):
         super().__init__()
-        check.positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(self, student, teachers):
         check.logits("student", student)
-        share = 1 / student.shape[1]
-        return teachers_kl(student, teachers, None, self.temperature, kind="cross_entropy", kl_weight=share)
+        return teachers_kl(student, teachers, None, self.temperature, kind="cross_entropy", over_classes=True)
 
     def extra_repr(self):
         return f"temperature={self.temperature}"

@@ -6,6 +6,7 @@ import math
 import torch
 from torch import nn
 
+from kdfast.losses.base import REDUCTION, Loss
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.feature import (
@@ -43,23 +44,24 @@ class HintRegressor(nn.Sequential):
     """A convolution from the student's shape to the teacher's, batch norm and ReLU: what FitNets trains beside it.
 
     Shapes: student_shape, teacher_shape (B, C, H, W) as ``tensor.shape`` gives them, B is ignored. The convolution is
-    that of RepDistiller: 3 x 3 with stride 2 from twice the height, 4 x 4 transposed with stride 2 from half of it,
-    else a kernel of the difference in size, plus 1. A student's map that is otherwise smaller is a ValueError.
+    that of RepDistiller: 3 x 3 with stride 2 from twice the size, 4 x 4 transposed with stride 2 from half of it, else
+    a kernel of the difference in size, plus 1. A student's map that is otherwise smaller is a ValueError. RepDistiller
+    looks at heights alone, and leaves other widths to fail later.
     """
 
     def __init__(self, student_shape, teacher_shape):
         channels, height, width = _shape("student_shape", student_shape)
         teacher_channels, teacher_height, teacher_width = _shape("teacher_shape", teacher_shape)
-        if height == 2 * teacher_height:
+        if (height, width) == (2 * teacher_height, 2 * teacher_width):
             convolution = nn.Conv2d(channels, teacher_channels, 3, stride=2, padding=1)
-        elif 2 * height == teacher_height:
+        elif (2 * height, 2 * width) == (teacher_height, teacher_width):
             convolution = nn.ConvTranspose2d(channels, teacher_channels, 4, stride=2, padding=1)
         elif height >= teacher_height and width >= teacher_width:
             kernel = (1 + height - teacher_height, 1 + width - teacher_width)
             convolution = nn.Conv2d(channels, teacher_channels, kernel)
         else:
             raise ValueError(
-                f"student_shape must be as large as teacher_shape, or half or twice its height, got {height} x {width} "
+                f"student_shape must be as large as teacher_shape, or half or twice its size, got {height} x {width} "
                 f"for {teacher_height} x {teacher_width}"
             )
         super().__init__(convolution, nn.BatchNorm2d(teacher_channels), nn.ReLU())
@@ -128,7 +130,7 @@ class Translator(nn.Module):
         return self.encoder(x)
 
 
-class AB(nn.Module):
+class AB(Loss):
     """AB - Knowledge Transfer via Distillation of Activation Boundaries (Heo, Lee, Yun and Choi, AAAI 2019).
 
     ``max(0, margin - s)^2`` where the teacher's neuron is active (t > 0), ``max(0, s + margin)^2`` where it is not:
@@ -138,10 +140,10 @@ class AB(nn.Module):
     and stops at the teacher. Op: ``activation_boundary``.
     """
 
+    settings = {"margin": check.number, "reduction": REDUCTION}
+
     def __init__(self, margin=1.0, reduction="sum"):
         super().__init__()
-        check.number("margin", margin)
-        check.reduction(reduction)
         self.margin = margin
         self.reduction = reduction
 
@@ -153,7 +155,7 @@ class AB(nn.Module):
         return f"margin={self.margin}, reduction={self.reduction!r}"
 
 
-class OFD(nn.Module):
+class OFD(Loss):
     """OFD - A Comprehensive Overhaul of Feature Distillation (Heo et al., ICCV 2019).
 
     ``(s - u)^2`` with ``u = max(t, margin)``, but 0 where ``s <= u <= 0``: a student below a target that is not active
@@ -164,9 +166,10 @@ class OFD(nn.Module):
     Op: ``partial_squared_error``.
     """
 
+    settings = {"reduction": REDUCTION}
+
     def __init__(self, reduction="sum"):
         super().__init__()
-        check.reduction(reduction)
         self.reduction = reduction
 
     def forward(self, student, teacher, margin):
@@ -196,7 +199,8 @@ def ofd_margin(weight, bias):
     z = mean / spread.clamp(min=torch.finfo(torch.float64).tiny)
     negative = torch.special.ndtr(-z)
     density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
-    margin = torch.where(negative > 0.001, mean - spread * density / negative, -3 * spread)
+    # Compared so that a NaN stays one.
+    margin = torch.where(negative <= 0.001, -3 * spread, mean - spread * density / negative)
     return torch.where(spread == 0, mean.clamp(max=0), margin).to(accumulator(weight, bias))
 
 

@@ -1,14 +1,16 @@
 """Losses on inner products: among samples, channels, positions or layers. They run on the gram kernels."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 
+from kdfast.losses.base import Loss, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum, total
 from kdfast.ops.gram import MOST_TERMS, affinity, gram_distance, inner_products, selectivity
-from kdfast.ops.pairwise import _flat
+from kdfast.ops.layout import flat_rows
 from kdfast.ops.pool import average_pool, to_smaller_square
 
 
@@ -21,10 +23,12 @@ class SP(nn.Module):
     """
 
     def forward(self, student, teacher):
-        return total(gram_distance(_flat(s), _flat(t)) for s, t in check.layers(student, teacher, check.embeddings))
+        return total(
+            gram_distance(flat_rows(s), flat_rows(t)) for s, t in check.layers(student, teacher, check.embeddings)
+        )
 
 
-class PKT(nn.Module):
+class PKT(Loss):
     """PKT - Learning Deep Representations with Probabilistic Knowledge Transfer (Passalis and Tefas, ECCV 2018).
 
     ``1 / B^2 sum_ij p'_ij log((p'_ij + eps) / (p_ij + eps))`` with ``p_ij = (1 + c_ij) / sum_k (1 + c_ik)``, c the
@@ -33,21 +37,22 @@ class PKT(nn.Module):
     The mean over B^2 is the official code's, for a weight of 30000. Op: ``gram_distance``.
     """
 
+    settings = {"eps": check.positive}
+
     def __init__(self, eps=1e-7):
         super().__init__()
-        check.positive("eps", eps)
         self.eps = eps
 
     def forward(self, student, teacher):
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
-        return gram_distance(_flat(student), _flat(teacher), "distribution", eps=self.eps)
+        return gram_distance(flat_rows(student), flat_rows(teacher), "distribution", eps=self.eps)
 
     def extra_repr(self):
         return f"eps={self.eps}"
 
 
-class CCKD(nn.Module):
+class CCKD(Loss):
     """CCKD - Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019).
 
     ``1 / B^2 sum_ij (K(c_ij) - K(c'_ij))^2``, c the cosines among the student's samples, c' the teacher's. Gaussian:
@@ -57,14 +62,14 @@ class CCKD(nn.Module):
     torchdistill normalises no rows and takes the root. Op: ``gram_distance``.
     """
 
+    settings = {
+        "kernel": one_of("gaussian", "bilinear"),
+        "gamma": check.number,
+        "order": partial(check.count, least=0, most=MOST_TERMS - 1),
+    }
+
     def __init__(self, kernel="gaussian", gamma=0.4, order=2):
         super().__init__()
-        if kernel not in ("gaussian", "bilinear"):
-            raise ValueError(f"kernel must be 'gaussian' or 'bilinear', got {kernel!r}")
-        check.number("gamma", gamma)
-        check.count("order", order)
-        if order >= MOST_TERMS:
-            raise ValueError(f"order must be at most {MOST_TERMS - 1}, got {order}")
         self.kernel = kernel
         self.gamma = gamma
         self.order = order
@@ -75,13 +80,13 @@ class CCKD(nn.Module):
         g = 2 * self.gamma
         series = [math.exp(-g) * g**p / math.factorial(p) for p in range(self.order + 1)]
         coefficients = series if self.kernel == "gaussian" else [0.0, 1.0]
-        return gram_distance(_flat(student), _flat(teacher), "polynomial", coefficients=coefficients)
+        return gram_distance(flat_rows(student), flat_rows(teacher), "polynomial", coefficients=coefficients)
 
     def extra_repr(self):
         return f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}"
 
 
-class FAKD(nn.Module):
+class FAKD(Loss):
     """FAKD - Feature-Affinity Based Knowledge Distillation for Super-Resolution (He et al., ICIP 2020).
 
     The mean of ``|s_ij - s'_ij|``, s' the teacher's. Spatial: ``s_ij = u_i . u_j``, u the positions of each map over
@@ -91,10 +96,10 @@ class FAKD(nn.Module):
     0-d. Gradients flow to both; a vector that is 0 gets none (official: NaN). Ops: ``affinity``, ``gram_distance``.
     """
 
+    settings = {"affinity": one_of("spatial", "channel", "instance")}
+
     def __init__(self, affinity="spatial"):
         super().__init__()
-        if affinity not in ("spatial", "channel", "instance"):
-            raise ValueError(f"affinity must be 'spatial', 'channel' or 'instance', got {affinity!r}")
         self.affinity = affinity
 
     def forward(self, student, teacher):
@@ -109,7 +114,7 @@ class FAKD(nn.Module):
 
     @staticmethod
     def instance(student, teacher):
-        return gram_distance(_flat(student), _flat(teacher), "rows_absolute")
+        return gram_distance(flat_rows(student), flat_rows(teacher), "rows_absolute")
 
     def extra_repr(self):
         return f"affinity={self.affinity!r}"
@@ -174,7 +179,7 @@ def _patch_vectors(x, patches):
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-class LKD(nn.Module):
+class LKD(Loss):
     """LKD - Local Correlation Consistency for Knowledge Distillation, its relations (Li et al., ECCV 2020).
 
     With c the cosines among all patches of a batch, ``patches`` x ``patches`` to a map and each flattened with its
@@ -187,12 +192,15 @@ class LKD(nn.Module):
     class-aware attention is left to the caller, who multiplies the maps with it. Op: ``gram_distance``.
     """
 
+    settings = {
+        "patches": check.count,
+        "intra_weight": check.number,
+        "inter_weight": check.number,
+        "cross_weight": check.number,
+    }
+
     def __init__(self, patches=4, intra_weight=1.0, inter_weight=1.0, cross_weight=1.0):
         super().__init__()
-        check.count("patches", patches)
-        check.number("intra_weight", intra_weight)
-        check.number("inter_weight", inter_weight)
-        check.number("cross_weight", cross_weight)
         self.patches = patches
         self.intra_weight = intra_weight
         self.inter_weight = inter_weight

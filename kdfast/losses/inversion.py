@@ -1,17 +1,19 @@
 """Terms of images that are made from a network, without data: DeepInversion, and DIODE for detectors."""
 
+import functools
+
 import torch
 
 from kdfast.ops import check
-from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.accumulate import accumulator, fixed_sum, weighted_sum
 from kdfast.ops.moments import channel_moments
 
 
 def _norm(x):
     """Euclidean length of all of x, summed in a fixed order, with the gradient 0 at 0."""
     squares = fixed_sum(x.square().flatten())
-    above = squares > 0
-    return torch.where(above, torch.where(above, squares, 1.0).sqrt(), 0.0)
+    zero = squares == 0  # a NaN stays one
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
 
 
 def bn_statistics_loss(x, running_mean, running_var, p=2, alpha_mean=1.0, alpha_var=1.0):
@@ -38,8 +40,12 @@ def bn_statistics_loss(x, running_mean, running_var, p=2, alpha_mean=1.0, alpha_
         check.same_device(name, values, x, of="x")
     moments = channel_moments(x)
     gaps = torch.stack([running_mean, running_var]).detach().to(moments.dtype) - moments
-    of_mean, of_var = (fixed_sum(gap.abs()) if p == 1 else _norm(gap) for gap in gaps)
-    return alpha_mean * of_mean + alpha_var * of_var
+
+    def distance(gap):
+        return fixed_sum(gap.abs()) if p == 1 else _norm(gap)
+
+    of_mean, of_var = (functools.partial(distance, gap) for gap in gaps)
+    return weighted_sum(x, (alpha_mean, of_mean), (alpha_var, of_var))
 
 
 def total_variation(x):
@@ -81,7 +87,7 @@ def self_similarity(x, threshold):
     # A product of each pair, summed in a fixed order: batches of images to be made are small.
     cosines = fixed_sum(units[:, None] * units[None])
     others = ~torch.eye(x.shape[0], dtype=torch.bool, device=x.device)
-    return _norm(torch.where(others & (cosines >= threshold), cosines, 0.0))
+    return _norm(torch.where(others & ~(cosines < threshold), cosines, 0.0))
 
 
 def adaptive_inversion(student, teacher, temperature=3.0):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from kdfast import _kernels, distributed
+from kdfast.losses.base import SHARE, Loss
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.gram import inner_products
@@ -26,7 +27,7 @@ CONSTANTS = ("z_student", "z_teacher")
 BUFFERS = (*BANKS, *CONSTANTS, "seed")
 
 
-class CRD(nn.Module):
+class CRD(Loss):
     """CRD - Contrastive Representation Distillation (Tian, Krishnan and Isola, ICLR 2020).
 
     With unit embeddings v of the student and of the teacher, banks M of those of all `n_data` samples, K negatives:
@@ -47,6 +48,8 @@ class CRD(nn.Module):
     linear layers in the inputs' accumulation type, whatever autocast and torch's setting for TF32 say. Op: ``nce``.
     """
 
+    settings = {"negatives": check.count, "temperature": check.positive, "momentum": SHARE}
+
     def __init__(
         self,
         student_dim,
@@ -62,12 +65,10 @@ class CRD(nn.Module):
     ):
         super().__init__()
         sizes = dict(student_dim=student_dim, teacher_dim=teacher_dim, n_data=n_data, feature_dim=feature_dim)
-        for name, value in dict(**sizes, negatives=negatives).items():
+        for name, value in sizes.items():
             check.count(name, value)
         if n_data > LARGEST_BANK:
             raise ValueError(f"n_data must be at most {LARGEST_BANK}, got {n_data}")
-        check.positive("temperature", temperature)
-        check.number("momentum", momentum, 0.0, 1.0)
         if bank_dtype not in check.FLOATS:
             raise TypeError(f"bank_dtype must be float32, float64, float16 or bfloat16, got {bank_dtype}")
         if labels is not None:
@@ -84,16 +85,28 @@ class CRD(nn.Module):
         self.embed_teacher = nn.Linear(teacher_dim, feature_dim)
         _require_memory(n_data, feature_dim, bank_dtype)
         for name in BANKS:
-            self.register_buffer(name, _random_bank(n_data, feature_dim, bank_dtype))
+            self.register_buffer(name, _empty_bank(n_data, feature_dim, bank_dtype))
         for name in CONSTANTS:
-            self.register_buffer(name, torch.tensor(-1.0, dtype=torch.float64))
-        self.register_buffer("seed", torch.randint(2**62, ()))
+            self.register_buffer(name, torch.empty((), dtype=torch.float64))
+        self.register_buffer("seed", torch.empty((), dtype=torch.int64))
+        self.reset_parameters()
         self.register_buffer("labels", None if labels is None else labels.detach().long().clone(), persistent=False)
         # DDP would send them from rank 0 in each step.
         self._ddp_params_and_buffers_to_ignore = [*BUFFERS, *(["labels"] if labels is not None else [])]
         self._shared = False  # whether all ranks are known to have rank 0's state
 
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Random banks, Z unset, another seed: the state at the start, also of a module that was made on meta."""
+        bound = 1 / math.sqrt(self.feature_dim / 3)  # rows of length about 1, as in the official code
+        for name in BANKS:
+            getattr(self, name).uniform_(-bound, bound)
+        for z in self._z():
+            z.fill_(-1.0)
+        self.seed.random_(2**62)
+
     def forward(self, student, teacher, index, contrast_index=None):
+        _refuse_recomputation()
         counts = self._checked(student, teacher, index, contrast_index)
         anchors = self._anchors(student, teacher)
         drawn = contrast_index is None
@@ -199,7 +212,8 @@ class CRD(nn.Module):
         before = self._z()
         super()._apply(fn, *args, **kwargs)
         for name, z in zip(CONSTANTS, before, strict=True):
-            self._buffers[name] = z.to(self._buffers[name].device)
+            now = self._buffers[name]
+            self._buffers[name] = now.double() if z.is_meta else z.to(now.device)
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *others):
@@ -221,6 +235,8 @@ class CRD(nn.Module):
 
 def _unit(x, linear):
     """Rows of x embedded and divided by their lengths, in the accumulation type; a zero row stays zero."""
+    for parameter in (linear.weight, linear.bias):
+        check.tensor("an embedding's parameter", parameter)
     dtype = accumulator(x, linear.weight)
     x = _products(x.flatten(1), linear.weight).to(dtype) + linear.bias.to(dtype)
     squares = fixed_sum(x * x)[:, None]
@@ -245,15 +261,22 @@ def _gather_batch(moves, index, log_sums, counts):
     return everything[0], everything[1].view(torch.int64)[:, 0], log_sums.logsumexp(0)
 
 
-def _random_bank(rows, cols, dtype):
-    """Uniform rows of length about 1, as in the official code."""
+def _refuse_recomputation():
+    """A step in a backward would draw again, score other rows, and move the banks a second time."""
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "CRD is being recomputed in a backward, as torch.utils.checkpoint does: each step draws negatives and "
+            "moves the banks, so a second one is another loss. Call CRD outside of the checkpoint"
+        )
+
+
+def _empty_bank(rows, cols, dtype):
     bank = torch.empty(rows, cols, dtype=dtype)
     if bank.device.type == "cpu" and _kernels.status()["_C"].loaded:
         from kdfast import _C
 
         _C.advise_huge_pages(bank.data_ptr(), bank.nbytes)
-    bound = 1 / math.sqrt(cols / 3)
-    return bank.uniform_(-bound, bound)
+    return bank
 
 
 def _available_memory(device):

@@ -3,10 +3,12 @@
 import torch
 from torch import nn
 
+from kdfast.losses.base import Loss
 from kdfast.ops import check
-from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.accumulate import accumulator, fixed_sum, total, weighted_sum
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.pool import average_pool
+from kdfast.ops.saved import save, saved
 
 
 class RKDDistance(nn.Module):
@@ -37,7 +39,7 @@ class RKDAngle(nn.Module):
         return rkd_angle(student, teacher)
 
 
-class RKD(nn.Module):
+class RKD(Loss):
     """RKD - Relational Knowledge Distillation, both terms (Park, Kim, Lu and Cho, CVPR 2019).
 
     ``distance_weight RKD-D + angle_weight RKD-A`` from one pair of distance matrices; the default weights are
@@ -45,10 +47,10 @@ class RKD(nn.Module):
     dimensions are flattened; 0-d. The gradient goes to the student and stops at the teacher. Op: ``rkd``.
     """
 
+    settings = {"distance_weight": check.number, "angle_weight": check.number}
+
     def __init__(self, distance_weight=25.0, angle_weight=50.0):
         super().__init__()
-        check.number("distance_weight", distance_weight)
-        check.number("angle_weight", angle_weight)
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
@@ -60,25 +62,25 @@ class RKD(nn.Module):
 
 
 class _Take(torch.autograd.Function):
-    """x [rows, cols] at distinct `columns` [rows, k]; backward without a scatter, whose order a GPU does not fix."""
+    """x [rows, cols] at `count` distinct `columns` of a row; backward without a scatter, whose order is not fixed."""
 
     @staticmethod
-    def forward(ctx, x, columns):
-        ctx.save_for_backward(columns)
-        ctx.cols = x.shape[1]
+    def forward(ctx, x, columns, count):
+        save(ctx, columns)
+        ctx.cols, ctx.count = x.shape[1], count
         return x.gather(1, columns)
 
     @staticmethod
     def backward(ctx, grad):
-        (columns,) = ctx.saved_tensors
+        (columns,) = saved(ctx)
         every = torch.arange(ctx.cols, device=grad.device)
         x_grad = grad.new_zeros(grad.shape[0], ctx.cols)
-        for k in range(columns.shape[1]):
+        for k in range(ctx.count):
             x_grad = torch.where(every == columns[:, k : k + 1], grad[:, k : k + 1], x_grad)
-        return x_grad, None
+        return x_grad, None, None
 
 
-class HardDarkRank(nn.Module):
+class HardDarkRank(Loss):
     """HardDarkRank - DarkRank: Cross Sample Similarities Transfer (Chen, Wang and Zhang, AAAI 2018).
 
     ``-mean_b sum_i [S_pi(i) - logsumexp_j>=i S_pi(j)]``: minus the log-likelihood, under the student's scores
@@ -88,11 +90,10 @@ class HardDarkRank(nn.Module):
     equally near rows open; here the first comes first. Op: ``pairwise_distance``.
     """
 
+    settings = {"alpha": check.positive, "beta": check.positive, "permute_len": check.count}
+
     def __init__(self, alpha=3.0, beta=3.0, permute_len=4):
         super().__init__()
-        check.positive("alpha", alpha)
-        check.positive("beta", beta)
-        check.count("permute_len", permute_len)
         self.alpha = alpha
         self.beta = beta
         self.permute_len = permute_len
@@ -102,12 +103,18 @@ class HardDarkRank(nn.Module):
         check.same_batch("teacher", teacher, student)
         rows = student.shape[0]
         # A row comes before all others in its own order, those that equal it too.
-        order = pairwise_distance(teacher.detach(), squared=True).fill_diagonal_(-1).argsort(dim=1, stable=True)
-        kept = order[:, 1 : self.permute_len + 1]
-        scores = -self.alpha * _Take.apply(pairwise_distance(student), kept) ** self.beta
+        distances = pairwise_distance(teacher.detach(), squared=True)
+        each = torch.arange(rows, device=distances.device)
+        order = torch.where(each == each[:, None], -1.0, distances).argsort(dim=1, stable=True)
+        # As a comparison, so that a compiled graph has a fixed number of steps for every batch that is large enough.
+        count = self.permute_len if rows > self.permute_len else max(rows - 1, 0)
+        kept = order[:, 1 : count + 1]
+        scores = -self.alpha * _Take.apply(pairwise_distance(student), kept, count) ** self.beta
         likelihood = scores.sum(1)
-        for k in range(kept.shape[1]):
+        for k in range(count):
             likelihood = likelihood - scores[:, k:].logsumexp(1)
+        # Distances that are NaN have no order: loss and gradient are NaN.
+        likelihood = likelihood * torch.where(distances.isnan().any(1), float("nan"), 1.0)
         return -fixed_sum(likelihood) / max(rows, 1)
 
     def extra_repr(self):
@@ -133,14 +140,14 @@ class _RowDistance(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
+        save(ctx, a, b)
         dtype = accumulator(a, b)
         return fixed_sum((a.to(dtype) - b.to(dtype)).square().flatten(1))
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("RowDistance")
-        a, b = ctx.saved_tensors
+        a, b = saved(ctx)
         factor = 2 * grad.view(-1, *[1] * (a.dim() - 1))
         a_grad = factor * (a.to(grad.dtype) - b.to(grad.dtype))
         return a_grad.to(a.dtype), (-a_grad).to(b.dtype)
@@ -193,7 +200,7 @@ def _movement(early, late):
     return _RowDistance.apply(early, late)
 
 
-class IRG(nn.Module):
+class IRG(Loss):
     """IRG - Knowledge Distillation via Instance Relationship Graph, vertices and edges (Liu et al., CVPR 2019).
 
     ``vertex_weight mse(logits) + edge_weight / 3 [mse(E_feature) + mse(E_map1) + mse(E_map2)] + transformation_weight
@@ -204,11 +211,10 @@ class IRG(nn.Module):
     the widely used PyTorch code (AberHu); the authors' release has no vertices. Op: ``pairwise_distance``.
     """
 
+    settings = {"vertex_weight": check.number, "edge_weight": check.number, "transformation_weight": check.number}
+
     def __init__(self, vertex_weight=0.1, edge_weight=5.0, transformation_weight=5.0):
         super().__init__()
-        check.number("vertex_weight", vertex_weight)
-        check.number("edge_weight", edge_weight)
-        check.number("transformation_weight", transformation_weight)
         self.vertex_weight = vertex_weight
         self.edge_weight = edge_weight
         self.transformation_weight = transformation_weight
@@ -218,14 +224,23 @@ class IRG(nn.Module):
         _checked_layers("teacher", teacher, first)
         check.same_shape("teacher[3]", teacher[3], student[3], of="student[3]")
         rows = max(first.shape[0], 1)
-        vertex = fixed_sum(_RowDistance.apply(student[3], teacher[3])) / (rows * student[3].shape[1])
-        edge = sum(_edge_error(s, t, constant=False) for s, t in zip(student[:3], teacher[:3], strict=True))
-        moved = [_over_largest(_movement(*network[:2]), constant=False) for network in (student, teacher)]
-        transformation = fixed_sum((moved[0] - moved[1]).square()) / rows
-        return (
-            self.vertex_weight * vertex
-            + self.edge_weight / 3 * edge / rows**2
-            + self.transformation_weight * transformation
+
+        def vertex():
+            return fixed_sum(_RowDistance.apply(student[3], teacher[3])) / (rows * student[3].shape[1])
+
+        def edge():
+            errors = (_edge_error(s, t, constant=False) for s, t in zip(student[:3], teacher[:3], strict=True))
+            return total(errors) / (3 * rows**2)
+
+        def transformation():
+            moved = [_over_largest(_movement(*network[:2]), constant=False) for network in (student, teacher)]
+            return fixed_sum((moved[0] - moved[1]).square()) / rows
+
+        return weighted_sum(
+            student[3],
+            (self.vertex_weight, vertex),
+            (self.edge_weight, edge),
+            (self.transformation_weight, transformation),
         )
 
     def extra_repr(self):

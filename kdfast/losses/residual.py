@@ -3,8 +3,8 @@
 import math
 
 import torch
-from torch import nn
 
+from kdfast.losses.base import SHARE, Loss, one_of
 from kdfast.losses.feature import ofd_margin
 from kdfast.ops import check, cross_entropy, partial_squared_error
 
@@ -30,7 +30,7 @@ def residual_margin_loss(student, teacher, bn_weight, bn_bias):
     return partial_squared_error(student, teacher.detach(), margin) / (student.shape[0] + 1e-8)
 
 
-class JointLoss(nn.Module):
+class JointLoss(Loss):
     """RD - Residual Distillation: Towards Portable Deep Neural Networks without Shortcuts (Li et al., NeurIPS 2020).
 
     Called JointRD by its code. The plain student's prefixes go on through the residual teacher: each cut gives a joint
@@ -44,13 +44,15 @@ class JointLoss(nn.Module):
     integers, epoch an int or a 0-d tensor; 0-d. Op: ``cross_entropy``.
     """
 
+    settings = {
+        "feature_weight": check.number,
+        "decay_floor": SHARE,
+        "decay_epochs": check.positive,
+        "stage": one_of("joint", "ta"),
+    }
+
     def __init__(self, feature_weight=1e-3, decay_floor=0.5, decay_epochs=60, stage="joint"):
         super().__init__()
-        check.number("feature_weight", feature_weight)
-        check.number("decay_floor", decay_floor, 0, 1)
-        check.positive("decay_epochs", decay_epochs)
-        if stage not in ("joint", "ta"):
-            raise ValueError(f"stage must be 'joint' or 'ta', got {stage!r}")
         self.feature_weight, self.decay_floor, self.decay_epochs = feature_weight, decay_floor, decay_epochs
         self.stage = stage
 
@@ -61,12 +63,17 @@ class JointLoss(nn.Module):
             raise ValueError(
                 f"feature_losses must have one for each path, {len(joint) + 1}, got {len(joint_features) + 1}"
             )
-        loss = cross_entropy(plain, labels) + self.feature_weight * features
+
+        def of_path(logits, features):
+            loss = cross_entropy(logits, labels)
+            return loss + self.feature_weight * features if self.feature_weight else loss
+
+        loss = of_path(plain, features)
         if self.stage == "ta":
             return loss
         decay = self.decay(epoch, plain.device).to(loss.dtype)
         for path, path_features in zip(joint, joint_features, strict=True):
-            loss = loss + decay * (cross_entropy(path, labels) + self.feature_weight * path_features)
+            loss = loss + torch.where(decay == 0, 0.0, decay * of_path(path, path_features))
         return loss / (len(joint) + 1)
 
     @staticmethod

@@ -1,14 +1,16 @@
 """Losses on logits that run on the softmax-KL kernels."""
 
 import math
+from functools import partial
 
-from torch import nn
+import torch
 
+from kdfast.losses.base import REDUCTION, SHARE, Loss, or_none
 from kdfast.ops import check
-from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, dkd, softmax_kl
+from kdfast.ops.softmax_kl import batch_size, cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
 
 
-class KD(nn.Module):
+class KD(Loss):
     """KD - Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, NIPS workshop 2014).
 
     ``T^2 KL(p || q)`` with p = softmax(teacher / T), q = softmax(student / T), summed over classes, averaged over the
@@ -24,13 +26,15 @@ class KD(nn.Module):
     :func:`kdfast.ops.cross_entropy_kl`.
     """
 
+    settings = {
+        "temperature": check.positive,
+        "alpha": or_none(SHARE),
+        "label_smoothing": SHARE,
+        "reduction": REDUCTION,
+    }
+
     def __init__(self, temperature=4.0, alpha=None, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
         super().__init__()
-        check.positive("temperature", temperature)
-        if alpha is not None:
-            check.number("alpha", alpha, 0, 1)
-        check.number("label_smoothing", label_smoothing, 0, 1)
-        check.reduction(reduction)
         self.temperature = temperature
         self.alpha = alpha
         self.label_smoothing = label_smoothing
@@ -39,6 +43,8 @@ class KD(nn.Module):
 
     def forward(self, student, teacher, labels=None):
         if self.alpha is None:
+            if labels is not None:
+                check.tensor("labels", labels)
             return softmax_kl(student, teacher, self.temperature, reduction=self.reduction)
         if labels is None:
             raise ValueError(f"labels are required because alpha={self.alpha} weighs a cross-entropy, got None")
@@ -58,16 +64,17 @@ class KD(nn.Module):
         return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
 
 
-class ReverseKD(nn.Module):
+class ReverseKD(Loss):
     """Reverse KD - the mode-seeking direction, as in codistillation (Anil et al., ICLR 2018) and later language models.
 
     ``T^2 KL(q || p)`` with q = softmax(student / T), p = softmax(teacher / T), averaged over the batch.
     Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both. Op: ``softmax_kl(beta=1)``.
     """
 
+    settings = {"temperature": check.positive}
+
     def __init__(self, temperature=1.0):
         super().__init__()
-        check.positive("temperature", temperature)
         self.temperature = temperature
 
     def forward(self, student, teacher):
@@ -77,7 +84,7 @@ class ReverseKD(nn.Module):
         return f"temperature={self.temperature}"
 
 
-class JSD(nn.Module):
+class JSD(Loss):
     """JSD - generalised Jensen-Shannon divergence, as in on-policy distillation (Agarwal et al., ICLR 2024).
 
     ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, ``m = beta p + (1 - beta) q``, p the teacher's softmax and q the
@@ -86,10 +93,10 @@ class JSD(nn.Module):
     The mixture is formed from log-probabilities, so that nothing is NaN where both underflow. Op: ``softmax_kl``.
     """
 
+    settings = {"beta": SHARE, "temperature": check.positive}
+
     def __init__(self, beta=0.5, temperature=1.0):
         super().__init__()
-        check.number("beta", beta, 0, 1)
-        check.positive("temperature", temperature)
         self.beta = beta
         self.temperature = temperature
 
@@ -100,7 +107,7 @@ class JSD(nn.Module):
         return f"beta={self.beta}, temperature={self.temperature}"
 
 
-class DKD(nn.Module):
+class DKD(Loss):
     """DKD - Decoupled Knowledge Distillation (Zhao et al., CVPR 2022).
 
     ``T^2 [alpha TCKD + beta NCKD]`` averaged over the batch: TCKD is the KL of (p_y, 1 - p_y), NCKD the KL of the
@@ -109,11 +116,10 @@ class DKD(nn.Module):
     confident logits, and always NaN in the teacher's gradient; this closed form has neither. Op: ``dkd``.
     """
 
+    settings = {"temperature": check.positive, "alpha": check.number, "beta": check.number}
+
     def __init__(self, temperature=4.0, alpha=1.0, beta=8.0):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.number("alpha", alpha)
-        check.number("beta", beta)
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
@@ -125,7 +131,7 @@ class DKD(nn.Module):
         return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
 
 
-class TfKDSelf(nn.Module):
+class TfKDSelf(Loss):
     """Tf-KD_self - Revisiting Knowledge Distillation via Label Smoothing Regularization (Yuan et al., CVPR 2020).
 
     ``(1 - alpha) CE + alpha multiplier T^2 KL(p || q) / C``: a network taught by an earlier copy of itself. The
@@ -133,31 +139,25 @@ class TfKDSelf(nn.Module):
     (B,) integers; 0-d. Gradients flow to both. Op: ``cross_entropy_kl``.
     """
 
+    settings = {"temperature": check.positive, "alpha": SHARE, "multiplier": check.number}
+
     def __init__(self, temperature=20.0, alpha=0.9, multiplier=1.0):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.number("alpha", alpha, 0, 1)
-        check.number("multiplier", multiplier)
         self.temperature = temperature
         self.alpha = alpha
         self.multiplier = multiplier
 
     def forward(self, student, teacher, labels):
-        check.logits("student", student)
-        return cross_entropy_kl(
-            student,
-            teacher,
-            labels,
-            self.temperature,
-            kl_weight=self.alpha * self.multiplier / student.shape[1],
-            ce_weight=1 - self.alpha,
-        )
+        check.pair(student, teacher)
+        check.positive("temperature", self.temperature)
+        weights = self.alpha * self.multiplier, batch_size(student) * student.shape[1], 1 - self.alpha
+        return cross_entropy_loss(student, teacher, labels, self.temperature, *weights, 0.0, -100, "batchmean")
 
     def extra_repr(self):
         return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
 
 
-class TfKDReg(nn.Module):
+class TfKDReg(Loss):
     """Tf-KD_reg - the virtual teacher of the same paper (Yuan et al., CVPR 2020).
 
     ``(1 - alpha) CE + alpha multiplier KL(r || q) / C`` with q = softmax(student), not divided by T, and
@@ -166,36 +166,42 @@ class TfKDReg(nn.Module):
     target exists. Shapes: student (B, C) logits, labels (B,) integers; 0-d. Op: ``cross_entropy``.
     """
 
+    settings = {"temperature": check.positive, "alpha": SHARE, "multiplier": partial(check.number, low=0)}
+
     def __init__(self, temperature=20.0, alpha=0.1, multiplier=50.0):
         super().__init__()
-        check.positive("temperature", temperature)
-        check.number("alpha", alpha, 0, 1)
-        check.number("multiplier", multiplier, 0)
         self.temperature = temperature
         self.alpha = alpha
         self.multiplier = multiplier
 
     def forward(self, student, labels):
         check.logits("student", student)
-        rows, classes = student.shape
-        kl_weight = self.alpha * self.multiplier / classes
-        ce_weight = 1 - self.alpha
+        check.positive("temperature", self.temperature)
+        (rows, classes), compiling = student.shape, torch.compiler.is_compiling()
+        kl_weight, ce_weight = self.alpha * self.multiplier, 1 - self.alpha
+        if classes == 1 or not kl_weight or not rows:
+            return cross_entropy(student, labels, ce_weight=ce_weight + kl_weight / classes)
+        one, exp, log = 1.0, math.exp, math.log
+        if compiling:  # the graph computes the weights, and so serves every temperature and number of classes
+            one, exp, log = student.new_ones((), dtype=torch.float64), torch.exp, torch.log
         others = classes - 1
         # r is `low` at each other class and 1 - others * low at the label.
-        gap = 0.99 - 0.01 / others if others else 0.0
-        low = 1 / (math.exp(gap / self.temperature) + others)
+        low = 1 / (exp((0.99 - 0.01 / (one * others)) / (one * self.temperature)) + others)
         at_label = 1 - others * low
-        entropy = -(others * low * math.log(low) + at_label * math.log(at_label)) if others else 0.0
+        kl_weight = one * kl_weight / classes
+        entropy = -(others * low * log(low) + at_label * log(at_label))
         total = kl_weight + ce_weight
-        smoothing = kl_weight * classes * low / total if others and total else 0.0
-        loss = cross_entropy(student, labels, ce_weight=total, label_smoothing=smoothing)
-        return loss - kl_weight * entropy if rows else loss
+        smoothing = kl_weight * classes * low / total
+        if not compiling:
+            return cross_entropy(student, labels, ce_weight=total, label_smoothing=smoothing) - kl_weight * entropy
+        hard, uniform = cross_entropy(student, labels), cross_entropy(student, labels, label_smoothing=1.0)
+        return (total * ((1 - smoothing) * hard + smoothing * uniform) - kl_weight * entropy).to(hard.dtype)
 
     def extra_repr(self):
         return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
 
 
-class LabelRefinery(nn.Module):
+class LabelRefinery(Loss):
     """Label Refinery - Improving ImageNet Classification through Label Progression (Bagherinezhad et al., 2018).
 
     ``-sum_c P_c log softmax(student)_c``, the cross-entropy with a previous network's probabilities P at temperature 1.
@@ -203,9 +209,10 @@ class LabelRefinery(nn.Module):
     No gradient to the probabilities (the official code refuses them if they require one). Op: ``cross_entropy``.
     """
 
+    settings = {"reduction": REDUCTION}
+
     def __init__(self, reduction="mean"):
         super().__init__()
-        check.reduction(reduction)
         self.reduction = reduction
 
     def forward(self, student, teacher_probabilities):

@@ -16,6 +16,20 @@ def total(losses):
     return functools.reduce(operator.add, losses)
 
 
+def weighted(weight, x):
+    """weight * x; of weight 0 exactly 0 with an upstream gradient of 0, whatever x is."""
+    return weight * x if weight else torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
+
+
+def weighted_sum(like, *terms):
+    """The sum of ``weight * term()`` over (weight, term) pairs; a term of weight 0 is not computed, whatever it reads.
+
+    If all weigh 0: 0 with a graph to `like`, whose gradient is 0.
+    """
+    terms = [weight * term() for weight, term in terms if weight != 0]
+    return total(terms) if terms else weighted(0, like).sum()
+
+
 def fixed_sum(x):
     """Sum over the last dimension in fixed blocks: the same bits for any number of threads."""
     head = x.shape[-1] // 1024 * 1024

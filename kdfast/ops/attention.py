@@ -12,6 +12,7 @@ import torch
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.saved import save, saved
 
 EPS = 1e-12  # the smallest norm of the mean over channels, as in torch.nn.functional.normalize
 
@@ -93,14 +94,14 @@ class _AttentionTransfer(torch.autograd.Function):
         loss, slope_s, slope_t = _attention_transfer(
             student.flatten(2), teacher.flatten(2), power, need_student, need_teacher
         )
-        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        save(ctx, student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
         ctx.power = power
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("attention_transfer")
-        student, slope_s, teacher, slope_t = ctx.saved_tensors
+        student, slope_s, teacher, slope_t = saved(ctx)
 
         def gradient(x, slope):
             return _attention_gradient(grad, slope, x.flatten(2), ctx.power).unflatten(2, x.shape[2:])

@@ -1,6 +1,7 @@
 """Argument checks shared by the ops: each error names the argument, what came and what was expected."""
 
 import math
+import numbers
 import os
 
 import torch
@@ -9,10 +10,16 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Looked up once: a check takes less time than finding these names.
+_STRIDED, _is_compiling, _transform_level = (
+    torch.strided,
+    torch.compiler.is_compiling,
+    torch._C._functorch.maybe_current_level,
+)
 
 
 def tensor(name, x):
-    """`x` is a plain torch.Tensor: no DTensor, no functorch wrapper."""
+    """`x` is a plain, dense torch.Tensor: no DTensor, no functorch wrapper, no sparse, nested or MKL-DNN layout."""
     if type(x) not in _PLAIN:
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
@@ -20,7 +27,10 @@ def tensor(name, x):
             raise TypeError(
                 f"{name} is a DTensor, which kdfast does not support: pass {name}.to_local() or .full_tensor()"
             )
-    if not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None:
+    if x.layout is not _STRIDED or x.is_nested:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.").lstrip("_")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one: pass {name}.to_dense() or a padded tensor")
+    if not _is_compiling() and _transform_level() is not None:
         raise RuntimeError(
             f"{name} is inside a torch.func transform (vmap, grad, jvp ...), which kdfast does not support: "
             "call the loss on plain tensors, with reduction='none' for one value per sample"
@@ -71,6 +81,15 @@ def logits(name, x):
 def pair(student, teacher):
     """Student and teacher logits of one shape on one device; dtypes may differ."""
     logits("student", student)
+    if (
+        type(teacher) in _PLAIN
+        and teacher.dtype is student.dtype
+        and teacher.shape == student.shape
+        and teacher.device == student.device
+        and teacher.layout is _STRIDED
+        and not teacher.is_nested
+    ):
+        return  # what passed for the student passes for the teacher
     logits("teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
@@ -206,7 +225,10 @@ def top_k(values, indices, rest, student):
         )
     tensor("teacher.indices", indices)
     if indices.dtype not in INTEGERS:
-        raise TypeError(f"teacher.indices must be integers, got {indices.dtype}")
+        raise TypeError(
+            f"teacher.indices must be integers, got {indices.dtype}: a tuple as the teacher is a TopK, (values, indices"
+            "[, rest[, temperature]]); of a model that returns (logits, ...) pass the logits"
+        )
     if indices.shape != values.shape:
         raise ValueError(
             f"teacher.indices must have the shape of teacher.values {tuple(values.shape)}, got {tuple(indices.shape)}"
@@ -265,7 +287,7 @@ def permutation(permutation, logits):
         raise ValueError(f"permutation must have the shape {tuple(logits.shape)}, got {tuple(permutation.shape)}")
     same_device("permutation", permutation, logits, "the teacher")
     if permutation.device.type == "cpu" and not torch.compiler.is_compiling():
-        wrong = (permutation.sort(1).values != torch.arange(logits.shape[1])).any(1)
+        wrong = (permutation.sort(1).values != torch.arange(logits.shape[1], device=permutation.device)).any(1)
         if wrong.any():
             row = int(wrong.nonzero()[0])
             raise ValueError(f"permutation[{row}] must have every class from 0 to {logits.shape[1] - 1} once")
@@ -282,6 +304,20 @@ def class_probabilities(name, probabilities, student):
     same_device(name, probabilities, student)
 
 
+def refuse_mass_below_0(masses):
+    """An error that names a row of target probabilities whose sum is below 0."""
+    row = int(masses.argmin())
+    raise ValueError(mass_message(row, float(masses[row])))
+
+
+def mass_message(row, mass):
+    """What the CPU kernel says of such a row, too."""
+    return (
+        f"labels[{row}] are probabilities that sum to {mass:.6g}, expected 0 or more: pass probabilities, not logits "
+        "or log-probabilities"
+    )
+
+
 def row_weight(weight, student):
     """(B,) floating-point weights on the student's device, without gradient."""
     tensor("weight", weight)
@@ -295,27 +331,43 @@ def row_weight(weight, student):
 
 def positive(name, value):
     """`value` is a finite number above zero."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    _real(name, value)
     if not 0 < value < math.inf:  # plain comparisons: a compiled graph may have a symbol here
         raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 
 def number(name, value, low=-math.inf, high=math.inf):
     """`value` is a finite number from `low` to `high`."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    _real(name, value)
     if not (low <= value <= high and -math.inf < value < math.inf):
         between = "finite" if low == -math.inf and high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} must be {between}, got {value}")
 
 
-def count(name, value):
-    """`value` is a whole number from 1 on."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def one_number(name, values):
+    """-> the number that all entries of a tensor are. On CUDA this waits for the device."""
+    if values.numel() == 0 or (values != values.flatten()[0]).any():
+        raise ValueError(f"{name} must be one number, got a tensor of {values.numel()} that differ or are none")
+    return float(values.flatten()[0])
+
+
+def count(name, value, least=1, most=math.inf):
+    """`value` is an int from `least` to `most`."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def _real(name, value):
+    """`value` is a number, Python's or NumPy's."""
+    # Python's come first: a compiled graph knows these types, and may have a symbol here.
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return
+    if isinstance(value, (bool, torch.Tensor)) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def one_of(name, value, choices):

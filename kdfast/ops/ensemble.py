@@ -17,10 +17,22 @@ class and gets no eps. An empty target (-inf everywhere) teaches nothing.
 
 import torch
 
-from kdfast._kernels import NAMESPACE, define
+from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.softmax_kl import INF, kl_grad_p, kl_grad_q, kl_term, log_softmax, row_stats
+from kdfast.ops.saved import save, saved
+from kdfast.ops.softmax_kl import (
+    INF,
+    batch_size,
+    kl_grad_p,
+    kl_grad_q,
+    kl_rows,
+    kl_term,
+    log_ratio_of,
+    log_softmax,
+    row_stats,
+)
+from kdfast.ops.temperature import temperature_argument, temperature_of
 
 KINDS = ("kl", "cross_entropy", "reverse_kl")
 MOST = 128  # networks in one call: the kernels take their addresses by value
@@ -53,7 +65,7 @@ def cross_entropy_grad(z, top, sum_1, column):
 
 
 def weighed(weight, x):
-    """weight * x, and 0 of weight 0 where x is infinite."""
+    """weight * x, and 0 of weight 0, whatever x is."""
     weight = torch.as_tensor(weight, dtype=x.dtype, device=x.device)
     return torch.where(weight == 0, 0.0, weight * x)
 
@@ -113,43 +125,48 @@ def with_eps(target, log_p, empty, z, eps):
 
 
 def mixed_logits_kl_forward_torch(
-    networks, mix, labels, ramp, learners, temperature, eps, kl_scale, ce_scale, target_ce
+    networks, mix, labels, ramp, temperatures, learners, temperature, eps, kl_scale, ce_scale, divisor, target_ce
 ):
     """-> loss, stats: maxima of the networks; of the learners sums at T and at 1, masses of p', slopes
 
     sum_c p (log p' - log q); of the targets maxima, sums at T and at 1.
     """
     dtype, mix = accumulator(*networks, mix), completed(mix, networks)
+    t = temperature_of(temperatures, temperature, dtype)
     tops = [row_stats(x, 1.0, dtype)[0] for x in networks]
     column, wrong = (None, None) if labels is None else label_column(labels, networks[0].shape[1])
     kl = ce = zero = torch.zeros_like(tops[0])
 
     targets, target_stats = [], []
     for logits in targets_of(networks, tops, mix, labels, dtype):
-        top, total = row_stats(logits, temperature, dtype)
+        top, total = row_stats(logits, t, dtype)
         sum_1 = zero
         if target_ce:
             sum_1, term = cross_entropy_stats(logits, column, wrong, dtype)
             ce = ce + term
-        targets.append((logits, log_softmax(logits, top, total, temperature), total == 0))
+        targets.append((logits, (top, total), log_softmax(logits, top, total, t)))
         target_stats.append((top, total, sum_1))
 
     learner_stats = []
     for index, z in enumerate(networks[:learners]):
-        logits, log_p, empty = targets[index % len(targets)]
-        top, total = row_stats(z, temperature, dtype)
-        log_q = log_softmax(z, top, total, temperature)
-        p, log_p_eps, mass = with_eps(logits, log_p, empty, z, eps)
+        logits, side_t, log_p = targets[index % len(targets)]
+        top, total = row_stats(z, t, dtype)
+        log_q = log_softmax(z, top, total, t)
+        plain = log_p.exp()
+        own = kl_rows(plain, log_q.exp(), log_p - log_q, log_ratio_of(logits, z, side_t, (top, total), t, False))
+        p, log_p_eps, mass = with_eps(logits, log_p, side_t[1] == 0, z, eps)
+        if eps:  # what it adds
+            own = own + fixed_sum(kl_term(plain, log_p_eps - log_p) + kl_term(p - plain, log_p_eps - log_q))
         ratio = torch.where(p == 0, 0.0, log_p_eps - log_q)
-        kl = kl + fixed_sum(kl_term(p, ratio))
+        kl = kl + own
         sum_1 = zero
         if labels is not None:
             sum_1, term = cross_entropy_stats(z, column, wrong, dtype)
             ce = ce + term
-        learner_stats.append((total, sum_1, mass, fixed_sum(kl_term(log_p.exp(), ratio))))
+        learner_stats.append((total, sum_1, mass, fixed_sum(kl_term(plain, ratio))))
 
-    scale = kl_scale if ramp is None else kl_scale * ramp.to(dtype)
-    loss = fixed_sum(weighed(scale, kl) + weighed(ce_scale, ce))
+    scale = kl_scale / divisor * (t * t) * (1.0 if ramp is None else ramp.to(dtype))
+    loss = fixed_sum(weighed(scale, kl) + weighed(ce_scale / divisor, ce))
     groups = [tops, *zip(*learner_stats, strict=True), *zip(*target_stats, strict=True)]
     return loss, torch.stack([x for group in groups for x in group])
 
@@ -160,12 +177,14 @@ def mixed_logits_kl_backward_torch(
     mix,
     labels,
     ramp,
+    temperatures,
     stats,
     learners,
     temperature,
     eps,
     kl_scale,
     ce_scale,
+    divisor,
     target_ce,
     through_targets,
     need_mix,
@@ -173,9 +192,9 @@ def mixed_logits_kl_backward_torch(
     """-> gradients [n, rows, cols] of all networks, or of the learners if nothing flows through the targets; of mix."""
     dtype, count, given = stats.dtype, len(networks), mix
     mix = completed(mix, networks)
-    grad = grad.to(dtype)
-    kl_grad = grad * (kl_scale / temperature if ramp is None else kl_scale / temperature * ramp.to(dtype))
-    ce_grad = grad * ce_scale
+    grad, t = grad.to(dtype), temperature_of(temperatures, temperature, dtype)
+    kl_grad = grad * (kl_scale / divisor * t * (1.0 if ramp is None else ramp.to(dtype)))
+    ce_grad = grad * (ce_scale / divisor)
     tops, sums, sums_1, masses, slopes, *targets = stats.split([count, *[learners] * 4, *[_targets(mix, networks)] * 3])
     column = None if labels is None else labels.clamp(0, networks[0].shape[1] - 1)[:, None]
     flows = through_targets or target_ce
@@ -186,26 +205,27 @@ def mixed_logits_kl_backward_torch(
     for index, z in enumerate(networks[:learners]):
         which = index % len(all_logits)
         logits, (top, total, _) = all_logits[which], (x[which] for x in targets)
-        log_p = log_softmax(logits, top, total, temperature)
-        log_q = log_softmax(z, tops[index], sums[index], temperature)
+        log_p = log_softmax(logits, top, total, t)
+        log_q = log_softmax(z, tops[index], sums[index], t)
         p, log_p_eps, _ = with_eps(logits, log_p, total == 0, z, eps)
-        grads[index] += kl_grad * (masses[index][:, None] * log_q.exp() - p)
+        grads[index] += weighed(kl_grad, masses[index][:, None] * log_q.exp() - p)
         if labels is not None:
-            grads[index] += ce_grad * cross_entropy_grad(z, tops[index], sums_1[index], column)
+            grads[index] += weighed(ce_grad, cross_entropy_grad(z, tops[index], sums_1[index], column))
         if through_targets:
-            target_grads[which] += kl_grad * kl_grad_p(log_p.exp(), log_p_eps - log_q, slopes[index])
+            target_grads[which] += weighed(kl_grad, kl_grad_p(log_p.exp(), log_p_eps - log_q, slopes[index]))
     if target_ce:
         for which, logits in enumerate(all_logits):
-            target_grads[which] += ce_grad * cross_entropy_grad(logits, targets[0][which], targets[2][which], column)
+            of_ce = cross_entropy_grad(logits, targets[0][which], targets[2][which], column)
+            target_grads[which] += weighed(ce_grad, of_ce)
 
     mix_grad = torch.zeros(mix.shape, dtype=dtype, device=grad.device) if need_mix else grad.new_empty(0)
     for which, target_grad in enumerate(target_grads):
         for m, z in enumerate(networks):
             weight = mix[:, which, m].to(dtype)[:, None]
-            grads[m] += torch.where(weight == 0, 0.0, weight * target_grad)
+            grads[m] += torch.where((weight == 0) | (target_grad == 0), 0.0, weight * target_grad)
             if need_mix:
                 c = z.to(dtype) - tops[m][:, None]
-                mix_grad[:, which, m] = fixed_sum(torch.where(c == -INF, 0.0, target_grad * c))
+                mix_grad[:, which, m] = fixed_sum(torch.where((c == -INF) | (target_grad == 0), 0.0, target_grad * c))
     if need_mix:
         mix_grad = mix_grad[:, : given.shape[1], : given.shape[2]].to(mix.dtype).contiguous()
     return torch.stack(grads).to(networks[0].dtype), mix_grad
@@ -223,9 +243,10 @@ def teacher_rows(student, teachers, temperature, dtype):
     return sides, logs
 
 
-def divergence(log_p, log_q, kind):
-    """sum_c p (log p - log q), or of -log q alone."""
-    return fixed_sum(kl_term(log_p.exp(), log_ratio(log_p, log_q, kind)))
+def divergence(log_p, log_q, kind, near=None):
+    """sum_c p (log p - log q), or of -log q alone; `near` is log p - log q as it counts between near rows."""
+    p, ratio = log_p.exp(), log_ratio(log_p, log_q, kind)
+    return fixed_sum(kl_term(p, ratio)) if near is None else kl_rows(p, log_q.exp(), ratio, near)
 
 
 def log_ratio(log_p, log_q, kind):
@@ -249,55 +270,82 @@ def teacher_weights(weight, teachers, dtype, device):
     return torch.ones(len(teachers), dtype=dtype, device=device) if weight is None else weight.to(dtype)
 
 
-def teachers_kl_forward_torch(student, teachers, labels, weight, kind, temperature, scale, ce_scale):
+def near_ratios(student, teachers, sides, temperature):
+    """log p_m - log q of each teacher."""
+    of_student, *others = sides
+    return [log_ratio_of(x, student, side, of_student, temperature) for x, side in zip(teachers, others, strict=True)]
+
+
+def teachers_kl_forward_torch(
+    student, teachers, labels, weight, temperatures, kind, temperature, scale, divisor, ce_scale, ce_divisor
+):
     """-> loss, stats: max, sum at T, sum at 1 of the student; maxima, sums, divergences of the teachers.
 
     Of the reverse kind the first divergence is that of the row, the others are 0.
     """
     dtype = accumulator(student, *teachers)
     column, wrong = (None, None) if labels is None else label_column(labels, student.shape[1])
-    sides, (log_q, *logs) = teacher_rows(student, teachers, temperature, dtype)
+    t = temperature_of(temperatures, temperature, dtype)
+    sides, (log_q, *logs) = teacher_rows(student, teachers, t, dtype)
     zero = torch.zeros_like(sides[0][0])
     if kind == "reverse_kl":
-        values = [divergence(log_q, mean_log(logs), kind), *[zero] * (len(teachers) - 1)]
+        log_r = mean_log(logs)
+        values = [divergence(log_q, log_r, kind, log_q - log_r), *[zero] * (len(teachers) - 1)]
         rows = values[0]
     else:
-        values = [divergence(log_p, log_q, kind) for log_p in logs]
+        nears = near_ratios(student, teachers, sides, t) if kind == "kl" else [None] * len(teachers)
+        values = [divergence(log_p, log_q, kind, near) for log_p, near in zip(logs, nears, strict=True)]
         rows = sum(map(weighed, teacher_weights(weight, teachers, dtype, student.device).unbind(0), values))
     sum_1, ce = (zero, zero) if labels is None else cross_entropy_stats(student, column, wrong, dtype)
-    loss = fixed_sum(weighed(scale, rows) + weighed(ce_scale, ce))
+    loss = fixed_sum(weighed(scale / divisor * (t * t), rows) + weighed(ce_scale / ce_divisor, ce))
     (top, total), *others = sides
     return loss, torch.stack([top, total, sum_1, *(x for x, _ in others), *(x for _, x in others), *values])
 
 
 def teachers_kl_backward_torch(
-    grad, student, teachers, labels, weight, stats, kind, temperature, scale, ce_scale, need_student, need_teachers
+    grad,
+    student,
+    teachers,
+    labels,
+    weight,
+    temperatures,
+    stats,
+    kind,
+    temperature,
+    scale,
+    divisor,
+    ce_scale,
+    ce_divisor,
+    need_student,
+    need_teachers,
 ):
     """-> gradients of the student and, [teachers, rows, cols], of the teachers; empty where not needed."""
     dtype, count = stats.dtype, len(teachers)
+    t = temperature_of(temperatures, temperature, dtype)
     (top, total, sum_1), tops, totals, values = stats.split([3, count, count, count])
-    log_q = log_softmax(student, top, total, temperature)
-    logs = [log_softmax(*x, temperature) for x in zip(teachers, tops, totals, strict=True)]
+    log_q = log_softmax(student, top, total, t)
+    logs = [log_softmax(*x, t) for x in zip(teachers, tops, totals, strict=True)]
     grad = grad.to(dtype)
-    row = grad * (scale / temperature)
+    row = grad * (scale / divisor * t)
     weights = teacher_weights(weight, teachers, dtype, grad.device)
     student_grad = teacher_grads = grad.new_empty(0)
     if need_student:
         if kind == "reverse_kl":
-            student_grad = row * kl_grad_p(log_q.exp(), log_q - mean_log(logs), values[0])
+            student_grad = weighed(row, kl_grad_p(log_q.exp(), log_q - mean_log(logs), values[0]))
         else:
             student_grad = sum(
-                row * a * kl_grad_q(log_p.exp(), log_q.exp(), p_sum)
+                weighed(row * a, kl_grad_q(log_p.exp(), log_q.exp(), p_sum))
                 for a, log_p, p_sum in zip(weights, logs, totals, strict=True)
             )
         if labels is not None:
             column = labels.clamp(0, student.shape[1] - 1)[:, None]
-            student_grad = student_grad + grad * ce_scale * cross_entropy_grad(student, top, sum_1, column)
+            of_ce = cross_entropy_grad(student, top, sum_1, column)
+            student_grad = student_grad + weighed(grad * (ce_scale / ce_divisor), of_ce)
         student_grad = student_grad.to(student.dtype)
     if need_teachers:
         teacher_grads = torch.stack(
             [
-                row * a * kl_grad_p(log_p.exp(), log_ratio(log_p, log_q, kind), value)
+                weighed(row * a, kl_grad_p(log_p.exp(), log_ratio(log_p, log_q, kind), value))
                 for a, log_p, value in zip(weights, logs, values, strict=True)
             ]
         ).to(teachers[0].dtype)
@@ -361,29 +409,31 @@ def aekd_weights(gram, slack, normalize):
     return a / a.sum()
 
 
-def aekd_forward_torch(student, teachers, temperature, scale, slack, normalize):
+def aekd_forward_torch(student, teachers, temperatures, temperature, scale, divisor, slack, normalize):
     """-> loss, stats as of teachers_kl, weights (M,)."""
     dtype = accumulator(student, *teachers)
-    sides, (log_q, *logs) = teacher_rows(student, teachers, temperature, dtype)
+    t = temperature_of(temperatures, temperature, dtype)
+    sides, (log_q, *logs) = teacher_rows(student, teachers, t, dtype)
     q = log_q.exp()
     mean_gradients = torch.stack([fixed_sum((q - log_p.exp()).double().T) for log_p in logs])
     gram = fixed_sum(mean_gradients[:, None] * mean_gradients)
     weights = aekd_weights(gram, slack, normalize).to(dtype)
-    values = [divergence(log_p, log_q, "kl") for log_p in logs]
+    nears = near_ratios(student, teachers, sides, t)
+    values = [divergence(log_p, log_q, "kl", near) for log_p, near in zip(logs, nears, strict=True)]
     rows = sum(map(weighed, weights.unbind(0), values))
     (top, total), *others = sides
     stats = [top, total, torch.zeros_like(top), *(x for x, _ in others), *(x for _, x in others), *values]
-    return fixed_sum(weighed(scale, rows)), torch.stack(stats), weights
+    return fixed_sum(weighed(scale / divisor * (t * t), rows)), torch.stack(stats), weights
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
-def _mixed_logits_kl_fake(networks, mix, labels, ramp, learners, *args):
+def _mixed_logits_kl_fake(networks, mix, labels, ramp, temperatures, learners, *args):
     dtype = accumulator(*networks, mix)
     stats = len(networks) + 4 * learners + 3 * _targets(mix, networks)
     return networks[0].new_empty((), dtype=dtype), networks[0].new_empty((stats, networks[0].shape[0]), dtype=dtype)
 
 
-def _mixed_logits_kl_backward_fake(grad, networks, mix, labels, ramp, stats, learners, *args):
+def _mixed_logits_kl_backward_fake(grad, networks, mix, labels, ramp, temperatures, stats, learners, *args):
     target_ce, through_targets, need_mix = args[-3:]
     count = len(networks) if target_ce or through_targets else learners
     mix_grad = mix.new_empty(mix.shape) if need_mix else grad.new_empty(0)
@@ -410,38 +460,39 @@ def _teachers_kl_backward_fake(grad, student, teachers, *args):
 
 _mixed_logits_kl = define(
     "ensemble",
-    "mixed_logits_kl(Tensor[] networks, Tensor? mix, Tensor? labels, Tensor? ramp, int learners, float temperature, "
-    "float eps, float kl_scale, float ce_scale, bool target_ce) -> (Tensor, Tensor)",
+    "mixed_logits_kl(Tensor[] networks, Tensor? mix, Tensor? labels, Tensor? ramp, Tensor? temperatures, "
+    "int learners, float temperature, float eps, float kl_scale, float ce_scale, SymInt divisor, bool target_ce) "
+    "-> (Tensor, Tensor)",
     mixed_logits_kl_forward_torch,
     _mixed_logits_kl_fake,
 )
 _mixed_logits_kl_backward = define(
     "ensemble",
-    "mixed_logits_kl_backward(Tensor grad, Tensor[] networks, Tensor? mix, Tensor? labels, Tensor? ramp, Tensor stats, "
-    "int learners, float temperature, float eps, float kl_scale, float ce_scale, bool target_ce, bool through_targets, "
-    "bool need_mix) -> (Tensor, Tensor)",
+    "mixed_logits_kl_backward(Tensor grad, Tensor[] networks, Tensor? mix, Tensor? labels, Tensor? ramp, "
+    "Tensor? temperatures, Tensor stats, int learners, float temperature, float eps, float kl_scale, float ce_scale, "
+    "SymInt divisor, bool target_ce, bool through_targets, bool need_mix) -> (Tensor, Tensor)",
     mixed_logits_kl_backward_torch,
     _mixed_logits_kl_backward_fake,
 )
 _teachers_kl = define(
     "ensemble",
-    "teachers_kl(Tensor student, Tensor[] teachers, Tensor? labels, Tensor? weight, str kind, float temperature, "
-    "float scale, float ce_scale) -> (Tensor, Tensor)",
+    "teachers_kl(Tensor student, Tensor[] teachers, Tensor? labels, Tensor? weight, Tensor? temperatures, str kind, "
+    "float temperature, float scale, SymInt divisor, float ce_scale, SymInt ce_divisor) -> (Tensor, Tensor)",
     teachers_kl_forward_torch,
     _teachers_fake,
 )
 _teachers_kl_backward = define(
     "ensemble",
     "teachers_kl_backward(Tensor grad, Tensor student, Tensor[] teachers, Tensor? labels, Tensor? weight, "
-    "Tensor stats, str kind, float temperature, float scale, float ce_scale, bool need_student, bool need_teachers) "
-    "-> (Tensor, Tensor)",
+    "Tensor? temperatures, Tensor stats, str kind, float temperature, float scale, SymInt divisor, float ce_scale, "
+    "SymInt ce_divisor, bool need_student, bool need_teachers) -> (Tensor, Tensor)",
     teachers_kl_backward_torch,
     _teachers_kl_backward_fake,
 )
 _aekd = define(
     "ensemble",
-    "aekd(Tensor student, Tensor[] teachers, float temperature, float scale, float slack, bool normalize) "
-    "-> (Tensor, Tensor, Tensor)",
+    "aekd(Tensor student, Tensor[] teachers, Tensor? temperatures, float temperature, float scale, SymInt divisor, "
+    "float slack, bool normalize) -> (Tensor, Tensor, Tensor)",
     aekd_forward_torch,
     _aekd_fake,
 )
@@ -499,14 +550,13 @@ def best_mixture_torch(networks, labels):
     return a
 
 
-NAMESPACE.define("best_mixture(Tensor[] networks, Tensor labels) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
-NAMESPACE.impl("best_mixture", best_mixture_torch, "CompositeExplicitAutograd")
-torch.library.register_fake(
-    "kdfast::best_mixture",
+best_mixture = define(
+    "ensemble",
+    "best_mixture(Tensor[] networks, Tensor labels) -> Tensor",
+    best_mixture_torch,
     lambda networks, labels: networks[0].new_empty(len(networks), dtype=torch.float64),
-    lib=NAMESPACE,
+    has_kernels=False,
 )
-best_mixture = torch.ops.kdfast.best_mixture.default
 
 
 # ---- lists of networks: each tensor is (B, C), or (M, B, C) and stands for M -----------------------------------------
@@ -538,69 +588,72 @@ def _regroup(grads, tensors, needed):
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        mix, labels, ramp, settings, through_targets, *tensors = args
+        mix, labels, ramp, temperatures, settings, through_targets, *tensors = args
         ctx.flat = mix is not None and mix.dim() == 2
         weights = mix[:, None] if ctx.flat else mix
-        loss, stats = _mixed_logits_kl(matrices(tensors), weights, labels, ramp, *settings)
-        ctx.save_for_backward(weights, labels, ramp, stats, *tensors)
+        loss, stats = _mixed_logits_kl(matrices(tensors), weights, labels, ramp, temperatures, *settings)
+        save(ctx, weights, labels, ramp, temperatures, stats, *tensors)
         ctx.constants = (settings, through_targets)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("mixed_logits_kl")
-        mix, labels, ramp, stats, *tensors = ctx.saved_tensors
+        mix, labels, ramp, temperatures, stats, *tensors = saved(ctx)
         settings, through_targets = ctx.constants
         need_mix = ctx.needs_input_grad[0] and (through_targets or settings[-1])
         networks = matrices(tensors)
         grads, mix_grad = _mixed_logits_kl_backward(
-            grad, networks, mix, labels, ramp, stats, *settings, through_targets, need_mix
+            grad, networks, mix, labels, ramp, temperatures, stats, *settings, through_targets, need_mix
         )
         if not need_mix:
             mix_grad = None
         elif ctx.flat:
             mix_grad = mix_grad[:, 0]
-        return mix_grad, *(None,) * 4, *_regroup(grads, tensors, ctx.needs_input_grad[5:])
+        return mix_grad, *(None,) * 5, *_regroup(grads, tensors, ctx.needs_input_grad[6:])
 
 
 class _TeachersKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        student, labels, weight, settings, *tensors = args
-        loss, stats = _teachers_kl(student, matrices(tensors), labels, weight, *settings)
-        ctx.save_for_backward(student, labels, weight, stats, *tensors)
+        student, labels, weight, temperatures, settings, *tensors = args
+        loss, stats = _teachers_kl(student, matrices(tensors), labels, weight, temperatures, *settings)
+        save(ctx, student, labels, weight, temperatures, stats, *tensors)
         ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("teachers_kl")
-        student, labels, weight, stats, *tensors = ctx.saved_tensors
-        need_student, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        student, labels, weight, temperatures, stats, *tensors = saved(ctx)
+        need_student, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        networks = matrices(tensors)
         student_grad, grads = _teachers_kl_backward(
-            grad, student, matrices(tensors), labels, weight, stats, *ctx.settings, need_student, any(needed)
+            grad, student, networks, labels, weight, temperatures, stats, *ctx.settings, need_student, any(needed)
         )
-        return student_grad if need_student else None, None, None, None, *_regroup(grads, tensors, needed)
+        return student_grad if need_student else None, *(None,) * 4, *_regroup(grads, tensors, needed)
 
 
 class _AEKD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
-        student, temperature, scale, slack, normalize, *tensors = args
-        loss, stats, weights = _aekd(student, matrices(tensors), temperature, scale, slack, normalize)
-        ctx.save_for_backward(student, weights, stats, *tensors)
-        ctx.constants = ("kl", temperature, scale, 0.0)
+        student, temperatures, temperature, divisor, slack, normalize, *tensors = args
+        loss, stats, weights = _aekd(
+            student, matrices(tensors), temperatures, temperature, 1.0, divisor, slack, normalize
+        )
+        save(ctx, student, weights, temperatures, stats, *tensors)
+        ctx.constants = ("kl", temperature, 1.0, divisor, 0.0, 1)
         ctx.mark_non_differentiable(weights)
         return loss, weights
 
     @staticmethod
     def backward(ctx, grad, _):
         check.first_derivative_only("aekd")
-        student, weights, stats, *tensors = ctx.saved_tensors
+        student, weights, temperatures, stats, *tensors = saved(ctx)
         student_grad, _ = _teachers_kl_backward(
-            grad, student, matrices(tensors), None, weights, stats, *ctx.constants, True, False
+            grad, student, matrices(tensors), None, weights, temperatures, stats, *ctx.constants, True, False
         )
-        return student_grad, None, None, None, None, *(None for _ in tensors)
+        return student_grad, *(None,) * 5, *(None for _ in tensors)
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
@@ -712,8 +765,9 @@ def mixed_loss(
     target_ce=False,
     through_targets=False,
     leader=False,
+    mix_name="mix",
 ):
-    """:func:`mixed_logits_kl` of networks that `network_list` has checked.
+    """:func:`mixed_logits_kl` of networks that `network_list` has checked; messages call the weights `mix_name`.
 
     leader: the last network leads. No target has it, and its own is the mean of the others: `mix`, (B, N - 1, N - 1),
     has neither a row nor a column for it.
@@ -731,15 +785,15 @@ def mixed_loss(
         if labels is None:
             raise ValueError("labels must be given without mix: the least logits are measured from the label's")
     else:
-        check.tensor("mix", mix)
-        check.floating("mix", mix)
+        check.tensor(mix_name, mix)
+        check.floating(mix_name, mix)
         if leader:
             shapes = [(rows, learners - 1, count - 1)]
         else:
             shapes = [(rows, count), (rows, 1, count), (rows, learners, count)]
         if mix.shape not in shapes:
-            raise ValueError(f"mix must have the shape {' or '.join(map(str, shapes))}, got {tuple(mix.shape)}")
-        check.same_device("mix", mix, first, "the first network")
+            raise ValueError(f"{mix_name} must have the shape {' or '.join(map(str, shapes))}, got {tuple(mix.shape)}")
+        check.same_device(mix_name, mix, first, "the first network")
     if target_ce and labels is None:
         raise ValueError("labels must be given with target_ce")
     check.positive("temperature", temperature)
@@ -756,14 +810,23 @@ def mixed_loss(
         check.number("ramp", ramp)
         kl_weight, ramp = kl_weight * ramp, None
     check.number("ce_weight", ce_weight)
-    share = 1 / max(rows, 1)
-    ce_scale = 0.0 if labels is None else float(ce_weight * share)
-    settings = (learners, float(temperature), float(eps), kl_weight * temperature * temperature * share, ce_scale)
-    return _MixedLogitsKL.apply(mix, labels, ramp, (*settings, target_ce), through_targets, *tensors)
+    temperatures, temperature = temperature_argument(temperature, first)
+    ce_scale = 0.0 if labels is None else float(ce_weight)
+    settings = (learners, temperature, float(eps), float(kl_weight), ce_scale, batch_size(first), target_ce)
+    return _MixedLogitsKL.apply(mix, labels, ramp, temperatures, settings, through_targets, *tensors)
 
 
 def teachers_kl(
-    student, teachers, labels=None, temperature=1.0, *, kind="kl", weight=None, kl_weight=1.0, ce_weight=1.0
+    student,
+    teachers,
+    labels=None,
+    temperature=1.0,
+    *,
+    kind="kl",
+    weight=None,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    over_classes=False,
 ):
     """``1/B sum_b [kl_weight D + ce_weight CE(student, labels)]`` with D of the kinds in the module's docstring.
 
@@ -771,12 +834,39 @@ def teachers_kl(
         student: logits (B, C). teachers: a list of (B, C) logits, one (M, B, C), or a list of both.
         labels: (B,) integer classes for the cross-entropy (none without); see :func:`mixed_logits_kl`.
         kind: "kl", with `weight` a_m (M,) or the plain sum; "cross_entropy" and "reverse_kl" to the mean probability.
+        over_classes: divide the divergence by the number of classes, too.
 
     Returns: 0-d, in nats. Gradients flow to student and teachers; not to weight, which must not ask for one, nor to
     the teachers of "reverse_kl", which must not either.
     """
     check.logits("student", student)
     tensors = network_list("teachers", teachers, student)
+    return teachers_loss(
+        student,
+        tensors,
+        labels,
+        temperature,
+        kind=kind,
+        weight=weight,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        over_classes=over_classes,
+    )
+
+
+def teachers_loss(
+    student,
+    tensors,
+    labels,
+    temperature,
+    *,
+    kind="kl",
+    weight=None,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    over_classes=False,
+):
+    """:func:`teachers_kl` of a student and teachers that were checked."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     count = network_count(tensors)
@@ -796,13 +886,12 @@ def teachers_kl(
     check.positive("temperature", temperature)
     check.number("kl_weight", kl_weight)
     check.number("ce_weight", ce_weight)
-    share = 1 / max(student.shape[0], 1)
-    scale = kl_weight * temperature * temperature * share
-    if kind == "cross_entropy":
-        scale = scale / count
-    ce_scale = 0.0 if labels is None else float(ce_weight * share)
-    settings = (kind, float(temperature), float(scale), ce_scale)
-    return _TeachersKL.apply(student, labels, weight, settings, *tensors)
+    rows = batch_size(student)
+    divisor = rows * (count if kind == "cross_entropy" else 1) * (student.shape[1] if over_classes else 1)
+    ce_scale = 0.0 if labels is None else float(ce_weight)
+    temperatures, temperature = temperature_argument(temperature, student)
+    settings = (kind, temperature, float(kl_weight), divisor, ce_scale, rows)
+    return _TeachersKL.apply(student, labels, weight, temperatures, settings, *tensors)
 
 
 def aekd(student, teachers, temperature=4.0, *, slack=0.6, normalize=False):
@@ -819,6 +908,5 @@ def aekd(student, teachers, temperature=4.0, *, slack=0.6, normalize=False):
     tensors = network_list("teachers", teachers, student)
     check.positive("temperature", temperature)
     check.number("slack", slack, 0, 1)
-    scale = temperature * temperature / max(student.shape[0], 1)
-    constants = (float(temperature), scale, float(slack), bool(normalize))
+    constants = (*temperature_argument(temperature, student), batch_size(student), float(slack), bool(normalize))
     return _AEKD.apply(student, *constants, *(x.detach() if x.requires_grad else x for x in tensors))

@@ -21,6 +21,7 @@ from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.layout import flat, gradient_memory
+from kdfast.ops.saved import save, saved
 
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
@@ -51,7 +52,7 @@ def _terms(student, teacher, margin, kind, boundary):
         return gap * gap, 2 * gap, -2 * gap
     if kind == BOUNDARY:
         active = t > 0
-        gap = torch.where(active, boundary - s, s + boundary).clamp(min=0)
+        gap = torch.where(t.isnan(), t, torch.where(active, boundary - s, s + boundary).clamp(min=0))
         return gap * gap, torch.where(active, -2 * gap, 2 * gap), torch.zeros_like(s)
     m = margin.to(dtype)[:, None]
     u = torch.maximum(t, m)
@@ -60,21 +61,21 @@ def _terms(student, teacher, margin, kind, boundary):
     return gap * gap, 2 * gap, gap * torch.where(t == m, -1.0, torch.where(t < m, 0.0, -2.0))
 
 
-def feature_error_torch(student, teacher, margin, kind, boundary, over, scale):
-    """-> `scale` times the terms of maps (B, C, N), summed over everything (0-d), a sample (B,) or a channel (C,)."""
+def feature_error_torch(student, teacher, margin, kind, boundary, over, divisor):
+    """-> the terms of maps (B, C, N) over `divisor`, summed over everything (0-d), a sample (B,) or a channel (C,)."""
     values = _terms(student, teacher, margin, kind, boundary)[0]
     if over == CHANNEL:
-        return scale * _sample_sum(values.transpose(0, 1))
+        return _sample_sum(values.transpose(0, 1)) / divisor
     samples = _sample_sum(values)
-    return scale * (samples if over == SAMPLE else fixed_sum(samples))
+    return (samples if over == SAMPLE else fixed_sum(samples)) / divisor
 
 
 def feature_error_backward_torch(
-    grad, student, teacher, margin, kind, boundary, over, scale, need_student, need_teacher
+    grad, student, teacher, margin, kind, boundary, over, divisor, need_student, need_teacher
 ):
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     _, student_grad, teacher_grad = _terms(student, teacher, margin, kind, boundary)
-    factor = scale * grad.to(student_grad.dtype)
+    factor = grad.to(student_grad.dtype) / divisor
     factor = factor.view({TOTAL: (1, 1, 1), SAMPLE: (-1, 1, 1), CHANNEL: (1, -1, 1)}[over])
     return _gradients(factor * student_grad, student, factor * teacher_grad, teacher, need_student, need_teacher)
 
@@ -164,7 +165,7 @@ def pyramid_error_backward_torch(grad, student, teacher, need_student, need_teac
 
 
 # ---- the ops ---------------------------------------------------------------------------------------------------------
-def _feature_error_fake(student, teacher, margin, kind, boundary, over, scale):
+def _feature_error_fake(student, teacher, margin, kind, boundary, over, divisor):
     shape = {TOTAL: (), SAMPLE: student.shape[:1], CHANNEL: student.shape[1:2]}[over]
     return student.new_empty(shape, dtype=accumulator(student, teacher))
 
@@ -186,15 +187,15 @@ def _backward_fake(grad, student, teacher, *args):
 
 _feature_error = define(
     "feature",
-    "feature_error(Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, int over, float scale) "
-    "-> Tensor",
+    "feature_error(Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, int over, "
+    "SymInt divisor) -> Tensor",
     feature_error_torch,
     _feature_error_fake,
 )
 _feature_error_backward = define(
     "feature",
     "feature_error_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, "
-    "int over, float scale, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    "int over, SymInt divisor, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
     feature_error_backward_torch,
     _backward_fake,
 )
@@ -234,7 +235,7 @@ def _needed(grads, needs):
 class _FeatureError(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, margin, *settings):
-        ctx.save_for_backward(student, teacher, margin)
+        save(ctx, student, teacher, margin)
         ctx.settings = settings
         return _feature_error(student, teacher, margin, *settings)
 
@@ -242,7 +243,7 @@ class _FeatureError(torch.autograd.Function):
     def backward(ctx, grad):
         check.first_derivative_only("feature_error")
         needs = ctx.needs_input_grad[:2]
-        grads = _feature_error_backward(grad, *ctx.saved_tensors, *ctx.settings, *needs)
+        grads = _feature_error_backward(grad, *saved(ctx), *ctx.settings, *needs)
         return *_needed(grads, needs), None, None, None, None, None
 
 
@@ -250,7 +251,7 @@ class _NormalizedError(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, power):
         loss, stats = _normalized_error(student, teacher, power)
-        ctx.save_for_backward(student, teacher, stats)
+        save(ctx, student, teacher, stats)
         ctx.power = power
         return loss
 
@@ -258,20 +259,20 @@ class _NormalizedError(torch.autograd.Function):
     def backward(ctx, grad):
         check.first_derivative_only("normalized_error")
         needs = ctx.needs_input_grad[:2]
-        return *_needed(_normalized_error_backward(grad, *ctx.saved_tensors, ctx.power, *needs), needs), None
+        return *_needed(_normalized_error_backward(grad, *saved(ctx), ctx.power, *needs), needs), None
 
 
 class _PyramidError(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher):
-        ctx.save_for_backward(student, teacher)
+        save(ctx, student, teacher)
         return _pyramid_error(student, teacher)
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("pyramid_error")
         needs = ctx.needs_input_grad[:2]
-        return _needed(_pyramid_error_backward(grad, *ctx.saved_tensors, *needs), needs)
+        return _needed(_pyramid_error_backward(grad, *saved(ctx), *needs), needs)
 
 
 def _pair(student, teacher):
@@ -282,9 +283,9 @@ def _pair(student, teacher):
 
 def _reduced(student, teacher, margin, kind, boundary, reduction):
     check.reduction(reduction)
-    scale = 1 / max(student.shape[0], 1) if reduction in ("mean", "batchmean") else 1.0
+    divisor = max(student.shape[0], 1) if reduction in ("mean", "batchmean") else 1
     over = SAMPLE if reduction == "none" else TOTAL
-    return _FeatureError.apply(student, teacher, margin, kind, boundary, over, scale)
+    return _FeatureError.apply(student, teacher, margin, kind, boundary, over, divisor)
 
 
 def squared_error(student, teacher):
@@ -301,7 +302,7 @@ def squared_error(student, teacher):
     Raises: TypeError, ValueError naming the argument.
     """
     student, teacher = _pair(student, teacher)
-    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, TOTAL, 1 / max(student.numel(), 1))
+    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, TOTAL, max(student.numel(), 1))
 
 
 def channel_squared_error(student, teacher):
@@ -310,7 +311,7 @@ def channel_squared_error(student, teacher):
     Shapes, gradients and errors are those of :func:`squared_error`.
     """
     student, teacher = _pair(student, teacher)
-    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, CHANNEL, 1.0)
+    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, CHANNEL, 1)
 
 
 def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):

@@ -22,6 +22,7 @@ import torch
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.saved import save, saved
 
 KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
 FLOOR = 1e-12  # smallest norm of a row of G, as in torch.nn.functional.normalize
@@ -242,13 +243,13 @@ class _GramDistance(torch.autograd.Function):
         # float64 on one side makes the other side's sums float64, too.
         grams = (_inner_products(x if accumulator(x) == dtype else x.to(dtype), None) for x in (student, teacher))
         loss, m_s, m_t = _compare_grams(*grams, kind, eps, coefficients, need_student, need_teacher)
-        ctx.save_for_backward(student if need_student else None, m_s, teacher if need_teacher else None, m_t)
+        save(ctx, student if need_student else None, m_s, teacher if need_teacher else None, m_t)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("gram_distance")
-        student, m_s, teacher, m_t = ctx.saved_tensors
+        student, m_s, teacher, m_t = saved(ctx)
         need_student, need_teacher = ctx.needs_input_grad[:2]
         student_grad = _weighted_sums(m_s, student, grad) if need_student else None
         return student_grad, _weighted_sums(m_t, teacher, grad) if need_teacher else None, *[None] * 5
@@ -258,14 +259,14 @@ class _Affinity(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, eps, need_student, need_teacher):
         loss, slope_s, slope_t = _affinity(student, teacher, eps, need_student, need_teacher)
-        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        save(ctx, student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
         ctx.eps = eps
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("affinity")
-        student, slope_s, teacher, slope_t = ctx.saved_tensors
+        student, slope_s, teacher, slope_t = saved(ctx)
         need_student, need_teacher = ctx.needs_input_grad[:2]
         student_grad = _affinity_gradient(grad, slope_s, student, ctx.eps) if need_student else None
         return student_grad, _affinity_gradient(grad, slope_t, teacher, ctx.eps) if need_teacher else None, *[None] * 3
@@ -274,13 +275,13 @@ class _Affinity(torch.autograd.Function):
 class _InnerProducts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
+        save(ctx, a, b)
         return _inner_products(a, b)
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("inner_products")
-        a, b = ctx.saved_tensors
+        a, b = saved(ctx)
         if b is None:
             return _weighted_sums(grad + grad.transpose(1, 2), a, None), None
         need_a, need_b = ctx.needs_input_grad
@@ -300,7 +301,7 @@ class _Selectivity(torch.autograd.Function):
         few_positions = 2 * s.shape[2] <= s.shape[1] + t.shape[1]
         slopes = _Selectivity.by_positions if few_positions else _Selectivity.by_channels
         loss, slope_s, slope_t = slopes(s, t, need_student, need_teacher)
-        ctx.save_for_backward(student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
+        save(ctx, student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
         return loss
 
     @staticmethod
@@ -337,7 +338,7 @@ class _Selectivity(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("selectivity")
-        student, slope_s, teacher, slope_t = ctx.saved_tensors
+        student, slope_s, teacher, slope_t = saved(ctx)
 
         def gradient(x, slope):
             inverse = _inverse_lengths(x, slope.dtype)
@@ -415,6 +416,8 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
         raise ValueError(f"teacher must have the student's rows {want}, got shape {got}")
     check.same_device("teacher", teacher, student)
     s, t = (x if x.dim() == 3 else x[None] for x in (student, teacher))
+    if kind in ("rows", "rows_absolute") and s.shape[1] == 1:  # G has one entry, which over its length is 1
+        return sum(0.0 * fixed_sum(x.to(accumulator(s, t)).flatten()) for x in (s, t))
     return _GramDistance.apply(s, t, kind, float(eps), [float(x) for x in coefficients], *_needs(student, teacher))
 
 

@@ -1,4 +1,4 @@
-"""How a family of maps has them: as (B, C, N), and gradients in the memory order of a network's map."""
+"""Maps as (B, C, N) or as rows (B, D), and gradients in the memory order of a network's map."""
 
 import math
 
@@ -6,6 +6,14 @@ import math
 def flat(x):
     """(B, C) or (B, C, ...) as (B, C, N); of channels_last memory, too, without a copy."""
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
+
+
+def flat_rows(x, like=None):
+    """`x` as (B, D), columns in the order in which `like` (or x) has them in memory: channels_last costs no copy."""
+    like = x if like is None else like
+    if x.dim() > 2 and like.stride(1) < like.stride(-1):
+        x = x.movedim(1, -1)
+    return x.flatten(1)
 
 
 def gradient_memory(x, student):

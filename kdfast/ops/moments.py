@@ -6,6 +6,7 @@ from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.layout import flat, gradient_memory
+from kdfast.ops.saved import save, saved
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
@@ -52,13 +53,13 @@ class _ChannelMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         moments = _channel_moments(x)
-        ctx.save_for_backward(x, moments)
+        save(ctx, x, moments)
         return moments
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("channel_moments")
-        return _channel_moments_backward(grad, *ctx.saved_tensors)
+        return _channel_moments_backward(grad, *saved(ctx))
 
 
 def channel_moments(x):

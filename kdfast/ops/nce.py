@@ -19,6 +19,7 @@ import torch
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.saved import save, saved
 
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
 EPS = 1e-7  # beside the density of the noise, as in the official code
@@ -246,14 +247,14 @@ class _NCE(torch.autograd.Function):
     def forward(ctx, student, teacher, *others):
         loss, student_grad, teacher_grad, scores = _nce(student, teacher, *others)
         # The anchors are kept only so that a change in place is noticed.
-        ctx.save_for_backward(student, teacher, student_grad, teacher_grad)
+        save(ctx, student, teacher, student_grad, teacher_grad)
         ctx.mark_non_differentiable(scores)
         return loss, scores
 
     @staticmethod
     def backward(ctx, grad, _):
         check.first_derivative_only("nce")
-        student, teacher, *grads = ctx.saved_tensors
+        student, teacher, *grads = saved(ctx)
         sides = zip((student, teacher), grads, ctx.needs_input_grad, strict=False)
         grads = [(grad * g).to(anchors.dtype) if need else None for anchors, g, need in sides]
         return *grads, *[None] * 8
@@ -331,7 +332,7 @@ def update_bank(bank, rows, index, momentum=0.5):
         raise ValueError(f"rows must have shape (B, {bank.shape[1]}) like those of bank, got {tuple(rows.shape)}")
     check.same_device("rows", rows, bank, of="bank")
     contrast_rows("index", index, rows, len(bank))
-    check.number("momentum", momentum, 0.0, 1.0)
+    check.number("momentum", momentum, 0, 1)
     with torch.no_grad():
         _update_bank(bank, rows.detach(), index.contiguous(), float(momentum))
 
@@ -408,7 +409,7 @@ def _alias_table(weights):
     share = ends.diff(prepend=ends.new_zeros(1))
     poor, rich = (share < whole).nonzero()[:, 0], (share >= whole).nonzero()[:, 0]
     lack, excess = (whole - share[poor]).cumsum(0), (share[rich] - whole).cumsum(0)
-    table = torch.stack([share, torch.arange(rows)], 1)
+    table = torch.stack([share, torch.arange(rows, device=share.device)], 1)
     # A poor row takes from the first rich one that no poor row before it has overdrawn.
     before = lack - (whole - share[poor])
     giver = torch.searchsorted(excess, before)

@@ -17,6 +17,8 @@ import torch
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.layout import flat_rows
+from kdfast.ops.saved import save, saved
 
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
 LEAST = 1e-12  # squared distances of RKD's distance term are clamped from below, off the diagonal
@@ -157,13 +159,13 @@ class _PairwiseDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, squared):
         distance = _pairwise_distance(x, y, squared)
-        ctx.save_for_backward(x, y, None if squared else distance)
+        save(ctx, x, y, None if squared else distance)
         return distance
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("pairwise_distance")
-        x, y, distance = ctx.saved_tensors
+        x, y, distance = saved(ctx)
         weights = 2 * grad if distance is None else torch.where(distance == 0, 0.0, grad / distance)
         if y is None:
             return _weighted_differences(weights + weights.t(), x, None, None), None, None
@@ -176,23 +178,14 @@ class _RKD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, distance_weight, angle_weight, need_grad):
         loss, weights = _rkd(student, teacher, distance_weight, angle_weight, need_grad)
-        ctx.save_for_backward(student, weights)
+        save(ctx, student, weights)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("rkd")
-        student, weights = ctx.saved_tensors
+        student, weights = saved(ctx)
         return _weighted_differences(weights, student, None, grad), None, None, None, None
-
-
-def _flat(x, like=None):
-    """`x` as (B, D), columns in the order in which `like` (or x) has them in memory: channels_last costs no copy."""
-    if x.dim() == 2:
-        return x
-    like = x if like is None else like
-    order = sorted(range(1, x.dim()), key=lambda dim: -like.stride(dim))
-    return x.permute(0, *order).flatten(1)
 
 
 def pairwise_distance(x, y=None, *, squared=False):
@@ -215,7 +208,7 @@ def pairwise_distance(x, y=None, *, squared=False):
             row = ", ".join(map(str, x.shape[1:]))
             raise ValueError(f"y must have rows like those of x, shape (m, {row}), got {tuple(y.shape)}")
         check.same_device("y", y, x, of="x")
-    return _PairwiseDistance.apply(_flat(x), None if y is None else _flat(y, x), bool(squared))
+    return _PairwiseDistance.apply(flat_rows(x), None if y is None else flat_rows(y, x), bool(squared))
 
 
 def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
@@ -228,7 +221,9 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
     check.number("distance_weight", distance_weight)
     check.number("angle_weight", angle_weight)
     need_grad = student.requires_grad and torch.is_grad_enabled()
-    return _RKD.apply(_flat(student), _flat(teacher.detach()), float(distance_weight), float(angle_weight), need_grad)
+    return _RKD.apply(
+        flat_rows(student), flat_rows(teacher.detach()), float(distance_weight), float(angle_weight), need_grad
+    )
 
 
 def rkd_distance(student, teacher):

@@ -21,8 +21,12 @@ import torch
 from kdfast._kernels import define
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.saved import save, saved
+from kdfast.ops.temperature import temperature_argument, temperature_of
 
 INF = float("inf")
+LEAST_MASS = -1e-3  # of a row of target probabilities: below, they are something else
+NEAR = 1 / 256  # divergences below, in nats, are summed up in terms that do not cancel
 
 
 class TopK(NamedTuple):
@@ -63,8 +67,9 @@ class TopK(NamedTuple):
         return cls(values, indices, top + temperature * total.log(), float(temperature))
 
     def to(self, *args, **kwargs):
-        """The same on another device, with the arguments of ``torch.Tensor.to``."""
-        values, indices = (x.to(*args, **kwargs) for x in self[:2])
+        """The same on another device or in another dtype, as ``torch.Tensor.to``; indices keep their dtype."""
+        values = self.values.to(*args, **kwargs)
+        indices = self.indices.to(values.device, non_blocking=kwargs.get("non_blocking", False))
         rest = None if self.rest is None else self.rest.to(*args, **kwargs)
         return TopK(values, indices, rest, self.temperature)
 
@@ -88,6 +93,39 @@ def kl_term(p, log_ratio):
     return torch.where(p == 0, 0.0, p * log_ratio)
 
 
+def near_term(p, q, log_ratio):
+    """p (e^-d - 1 + d), d = log(p / q): never negative; as p and q sum to 1, their sum over a row is the KL."""
+    near = p * (torch.expm1(-log_ratio) + log_ratio).clamp(min=0)
+    far = (q - p) + p * log_ratio
+    return torch.where(p == 0, q, torch.where(log_ratio.abs() <= 0.25, near, far))
+
+
+def log_ratio_of(z_p, z_q, side_p, side_q, temperature, same_logits=True):
+    """log(p / q) from logits and (max, sum) of both rows, for near rows.
+
+    The difference of near logits is exact; beside an offset between the networks, or if one side is centred already
+    (`same_logits` False), it would lose the digits that centred logits keep.
+    """
+    ((top_p, sum_p), (top_q, sum_q)), dtype = (side_p, side_q), side_p[0].dtype
+    z_p, z_q, gap = z_p.to(dtype), z_q.to(dtype), (top_p - top_q)[:, None]
+    gaps = (z_p - top_p[:, None]) - (z_q - top_q[:, None])
+    if same_logits:
+        gaps = torch.where(gap.abs() <= 1, (z_p - z_q) - gap, gaps)
+    return gaps / temperature - (sum_p.log() - sum_q.log())[:, None]
+
+
+def kl_rows(p, q, log_ratio, near_ratio):
+    """sum_j p_j log_ratio_j of each row, or between near rows the KL in terms of `near_ratio`, which do not cancel."""
+    kl = fixed_sum(kl_term(p, log_ratio))
+    near = (kl < NEAR) & (p > 0).any(1)
+    return torch.where(near, fixed_sum(near_term(p, q, near_ratio)), kl)
+
+
+def without_weight(row, grad):
+    """row * grad [rows, cols], exactly 0 of a row of weight 0."""
+    return torch.where(row[:, None] == 0, 0.0, row[:, None] * grad)
+
+
 def kl_grad_p(p, log_ratio, kl):
     """T d KL(p || q) / d (logits of p): zero where the row's KL is infinite and has no slope."""
     return torch.where((p == 0) | (kl == INF)[:, None], 0.0, p * (log_ratio - kl[:, None]))
@@ -100,7 +138,11 @@ def kl_grad_q(p, q, sum_p):
 
 def mixture_ratios(log_p, log_q, beta):
     """log(p / m), log(q / m) with m = beta p + (1 - beta) q: exactly 0 where p = q, finite where p or q underflows."""
-    d = log_p - log_q
+    return ratios_to_mixture(log_p - log_q, beta)
+
+
+def ratios_to_mixture(d, beta):
+    """The same from d = log p - log q."""
     log_mix = torch.where(d > 0, (1 - beta) * torch.expm1(-d), beta * torch.expm1(d)).log1p()
     # No less than the share of the larger one, which rounding may have made 0.
     log_mix = log_mix.clamp(min=math.log(min(beta, 1 - beta)))
@@ -108,33 +150,50 @@ def mixture_ratios(log_p, log_q, beta):
 
 
 def _gradients(row, *sides):
-    return tuple((row[:, None] * g).to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
+    return tuple(without_weight(row, g).to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
 
 
-def softmax_kl_forward_torch(student, teacher, weight, temperature, beta, scale, reduce):
+def softmax_kl_forward_torch(student, teacher, weight, temperatures, temperature, beta, divisor, reduce):
     """-> loss, stats: max, sum, KL of the student's side; the same of the teacher's."""
     dtype = accumulator(student, teacher)
-    top_s, sum_s = row_stats(student, temperature, dtype)
-    top_t, sum_t = row_stats(teacher, temperature, dtype)
-    log_q = log_softmax(student, top_s, sum_s, temperature)
-    log_p = log_softmax(teacher, top_t, sum_t, temperature)
-    p_ratio, q_ratio = mixture_ratios(log_p, log_q, beta) if 0 < beta < 1 else (log_p - log_q, log_q - log_p)
-    kl_p = fixed_sum(kl_term(log_p.exp(), p_ratio)) if beta < 1 else torch.zeros_like(top_t)
-    kl_q = fixed_sum(kl_term(log_q.exp(), q_ratio)) if beta > 0 else torch.zeros_like(top_s)
-    rows = kl_p if beta == 0 else kl_q if beta == 1 else beta * kl_p + (1 - beta) * kl_q
+    t = temperature_of(temperatures, temperature, dtype)
+    side_s, side_t = row_stats(student, t, dtype), row_stats(teacher, t, dtype)
+    log_q, log_p = log_softmax(student, *side_s, t), log_softmax(teacher, *side_t, t)
+    kl_p = kl_q = torch.zeros_like(side_s[0])
+    p, q, near = log_p.exp(), log_q.exp(), log_ratio_of(teacher, student, side_t, side_s, t)
+    if beta == 0:
+        kl_p = rows = kl_rows(p, q, log_p - log_q, near)
+    elif beta == 1:
+        kl_q = rows = kl_rows(q, p, log_q - log_p, -near)
+    else:
+        (p_ratio, q_ratio), mix = mixture_ratios(log_p, log_q, beta), beta * p + (1 - beta) * q
+        near_p, near_q = ratios_to_mixture(near, beta)
+        kl_p, kl_q = kl_rows(p, mix, p_ratio, near_p), kl_rows(q, mix, q_ratio, near_q)
+        rows = beta * kl_p + (1 - beta) * kl_q
     if weight is not None:
         rows = torch.where(weight == 0, 0.0, weight.to(dtype) * rows)
-    rows = scale * rows
-    return fixed_sum(rows) if reduce else rows, torch.stack([top_s, sum_s, kl_q, top_t, sum_t, kl_p])
+    rows = (t * t) / divisor * rows
+    return fixed_sum(rows) if reduce else rows, torch.stack([*side_s, kl_q, *side_t, kl_p])
 
 
 def softmax_kl_backward_torch(
-    grad, student, teacher, weight, stats, temperature, beta, scale, need_student, need_teacher
+    grad,
+    student,
+    teacher,
+    weight,
+    temperatures,
+    stats,
+    temperature,
+    beta,
+    divisor,
+    need_student,
+    need_teacher,
 ):
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
+    t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats
-    log_q = log_softmax(student, top_s, sum_s, temperature)
-    log_p = log_softmax(teacher, top_t, sum_t, temperature)
+    log_q = log_softmax(student, top_s, sum_s, t)
+    log_p = log_softmax(teacher, top_t, sum_t, t)
     p, q = log_p.exp(), log_q.exp()
     if beta == 0:
         student_grad, teacher_grad = kl_grad_q(p, q, sum_t), kl_grad_p(p, log_p - log_q, kl_p)
@@ -143,7 +202,7 @@ def softmax_kl_backward_torch(
     else:
         p_ratio, q_ratio = mixture_ratios(log_p, log_q, beta)
         student_grad, teacher_grad = (1 - beta) * kl_grad_p(q, q_ratio, kl_q), beta * kl_grad_p(p, p_ratio, kl_p)
-    row = (grad.to(stats.dtype) * (scale / temperature)).expand(student.shape[0])
+    row = (grad.to(stats.dtype) * (t / divisor)).expand(student.shape[0])
     if weight is not None:
         row = row * weight.to(stats.dtype)
     return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
@@ -172,38 +231,45 @@ def _outcomes(student, values, column, rest, temperature, dtype):
     return of_student, torch.cat([values.to(dtype), rest[:, None]], 1), top, top_r, sum_r
 
 
-def softmax_kl_topk_forward_torch(student, values, indices, rest, weight, temperature, scale, reduce):
+def softmax_kl_topk_forward_torch(
+    student, values, indices, rest, weight, temperatures, temperature, scale, divisor, reduce
+):
     """-> loss, stats: those of softmax_kl, and max, sum of the student's other classes."""
     dtype = accumulator(student, values)
+    t = temperature_of(temperatures, temperature, dtype)
     column, wrong = _kept_classes(indices, student.shape[1])
-    of_student, of_teacher, top_s, top_r, sum_r = _outcomes(student, values, column, rest, temperature, dtype)
-    sum_s = fixed_sum((of_student / temperature).exp())
-    top_t, sum_t = row_stats(of_teacher, temperature, dtype)
-    log_q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, temperature)
-    log_p = log_softmax(of_teacher, top_t, sum_t, temperature)
-    kl = torch.where(wrong, float("nan"), fixed_sum(kl_term(log_p.exp(), log_p - log_q)))
+    of_student, of_teacher, top_s, top_r, sum_r = _outcomes(student, values, column, rest, t, dtype)
+    side_s = torch.zeros_like(top_s), fixed_sum((of_student / t).exp())
+    side_t = row_stats(of_teacher, t, dtype)
+    log_q, log_p = log_softmax(of_student, *side_s, t), log_softmax(of_teacher, *side_t, t)
+    kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, log_ratio_of(of_teacher, of_student, side_t, side_s, t))
+    kl = torch.where(wrong, float("nan"), kl)
     rows = kl if weight is None else torch.where(weight == 0, 0.0, weight.to(dtype) * kl)
-    rows = scale * rows
+    rows = scale / divisor * (t * t) * rows
     return fixed_sum(rows) if reduce else rows, torch.stack(
-        [top_s, sum_s, torch.zeros_like(kl), top_t, sum_t, kl, top_r, sum_r]
+        [top_s, side_s[1], torch.zeros_like(kl), *side_t, kl, top_r, sum_r]
     )
 
 
-def softmax_kl_topk_backward_torch(grad, student, values, indices, rest, weight, stats, temperature, scale):
+def softmax_kl_topk_backward_torch(
+    grad, student, values, indices, rest, weight, temperatures, stats, temperature, scale, divisor
+):
     """-> gradient of the student."""
+    t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, _, top_t, sum_t, kl, top_r, sum_r = stats
     column = indices.clamp(0, student.shape[1] - 1)
-    of_student, of_teacher, *_ = _outcomes(student, values, column, rest, temperature, stats.dtype)
-    q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, temperature).exp()
-    p = log_softmax(of_teacher, top_t, sum_t, temperature).exp()
+    of_student, of_teacher, *_ = _outcomes(student, values, column, rest, t, stats.dtype)
+    q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, t).exp()
+    p = log_softmax(of_teacher, top_t, sum_t, t).exp()
     of_outcomes = kl_grad_q(p, q, sum_t)
     # What the other classes get together is shared as the student shares them.
-    others = log_softmax(student.to(stats.dtype).scatter(1, column, -INF), top_r, sum_r, temperature).exp()
+    others = log_softmax(student.to(stats.dtype).scatter(1, column, -INF), top_r, sum_r, t).exp()
     out = (of_outcomes[:, -1:] * others).scatter(1, column, of_outcomes[:, :-1])
-    row = torch.where(kl.isnan(), kl, grad.to(stats.dtype) * (scale / temperature))
+    row = (grad.to(stats.dtype) * (scale / divisor * t)).expand(student.shape[0])
     if weight is not None:
         row = row * weight.to(stats.dtype)
-    return (row[:, None] * out).to(student.dtype).contiguous()
+    row = torch.where(kl.isnan() & (row != 0), kl, row)
+    return without_weight(row, out).to(student.dtype).contiguous()
 
 
 def _label_column(labels, classes, ignore_index=None):
@@ -220,7 +286,9 @@ def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
     if labels.is_floating_point():
         target = labels.to(dtype)
         kept = torch.ones_like(target[:, 0], dtype=torch.bool)
-        wrong = ~kept
+        wrong = fixed_sum(target) < LEAST_MASS
+        if labels.device.type == "cpu" and wrong.any():
+            check.refuse_mass_below_0(fixed_sum(target))
     else:
         column, kept, wrong = _label_column(labels, student.shape[1], ignore_index)
         target = torch.zeros_like(student, dtype=dtype).scatter(1, column[:, None], 1.0)
@@ -228,49 +296,73 @@ def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
 
 
 def cross_entropy_kl_forward_torch(
-    student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
+    student,
+    teacher,
+    labels,
+    temperatures,
+    temperature,
+    kl_scale,
+    kl_divisor,
+    ce_scale,
+    ce_divisor,
+    smoothing,
+    ignore_index,
+    ce_mean,
+    reduce,
 ):
     """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL."""
     dtype = accumulator(student, teacher)
+    t = temperature_of(temperatures, temperature, dtype)
     top_s, sum_1 = row_stats(student, 1.0, dtype)
     target, kept, wrong = _target_probabilities(student, labels, smoothing, dtype, ignore_index)
     log_q1 = log_softmax(student, top_s, sum_1, 1.0)
     ce = fixed_sum(torch.where(target == 0, 0.0, -target * log_q1))
-    ce_weight = ce_scale * kept.to(dtype)
-    if ce_mean:
-        ce_weight = ce_weight / kept.sum().clamp(min=1)
+    ce_weight = ce_scale * kept.to(dtype) / (kept.sum().clamp(min=1) if ce_mean else ce_divisor)
     ce_weight = torch.where(wrong, float("nan"), ce_weight)
     rows = torch.where(ce_weight == 0, 0.0, ce_weight * ce)
     sum_s = top_t = sum_t = kl = torch.zeros_like(top_s)
     if teacher is not None:
-        _, sum_s = row_stats(student, temperature, dtype)
-        top_t, sum_t = row_stats(teacher, temperature, dtype)
-        log_q = log_softmax(student, top_s, sum_s, temperature)
-        log_p = log_softmax(teacher, top_t, sum_t, temperature)
-        kl = fixed_sum(kl_term(log_p.exp(), log_p - log_q))
-        rows = rows + (kl_scale * kl if kl_scale else 0.0)
+        side_s, side_t = row_stats(student, t, dtype), row_stats(teacher, t, dtype)
+        log_q, log_p = log_softmax(student, *side_s, t), log_softmax(teacher, *side_t, t)
+        near = log_ratio_of(teacher, student, side_t, side_s, t)
+        kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, near)
+        rows = rows + (kl_scale / kl_divisor * (t * t) * kl if kl_scale else 0.0)
+        (_, sum_s), (top_t, sum_t) = side_s, side_t
     stats = torch.stack([top_s, sum_s, sum_1, ce_weight, fixed_sum(target), top_t, sum_t, kl])
     return fixed_sum(rows) if reduce else rows, stats
 
 
 def cross_entropy_kl_backward_torch(
-    grad, student, teacher, labels, stats, temperature, kl_scale, smoothing, need_student, need_teacher
+    grad,
+    student,
+    teacher,
+    labels,
+    temperatures,
+    stats,
+    temperature,
+    kl_scale,
+    kl_divisor,
+    smoothing,
+    need_student,
+    need_teacher,
 ):
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
+    t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats
     row = grad.to(stats.dtype).expand(student.shape[0])
     valid = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)
     target, _, _ = _target_probabilities(student, valid, smoothing, stats.dtype, None)
     q1 = log_softmax(student, top_s, sum_1, 1.0).exp()
-    student_grad = ce_weight[:, None] * (mass[:, None] * q1 - target)
-    teacher_grad = None
+    student_grad, teacher_grad = without_weight(row * ce_weight, mass[:, None] * q1 - target), None
     if teacher is not None:
-        log_q = log_softmax(student, top_s, sum_s, temperature)
-        log_p = log_softmax(teacher, top_t, sum_t, temperature)
+        log_q = log_softmax(student, top_s, sum_s, t)
+        log_p = log_softmax(teacher, top_t, sum_t, t)
         p, q = log_p.exp(), log_q.exp()
-        student_grad = student_grad + (kl_scale / temperature) * kl_grad_q(p, q, sum_t)
-        teacher_grad = (kl_scale / temperature) * kl_grad_p(p, log_p - log_q, kl)
-    return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+        kl_row = row * (kl_scale / kl_divisor * t)
+        student_grad = student_grad + without_weight(kl_row, kl_grad_q(p, q, sum_t))
+        teacher_grad = without_weight(kl_row, kl_grad_p(p, log_p - log_q, kl))
+    sides = ((student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+    return tuple(g.to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
 
 
 def _split_target(logits, column, temperature, dtype):
@@ -282,39 +374,69 @@ def _split_target(logits, column, temperature, dtype):
     return top, total, torch.where(total == 0, INF, odds), log_softmax(rest, top, total, temperature)
 
 
-def dkd_forward_torch(student, teacher, labels, temperature, alpha, beta, scale):
-    """-> loss, stats: max, sum of the non-target classes, log-odds of the target, for both sides; KL of the rest."""
-    dtype = accumulator(student, teacher)
-    column, _, wrong = _label_column(labels, student.shape[1])
-    top_s, sum_s, odds_s, log_q = _split_target(student, column[:, None], temperature, dtype)
-    top_t, sum_t, odds_t, log_p = _split_target(teacher, column[:, None], temperature, dtype)
+def _target_kl(odds_p, odds_q, gap):
+    """KL of (target, rest) from log-odds; `gap`, of the same meaning as their difference, counts where it is small."""
     log_sigmoid = torch.nn.functional.logsigmoid
-    target_kl = kl_term(odds_t.sigmoid(), log_sigmoid(odds_t) - log_sigmoid(odds_s))
-    target_kl = target_kl + kl_term((-odds_t).sigmoid(), log_sigmoid(-odds_t) - log_sigmoid(-odds_s))
-    rest_kl = fixed_sum(kl_term(log_p.exp(), log_p - log_q))
-    rows = scale * ((alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl)))
-    odds_s = torch.where(wrong, float("nan"), odds_s)
-    rows = torch.where(wrong, float("nan"), rows)
-    return fixed_sum(rows), torch.stack([top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl])
+    p, rest = odds_p.sigmoid(), (-odds_p).sigmoid()
+    far = kl_term(p, log_sigmoid(odds_p) - log_sigmoid(odds_q))
+    far = far + kl_term(rest, log_sigmoid(-odds_p) - log_sigmoid(-odds_q))
+    ratios = torch.log1p(rest * torch.expm1(gap)), torch.log1p(p * torch.expm1(-gap))
+    terms = [x * (torch.expm1(-d) + d).clamp(min=0) for x, d in zip((p, rest), ratios, strict=True)]
+    return torch.where(gap.abs() <= 0.25, sum(terms), far)
+
+
+def dkd_forward_torch(student, teacher, labels, temperatures, temperature, alpha, beta, divisor):
+    """-> loss, stats: max, sum of the non-target classes, log-odds of the target, for both sides; KL of the rest, KL of
+
+    the target against the rest.
+    """
+    dtype = accumulator(student, teacher)
+    t = temperature_of(temperatures, temperature, dtype)
+    column, _, wrong = _label_column(labels, student.shape[1])
+    *side_s, odds_s, log_q = _split_target(student, column[:, None], t, dtype)
+    *side_t, odds_t, log_p = _split_target(teacher, column[:, None], t, dtype)
+    ratio = log_ratio_of(teacher, student, side_t, side_s, t)
+    target_kl = _target_kl(odds_t, odds_s, ratio.gather(1, column[:, None])[:, 0])
+    rest_kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, ratio)
+    rows = (alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl))
+    odds_s, rows = (torch.where(wrong, float("nan"), x) for x in (odds_s, rows * (t * t) / divisor))
+    return fixed_sum(rows), torch.stack([*side_s, odds_s, *side_t, odds_t, rest_kl, target_kl])
 
 
 def dkd_backward_torch(
-    grad, student, teacher, labels, stats, temperature, alpha, beta, scale, need_student, need_teacher
+    grad,
+    student,
+    teacher,
+    labels,
+    temperatures,
+    stats,
+    temperature,
+    alpha,
+    beta,
+    divisor,
+    need_student,
+    need_teacher,
 ):
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
-    top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl = stats
+    t = temperature_of(temperatures, temperature, stats.dtype)
+    top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl, _ = stats
     column = labels.clamp(0, student.shape[1] - 1)[:, None]
-    log_q = log_softmax(student, top_s, sum_s, temperature).scatter(1, column, -INF)
-    log_p = log_softmax(teacher, top_t, sum_t, temperature).scatter(1, column, -INF)
+    log_q = log_softmax(student, top_s, sum_s, t).scatter(1, column, -INF)
+    log_p = log_softmax(teacher, top_t, sum_t, t).scatter(1, column, -INF)
     p, q = log_p.exp(), log_q.exp()
-    slope_s = alpha * (odds_s.sigmoid() - odds_t.sigmoid())
-    spread = odds_t.sigmoid() * (-odds_t).sigmoid()
-    slope_t = torch.where((spread != 0) & ~odds_s.isinf(), alpha * spread * (odds_t - odds_s), 0.0)
-    student_grad = beta * kl_grad_q(p, q, sum_t) - slope_s[:, None] * q
-    teacher_grad = beta * kl_grad_p(p, log_p - log_q, rest_kl) - slope_t[:, None] * p
+    slope_s = slope_t = torch.zeros_like(odds_s)
+    student_grad, teacher_grad = torch.zeros_like(q), torch.zeros_like(p)
+    if alpha:
+        slope_s = alpha * (odds_s.sigmoid() - odds_t.sigmoid())
+        spread = odds_t.sigmoid() * (-odds_t).sigmoid()
+        slope_t = torch.where((spread != 0) & ~odds_s.isinf(), alpha * spread * (odds_t - odds_s), 0.0)
+        student_grad, teacher_grad = -slope_s[:, None] * q, -slope_t[:, None] * p
+    if beta:
+        student_grad = student_grad + beta * kl_grad_q(p, q, sum_t)
+        teacher_grad = teacher_grad + beta * kl_grad_p(p, log_p - log_q, rest_kl)
     student_grad = student_grad.scatter(1, column, slope_s[:, None])
     teacher_grad = teacher_grad.scatter(1, column, slope_t[:, None])
-    row = (grad.to(stats.dtype) * (scale / temperature)).expand(student.shape[0])
+    row = (grad.to(stats.dtype) * t / divisor).expand(student.shape[0])
     return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
 
 
@@ -339,134 +461,143 @@ def _backward_fake(grad, student, teacher, *args):
 
 _softmax_kl = define(
     "softmax_kl",
-    "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, float temperature, float beta, float scale, "
-    "bool reduce) -> (Tensor, Tensor)",
+    "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, Tensor? temperatures, float temperature, float beta, "
+    "SymInt divisor, bool reduce) -> (Tensor, Tensor)",
     softmax_kl_forward_torch,
     _forward_fake(6),
 )
 _softmax_kl_backward = define(
     "softmax_kl",
-    "softmax_kl_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor stats, float temperature, "
-    "float beta, float scale, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    "softmax_kl_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor? temperatures, "
+    "Tensor stats, float temperature, float beta, SymInt divisor, bool need_student, bool need_teacher) "
+    "-> (Tensor, Tensor)",
     softmax_kl_backward_torch,
     _backward_fake,
 )
 _softmax_kl_topk = define(
     "softmax_kl",
-    "softmax_kl_topk(Tensor student, Tensor values, Tensor indices, Tensor? rest, Tensor? weight, float temperature, "
-    "float scale, bool reduce) -> (Tensor, Tensor)",
+    "softmax_kl_topk(Tensor student, Tensor values, Tensor indices, Tensor? rest, Tensor? weight, "
+    "Tensor? temperatures, float temperature, float scale, SymInt divisor, bool reduce) -> (Tensor, Tensor)",
     softmax_kl_topk_forward_torch,
     _forward_fake(8),
 )
 _softmax_kl_topk_backward = define(
     "softmax_kl",
     "softmax_kl_topk_backward(Tensor grad, Tensor student, Tensor values, Tensor indices, Tensor? rest, "
-    "Tensor? weight, Tensor stats, float temperature, float scale) -> Tensor",
+    "Tensor? weight, Tensor? temperatures, Tensor stats, float temperature, float scale, SymInt divisor) -> Tensor",
     softmax_kl_topk_backward_torch,
     lambda grad, student, *args: torch.empty_like(student, memory_format=torch.contiguous_format),
 )
 _cross_entropy_kl = define(
     "softmax_kl",
-    "cross_entropy_kl(Tensor student, Tensor? teacher, Tensor labels, float temperature, float kl_scale, "
-    "float ce_scale, float smoothing, int ignore_index, bool ce_mean, bool reduce) -> (Tensor, Tensor)",
+    "cross_entropy_kl(Tensor student, Tensor? teacher, Tensor labels, Tensor? temperatures, float temperature, "
+    "float kl_scale, SymInt kl_divisor, float ce_scale, SymInt ce_divisor, float smoothing, int ignore_index, "
+    "bool ce_mean, bool reduce) -> (Tensor, Tensor)",
     cross_entropy_kl_forward_torch,
     _forward_fake(8),
 )
 _cross_entropy_kl_backward = define(
     "softmax_kl",
-    "cross_entropy_kl_backward(Tensor grad, Tensor student, Tensor? teacher, Tensor labels, Tensor stats, "
-    "float temperature, float kl_scale, float smoothing, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    "cross_entropy_kl_backward(Tensor grad, Tensor student, Tensor? teacher, Tensor labels, Tensor? temperatures, "
+    "Tensor stats, float temperature, float kl_scale, SymInt kl_divisor, float smoothing, bool need_student, "
+    "bool need_teacher) -> (Tensor, Tensor)",
     cross_entropy_kl_backward_torch,
     _backward_fake,
 )
 _dkd = define(
     "softmax_kl",
-    "dkd(Tensor student, Tensor teacher, Tensor labels, float temperature, float alpha, float beta, float scale) "
-    "-> (Tensor, Tensor)",
+    "dkd(Tensor student, Tensor teacher, Tensor labels, Tensor? temperatures, float temperature, float alpha, "
+    "float beta, SymInt divisor) -> (Tensor, Tensor)",
     dkd_forward_torch,
-    _forward_fake(7),
+    _forward_fake(8),
 )
 _dkd_backward = define(
     "softmax_kl",
-    "dkd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor stats, float temperature, "
-    "float alpha, float beta, float scale, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
+    "dkd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor? temperatures, Tensor stats, "
+    "float temperature, float alpha, float beta, SymInt divisor, bool need_student, bool need_teacher) "
+    "-> (Tensor, Tensor)",
     dkd_backward_torch,
     _backward_fake,
 )
 
 
+# What is no tensor comes as one tuple: every argument of apply costs as much as reading a small one.
 class _SoftmaxKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, weight, temperature, beta, scale, reduce):
-        loss, stats = _softmax_kl(student, teacher, weight, temperature, beta, scale, reduce)
-        ctx.save_for_backward(student, teacher, weight, stats)
-        ctx.constants = (temperature, beta, scale)
+    def forward(ctx, student, teacher, weight, temperatures, settings):
+        loss, stats = _softmax_kl(student, teacher, weight, temperatures, *settings)
+        save(ctx, student, teacher, weight, temperatures, stats)
+        ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("softmax_kl")
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        student, teacher = _softmax_kl_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
-        return student if need_student else None, teacher if need_teacher else None, None, None, None, None, None
+        temperature, beta, divisor, _ = ctx.settings
+        needs = need_student, need_teacher = ctx.needs_input_grad[:2]
+        student, teacher = _softmax_kl_backward(grad, *saved(ctx), temperature, beta, divisor, *needs)
+        return student if need_student else None, teacher if need_teacher else None, None, None, None
 
 
 class _SoftmaxKLTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, values, indices, rest, weight, temperature, scale, reduce):
-        loss, stats = _softmax_kl_topk(student, values, indices, rest, weight, temperature, scale, reduce)
-        ctx.save_for_backward(student, values, indices, rest, weight, stats)
-        ctx.constants = (temperature, scale)
+    def forward(ctx, student, values, indices, rest, weight, temperatures, settings):
+        loss, stats = _softmax_kl_topk(student, values, indices, rest, weight, temperatures, *settings)
+        save(ctx, student, values, indices, rest, weight, temperatures, stats)
+        ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("softmax_kl")
-        return _softmax_kl_topk_backward(grad, *ctx.saved_tensors, *ctx.constants), *(None,) * 7
+        temperature, scale, divisor, _ = ctx.settings
+        return _softmax_kl_topk_backward(grad, *saved(ctx), temperature, scale, divisor), *(None,) * 6
 
 
 class _CrossEntropyKL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
-    ):
-        loss, stats = _cross_entropy_kl(
-            student, teacher, labels, temperature, kl_scale, ce_scale, smoothing, ignore_index, ce_mean, reduce
-        )
-        ctx.save_for_backward(student, teacher, labels, stats)
-        ctx.constants = (temperature, kl_scale, smoothing)
+    def forward(ctx, student, teacher, labels, temperatures, settings):
+        loss, stats = _cross_entropy_kl(student, teacher, labels, temperatures, *settings)
+        save(ctx, student, teacher, labels, temperatures, stats)
+        ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("cross_entropy_kl")
-        need_student, need_teacher = ctx.needs_input_grad[:2]
+        temperature, kl_scale, kl_divisor, _, _, smoothing, *_ = ctx.settings
+        needs = need_student, need_teacher = ctx.needs_input_grad[:2]
         student, teacher = _cross_entropy_kl_backward(
-            grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher
+            grad, *saved(ctx), temperature, kl_scale, kl_divisor, smoothing, *needs
         )
-        none = (None,) * 8
-        return student if need_student else None, teacher if need_teacher else None, *none
+        return student if need_student else None, teacher if need_teacher else None, None, None, None
 
 
 class _DKD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, teacher, labels, temperature, alpha, beta, scale):
-        loss, stats = _dkd(student, teacher, labels, temperature, alpha, beta, scale)
-        ctx.save_for_backward(student, teacher, labels, stats)
-        ctx.constants = (temperature, alpha, beta, scale)
+    def forward(ctx, student, teacher, labels, temperatures, settings):
+        loss, stats = _dkd(student, teacher, labels, temperatures, *settings)
+        save(ctx, student, teacher, labels, temperatures, stats)
+        ctx.settings = settings
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         check.first_derivative_only("dkd")
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        student, teacher = _dkd_backward(grad, *ctx.saved_tensors, *ctx.constants, need_student, need_teacher)
-        return student if need_student else None, teacher if need_teacher else None, None, None, None, None, None
+        needs = need_student, need_teacher = ctx.needs_input_grad[:2]
+        student, teacher = _dkd_backward(grad, *saved(ctx), *ctx.settings, *needs)
+        return student if need_student else None, teacher if need_teacher else None, None, None, None
 
 
-def _divisor(reduction, rows):
+def _divisor(reduction, student):
+    """What a reduced divergence is divided by; a graph's symbol where the batch size is one."""
     check.reduction(reduction)
-    return max(rows, 1) if reduction in ("mean", "batchmean") else 1
+    return batch_size(student) if reduction in ("mean", "batchmean") else 1
+
+
+def batch_size(x):
+    """Rows of `x`, at least 1."""
+    return x.shape[0] or 1
 
 
 def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
@@ -511,8 +642,9 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
     check.number("beta", beta, 0, 1)
     if weight is not None:
         check.row_weight(weight, student)
-    scale = temperature * temperature / _divisor(reduction, student.shape[0])
-    return _SoftmaxKL.apply(student, teacher, weight, float(temperature), float(beta), scale, reduction != "none")
+    temperatures, temperature = temperature_argument(temperature, student)
+    settings = (temperature, float(beta), _divisor(reduction, student), reduction != "none")
+    return _SoftmaxKL.apply(student, teacher, weight, temperatures, settings)
 
 
 def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight, reduction):
@@ -527,6 +659,8 @@ def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight
         )
     values, indices, rest, stored = TopK(*teacher)
     indices = check.top_k(values, indices, rest, student)
+    if isinstance(stored, torch.Tensor):  # as a data loader collates the samples' numbers
+        stored = check.one_number("teacher.temperature", stored)
     check.positive("teacher.temperature", stored)
     if rest is not None and stored != temperature:
         raise ValueError(
@@ -535,10 +669,9 @@ def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight
         )
     if weight is not None:
         check.row_weight(weight, student)
-    scale = kl_weight * temperature * temperature / _divisor(reduction, student.shape[0])
-    return _SoftmaxKLTopK.apply(
-        student, values, indices, rest, weight, float(temperature), float(scale), reduction != "none"
-    )
+    temperatures, temperature = temperature_argument(temperature, student)
+    settings = (temperature, float(kl_weight), _divisor(reduction, student), reduction != "none")
+    return _SoftmaxKLTopK.apply(student, values, indices, rest, weight, temperatures, settings)
 
 
 def cross_entropy_kl(
@@ -564,50 +697,47 @@ def cross_entropy_kl(
         ignore_index: rows with this label leave the cross-entropy, not the KL.
         reduction: "batchmean" and "mean": KL divided by B, cross-entropy by the rows kept (0 if none). "sum", "none".
 
-    Raises: TypeError, ValueError naming the argument; a label that is neither a class nor `ignore_index` is an error
-    on CPU. On CUDA it makes the row (and a reduced loss) NaN, unless KDFAST_CHECK=1, which checks first.
+    Raises: TypeError, ValueError naming the argument; a label that is neither a class nor `ignore_index`, or a row of
+    probabilities whose sum is below 0 (they are logits or log-probabilities), is an error on CPU. On CUDA it makes the
+    row (and a reduced loss) NaN, unless KDFAST_CHECK=1, which checks labels first.
     """
     check.number("kl_weight", kl_weight)
+    labels_and = (ce_weight, label_smoothing, ignore_index, reduction)
     if isinstance(teacher, tuple):
         kl = _softmax_kl_topk_loss(student, teacher, temperature, 0.0, None, kl_weight, reduction)
-        ce = _cross_entropy(student, None, labels, 1.0, 0.0, ce_weight, label_smoothing, ignore_index, reduction)
+        ce = cross_entropy_loss(student, None, labels, 1.0, 0.0, 1, *labels_and)
         return kl + ce if kl_weight else ce
     check.pair(student, teacher)
     check.positive("temperature", temperature)
-    kl_scale = kl_weight * temperature * temperature / _divisor(reduction, student.shape[0])
-    return _cross_entropy(
-        student, teacher, labels, float(temperature), kl_scale, ce_weight, label_smoothing, ignore_index, reduction
-    )
+    divisor = _divisor(reduction, student)
+    return cross_entropy_loss(student, teacher, labels, temperature, kl_weight, divisor, *labels_and)
 
 
 def cross_entropy(student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
     """``ce_weight CE(student, labels)``: :func:`cross_entropy_kl` without a teacher, with the same labels."""
     check.logits("student", student)
-    return _cross_entropy(student, None, labels, 1.0, 0.0, ce_weight, label_smoothing, ignore_index, reduction)
+    return cross_entropy_loss(student, None, labels, 1.0, 0.0, 1, ce_weight, label_smoothing, ignore_index, reduction)
 
 
-def _cross_entropy(student, teacher, labels, temperature, kl_scale, ce_weight, smoothing, ignore_index, reduction):
+def cross_entropy_loss(
+    student, teacher, labels, temperature, kl_weight, kl_divisor, ce_weight, smoothing, ignore_index, reduction
+):
+    """``kl_weight / kl_divisor T^2 KL + ce_weight CE`` of logits and a temperature that were checked."""
     check.number("ce_weight", ce_weight)
     check.number("label_smoothing", smoothing, 0, 1)
-    divisor = _divisor(reduction, student.shape[0])
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
+    divisor, ce_mean = _divisor(reduction, student), False
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         check.class_probabilities("labels", labels, student)
-        labels, ce_scale, ce_mean = labels.detach(), ce_weight / divisor, False
+        labels = labels.detach()
     else:
         labels = check.class_indices(labels, student, ignore_index)
-        ce_scale, ce_mean = float(ce_weight), reduction in ("mean", "batchmean")
-    return _CrossEntropyKL.apply(
-        student,
-        teacher,
-        labels,
-        temperature,
-        float(kl_scale),
-        float(ce_scale),
-        float(smoothing),
-        ignore_index,
-        ce_mean,
-        reduction != "none",
-    )
+        ce_mean = reduction in ("mean", "batchmean")
+    temperatures, temperature = (None, 1.0) if teacher is None else temperature_argument(temperature, student)
+    kl, ce = (float(kl_weight), kl_divisor), (float(ce_weight), divisor)
+    settings = (temperature, *kl, *ce, float(smoothing), ignore_index, ce_mean, reduction != "none")
+    return _CrossEntropyKL.apply(student, teacher, labels, temperatures, settings)
 
 
 def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
@@ -625,5 +755,6 @@ def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
     check.number("alpha", alpha)
     check.number("beta", beta)
     labels = check.class_indices(labels, student)
-    scale = temperature * temperature / max(student.shape[0], 1)
-    return _DKD.apply(student, teacher, labels, float(temperature), float(alpha), float(beta), scale)
+    temperatures, temperature = temperature_argument(temperature, student)
+    settings = (temperature, float(alpha), float(beta), batch_size(student))
+    return _DKD.apply(student, teacher, labels, temperatures, settings)
