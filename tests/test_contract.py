@@ -310,6 +310,34 @@ def test_two_graphs_for_every_size_and_temperature(name, parameters, kinds):
                 assert any(x.grad is not None for x in leaves)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("name", ["AT", "CCKD", "FAKD", "FitNets", "HCL", "IRGEdge", "NST", "OFD", "PKT", "RKD", "SP"])
+def test_two_graphs_for_every_image_size(name, memory_format):
+    torch.compiler.reset()
+    loss = getattr(kdfast, name)()
+    more = (-torch.rand(4),) if name == "OFD" else ()
+    compiled = torch.compile(lambda *x: loss(*x), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for size in (8, 9, 12, 14):
+            maps = [torch.randn(5, 4, size, size).contiguous(memory_format=memory_format) for _ in range(2)]
+            leaf = maps[0].requires_grad_()
+            value = compiled(leaf, maps[1], *more)
+            torch.testing.assert_close(value, loss(leaf, maps[1], *more))
+            value.backward()
+            assert leaf.grad.isfinite().all()
+
+
+def test_two_graphs_for_every_batch_of_crd():
+    torch.compiler.reset()
+    crd = kdfast.CRD(3, 4, n_data=20, negatives=5)
+    compiled = torch.compile(lambda *x: crd(*x), fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for rows in (6, 7, 8, 10):
+            student = torch.randn(rows, 3, requires_grad=True)
+            compiled(student, torch.randn(rows, 4), torch.arange(rows)).backward()
+            assert student.grad.isfinite().all() and student.grad.any()
+
+
 @every_loss
 def test_temperature_in_a_tensor(implementation, monkeypatch, name, parameters, kinds):
     """What a compiled graph passes to the kernels: the same loss and gradients as of the number."""

@@ -189,7 +189,10 @@ class CRD(Loss):
     def _constants(self, log_sums, contrast_index, counts):
         """Both Z: as they are, or from the first batch."""
         rows = len(contrast_index) if counts is None else sum(counts)
-        means = (log_sums - math.log(max(1, rows * contrast_index.shape[1]))).exp() * self.n_data
+        scores = max(1, rows * contrast_index.shape[1])
+        # A graph takes the logarithm itself, and so serves every batch size.
+        log = (torch.ones_like(log_sums) * scores).log() if torch.compiler.is_compiling() else math.log(scores)
+        means = (log_sums - log).exp() * self.n_data
         first = [(z < 0) & mean.isfinite() & (mean > 0) for z, mean in zip(self._z(), means, strict=True)]
         return [torch.where(f, mean, z) for f, mean, z in zip(first, means, self._z(), strict=True)]
 

@@ -445,11 +445,14 @@ def anchors_and_banks(student, teacher, bank_student, bank_teacher):
 def contrast_rows(name, index, batch, rows, columns=False):
     """`index` is int64 (B,), with `columns` (B, K + 1), on the device of `batch`; for its values see `check_rows`."""
     check.tensor(name, index)
-    shape = f"({batch.shape[0]}, K + 1)" if columns else f"({batch.shape[0]},)"
+
+    def expected():  # only for a message: of a graph's symbol it makes a number
+        return f"({batch.shape[0]}, K + 1)" if columns else f"({batch.shape[0]},)"
+
     if index.dtype != torch.int64:
-        raise TypeError(f"{name} must be int64 of shape {shape}, got {index.dtype} of shape {tuple(index.shape)}")
+        raise TypeError(f"{name} must be int64 of shape {expected()}, got {index.dtype} of shape {tuple(index.shape)}")
     if index.dim() != 1 + columns or index.shape[0] != batch.shape[0] or 0 in index.shape[1:]:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(index.shape)}")
+        raise ValueError(f"{name} must have shape {expected()}, got {tuple(index.shape)}")
     check.same_device(name, index, batch)
     if index.is_cuda and not torch.compiler.is_compiling() and os.environ.get("KDFAST_CHECK") == "1":
         check_rows(name, index, rows)

@@ -6,7 +6,10 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def save(ctx, *tensors):
-    """``ctx.save_for_backward``; inference tensors, which nothing can change in place unseen, are kept as they are."""
+    """``ctx.save_for_backward``; inference tensors, which nothing can change in place unseen, are kept as they are.
+
+    A compiled graph saves its inputs itself: there they remain torch's to refuse.
+    """
     ctx.inference = None
     if not _is_compiling():
         for x in tensors:
