@@ -381,6 +381,7 @@ WORDS = [
     ),
     (lambda: kdfast.KD(alpha=0.5, ignore_index=None)(S, T, Y), TypeError, "ignore_index must be an int, got NoneType"),
     (lambda: kdfast.KD()(S, T, "oops"), TypeError, "labels must be a torch.Tensor, got str"),
+    (lambda: kdfast.KD(alpha=0.5)(S, T, Y.float()), TypeError, r"labels must be integers of shape \(3,\), or prob"),
     (lambda: kdfast.KD()(S, T.to_sparse()), TypeError, r"teacher must be a dense tensor, got a sparse_coo one"),
     (lambda: kdfast.KD()(S.to_mkldnn(), T), TypeError, "student must be a dense tensor, got a mkldnn one"),
     (lambda: kdfast.RKD()(torch.nested.nested_tensor([S, S]), T), TypeError, "student must be a dense tensor.*nested"),

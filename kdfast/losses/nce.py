@@ -45,7 +45,8 @@ class CRD(Loss):
     the averaged gradients and the banks are those of one process. To wrap a model that contains CRD in DDP, see
     ``kdfast.distributed.ignore_banks``. All state, the seed of the draws too, is in the state_dict. The official code
     draws negatives in the data loader, reads Z on the host, and embeds a zero row as NaN (here: 0). The embeddings are
-    linear layers in the inputs' accumulation type, whatever autocast and torch's setting for TF32 say. Op: ``nce``.
+    linear layers in the inputs' accumulation type, whatever autocast and torch's setting for TF32 say; they learn only
+    if the optimizer has ``crd.parameters()``. One thread at a time may call it. Op: ``nce``.
     """
 
     settings = {"negatives": check.count, "temperature": check.positive, "momentum": SHARE}

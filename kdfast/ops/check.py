@@ -297,6 +297,11 @@ def class_probabilities(name, probabilities, student):
     """(B, C) floating-point target probabilities on the student's device, without gradient."""
     tensor(name, probabilities)
     floating(name, probabilities)
+    if probabilities.dim() == 1 and name == "labels":
+        raise TypeError(
+            f"labels must be integers of shape ({student.shape[0]},), or probabilities of shape "
+            f"{tuple(student.shape)}, got {probabilities.dtype} of shape {tuple(probabilities.shape)}"
+        )
     if probabilities.shape != student.shape:
         raise ValueError(
             f"{name} must have the student's shape {tuple(student.shape)}, got {tuple(probabilities.shape)}"
