@@ -15,6 +15,7 @@ class AT(Loss):
     them; 0-d. Maps of different heights are average-pooled to a square of the smaller height first. Gradients flow to
     both. The paper's eq. 2 takes the norm of each sample's difference; its code, which this follows, the mean of
     squares. An odd p keeps the sign of x, as RepDistiller's code does. Op: ``attention_transfer``.
+    Usual weight: 1000 (torchdistill on ImageNet).
     """
 
     settings = {"p": check.count}

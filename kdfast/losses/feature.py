@@ -27,6 +27,7 @@ class FitNets(nn.Module):
     Shapes: student, teacher of one shape (B, C, H, W) or (B, ...), or equally long lists, whose losses are added; 0-d.
     Gradients flow to both. The mean over all elements is that of RepDistiller; the official Theano code sums over the
     channels and halves. Op: ``squared_error``.
+    Usual weight: 100 (RepDistiller).
     """
 
     def forward(self, student, teacher):
@@ -164,6 +165,7 @@ class OFD(Loss):
     (``reduction="none"``: (B,)). "sum" is the official code's and "mean" divides it by B; weights 1 / 2^k of the layers
     are the caller's. Gradients flow to both (to the teacher half of it where t = margin) and stop at the margin.
     Op: ``partial_squared_error``.
+    Usual weight: 1e-4, an earlier layer half (the authors' code for ImageNet).
     """
 
     settings = {"reduction": REDUCTION}
@@ -246,6 +248,7 @@ class VID(nn.Module):
     height. Gradients flow to both. RepDistiller's log(1 + exp(x)) loses digits below x = -8 and overflows at 89; this
     softplus does neither. The regressor works in the type of its weights, whatever autocast says.
     Op: ``channel_squared_error``.
+    Usual weight: 1 (torchdistill).
     """
 
     def __init__(self, student_channels, mid_channels, teacher_channels, init_variance=5.0, eps=1e-5):

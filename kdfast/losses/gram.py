@@ -20,6 +20,7 @@ class SP(nn.Module):
     ``1 / B^2 sum_ij (q_ij - q'_ij)^2`` with ``q_i = G_i / |G_i|``, ``G_ij = x_i . x_j`` among the student's samples, q'
     the teacher's; summed over layers. Shapes: student (B, ...), teacher (B, ...), maps or features of any widths, or
     equally long lists of them; 0-d. Gradients flow to both. Op: ``gram_distance``.
+    Usual weight: 3000 (RepDistiller, as the paper).
     """
 
     def forward(self, student, teacher):
@@ -164,6 +165,7 @@ class NST(nn.Module):
     (B, C, H, W), teacher (B, C', H, W) maps or equally long lists; 0-d. Maps of different heights are average-pooled to
     a square of the smaller height. The gradient reaches the teacher through k(s, t) alone, as in RepDistiller's code; a
     channel that is 0 gets none. Op: ``selectivity``.
+    Usual weight: 50 (RepDistiller).
     """
 
     def forward(self, student, teacher):

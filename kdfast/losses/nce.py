@@ -47,6 +47,7 @@ class CRD(Loss):
     draws negatives in the data loader, reads Z on the host, and embeds a zero row as NaN (here: 0). The embeddings are
     linear layers in the inputs' accumulation type, whatever autocast and torch's setting for TF32 say; they learn only
     if the optimizer has ``crd.parameters()``. One thread at a time may call it. Op: ``nce``.
+    Usual weight: 0.8 (torchdistill).
     """
 
     settings = {"negatives": check.count, "temperature": check.positive, "momentum": SHARE}
