@@ -577,7 +577,8 @@ def test_killed_process_and_restart(photographs, tmp_path):
     """kill -9 of one of three; torchrun starts them anew, and the weights are those of a run without it."""
     options = ("--preset", "crd", "--checkpoint-every", 1)  # three: with two, a sum has no order that could change
     finished(3, arguments(photographs, tmp_path / "expected", *options))
-    output = finished(3, arguments(photographs, tmp_path / "run", *options), restarts=1, disturbed=(1, 3, "SIGKILL"))
+    argv = arguments(photographs, tmp_path / "run", *options, "--workers", 1)
+    output = finished(3, argv, restarts=1, disturbed=(1, 3, "SIGKILL"))
     assert "exitcode: -9" in output and "resumed after step" in output
     assert_ended(output, 3)
     assert_same_results(tmp_path / "run", tmp_path / "expected")

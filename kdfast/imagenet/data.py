@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from kdfast.distill import DistillError
 from kdfast.distill.images import eight_bits
 from kdfast.distill.train import derived_seed
-from kdfast.imagenet.ranks import ignore_signals
+from kdfast.imagenet.ranks import end_with_parent
 
 __all__ = ["Batch", "Images", "Steps", "Unread", "loading", "seeded"]
 
@@ -146,7 +146,7 @@ def loading(images, keys, workers, pin_memory):
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=pin_memory,
-            worker_init_fn=ignore_signals,
+            worker_init_fn=end_with_parent,
         )
     )
     try:

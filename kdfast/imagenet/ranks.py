@@ -11,7 +11,7 @@ import torch.distributed as dist
 from kdfast import distributed
 from kdfast.distill import DistillError
 
-__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "by_torchrun", "ignore_signals", "join", "leave"]
+__all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "by_torchrun", "end_with_parent", "join", "leave"]
 
 
 class OtherRankFailed(Exception):
@@ -121,10 +121,14 @@ def _device(name, local):
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
-def ignore_signals(_worker):
-    """For the processes that load images: they end with the process that trains."""
+def end_with_parent(_worker):
+    """For the processes that load images: they ignore signals, and die when the process that trains dies.
+
+    An orphan would keep its parent's sockets and pipes open, and the other ranks would wait for one that is gone.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # as torch's own `spawn` asks for it; Linux only
 
 
 class Stop:
