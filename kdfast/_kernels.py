@@ -7,6 +7,7 @@ and ``_cuda`` register faster kernels for theirs, which the dispatcher prefers. 
 import contextlib
 import glob
 import importlib.util
+import inspect
 import os
 import sys
 import warnings
@@ -16,7 +17,7 @@ import torch
 
 from kdfast import _build_record
 
-__all__ = ["FallbackWarning", "define", "fallback", "load", "override", "paths", "status"]
+__all__ = ["FallbackWarning", "fallback", "load", "op", "override", "paths", "status"]
 
 NAMESPACE = torch.library.Library("kdfast", "DEF")
 OPS = {}  # name -> Op
@@ -124,15 +125,29 @@ def paths():
 
 
 # ---- defining ops ----------------------------------------------------------------------------------------------------
-def define(family, schema, fallback, fake, has_kernels=True):
-    """Define ``kdfast::<schema>`` with its plain-PyTorch form for all devices and its shape function; return the op."""
-    name = schema.split("(")[0]
-    OPS[name] = Op(family, schema, fallback, has_kernels)
-    NAMESPACE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    run = _announced(family, fallback) if has_kernels else fallback
-    NAMESPACE.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"kdfast::{name}", fake, lib=NAMESPACE)
-    return getattr(torch.ops.kdfast, name).default
+def op(family, fake, mutates=(), has_kernels=True):
+    """Decorator: a plain-PyTorch function, annotated, becomes the op ``kdfast::<its name>`` of a family.
+
+    Its signature is the schema; it runs where no kernel does. `fake` gets the arguments by name and gives empty results
+    of the right shapes. The function's name may begin with ``_``, which the op's does not.
+    """
+
+    def define(function):
+        name = function.__name__.removeprefix("_")
+        names = tuple(inspect.signature(function).parameters)
+        schema = torch.library.infer_schema(function, mutates_args=mutates, op_name=name)
+        OPS[name] = Op(family, schema, function, has_kernels)
+        NAMESPACE.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        run = _announced(family, function) if has_kernels else function
+        NAMESPACE.impl(name, run, "CompositeExplicitAutograd")
+
+        def fake_by_name(*args, **more):
+            return fake(**dict(zip(names, args, strict=False)), **more)
+
+        torch.library.register_fake(f"kdfast::{name}", fake_by_name, lib=NAMESPACE)
+        return getattr(torch.ops.kdfast, name).default
+
+    return define
 
 
 def _announced(family, fallback):

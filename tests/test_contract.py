@@ -353,7 +353,7 @@ def test_temperature_in_a_tensor(implementation, monkeypatch, name, parameters, 
         changed, leaves = with_leaves(kinds, arguments)
         loss = call(name, module, changed)
         results.append([loss, *torch.autograd.grad(loss.sum(), leaves, allow_unused=True)])
-        for family in ("softmax_kl", "ensemble"):
+        for family in ("softmax_kl", "mixed_logits", "teachers"):
             monkeypatch.setattr(sys.modules[f"kdfast.ops.{family}"], "temperature_argument", in_tensor)
     torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-14)
 

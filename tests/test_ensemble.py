@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 import kdfast
 from kdfast import ops
-from kdfast.ops.ensemble import aekd_weights, simplex_minimum
+from kdfast.ops.simplex import simplex_minimum
+from kdfast.ops.teachers import aekd_weights
 
 raw = torch.ops.kdfast
 INF = math.inf

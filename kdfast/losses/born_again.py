@@ -6,7 +6,8 @@ from torch import nn
 from kdfast.losses.base import Loss, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.softmax_kl import cross_entropy, row_stats, softmax_kl
+from kdfast.ops.rows import row_stats
+from kdfast.ops.softmax_kl import cross_entropy, softmax_kl
 
 
 class CWTM(nn.Module):

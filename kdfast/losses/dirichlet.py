@@ -9,9 +9,9 @@ import torch
 from kdfast.losses.base import SHARE, Loss, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.ensemble import matrices, network_list
+from kdfast.ops.networks import matrices, network_list
+from kdfast.ops.rows import log_softmax, row_stats
 from kdfast.ops.saved import save, saved
-from kdfast.ops.softmax_kl import log_softmax, row_stats
 
 # The powers of T that multiply the student's logits, divide the teachers', and multiply the loss.
 VARIANTS = {

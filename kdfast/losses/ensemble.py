@@ -12,21 +12,12 @@ from torch import nn
 from kdfast.losses.base import SHARE, Loss, one_of, or_none
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.ensemble import (
-    RIDGE,
-    aekd,
-    best_mixture,
-    label_column,
-    least,
-    matrices,
-    mixed,
-    mixed_loss,
-    network_count,
-    network_list,
-    teachers_kl,
-    teachers_loss,
-)
-from kdfast.ops.softmax_kl import INF, cross_entropy, log_softmax, row_stats
+from kdfast.ops.mixed_logits import least, mixed, mixed_loss
+from kdfast.ops.networks import matrices, network_count, network_list
+from kdfast.ops.rows import INF, label_column, log_softmax, row_stats
+from kdfast.ops.simplex import RIDGE, best_mixture
+from kdfast.ops.softmax_kl import cross_entropy
+from kdfast.ops.teachers import aekd, teachers_kl, teachers_loss
 
 
 # ---- epochs ----------------------------------------------------------------------------------------------------------
@@ -444,7 +435,7 @@ class KDCL(Loss):
 def _least_error_mixture(networks, labels):
     """log sum_m a_m p_m [rows, cols] with a = C^-1 1 of the networks' errors p - onehot, normalised."""
     dtype = accumulator(*networks)
-    column, _ = label_column(labels, networks[0].shape[1])
+    column, *_ = label_column(labels, networks[0].shape[1])
     p = [log_softmax(z, *row_stats(z, 1.0, dtype), 1.0).exp() for z in networks]
     errors = [x - torch.zeros_like(x).scatter(1, column, 1.0) for x in p]
     products = [[fixed_sum(fixed_sum(x * y).double()) for y in errors] for x in errors]

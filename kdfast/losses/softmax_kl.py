@@ -7,7 +7,8 @@ import torch
 
 from kdfast.losses.base import REDUCTION, SHARE, Loss, or_none
 from kdfast.ops import check
-from kdfast.ops.softmax_kl import batch_size, cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
+from kdfast.ops.rows import batch_size
+from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
 
 
 class KD(Loss):

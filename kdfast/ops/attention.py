@@ -8,11 +8,12 @@ difference. A map that is 0 has q = 0.
 """
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.saved import save, saved
+from kdfast.ops.differentiable import gradient_formed
 
 EPS = 1e-12  # the smallest norm of the mean over channels, as in torch.nn.functional.normalize
 
@@ -25,7 +26,20 @@ def map_slope(own, other, norm, factor, floored):
     return (grad - own * along[:, None]) / norm[:, None]
 
 
-def attention_transfer_torch(student, teacher, power, need_student, need_teacher):
+def _loss_and_slopes(student, teacher, need_student, need_teacher, **_):
+    shape = (student.shape[0], student.shape[2])
+    slopes = [shapes.sums(shape if need else 0, student, teacher) for need in (need_student, need_teacher)]
+    return shapes.sums((), student, teacher), *slopes
+
+
+@op("attention", _loss_and_slopes)
+def _attention_transfer(
+    student: Tensor,
+    teacher: Tensor,
+    power: int,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; slopes [B, N], p dL/dm, of the sides that need them."""
     dtype = accumulator(student, teacher)
     sides = []
@@ -42,13 +56,6 @@ def attention_transfer_torch(student, teacher, power, need_student, need_teacher
     return loss, slope_s, slope_t
 
 
-def attention_gradient_torch(grad, slope, x, power):
-    """grad slope_bn x_bcn^(p-1) in x's dtype."""
-    out = (grad * slope)[:, None] * x.to(slope.dtype) ** (power - 1)
-    return _gradient_like(x).copy_(out)
-
-
-# ---- the ops ---------------------------------------------------------------------------------------------------------
 def _gradient_like(x):
     """An uninitialised gradient [B, C, N] that lies in memory as x does: channels last where its channels are next."""
     batch, channels, positions = x.shape
@@ -62,53 +69,28 @@ def channels_last(x):
     return x.stride(1) == 1 and x.stride(2) != 1
 
 
-def _attention_transfer_fake(student, teacher, power, need_student, need_teacher):
-    dtype = accumulator(student, teacher)
-    shape = (student.shape[0], student.shape[2])
-    slopes = (student.new_empty(shape if need else 0, dtype=dtype) for need in (need_student, need_teacher))
-    return student.new_empty((), dtype=dtype), *slopes
+@op("attention", lambda x, **_: _gradient_like(x))
+def _attention_gradient(
+    grad: Tensor,
+    slope: Tensor,
+    x: Tensor,
+    power: int,
+) -> Tensor:
+    """grad slope_bn x_bcn^(p-1) in x's dtype."""
+    out = (grad * slope)[:, None] * x.to(slope.dtype) ** (power - 1)
+    return _gradient_like(x).copy_(out)
 
 
-def _attention_gradient_fake(grad, slope, x, power):
-    return _gradient_like(x)
+# ---- public functions ------------------------------------------------------------------------------------------------
+def _transfer(student, teacher, *settings):
+    return _attention_transfer(student.flatten(2), teacher.flatten(2), *settings)
 
 
-_attention_transfer = define(
-    "attention",
-    "attention_transfer(Tensor student, Tensor teacher, int power, bool need_student, bool need_teacher) "
-    "-> (Tensor, Tensor, Tensor)",
-    attention_transfer_torch,
-    _attention_transfer_fake,
-)
-_attention_gradient = define(
-    "attention",
-    "attention_gradient(Tensor grad, Tensor slope, Tensor x, int power) -> Tensor",
-    attention_gradient_torch,
-    _attention_gradient_fake,
-)
+def _gradient(grad, slope, x, power):
+    return _attention_gradient(grad, slope, x.flatten(2), power).unflatten(2, x.shape[2:])
 
 
-class _AttentionTransfer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, power, need_student, need_teacher):
-        loss, slope_s, slope_t = _attention_transfer(
-            student.flatten(2), teacher.flatten(2), power, need_student, need_teacher
-        )
-        save(ctx, student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
-        ctx.power = power
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("attention_transfer")
-        student, slope_s, teacher, slope_t = saved(ctx)
-
-        def gradient(x, slope):
-            return _attention_gradient(grad, slope, x.flatten(2), ctx.power).unflatten(2, x.shape[2:])
-
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        student_grad = gradient(student, slope_s) if need_student else None
-        return student_grad, gradient(teacher, slope_t) if need_teacher else None, None, None, None
+_attention_transfer_function = gradient_formed(_transfer, _gradient, "attention_transfer")
 
 
 def attention_transfer(student, teacher, power=2):
@@ -132,6 +114,4 @@ def attention_transfer(student, teacher, power=2):
         want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
         raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
     check.count("power", power)
-    recording = torch.is_grad_enabled()
-    need_student, need_teacher = (recording and x.requires_grad for x in (student, teacher))
-    return _AttentionTransfer.apply(student, teacher, power, need_student, need_teacher)
+    return _attention_transfer_function((power,), student, teacher)

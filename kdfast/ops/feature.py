@@ -16,12 +16,13 @@ float32.
 """
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.layout import flat, gradient_memory
-from kdfast.ops.saved import save, saved
 
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
@@ -61,7 +62,26 @@ def _terms(student, teacher, margin, kind, boundary):
     return gap * gap, 2 * gap, gap * torch.where(t == m, -1.0, torch.where(t < m, 0.0, -2.0))
 
 
-def feature_error_torch(student, teacher, margin, kind, boundary, over, divisor):
+def _error_shape(student, teacher, over, **_):
+    shape = {TOTAL: (), SAMPLE: student.shape[:1], CHANNEL: student.shape[1:2]}[over]
+    return shapes.sums(shape, student, teacher)
+
+
+def _gradient_shapes(student, teacher, need_student, need_teacher, **_):
+    sides = ((student, need_student), (teacher, need_teacher))
+    return tuple(gradient_memory(x, student) if need else x.new_empty(0) for x, need in sides)
+
+
+@op("feature", _error_shape)
+def _feature_error(
+    student: Tensor,
+    teacher: Tensor,
+    margin: Tensor | None,
+    kind: int,
+    boundary: float,
+    over: int,
+    divisor: int,
+) -> Tensor:
     """-> the terms of maps (B, C, N) over `divisor`, summed over everything (0-d), a sample (B,) or a channel (C,)."""
     values = _terms(student, teacher, margin, kind, boundary)[0]
     if over == CHANNEL:
@@ -70,9 +90,19 @@ def feature_error_torch(student, teacher, margin, kind, boundary, over, divisor)
     return (samples if over == SAMPLE else fixed_sum(samples)) / divisor
 
 
-def feature_error_backward_torch(
-    grad, student, teacher, margin, kind, boundary, over, divisor, need_student, need_teacher
-):
+@op("feature", _gradient_shapes)
+def _feature_error_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    margin: Tensor | None,
+    kind: int,
+    boundary: float,
+    over: int,
+    divisor: int,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     _, student_grad, teacher_grad = _terms(student, teacher, margin, kind, boundary)
     factor = grad.to(student_grad.dtype) / divisor
@@ -93,7 +123,18 @@ def _power(gap, power):
     return (gap.abs(), gap.sign()) if power == 1 else (gap * gap, 2 * gap)
 
 
-def normalized_error_torch(student, teacher, power):
+@op(
+    "feature",
+    lambda student, teacher, **_: (
+        shapes.sums((), student, teacher),
+        shapes.sums((4, student.shape[0]), student, teacher),
+    ),
+)
+def _normalized_error(
+    student: Tensor,
+    teacher: Tensor,
+    power: int,
+) -> tuple[Tensor, Tensor]:
     """-> loss, stats [4, B]: norms of the samples, and products of the slopes with the unit samples, of both sides."""
     dtype = accumulator(student, teacher)
     norms = [_sample_sum(x.to(dtype).square()).sqrt() for x in (student, teacher)]
@@ -103,7 +144,16 @@ def normalized_error_torch(student, teacher, power):
     return loss, torch.stack([*norms, _sample_sum(slopes * s), _sample_sum(slopes * t)])
 
 
-def normalized_error_backward_torch(grad, student, teacher, stats, power, need_student, need_teacher):
+@op("feature", _gradient_shapes)
+def _normalized_error_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    stats: Tensor,
+    power: int,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     s, t, gap = _normalized(student, teacher, *stats[:2])
     slopes = _power(gap, power)[1]
@@ -140,7 +190,11 @@ def _window_average(gap, rows, columns, size):
     return fixed_sum(gap[:, :, rows, columns].flatten(2)) / size
 
 
-def pyramid_error_torch(student, teacher):
+@op("feature", lambda student, teacher: shapes.sums((), student, teacher))
+def _pyramid_error(
+    student: Tensor,
+    teacher: Tensor,
+) -> Tensor:
     """-> the weighted mean squared error of maps (B, C, H, W) and of their averages, 0-d."""
     dtype = accumulator(student, teacher)
     gap = student.to(dtype) - teacher.to(dtype)
@@ -152,7 +206,14 @@ def pyramid_error_torch(student, teacher):
     return loss
 
 
-def pyramid_error_backward_torch(grad, student, teacher, need_student, need_teacher):
+@op("feature", _gradient_shapes)
+def _pyramid_error_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     gap = student.to(grad.dtype) - teacher.to(grad.dtype)
     own, windows = _pyramid(gap.shape)
@@ -164,115 +225,10 @@ def pyramid_error_backward_torch(grad, student, teacher, need_student, need_teac
     return _gradients(slopes, student, -slopes, teacher, need_student, need_teacher)
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------
-def _feature_error_fake(student, teacher, margin, kind, boundary, over, divisor):
-    shape = {TOTAL: (), SAMPLE: student.shape[:1], CHANNEL: student.shape[1:2]}[over]
-    return student.new_empty(shape, dtype=accumulator(student, teacher))
-
-
-def _normalized_error_fake(student, teacher, power):
-    dtype = accumulator(student, teacher)
-    return student.new_empty((), dtype=dtype), student.new_empty((4, student.shape[0]), dtype=dtype)
-
-
-def _pyramid_error_fake(student, teacher):
-    return student.new_empty((), dtype=accumulator(student, teacher))
-
-
-def _backward_fake(grad, student, teacher, *args):
-    need_student, need_teacher = args[-2:]
-    sides = ((student, need_student), (teacher, need_teacher))
-    return tuple(gradient_memory(x, student) if need else x.new_empty(0) for x, need in sides)
-
-
-_feature_error = define(
-    "feature",
-    "feature_error(Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, int over, "
-    "SymInt divisor) -> Tensor",
-    feature_error_torch,
-    _feature_error_fake,
-)
-_feature_error_backward = define(
-    "feature",
-    "feature_error_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? margin, int kind, float boundary, "
-    "int over, SymInt divisor, bool need_student, bool need_teacher) -> (Tensor, Tensor)",
-    feature_error_backward_torch,
-    _backward_fake,
-)
-_normalized_error = define(
-    "feature",
-    "normalized_error(Tensor student, Tensor teacher, int power) -> (Tensor, Tensor)",
-    normalized_error_torch,
-    _normalized_error_fake,
-)
-_normalized_error_backward = define(
-    "feature",
-    "normalized_error_backward(Tensor grad, Tensor student, Tensor teacher, Tensor stats, int power, "
-    "bool need_student, bool need_teacher) -> (Tensor, Tensor)",
-    normalized_error_backward_torch,
-    _backward_fake,
-)
-_pyramid_error = define(
-    "feature",
-    "pyramid_error(Tensor student, Tensor teacher) -> Tensor",
-    pyramid_error_torch,
-    _pyramid_error_fake,
-)
-_pyramid_error_backward = define(
-    "feature",
-    "pyramid_error_backward(Tensor grad, Tensor student, Tensor teacher, bool need_student, bool need_teacher) "
-    "-> (Tensor, Tensor)",
-    pyramid_error_backward_torch,
-    _backward_fake,
-)
-
-
-def _needed(grads, needs):
-    """The gradients of an op's two maps as autograd takes them."""
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
-
-
-class _FeatureError(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, margin, *settings):
-        save(ctx, student, teacher, margin)
-        ctx.settings = settings
-        return _feature_error(student, teacher, margin, *settings)
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("feature_error")
-        needs = ctx.needs_input_grad[:2]
-        grads = _feature_error_backward(grad, *saved(ctx), *ctx.settings, *needs)
-        return *_needed(grads, needs), None, None, None, None, None
-
-
-class _NormalizedError(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, power):
-        loss, stats = _normalized_error(student, teacher, power)
-        save(ctx, student, teacher, stats)
-        ctx.power = power
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("normalized_error")
-        needs = ctx.needs_input_grad[:2]
-        return *_needed(_normalized_error_backward(grad, *saved(ctx), ctx.power, *needs), needs), None
-
-
-class _PyramidError(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher):
-        save(ctx, student, teacher)
-        return _pyramid_error(student, teacher)
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("pyramid_error")
-        needs = ctx.needs_input_grad[:2]
-        return _needed(_pyramid_error_backward(grad, *saved(ctx), *needs), needs)
+# ---- public functions ------------------------------------------------------------------------------------------------
+_feature_error_function = statistics_kept(_feature_error, _feature_error_backward)
+_normalized_error_function = statistics_kept(_normalized_error, _normalized_error_backward)
+_pyramid_error_function = statistics_kept(_pyramid_error, _pyramid_error_backward)
 
 
 def _pair(student, teacher):
@@ -285,7 +241,7 @@ def _reduced(student, teacher, margin, kind, boundary, reduction):
     check.reduction(reduction)
     divisor = max(student.shape[0], 1) if reduction in ("mean", "batchmean") else 1
     over = SAMPLE if reduction == "none" else TOTAL
-    return _FeatureError.apply(student, teacher, margin, kind, boundary, over, divisor)
+    return _feature_error_function((kind, boundary, over, divisor), student, teacher, margin)
 
 
 def squared_error(student, teacher):
@@ -302,7 +258,7 @@ def squared_error(student, teacher):
     Raises: TypeError, ValueError naming the argument.
     """
     student, teacher = _pair(student, teacher)
-    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, TOTAL, max(student.numel(), 1))
+    return _feature_error_function((SQUARE, 0.0, TOTAL, max(student.numel(), 1)), student, teacher, None)
 
 
 def channel_squared_error(student, teacher):
@@ -311,7 +267,7 @@ def channel_squared_error(student, teacher):
     Shapes, gradients and errors are those of :func:`squared_error`.
     """
     student, teacher = _pair(student, teacher)
-    return _FeatureError.apply(student, teacher, None, SQUARE, 0.0, CHANNEL, 1)
+    return _feature_error_function((SQUARE, 0.0, CHANNEL, 1), student, teacher, None)
 
 
 def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):
@@ -352,7 +308,7 @@ def normalized_error(student, teacher, power=1):
     """
     if power not in (1, 2):
         raise ValueError(f"power must be 1 or 2, got {power!r}")
-    return _NormalizedError.apply(*_pair(student, teacher), power)
+    return _normalized_error_function((power,), *_pair(student, teacher))
 
 
 def pyramid_error(student, teacher):
@@ -369,4 +325,4 @@ def pyramid_error(student, teacher):
     for name, x in (("student", student), ("teacher", teacher)):
         check.maps(name, x)
     check.same_shape("teacher", teacher, student)
-    return _PyramidError.apply(student, teacher)
+    return _pyramid_error_function((), student, teacher)

@@ -18,10 +18,12 @@ float32 (TF32, torch.set_float32_matmul_precision, autocast) reaches them. Plain
 """
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.differentiable import gradient_formed
 from kdfast.ops.saved import save, saved
 
 KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
@@ -31,12 +33,12 @@ BLOCK = 2**20  # elements of a temporary of the affinity
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def inner_products_torch(a, b):
-    """a_zi . b_zj [Z, n, m]."""
+def products(a, b=None):
+    """a_zi . b_zj [Z, n, m]; of a with itself without b."""
     return (a.double() @ (a if b is None else b).double().transpose(1, 2)).to(accumulator(a, b))
 
 
-def weighted_sums_torch(weights, x, factor):
+def weighted_rows(weights, x, factor=None):
     """factor sum_j w_zij x_zj [Z, n, D] in x's dtype."""
     out = weights.double() @ x.double()
     return (out if factor is None else out * factor).to(x.dtype)
@@ -127,7 +129,35 @@ def compare_cosines(gram, other, scale, eps, coefficients):
     return terms, through_cosines(slope, gram, inverse), through_cosines(slope_t, other, inverse_t)
 
 
-def compare_grams_torch(student, teacher, kind, eps, coefficients, need_student, need_teacher):
+@op(
+    "gram",
+    lambda a, b, **_: shapes.sums((*a.shape[:2], (a if b is None else b).shape[1]), a, b),
+)
+def _inner_products(a: Tensor, b: Tensor | None) -> Tensor:
+    """a_zi . b_zj [Z, n, m]."""
+    return products(a, b)
+
+
+@op("gram", lambda weights, x, **_: x.new_empty((*weights.shape[:2], x.shape[2])))
+def _weighted_sums(weights: Tensor, x: Tensor, factor: Tensor | None) -> Tensor:
+    """factor sum_j w_zij x_zj [Z, n, D] in x's dtype."""
+    return weighted_rows(weights, x, factor)
+
+
+def _loss_and_weights(student, teacher, need_student, need_teacher, **_):
+    return student.new_empty(()), *shapes.gradients(student, (student, need_student), (teacher, need_teacher))
+
+
+@op("gram", _loss_and_weights)
+def _compare_grams(
+    student: Tensor,
+    teacher: Tensor,
+    kind: str,
+    eps: float,
+    coefficients: list[float],
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; M [Z, n, n] of the sides that need it."""
     scale = 1 / max(student.numel(), 1)
     if kind in ("rows", "rows_absolute"):
@@ -142,7 +172,20 @@ def compare_grams_torch(student, teacher, kind, eps, coefficients, need_student,
     return loss, m_s if need_student else student.new_empty(0), m_t if need_teacher else student.new_empty(0)
 
 
-def affinity_torch(student, teacher, eps, need_student, need_teacher):
+def _loss_and_slopes(student, teacher, need_student, need_teacher, **_):
+    sides = ((student, need_student), (teacher, need_teacher))
+    slopes = (shapes.sums((x.shape[0], x.shape[2], x.shape[1]) if need else 0, student, teacher) for x, need in sides)
+    return shapes.sums((), student, teacher), *slopes
+
+
+@op("gram", _loss_and_slopes)
+def _affinity(
+    student: Tensor,
+    teacher: Tensor,
+    eps: float,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; dL/du [B, N, C] of the sides that need it, u the unit positions."""
     units = [unit_positions(x, eps, accumulator(student, teacher)) for x in (student, teacher)]
     grads = [
@@ -155,11 +198,11 @@ def affinity_torch(student, teacher, eps, need_student, need_teacher):
     step = max(1, BLOCK // max(1, batch * positions))
     for start in range(0, positions, step):
         rows = slice(start, start + step)
-        gap = torch.sub(*(inner_products_torch(u[:, rows], u) for u in units))
+        gap = torch.sub(*(products(u[:, rows], u) for u in units))
         loss = loss + scale * fixed_sum(fixed_sum(fixed_sum(gap.abs())))
         for u, grad, sign in zip(units, grads, (2, -2), strict=True):
             if grad.numel():
-                grad[:, rows] = weighted_sums_torch(sign * scale * gap.sign(), u, None)
+                grad[:, rows] = weighted_rows(sign * scale * gap.sign(), u)
     return loss, *grads
 
 
@@ -169,7 +212,13 @@ def unit_positions(x, eps, dtype):
     return (x / (fixed_sum(x.square()).sqrt() + eps)[..., None]).contiguous()
 
 
-def affinity_gradient_torch(grad, slope, x, eps):
+@op("gram", lambda x, **_: shapes.gradient(x))
+def _affinity_gradient(
+    grad: Tensor,
+    slope: Tensor,
+    x: Tensor,
+    eps: float,
+) -> Tensor:
     """dL/dx [B, C, N] from slope = dL/du [B, N, C], u = x / (|x| + eps); 0 where x is 0."""
     y = x.to(slope.dtype).transpose(1, 2)
     norm = fixed_sum(y.square()).sqrt()[..., None]
@@ -178,98 +227,18 @@ def affinity_gradient_torch(grad, slope, x, eps):
     return (grad * inverse * (slope - along * y)).transpose(1, 2).to(x.dtype).contiguous()
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------
-def _inner_products_fake(a, b):
-    return a.new_empty((*a.shape[:2], (a if b is None else b).shape[1]), dtype=accumulator(a, b))
-
-
-def _weighted_sums_fake(weights, x, factor):
-    return x.new_empty((*weights.shape[:2], x.shape[2]))
-
-
-def _compare_grams_fake(student, teacher, kind, eps, coefficients, need_student, need_teacher):
-    weights = (x.new_empty(x.shape if need else 0) for x, need in ((student, need_student), (teacher, need_teacher)))
-    return student.new_empty(()), *weights
-
-
-def _affinity_fake(student, teacher, eps, need_student, need_teacher):
+# ---- differentiable functions ----------------------------------------------------------------------------------------
+def _compare(student, teacher, *settings):
     dtype = accumulator(student, teacher)
-    grads = (
-        x.new_empty((x.shape[0], x.shape[2], x.shape[1]) if need else 0, dtype=dtype)
-        for x, need in ((student, need_student), (teacher, need_teacher))
-    )
-    return student.new_empty((), dtype=dtype), *grads
+    # float64 on one side makes the other side's sums float64, too.
+    grams = (_inner_products(x if accumulator(x) == dtype else x.to(dtype), None) for x in (student, teacher))
+    return _compare_grams(*grams, *settings)
 
 
-def _affinity_gradient_fake(grad, slope, x, eps):
-    return x.new_empty(x.shape)
-
-
-_inner_products = define(
-    "gram", "inner_products(Tensor a, Tensor? b) -> Tensor", inner_products_torch, _inner_products_fake
+_gram_distance_function = gradient_formed(
+    _compare, lambda grad, weights, x, *_: _weighted_sums(weights, x, grad), "gram_distance"
 )
-_weighted_sums = define(
-    "gram",
-    "weighted_sums(Tensor weights, Tensor x, Tensor? factor) -> Tensor",
-    weighted_sums_torch,
-    _weighted_sums_fake,
-)
-_compare_grams = define(
-    "gram",
-    "compare_grams(Tensor student, Tensor teacher, str kind, float eps, float[] coefficients, bool need_student, "
-    "bool need_teacher) -> (Tensor, Tensor, Tensor)",
-    compare_grams_torch,
-    _compare_grams_fake,
-)
-_affinity = define(
-    "gram",
-    "affinity(Tensor student, Tensor teacher, float eps, bool need_student, bool need_teacher) "
-    "-> (Tensor, Tensor, Tensor)",
-    affinity_torch,
-    _affinity_fake,
-)
-_affinity_gradient = define(
-    "gram",
-    "affinity_gradient(Tensor grad, Tensor slope, Tensor x, float eps) -> Tensor",
-    affinity_gradient_torch,
-    _affinity_gradient_fake,
-)
-
-
-class _GramDistance(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, kind, eps, coefficients, need_student, need_teacher):
-        dtype = accumulator(student, teacher)
-        # float64 on one side makes the other side's sums float64, too.
-        grams = (_inner_products(x if accumulator(x) == dtype else x.to(dtype), None) for x in (student, teacher))
-        loss, m_s, m_t = _compare_grams(*grams, kind, eps, coefficients, need_student, need_teacher)
-        save(ctx, student if need_student else None, m_s, teacher if need_teacher else None, m_t)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("gram_distance")
-        student, m_s, teacher, m_t = saved(ctx)
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        student_grad = _weighted_sums(m_s, student, grad) if need_student else None
-        return student_grad, _weighted_sums(m_t, teacher, grad) if need_teacher else None, *[None] * 5
-
-
-class _Affinity(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, eps, need_student, need_teacher):
-        loss, slope_s, slope_t = _affinity(student, teacher, eps, need_student, need_teacher)
-        save(ctx, student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
-        ctx.eps = eps
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("affinity")
-        student, slope_s, teacher, slope_t = saved(ctx)
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        student_grad = _affinity_gradient(grad, slope_s, student, ctx.eps) if need_student else None
-        return student_grad, _affinity_gradient(grad, slope_t, teacher, ctx.eps) if need_teacher else None, *[None] * 3
+_affinity_function = gradient_formed(_affinity, _affinity_gradient, "affinity")
 
 
 class _InnerProducts(torch.autograd.Function):
@@ -291,75 +260,61 @@ class _InnerProducts(torch.autograd.Function):
         return a_grad, _weighted_sums(grad.transpose(1, 2), x, None).to(b.dtype) if need_b else None
 
 
-class _Selectivity(torch.autograd.Function):
-    """|S^T S / C - T^T T / C'|^2 of unit channels S [C, N] and T [C', N], a mean over the batch."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, need_student, need_teacher):
-        dtype = accumulator(student, teacher)
-        s, t = (x.to(dtype) * _inverse_lengths(x, dtype) for x in (student, teacher))
-        few_positions = 2 * s.shape[2] <= s.shape[1] + t.shape[1]
-        slopes = _Selectivity.by_positions if few_positions else _Selectivity.by_channels
-        loss, slope_s, slope_t = slopes(s, t, need_student, need_teacher)
-        save(ctx, student if need_student else None, slope_s, teacher if need_teacher else None, slope_t)
-        return loss
-
-    @staticmethod
-    def by_positions(s, t, need_student, need_teacher):
-        """-> loss; dL/dS, dL/dT through k(s, t) [B, C, N]; from products of positions [B, N, N]."""
-        rows = max(s.shape[0], 1)
-        s, t = (x.transpose(1, 2).contiguous() for x in (s, t))
-        gram, other = (_inner_products(x, None) / x.shape[2] for x in (s, t))
-        gap = gram - other
-        loss = fixed_sum(fixed_sum(fixed_sum(gap.square()))) / rows
-        slope_s = _weighted_sums(gap * (4 / (rows * s.shape[2])), s, None) if need_student else None
-        slope_t = _weighted_sums(gram * (-4 / (rows * t.shape[2])), t, None) if need_teacher else None
-        return loss, *(None if x is None else x.transpose(1, 2) for x in (slope_s, slope_t))
-
-    @staticmethod
-    def by_channels(s, t, need_student, need_teacher):
-        """The same from products of channels [B, C, C], [B, C', C'] and [B, C, C']."""
-        rows, (own, other) = max(s.shape[0], 1), (s.shape[1], t.shape[1])
-        k_s, k_t, k_st = _inner_products(s, None), _inner_products(t, None), _inner_products(s, t)
-        terms = [(k / c).double().square() for k, c in ((k_s, own), (k_t, other), (k_st, (own * other) ** 0.5))]
-        if own == other:  # entry by entry, which is exactly 0 for equal networks
-            loss = fixed_sum(fixed_sum(fixed_sum(terms[0] + terms[1] - 2 * terms[2])))
-        else:
-            sums = [fixed_sum(fixed_sum(fixed_sum(x))) for x in terms]
-            loss = sums[0] + sums[1] - 2 * sums[2]
-        slope_s = slope_t = None
-        if need_student:
-            slope_s = _weighted_sums(k_s * (4 / (rows * own**2)), s, None)
-            slope_s = slope_s - _weighted_sums(k_st * (4 / (rows * own * other)), t, None)
-        if need_teacher:
-            slope_t = _weighted_sums(k_st.transpose(1, 2) * (-4 / (rows * own * other)), s, None)
-        return (loss / rows).to(s.dtype), slope_s, slope_t
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("selectivity")
-        student, slope_s, teacher, slope_t = saved(ctx)
-
-        def gradient(x, slope):
-            inverse = _inverse_lengths(x, slope.dtype)
-            unit = x.to(slope.dtype) * inverse
-            return (grad * inverse * (slope - unit * fixed_sum(unit * slope)[..., None])).to(x.dtype)
-
-        need_student, need_teacher = ctx.needs_input_grad[:2]
-        student_grad = gradient(student, slope_s) if need_student else None
-        return student_grad, gradient(teacher, slope_t) if need_teacher else None, None, None
-
-
 def _inverse_lengths(x, dtype):
     """1 / |x_bc| [B, C, 1] of channels over their positions; 0 of a channel that is 0."""
     length = fixed_sum(x.to(dtype).square()).sqrt()[..., None]
     return torch.where(length > 0, 1 / length.clamp(min=FLOOR), 0.0)
 
 
-def _needs(*tensors):
-    return [torch.is_grad_enabled() and x.requires_grad for x in tensors]
+def _selectivity(student, teacher, need_student, need_teacher):
+    """|S^T S / C - T^T T / C'|^2 of unit channels S [C, N] and T [C', N], a mean over the batch; dL/dS, dL/dT."""
+    dtype = accumulator(student, teacher)
+    s, t = (x.to(dtype) * _inverse_lengths(x, dtype) for x in (student, teacher))
+    few_positions = 2 * s.shape[2] <= s.shape[1] + t.shape[1]
+    return (_selectivity_by_positions if few_positions else _selectivity_by_channels)(s, t, need_student, need_teacher)
 
 
+def _selectivity_by_positions(s, t, need_student, need_teacher):
+    """-> loss; dL/dS, dL/dT through k(s, t) [B, C, N]; from products of positions [B, N, N]."""
+    rows = max(s.shape[0], 1)
+    s, t = (x.transpose(1, 2).contiguous() for x in (s, t))
+    gram, other = (_inner_products(x, None) / x.shape[2] for x in (s, t))
+    gap = gram - other
+    loss = fixed_sum(fixed_sum(fixed_sum(gap.square()))) / rows
+    slope_s = _weighted_sums(gap * (4 / (rows * s.shape[2])), s, None) if need_student else None
+    slope_t = _weighted_sums(gram * (-4 / (rows * t.shape[2])), t, None) if need_teacher else None
+    return loss, *(None if x is None else x.transpose(1, 2) for x in (slope_s, slope_t))
+
+
+def _selectivity_by_channels(s, t, need_student, need_teacher):
+    """The same from products of channels [B, C, C], [B, C', C'] and [B, C, C']."""
+    rows, (own, other) = max(s.shape[0], 1), (s.shape[1], t.shape[1])
+    k_s, k_t, k_st = _inner_products(s, None), _inner_products(t, None), _inner_products(s, t)
+    terms = [(k / c).double().square() for k, c in ((k_s, own), (k_t, other), (k_st, (own * other) ** 0.5))]
+    if own == other:  # entry by entry, which is exactly 0 for equal networks
+        loss = fixed_sum(fixed_sum(fixed_sum(terms[0] + terms[1] - 2 * terms[2])))
+    else:
+        sums = [fixed_sum(fixed_sum(fixed_sum(x))) for x in terms]
+        loss = sums[0] + sums[1] - 2 * sums[2]
+    slope_s = slope_t = None
+    if need_student:
+        slope_s = _weighted_sums(k_s * (4 / (rows * own**2)), s, None)
+        slope_s = slope_s - _weighted_sums(k_st * (4 / (rows * own * other)), t, None)
+    if need_teacher:
+        slope_t = _weighted_sums(k_st.transpose(1, 2) * (-4 / (rows * own * other)), s, None)
+    return (loss / rows).to(s.dtype), slope_s, slope_t
+
+
+def _selectivity_gradient(grad, slope, x):
+    inverse = _inverse_lengths(x, slope.dtype)
+    unit = x.to(slope.dtype) * inverse
+    return (grad * inverse * (slope - unit * fixed_sum(unit * slope)[..., None])).to(x.dtype)
+
+
+_selectivity_function = gradient_formed(_selectivity, _selectivity_gradient, "selectivity")
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
 def inner_products(a, b=None):
     """``a_zi . b_zj`` [Z, n, m] of rows (Z, n, D) and (Z, m, D), of `a` with itself if `b` is absent.
 
@@ -418,7 +373,7 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     s, t = (x if x.dim() == 3 else x[None] for x in (student, teacher))
     if kind in ("rows", "rows_absolute") and s.shape[1] == 1:  # G has one entry, which over its length is 1
         return sum(0.0 * fixed_sum(x.to(accumulator(s, t)).flatten()) for x in (s, t))
-    return _GramDistance.apply(s, t, kind, float(eps), [float(x) for x in coefficients], *_needs(student, teacher))
+    return _gram_distance_function((kind, float(eps), [float(x) for x in coefficients]), s, t)
 
 
 def selectivity(student, teacher):
@@ -441,7 +396,7 @@ def selectivity(student, teacher):
     check.same_batch("teacher", teacher, student)
     if student.shape[2] != teacher.shape[2]:
         raise ValueError(f"teacher must have the student's {student.shape[2]} positions, got {teacher.shape[2]}")
-    return _Selectivity.apply(student, teacher, *_needs(student, teacher))
+    return _selectivity_function((), student, teacher)
 
 
 def affinity(student, teacher, *, eps=1e-8):
@@ -466,4 +421,4 @@ def affinity(student, teacher, *, eps=1e-8):
     if student.shape[2:] != teacher.shape[2:]:
         want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
         raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
-    return _Affinity.apply(student.flatten(2), teacher.flatten(2), float(eps), *_needs(student, teacher))
+    return _affinity_function((float(eps),), student.flatten(2), teacher.flatten(2))

@@ -1,12 +1,13 @@
 """Mean and variance of each channel of a map: what a batch norm sees of its input."""
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.layout import flat, gradient_memory
-from kdfast.ops.saved import save, saved
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
@@ -15,7 +16,10 @@ def _per_channel(values):
     return values[:, None, None]
 
 
-def channel_moments_torch(x):
+@op("moments", lambda x: shapes.sums((2, x.shape[1]), x))
+def _channel_moments(
+    x: Tensor,
+) -> Tensor:
     """-> mean, biased variance [2, C], the variance from centred values: a large mean costs no digits."""
     channels = x.transpose(0, 1).to(accumulator(x))
     count = max(x.shape[0] * x.shape[2], 1)
@@ -26,7 +30,12 @@ def channel_moments_torch(x):
     return torch.stack([torch.where(mean.isinf(), mean, mean + rest), variance])
 
 
-def channel_moments_backward_torch(grad, x, moments):
+@op("moments", lambda x, **_: gradient_memory(x, x))
+def _channel_moments_backward(
+    grad: Tensor,
+    x: Tensor,
+    moments: Tensor,
+) -> Tensor:
     """-> the gradient of x from that of mean and variance [2, C], in the memory order of x."""
     channels = x.transpose(0, 1).to(moments.dtype)
     mean, of_mean, of_variance = (_per_channel(values) for values in (moments[0], *grad))
@@ -34,32 +43,8 @@ def channel_moments_backward_torch(grad, x, moments):
     return gradient_memory(x, x).copy_(slopes.transpose(0, 1))
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------
-_channel_moments = define(
-    "moments",
-    "channel_moments(Tensor x) -> Tensor",
-    channel_moments_torch,
-    lambda x: x.new_empty((2, x.shape[1]), dtype=accumulator(x)),
-)
-_channel_moments_backward = define(
-    "moments",
-    "channel_moments_backward(Tensor grad, Tensor x, Tensor moments) -> Tensor",
-    channel_moments_backward_torch,
-    lambda grad, x, moments: gradient_memory(x, x),
-)
-
-
-class _ChannelMoments(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        moments = _channel_moments(x)
-        save(ctx, x, moments)
-        return moments
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("channel_moments")
-        return _channel_moments_backward(grad, *saved(ctx))
+# ---- public functions ------------------------------------------------------------------------------------------------
+_channel_moments_function = statistics_kept(_channel_moments, _channel_moments_backward)
 
 
 def channel_moments(x):
@@ -75,4 +60,4 @@ def channel_moments(x):
     Raises: TypeError, ValueError naming the argument.
     """
     check.embeddings("x", x)
-    return _ChannelMoments.apply(flat(x))
+    return _channel_moments_function((), flat(x))

@@ -15,9 +15,10 @@ import math
 import os
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.saved import save, saved
 
@@ -80,9 +81,27 @@ def _direction(anchors, bank, index, z, temperature, need_grad, scores):
     return total, grad / temperature
 
 
-def nce_torch(
-    student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature, need_grad, need_scores
-):
+def _loss_gradients_and_scores(student, teacher, bank_student, bank_teacher, index, need_grad, need_scores, **_):
+    def sums(shape):
+        return shapes.sums(shape, student, teacher, bank_student, bank_teacher)
+
+    grad = student.shape if need_grad else 0
+    return sums(()), sums(grad), sums(grad), sums((2, *index.shape) if need_scores else 0)
+
+
+@op("nce", _loss_gradients_and_scores)
+def _nce(
+    student: Tensor,
+    teacher: Tensor,
+    bank_student: Tensor,
+    bank_teacher: Tensor,
+    index: Tensor,
+    z_student: Tensor,
+    z_teacher: Tensor,
+    temperature: float,
+    need_grad: bool,
+    need_scores: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> loss (0-d), gradients of both anchors [B, D], scores [2, B, K + 1]; empty where not needed."""
     if index.device.type == "cpu":
         check_rows("contrast_index", index, len(bank_student))
@@ -98,7 +117,17 @@ def nce_torch(
     return loss.to(dtype), *grads, scores
 
 
-def nce_log_sums_torch(student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature):
+@op("nce", lambda student, **_: student.new_empty(2, dtype=torch.float64))
+def nce_log_sums(
+    student: Tensor,
+    teacher: Tensor,
+    bank_student: Tensor,
+    bank_teacher: Tensor,
+    index: Tensor,
+    z_student: Tensor,
+    z_teacher: Tensor,
+    temperature: float,
+) -> Tensor:
     """-> log of the sum of all exp(score / T) of either direction [2], float64; 0 where its constant is set already."""
     if index.device.type == "cpu":
         check_rows("contrast_index", index, len(bank_student))
@@ -116,7 +145,13 @@ def nce_log_sums_torch(student, teacher, bank_student, bank_teacher, index, z_st
     return torch.stack(sums)
 
 
-def update_bank_torch(bank, rows, index, momentum):
+@op("nce", lambda **_: None, mutates=("bank",))
+def _update_bank(
+    bank: Tensor,
+    rows: Tensor,
+    index: Tensor,
+    momentum: float,
+) -> None:
     """Moves the rows `index` of the bank [N, D] towards `rows` [B, D], in place, to unit length."""
     if index.device.type == "cpu":
         check_rows("index", index, len(bank))
@@ -157,7 +192,15 @@ def _draw(row, column, attempt, n_data, seed, table):
     return torch.where(words[2] < threshold, drawn, alias)
 
 
-def draw_negatives_torch(index, k, n_data, seed, labels, table):
+@op("nce", lambda index, k, **_: index.new_empty((index.shape[0], k + 1)))
+def _draw_negatives(
+    index: Tensor,
+    k: int,
+    n_data: int,
+    seed: Tensor,
+    labels: Tensor | None,
+    table: Tensor | None,
+) -> Tensor:
     """-> [B, K + 1] indices: the positive, then k draws that depend on the seed and the positive alone."""
     if index.device.type == "cpu":
         check_rows("index", index, n_data)
@@ -194,54 +237,7 @@ def no_negatives(row):
     return f"labels has one class only, that of row {row}: there is no negative to draw"
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------
-def _nce_fake(
-    student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature, need_grad, need_scores
-):
-    dtype = accumulator(student, teacher, bank_student, bank_teacher)
-    grads = [student.new_empty(student.shape if need_grad else (0,), dtype=dtype) for _ in range(2)]
-    scores = student.new_empty((2, *index.shape) if need_scores else (0,), dtype=dtype)
-    return student.new_empty((), dtype=dtype), *grads, scores
-
-
-def _nce_log_sums_fake(student, *others):
-    return student.new_empty(2, dtype=torch.float64)
-
-
-def _update_bank_fake(bank, rows, index, momentum):
-    return None
-
-
-def _draw_negatives_fake(index, k, n_data, seed, labels, table):
-    return index.new_empty((index.shape[0], k + 1))
-
-
-_SIDES = (
-    "Tensor student, Tensor teacher, Tensor bank_student, Tensor bank_teacher, Tensor index, "
-    "Tensor z_student, Tensor z_teacher, float temperature"
-)
-_nce = define(
-    "nce",
-    f"nce({_SIDES}, bool need_grad, bool need_scores) -> (Tensor, Tensor, Tensor, Tensor)",
-    nce_torch,
-    _nce_fake,
-)
-# log sum_bk exp(s) of each direction whose z is negative, else 0.
-nce_log_sums = define("nce", f"nce_log_sums({_SIDES}) -> Tensor", nce_log_sums_torch, _nce_log_sums_fake)
-_update_bank = define(
-    "nce",
-    "update_bank(Tensor(a!) bank, Tensor rows, Tensor index, float momentum) -> ()",
-    update_bank_torch,
-    _update_bank_fake,
-)
-_draw_negatives = define(
-    "nce",
-    "draw_negatives(Tensor index, int k, int n_data, Tensor seed, Tensor? labels, Tensor? table) -> Tensor",
-    draw_negatives_torch,
-    _draw_negatives_fake,
-)
-
-
+# ---- public functions ------------------------------------------------------------------------------------------------
 class _NCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, *others):

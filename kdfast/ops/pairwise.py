@@ -13,10 +13,12 @@ instead, and no sum over features for each triple. Equal rows have distance 0 an
 """
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.differentiable import gradient_formed
 from kdfast.ops.layout import flat_rows
 from kdfast.ops.saved import save, saved
 
@@ -40,13 +42,24 @@ def squared_distances(x, y, dtype):
     return out
 
 
-def pairwise_distance_torch(x, y, squared):
+@op("pairwise", lambda x, y, **_: shapes.sums((x.shape[0], (x if y is None else y).shape[0]), x, y))
+def _pairwise_distance(
+    x: Tensor,
+    y: Tensor | None,
+    squared: bool,
+) -> Tensor:
     """-> distances, or their squares, [n, m]."""
     p = squared_distances(x, x if y is None else y, accumulator(x, y))
     return p if squared else p.sqrt()
 
 
-def weighted_differences_torch(weights, x, y, factor):
+@op("pairwise", lambda x, **_: shapes.gradient(x))
+def _weighted_differences(
+    weights: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    factor: Tensor | None,
+) -> Tensor:
     """-> factor sum_j weights_ij (x_i - y_j) [n, D], in the dtype of x."""
     a = x.to(weights.dtype)
     b = a if y is None else y.to(weights.dtype)
@@ -104,7 +117,19 @@ def angle_term(p_student, p_teacher):
     return total, grad
 
 
-def rkd_torch(student, teacher, distance_weight, angle_weight, need_grad):
+def _loss_and_weights(student, teacher, need_student, **_):
+    shape = (student.shape[0], student.shape[0]) if need_student else 0
+    return shapes.sums((), student, teacher), shapes.sums(shape, student, teacher)
+
+
+@op("pairwise", _loss_and_weights)
+def _rkd(
+    student: Tensor,
+    teacher: Tensor,
+    distance_weight: float,
+    angle_weight: float,
+    need_student: bool,
+) -> tuple[Tensor, Tensor]:
     """-> loss; weights [B, B] with d loss / d student_i = sum_j weights_ij (student_i - student_j)."""
     dtype, rows = accumulator(student, teacher), student.shape[0]
     p_student, p_teacher = (squared_distances(x, x, torch.float64) for x in (student, teacher))
@@ -116,45 +141,11 @@ def rkd_torch(student, teacher, distance_weight, angle_weight, need_grad):
             loss = loss + weight / divisor * value
             grad += weight / divisor * slope
     # p_ij and p_ji are the same number, whose derivative in x_i is 2 (x_i - x_j).
-    weights = (2 * (grad + grad.t())).to(dtype) if need_grad else student.new_empty(0, dtype=dtype)
+    weights = (2 * (grad + grad.t())).to(dtype) if need_student else student.new_empty(0, dtype=dtype)
     return loss.to(dtype), weights
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------
-def _pairwise_distance_fake(x, y, squared):
-    return x.new_empty((x.shape[0], (x if y is None else y).shape[0]), dtype=accumulator(x, y))
-
-
-def _weighted_differences_fake(weights, x, y, factor):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _rkd_fake(student, teacher, distance_weight, angle_weight, need_grad):
-    dtype, rows = accumulator(student, teacher), student.shape[0]
-    return student.new_empty((), dtype=dtype), student.new_empty((rows, rows) if need_grad else 0, dtype=dtype)
-
-
-_pairwise_distance = define(
-    "pairwise",
-    "pairwise_distance(Tensor x, Tensor? y, bool squared) -> Tensor",
-    pairwise_distance_torch,
-    _pairwise_distance_fake,
-)
-_weighted_differences = define(
-    "pairwise",
-    "weighted_differences(Tensor weights, Tensor x, Tensor? y, Tensor? factor) -> Tensor",
-    weighted_differences_torch,
-    _weighted_differences_fake,
-)
-_rkd = define(
-    "pairwise",
-    "rkd(Tensor student, Tensor teacher, float distance_weight, float angle_weight, bool need_grad) "
-    "-> (Tensor, Tensor)",
-    rkd_torch,
-    _rkd_fake,
-)
-
-
+# ---- differentiable functions ----------------------------------------------------------------------------------------
 class _PairwiseDistance(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, squared):
@@ -174,20 +165,12 @@ class _PairwiseDistance(torch.autograd.Function):
         return x_grad, _weighted_differences(weights.t(), y, x, None) if need_y else None, None
 
 
-class _RKD(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, distance_weight, angle_weight, need_grad):
-        loss, weights = _rkd(student, teacher, distance_weight, angle_weight, need_grad)
-        save(ctx, student, weights)
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("rkd")
-        student, weights = saved(ctx)
-        return _weighted_differences(weights, student, None, grad), None, None, None, None
+_rkd_function = gradient_formed(
+    _rkd, lambda grad, weights, x, *_: _weighted_differences(weights, x, None, grad), "rkd", sides=1
+)
 
 
+# ---- public functions ------------------------------------------------------------------------------------------------
 def pairwise_distance(x, y=None, *, squared=False):
     """Euclidean distances |x_i - y_j| (``squared=True``: their squares), of `x` with itself if `y` is absent.
 
@@ -220,10 +203,7 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
     check.same_batch("teacher", teacher, student)
     check.number("distance_weight", distance_weight)
     check.number("angle_weight", angle_weight)
-    need_grad = student.requires_grad and torch.is_grad_enabled()
-    return _RKD.apply(
-        flat_rows(student), flat_rows(teacher.detach()), float(distance_weight), float(angle_weight), need_grad
-    )
+    return _rkd_function((float(distance_weight), float(angle_weight)), flat_rows(student), flat_rows(teacher.detach()))
 
 
 def rkd_distance(student, teacher):

@@ -17,16 +17,28 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from kdfast._kernels import define
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.saved import save, saved
+from kdfast.ops.differentiable import statistics_kept
+from kdfast.ops.rows import (
+    INF,
+    batch_size,
+    kl_grad_p,
+    kl_grad_q,
+    kl_rows,
+    kl_term,
+    label_column,
+    log_ratio_of,
+    log_softmax,
+    row_stats,
+    scale_rows,
+)
 from kdfast.ops.temperature import temperature_argument, temperature_of
 
-INF = float("inf")
 LEAST_MASS = -1e-3  # of a row of target probabilities: below, they are something else
-NEAR = 1 / 256  # divergences below, in nats, are summed up in terms that do not cancel
 
 
 class TopK(NamedTuple):
@@ -75,67 +87,6 @@ class TopK(NamedTuple):
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def row_stats(logits, temperature, dtype):
-    """-> max, sum [rows], sum = sum_j exp((z_j - max) / T); 0 for an empty row."""
-    top = logits.amax(1).to(dtype)
-    top = torch.where(top == -INF, 0.0, top)
-    return top, fixed_sum(((logits.to(dtype) - top[:, None]) / temperature).exp())
-
-
-def log_softmax(logits, top, total, temperature):
-    """Log-probabilities [rows, cols] from a row's max and sum; -inf everywhere in an empty row."""
-    log_sum = torch.where(total == 0, INF, total.log())
-    return (logits.to(top.dtype) - top[:, None]) / temperature - log_sum[:, None]
-
-
-def kl_term(p, log_ratio):
-    """p log(p / q), where 0 log(0 / q) = 0 for every q."""
-    return torch.where(p == 0, 0.0, p * log_ratio)
-
-
-def near_term(p, q, log_ratio):
-    """p (e^-d - 1 + d), d = log(p / q): never negative; as p and q sum to 1, their sum over a row is the KL."""
-    near = p * (torch.expm1(-log_ratio) + log_ratio).clamp(min=0)
-    far = (q - p) + p * log_ratio
-    return torch.where(p == 0, q, torch.where(log_ratio.abs() <= 0.25, near, far))
-
-
-def log_ratio_of(z_p, z_q, side_p, side_q, temperature, same_logits=True):
-    """log(p / q) from logits and (max, sum) of both rows, for near rows.
-
-    The difference of near logits is exact; beside an offset between the networks, or if one side is centred already
-    (`same_logits` False), it would lose the digits that centred logits keep.
-    """
-    ((top_p, sum_p), (top_q, sum_q)), dtype = (side_p, side_q), side_p[0].dtype
-    z_p, z_q, gap = z_p.to(dtype), z_q.to(dtype), (top_p - top_q)[:, None]
-    gaps = (z_p - top_p[:, None]) - (z_q - top_q[:, None])
-    if same_logits:
-        gaps = torch.where(gap.abs() <= 1, (z_p - z_q) - gap, gaps)
-    return gaps / temperature - (sum_p.log() - sum_q.log())[:, None]
-
-
-def kl_rows(p, q, log_ratio, near_ratio):
-    """sum_j p_j log_ratio_j of each row, or between near rows the KL in terms of `near_ratio`, which do not cancel."""
-    kl = fixed_sum(kl_term(p, log_ratio))
-    near = (kl < NEAR) & (p > 0).any(1)
-    return torch.where(near, fixed_sum(near_term(p, q, near_ratio)), kl)
-
-
-def without_weight(row, grad):
-    """row * grad [rows, cols], exactly 0 of a row of weight 0."""
-    return torch.where(row[:, None] == 0, 0.0, row[:, None] * grad)
-
-
-def kl_grad_p(p, log_ratio, kl):
-    """T d KL(p || q) / d (logits of p): zero where the row's KL is infinite and has no slope."""
-    return torch.where((p == 0) | (kl == INF)[:, None], 0.0, p * (log_ratio - kl[:, None]))
-
-
-def kl_grad_q(p, q, sum_p):
-    """T d KL(p || q) / d (logits of q): q - p, or 0 where p is empty."""
-    return torch.where(sum_p[:, None] == 0, 0.0, q - p)
-
-
 def mixture_ratios(log_p, log_q, beta):
     """log(p / m), log(q / m) with m = beta p + (1 - beta) q: exactly 0 where p = q, finite where p or q underflows."""
     return ratios_to_mixture(log_p - log_q, beta)
@@ -150,10 +101,29 @@ def ratios_to_mixture(d, beta):
 
 
 def _gradients(row, *sides):
-    return tuple(without_weight(row, g).to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
+    return tuple(scale_rows(row, g).to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
 
 
-def softmax_kl_forward_torch(student, teacher, weight, temperatures, temperature, beta, divisor, reduce):
+def _reduced_and_stats(stats, reduce, *inputs):
+    rows = inputs[0].shape[:1]
+    return shapes.sums(() if reduce else rows, *inputs), shapes.sums((stats, *rows), *inputs)
+
+
+def _gradient_shapes(grad, student, teacher, need_student, need_teacher, **_):
+    return shapes.gradients(grad, (student, need_student), (teacher, need_teacher))
+
+
+@op("softmax_kl", lambda student, teacher, reduce, **_: _reduced_and_stats(6, reduce, student, teacher))
+def _softmax_kl(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    beta: float,
+    divisor: int,
+    reduce: bool,
+) -> tuple[Tensor, Tensor]:
     """-> loss, stats: max, sum, KL of the student's side; the same of the teacher's."""
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
@@ -176,19 +146,20 @@ def softmax_kl_forward_torch(student, teacher, weight, temperatures, temperature
     return fixed_sum(rows) if reduce else rows, torch.stack([*side_s, kl_q, *side_t, kl_p])
 
 
-def softmax_kl_backward_torch(
-    grad,
-    student,
-    teacher,
-    weight,
-    temperatures,
-    stats,
-    temperature,
-    beta,
-    divisor,
-    need_student,
-    need_teacher,
-):
+@op("softmax_kl", _gradient_shapes)
+def _softmax_kl_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    beta: float,
+    divisor: int,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats
@@ -231,9 +202,19 @@ def _outcomes(student, values, column, rest, temperature, dtype):
     return of_student, torch.cat([values.to(dtype), rest[:, None]], 1), top, top_r, sum_r
 
 
-def softmax_kl_topk_forward_torch(
-    student, values, indices, rest, weight, temperatures, temperature, scale, divisor, reduce
-):
+@op("softmax_kl", lambda student, values, reduce, **_: _reduced_and_stats(8, reduce, student, values))
+def _softmax_kl_topk(
+    student: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor | None,
+    weight: Tensor | None,
+    temperatures: Tensor | None,
+    temperature: float,
+    scale: float,
+    divisor: int,
+    reduce: bool,
+) -> tuple[Tensor, Tensor]:
     """-> loss, stats: those of softmax_kl, and max, sum of the student's other classes."""
     dtype = accumulator(student, values)
     t = temperature_of(temperatures, temperature, dtype)
@@ -251,9 +232,20 @@ def softmax_kl_topk_forward_torch(
     )
 
 
-def softmax_kl_topk_backward_torch(
-    grad, student, values, indices, rest, weight, temperatures, stats, temperature, scale, divisor
-):
+@op("softmax_kl", lambda student, **_: shapes.gradient(student))
+def _softmax_kl_topk_backward(
+    grad: Tensor,
+    student: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    rest: Tensor | None,
+    weight: Tensor | None,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    scale: float,
+    divisor: int,
+) -> Tensor:
     """-> gradient of the student."""
     t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, _, top_t, sum_t, kl, top_r, sum_r = stats
@@ -269,16 +261,7 @@ def softmax_kl_topk_backward_torch(
     if weight is not None:
         row = row * weight.to(stats.dtype)
     row = torch.where(kl.isnan() & (row != 0), kl, row)
-    return without_weight(row, out).to(student.dtype).contiguous()
-
-
-def _label_column(labels, classes, ignore_index=None):
-    """-> labels clamped into range, rows kept, rows with a label that is no class (an error on CPU, NaN elsewhere)."""
-    kept = torch.ones_like(labels, dtype=torch.bool) if ignore_index is None else labels != ignore_index
-    wrong = kept & ((labels < 0) | (labels >= classes))
-    if labels.device.type == "cpu" and wrong.any():
-        check.label_range(labels, classes, ignore_index)
-    return labels.clamp(0, classes - 1), kept, wrong
+    return scale_rows(row, out).to(student.dtype).contiguous()
 
 
 def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
@@ -290,26 +273,27 @@ def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
         if labels.device.type == "cpu" and wrong.any():
             check.refuse_mass_below_0(fixed_sum(target))
     else:
-        column, kept, wrong = _label_column(labels, student.shape[1], ignore_index)
-        target = torch.zeros_like(student, dtype=dtype).scatter(1, column[:, None], 1.0)
+        column, kept, wrong = label_column(labels, student.shape[1], ignore_index)
+        target = torch.zeros_like(student, dtype=dtype).scatter(1, column, 1.0)
     return (1 - smoothing) * target + smoothing / student.shape[1], kept, wrong
 
 
-def cross_entropy_kl_forward_torch(
-    student,
-    teacher,
-    labels,
-    temperatures,
-    temperature,
-    kl_scale,
-    kl_divisor,
-    ce_scale,
-    ce_divisor,
-    smoothing,
-    ignore_index,
-    ce_mean,
-    reduce,
-):
+@op("softmax_kl", lambda student, teacher, reduce, **_: _reduced_and_stats(8, reduce, student, teacher))
+def _cross_entropy_kl(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    kl_scale: float,
+    kl_divisor: int,
+    ce_scale: float,
+    ce_divisor: int,
+    smoothing: float,
+    ignore_index: int,
+    ce_mean: bool,
+    reduce: bool,
+) -> tuple[Tensor, Tensor]:
     """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL."""
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
@@ -332,20 +316,21 @@ def cross_entropy_kl_forward_torch(
     return fixed_sum(rows) if reduce else rows, stats
 
 
-def cross_entropy_kl_backward_torch(
-    grad,
-    student,
-    teacher,
-    labels,
-    temperatures,
-    stats,
-    temperature,
-    kl_scale,
-    kl_divisor,
-    smoothing,
-    need_student,
-    need_teacher,
-):
+@op("softmax_kl", _gradient_shapes)
+def _cross_entropy_kl_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    kl_scale: float,
+    kl_divisor: int,
+    smoothing: float,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats
@@ -353,14 +338,14 @@ def cross_entropy_kl_backward_torch(
     valid = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)
     target, _, _ = _target_probabilities(student, valid, smoothing, stats.dtype, None)
     q1 = log_softmax(student, top_s, sum_1, 1.0).exp()
-    student_grad, teacher_grad = without_weight(row * ce_weight, mass[:, None] * q1 - target), None
+    student_grad, teacher_grad = scale_rows(row * ce_weight, mass[:, None] * q1 - target), None
     if teacher is not None:
         log_q = log_softmax(student, top_s, sum_s, t)
         log_p = log_softmax(teacher, top_t, sum_t, t)
         p, q = log_p.exp(), log_q.exp()
         kl_row = row * (kl_scale / kl_divisor * t)
-        student_grad = student_grad + without_weight(kl_row, kl_grad_q(p, q, sum_t))
-        teacher_grad = without_weight(kl_row, kl_grad_p(p, log_p - log_q, kl))
+        student_grad = student_grad + scale_rows(kl_row, kl_grad_q(p, q, sum_t))
+        teacher_grad = scale_rows(kl_row, kl_grad_p(p, log_p - log_q, kl))
     sides = ((student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
     return tuple(g.to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
 
@@ -385,38 +370,49 @@ def _target_kl(odds_p, odds_q, gap):
     return torch.where(gap.abs() <= 0.25, sum(terms), far)
 
 
-def dkd_forward_torch(student, teacher, labels, temperatures, temperature, alpha, beta, divisor):
+@op("softmax_kl", lambda student, teacher, **_: _reduced_and_stats(8, True, student, teacher))
+def _dkd(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    divisor: int,
+) -> tuple[Tensor, Tensor]:
     """-> loss, stats: max, sum of the non-target classes, log-odds of the target, for both sides; KL of the rest, KL of
 
     the target against the rest.
     """
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
-    column, _, wrong = _label_column(labels, student.shape[1])
-    *side_s, odds_s, log_q = _split_target(student, column[:, None], t, dtype)
-    *side_t, odds_t, log_p = _split_target(teacher, column[:, None], t, dtype)
+    column, _, wrong = label_column(labels, student.shape[1])
+    *side_s, odds_s, log_q = _split_target(student, column, t, dtype)
+    *side_t, odds_t, log_p = _split_target(teacher, column, t, dtype)
     ratio = log_ratio_of(teacher, student, side_t, side_s, t)
-    target_kl = _target_kl(odds_t, odds_s, ratio.gather(1, column[:, None])[:, 0])
+    target_kl = _target_kl(odds_t, odds_s, ratio.gather(1, column)[:, 0])
     rest_kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, ratio)
     rows = (alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl))
     odds_s, rows = (torch.where(wrong, float("nan"), x) for x in (odds_s, rows * (t * t) / divisor))
     return fixed_sum(rows), torch.stack([*side_s, odds_s, *side_t, odds_t, rest_kl, target_kl])
 
 
-def dkd_backward_torch(
-    grad,
-    student,
-    teacher,
-    labels,
-    temperatures,
-    stats,
-    temperature,
-    alpha,
-    beta,
-    divisor,
-    need_student,
-    need_teacher,
-):
+@op("softmax_kl", _gradient_shapes)
+def _dkd_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    divisor: int,
+    need_student: bool,
+    need_teacher: bool,
+) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     t = temperature_of(temperatures, temperature, stats.dtype)
     top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl, _ = stats
@@ -440,164 +436,17 @@ def dkd_backward_torch(
     return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
 
 
-# ---- the ops ---------------------------------------------------------------------------------------------------------
-def _forward_fake(stats):
-    def fake(student, teacher, *args):
-        dtype = accumulator(student, teacher)
-        reduce = args[-1] is True or not isinstance(args[-1], bool)
-        loss = student.new_empty(() if reduce else student.shape[:1], dtype=dtype)
-        return loss, student.new_empty((stats, student.shape[0]), dtype=dtype)
-
-    return fake
-
-
-def _backward_fake(grad, student, teacher, *args):
-    need_student, need_teacher = args[-2:]
-    sides = ((student, need_student), (teacher, need_teacher))
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need else grad.new_empty(0) for x, need in sides
-    )
-
-
-_softmax_kl = define(
-    "softmax_kl",
-    "softmax_kl(Tensor student, Tensor teacher, Tensor? weight, Tensor? temperatures, float temperature, float beta, "
-    "SymInt divisor, bool reduce) -> (Tensor, Tensor)",
-    softmax_kl_forward_torch,
-    _forward_fake(6),
-)
-_softmax_kl_backward = define(
-    "softmax_kl",
-    "softmax_kl_backward(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor? temperatures, "
-    "Tensor stats, float temperature, float beta, SymInt divisor, bool need_student, bool need_teacher) "
-    "-> (Tensor, Tensor)",
-    softmax_kl_backward_torch,
-    _backward_fake,
-)
-_softmax_kl_topk = define(
-    "softmax_kl",
-    "softmax_kl_topk(Tensor student, Tensor values, Tensor indices, Tensor? rest, Tensor? weight, "
-    "Tensor? temperatures, float temperature, float scale, SymInt divisor, bool reduce) -> (Tensor, Tensor)",
-    softmax_kl_topk_forward_torch,
-    _forward_fake(8),
-)
-_softmax_kl_topk_backward = define(
-    "softmax_kl",
-    "softmax_kl_topk_backward(Tensor grad, Tensor student, Tensor values, Tensor indices, Tensor? rest, "
-    "Tensor? weight, Tensor? temperatures, Tensor stats, float temperature, float scale, SymInt divisor) -> Tensor",
-    softmax_kl_topk_backward_torch,
-    lambda grad, student, *args: torch.empty_like(student, memory_format=torch.contiguous_format),
-)
-_cross_entropy_kl = define(
-    "softmax_kl",
-    "cross_entropy_kl(Tensor student, Tensor? teacher, Tensor labels, Tensor? temperatures, float temperature, "
-    "float kl_scale, SymInt kl_divisor, float ce_scale, SymInt ce_divisor, float smoothing, int ignore_index, "
-    "bool ce_mean, bool reduce) -> (Tensor, Tensor)",
-    cross_entropy_kl_forward_torch,
-    _forward_fake(8),
-)
-_cross_entropy_kl_backward = define(
-    "softmax_kl",
-    "cross_entropy_kl_backward(Tensor grad, Tensor student, Tensor? teacher, Tensor labels, Tensor? temperatures, "
-    "Tensor stats, float temperature, float kl_scale, SymInt kl_divisor, float smoothing, bool need_student, "
-    "bool need_teacher) -> (Tensor, Tensor)",
-    cross_entropy_kl_backward_torch,
-    _backward_fake,
-)
-_dkd = define(
-    "softmax_kl",
-    "dkd(Tensor student, Tensor teacher, Tensor labels, Tensor? temperatures, float temperature, float alpha, "
-    "float beta, SymInt divisor) -> (Tensor, Tensor)",
-    dkd_forward_torch,
-    _forward_fake(8),
-)
-_dkd_backward = define(
-    "softmax_kl",
-    "dkd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor labels, Tensor? temperatures, Tensor stats, "
-    "float temperature, float alpha, float beta, SymInt divisor, bool need_student, bool need_teacher) "
-    "-> (Tensor, Tensor)",
-    dkd_backward_torch,
-    _backward_fake,
-)
-
-
-# What is no tensor comes as one tuple: every argument of apply costs as much as reading a small one.
-class _SoftmaxKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, weight, temperatures, settings):
-        loss, stats = _softmax_kl(student, teacher, weight, temperatures, *settings)
-        save(ctx, student, teacher, weight, temperatures, stats)
-        ctx.settings = settings
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("softmax_kl")
-        temperature, beta, divisor, _ = ctx.settings
-        needs = need_student, need_teacher = ctx.needs_input_grad[:2]
-        student, teacher = _softmax_kl_backward(grad, *saved(ctx), temperature, beta, divisor, *needs)
-        return student if need_student else None, teacher if need_teacher else None, None, None, None
-
-
-class _SoftmaxKLTopK(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, values, indices, rest, weight, temperatures, settings):
-        loss, stats = _softmax_kl_topk(student, values, indices, rest, weight, temperatures, *settings)
-        save(ctx, student, values, indices, rest, weight, temperatures, stats)
-        ctx.settings = settings
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("softmax_kl")
-        temperature, scale, divisor, _ = ctx.settings
-        return _softmax_kl_topk_backward(grad, *saved(ctx), temperature, scale, divisor), *(None,) * 6
-
-
-class _CrossEntropyKL(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, labels, temperatures, settings):
-        loss, stats = _cross_entropy_kl(student, teacher, labels, temperatures, *settings)
-        save(ctx, student, teacher, labels, temperatures, stats)
-        ctx.settings = settings
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("cross_entropy_kl")
-        temperature, kl_scale, kl_divisor, _, _, smoothing, *_ = ctx.settings
-        needs = need_student, need_teacher = ctx.needs_input_grad[:2]
-        student, teacher = _cross_entropy_kl_backward(
-            grad, *saved(ctx), temperature, kl_scale, kl_divisor, smoothing, *needs
-        )
-        return student if need_student else None, teacher if need_teacher else None, None, None, None
-
-
-class _DKD(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, teacher, labels, temperatures, settings):
-        loss, stats = _dkd(student, teacher, labels, temperatures, *settings)
-        save(ctx, student, teacher, labels, temperatures, stats)
-        ctx.settings = settings
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("dkd")
-        needs = need_student, need_teacher = ctx.needs_input_grad[:2]
-        student, teacher = _dkd_backward(grad, *saved(ctx), *ctx.settings, *needs)
-        return student if need_student else None, teacher if need_teacher else None, None, None, None
+# ---- public functions ------------------------------------------------------------------------------------------------
+_softmax_kl_function = statistics_kept(_softmax_kl, _softmax_kl_backward)
+_softmax_kl_topk_function = statistics_kept(_softmax_kl_topk, _softmax_kl_topk_backward, "softmax_kl")
+_cross_entropy_kl_function = statistics_kept(_cross_entropy_kl, _cross_entropy_kl_backward)
+_dkd_function = statistics_kept(_dkd, _dkd_backward)
 
 
 def _divisor(reduction, student):
     """What a reduced divergence is divided by; a graph's symbol where the batch size is one."""
     check.reduction(reduction)
     return batch_size(student) if reduction in ("mean", "batchmean") else 1
-
-
-def batch_size(x):
-    """Rows of `x`, at least 1."""
-    return x.shape[0] or 1
 
 
 def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
@@ -644,7 +493,7 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
         check.row_weight(weight, student)
     temperatures, temperature = temperature_argument(temperature, student)
     settings = (temperature, float(beta), _divisor(reduction, student), reduction != "none")
-    return _SoftmaxKL.apply(student, teacher, weight, temperatures, settings)
+    return _softmax_kl_function(settings, student, teacher, weight, temperatures)
 
 
 def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight, reduction):
@@ -671,7 +520,7 @@ def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight
         check.row_weight(weight, student)
     temperatures, temperature = temperature_argument(temperature, student)
     settings = (temperature, float(kl_weight), _divisor(reduction, student), reduction != "none")
-    return _SoftmaxKLTopK.apply(student, values, indices, rest, weight, temperatures, settings)
+    return _softmax_kl_topk_function(settings, student, values, indices, rest, weight, temperatures)
 
 
 def cross_entropy_kl(
@@ -737,7 +586,7 @@ def cross_entropy_loss(
     temperatures, temperature = (None, 1.0) if teacher is None else temperature_argument(temperature, student)
     kl, ce = (float(kl_weight), kl_divisor), (float(ce_weight), divisor)
     settings = (temperature, *kl, *ce, float(smoothing), ignore_index, ce_mean, reduction != "none")
-    return _CrossEntropyKL.apply(student, teacher, labels, temperatures, settings)
+    return _cross_entropy_kl_function(settings, student, teacher, labels, temperatures)
 
 
 def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
@@ -757,4 +606,4 @@ def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
     labels = check.class_indices(labels, student)
     temperatures, temperature = temperature_argument(temperature, student)
     settings = (temperature, float(alpha), float(beta), batch_size(student))
-    return _DKD.apply(student, teacher, labels, temperatures, settings)
+    return _dkd_function(settings, student, teacher, labels, temperatures)

@@ -1,0 +1,104 @@
+"""From ops to functions with a gradient: the two patterns that ops follow, each written once.
+
+    statistics kept       The forward keeps a few numbers for each row, and the backward reads the inputs again: for
+                          rows of logits and for maps, whose gradients are as large as they are.
+    gradient formed       The forward, which has everything at hand, gives the gradient, too, or the small matrix that
+                          leads to it, and the backward scales it: for relations, where a second read is the work.
+
+Gradients are of first order: a second derivative is refused.
+"""
+
+import torch
+
+from kdfast.ops import check
+from kdfast.ops.saved import save, saved
+
+
+def statistics_kept(forward, backward, name=None):
+    """``function(settings, *tensors)`` of two ops, whose arguments are matched by name.
+
+    forward: tensors, then settings -> result, or (result, statistics).
+    backward: grad, the tensors, the statistics (if it takes another tensor and there are none, the result), those
+        settings that it needs, then ``need_x`` for each tensor x that can have a gradient -> the gradients of these;
+        without any ``need_x``, that of the first tensor.
+    name: of the function in messages, if it is not that of the op.
+    """
+    name = name or forward.__name__.partition(".")[0]
+    tensors, settings = _arguments(forward)
+    read, others = _arguments(backward)
+    passed = [settings.index(x) for x in others if not x.startswith("need_")]
+    needed = [tensors.index(x.removeprefix("need_")) + 1 for x in others if x.startswith("need_")]
+    count = len(tensors) + 1
+    has_statistics = len(forward._schema.returns) > 1
+    keeps_result = not has_statistics and len(read) > count
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):  # without gradients, dynamo passes no ctx to a forward with as many parameters as arguments
+            ctx, settings, *tensors = args
+            ctx.settings = settings
+            result = forward(*tensors, *settings)
+            if has_statistics:
+                result, statistics = result
+                tensors.append(statistics)
+            elif keeps_result:
+                tensors.append(result)
+            save(ctx, *tensors)
+            return result
+
+        @staticmethod
+        def backward(ctx, grad):
+            check.first_derivative_only(name)
+            settings, needs = ctx.settings, ctx.needs_input_grad
+            flags = [needs[i] for i in needed]
+            grads = backward(grad, *saved(ctx), *[settings[i] for i in passed], *flags)
+            out = [None] * count
+            if flags:
+                for i, need, x in zip(needed, flags, grads, strict=True):
+                    out[i] = x if need else None
+            else:
+                out[1] = grads
+            return tuple(out)
+
+    return Function.apply
+
+
+def gradient_formed(forward, finish, name, sides=2):
+    """``function(settings, *tensors)`` of two functions, the first `sides` of the tensors having gradients.
+
+    forward: tensors, settings, and for each side whether its gradient is needed -> result, and for each side what leads
+        to its gradient.
+    finish: grad, what leads to the gradient of x, x, settings -> the gradient of x.
+    """
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(*args):
+            ctx, settings, needs, *tensors = args
+            result, *slopes = forward(*tensors, *settings, *needs)
+            kept = [x if need else None for x, need in zip(tensors, needs, strict=False)]
+            save(ctx, *kept, *slopes)
+            ctx.settings, ctx.others = settings, len(tensors) - sides
+            return result
+
+        @staticmethod
+        def backward(ctx, grad):
+            check.first_derivative_only(name)
+            kept, needs = saved(ctx), ctx.needs_input_grad[2:]
+            grads = [
+                finish(grad, slope, x, *ctx.settings) if need else None
+                for x, slope, need in zip(kept[:sides], kept[sides:], needs, strict=False)
+            ]
+            return None, None, *grads, *[None] * ctx.others
+
+    def function(settings, *tensors):
+        recording = torch.is_grad_enabled()
+        return Function.apply(settings, [recording and x.requires_grad for x in tensors[:sides]], *tensors)
+
+    return function
+
+
+def _arguments(op):
+    """-> names of an op's tensors, and of its other arguments."""
+    names = [(x.name, str(x.type) in ("Tensor", "Optional[Tensor]")) for x in op._schema.arguments]
+    return [x for x, is_tensor in names if is_tensor], [x for x, is_tensor in names if not is_tensor]

@@ -1,0 +1,364 @@
+"""One student and many teachers: one read of all logits per direction, and no softmax of them kept.
+
+With p_m = softmax(teacher_m / T) and q = softmax(student / T) of a batch of B rows:
+
+    teachers_kl      kl             T^2 sum_m a_m KL(p_m || q)
+                     cross_entropy  -T^2 sum_c r log q,  r = mean_m p_m
+                     reverse_kl     T^2 KL(q || r)
+    aekd             kl with the weights a that make the mean gradient of the student's logits shortest:
+                     min a' G a,  sum a = 1,  0 <= a <= slack,  G_mn = v_m . v_n,  v_m = mean_b (q - p_m)
+
+A teacher of weight 0 adds nothing, whatever its logits are.
+"""
+
+import torch
+from torch import Tensor
+
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
+from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.networks import class_labels, matrices, network_count, network_list, regroup
+from kdfast.ops.rows import (
+    INF,
+    batch_size,
+    cross_entropy_grad,
+    cross_entropy_stats,
+    kl_grad_p,
+    kl_grad_q,
+    kl_rows,
+    kl_term,
+    label_column,
+    log_ratio_of,
+    log_softmax,
+    row_stats,
+    scale_rows,
+)
+from kdfast.ops.saved import save, saved
+from kdfast.ops.simplex import simplex_minimum
+from kdfast.ops.temperature import temperature_argument, temperature_of
+
+KINDS = ("kl", "cross_entropy", "reverse_kl")
+
+
+# ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
+def teacher_rows(student, teachers, temperature, dtype):
+    """-> max, sum of the student, the same of the teachers, log-softmax of the student and of each teacher."""
+    sides = [row_stats(x, temperature, dtype) for x in (student, *teachers)]
+    logs = [log_softmax(x, *side, temperature) for x, side in zip((student, *teachers), sides, strict=True)]
+    return sides, logs
+
+
+def divergence(log_p, log_q, kind, near=None):
+    """sum_c p (log p - log q), or of -log q alone; `near` is log p - log q as it counts between near rows."""
+    p, ratio = log_p.exp(), log_ratio(log_p, log_q, kind)
+    return fixed_sum(kl_term(p, ratio)) if near is None else kl_rows(p, log_q.exp(), ratio, near)
+
+
+def log_ratio(log_p, log_q, kind):
+    """What p weighs in `divergence`: log p - log q, or -log q alone; [rows, cols]."""
+    return -log_q if kind == "cross_entropy" else log_p - log_q
+
+
+def mean_log(logs):
+    """log mean_m p_m [rows, cols], finite where every p_m underflows."""
+    top = logs[0]
+    for log_p in logs[1:]:
+        top = torch.maximum(top, log_p)
+    safe = torch.where(top == -INF, 0.0, top)
+    total = sum((log_p - safe).exp() for log_p in logs)
+    count = torch.full((), len(logs), dtype=top.dtype, device=top.device)
+    return torch.where(top == -INF, -INF, safe + (total.log() - count.log()))
+
+
+def teacher_weights(weight, teachers, dtype, device):
+    """One weight per teacher [M]; 1 each without any."""
+    return torch.ones(len(teachers), dtype=dtype, device=device) if weight is None else weight.to(dtype)
+
+
+def near_ratios(student, teachers, sides, temperature):
+    """log p_m - log q of each teacher."""
+    of_student, *others = sides
+    return [log_ratio_of(x, student, side, of_student, temperature) for x, side in zip(teachers, others, strict=True)]
+
+
+def _loss_and_stats(student, teachers, **_):
+    stats = 3 + 3 * len(teachers)
+    return shapes.sums((), student, *teachers), shapes.sums((stats, student.shape[0]), student, *teachers)
+
+
+def _gradient_shapes(grad, student, teachers, need_student, need_teachers, **_):
+    student_grad = shapes.gradient(student) if need_student else grad.new_empty(0)
+    teacher_grads = teachers[0].new_empty((len(teachers), *student.shape)) if need_teachers else grad.new_empty(0)
+    return student_grad, teacher_grads
+
+
+@op("teachers", _loss_and_stats)
+def _teachers_kl(
+    student: Tensor,
+    teachers: list[Tensor],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    temperatures: Tensor | None,
+    kind: str,
+    temperature: float,
+    scale: float,
+    divisor: int,
+    ce_scale: float,
+    ce_divisor: int,
+) -> tuple[Tensor, Tensor]:
+    """-> loss, stats: max, sum at T, sum at 1 of the student; maxima, sums, divergences of the teachers.
+
+    Of the reverse kind the first divergence is that of the row, the others are 0.
+    """
+    dtype = accumulator(student, *teachers)
+    column, _, wrong = [None] * 3 if labels is None else label_column(labels, student.shape[1])
+    t = temperature_of(temperatures, temperature, dtype)
+    sides, (log_q, *logs) = teacher_rows(student, teachers, t, dtype)
+    zero = torch.zeros_like(sides[0][0])
+    if kind == "reverse_kl":
+        log_r = mean_log(logs)
+        values = [divergence(log_q, log_r, kind, log_q - log_r), *[zero] * (len(teachers) - 1)]
+        rows = values[0]
+    else:
+        nears = near_ratios(student, teachers, sides, t) if kind == "kl" else [None] * len(teachers)
+        values = [divergence(log_p, log_q, kind, near) for log_p, near in zip(logs, nears, strict=True)]
+        rows = sum(map(scale_rows, teacher_weights(weight, teachers, dtype, student.device).unbind(0), values))
+    sum_1, ce = (zero, zero) if labels is None else cross_entropy_stats(student, column, wrong, dtype)
+    loss = fixed_sum(scale_rows(scale / divisor * (t * t), rows) + scale_rows(ce_scale / ce_divisor, ce))
+    (top, total), *others = sides
+    return loss, torch.stack([top, total, sum_1, *(x for x, _ in others), *(x for _, x in others), *values])
+
+
+@op("teachers", _gradient_shapes)
+def _teachers_kl_backward(
+    grad: Tensor,
+    student: Tensor,
+    teachers: list[Tensor],
+    labels: Tensor | None,
+    weight: Tensor | None,
+    temperatures: Tensor | None,
+    stats: Tensor,
+    kind: str,
+    temperature: float,
+    scale: float,
+    divisor: int,
+    ce_scale: float,
+    ce_divisor: int,
+    need_student: bool,
+    need_teachers: bool,
+) -> tuple[Tensor, Tensor]:
+    """-> gradients of the student and, [teachers, rows, cols], of the teachers; empty where not needed."""
+    dtype, count = stats.dtype, len(teachers)
+    t = temperature_of(temperatures, temperature, dtype)
+    (top, total, sum_1), tops, totals, values = stats.split([3, count, count, count])
+    log_q = log_softmax(student, top, total, t)
+    logs = [log_softmax(*x, t) for x in zip(teachers, tops, totals, strict=True)]
+    grad = grad.to(dtype)
+    row = grad * (scale / divisor * t)
+    weights = teacher_weights(weight, teachers, dtype, grad.device)
+    student_grad = teacher_grads = grad.new_empty(0)
+    if need_student:
+        if kind == "reverse_kl":
+            student_grad = scale_rows(row, kl_grad_p(log_q.exp(), log_q - mean_log(logs), values[0]))
+        else:
+            student_grad = sum(
+                scale_rows(row * a, kl_grad_q(log_p.exp(), log_q.exp(), p_sum))
+                for a, log_p, p_sum in zip(weights, logs, totals, strict=True)
+            )
+        if labels is not None:
+            column = labels.clamp(0, student.shape[1] - 1)[:, None]
+            of_ce = cross_entropy_grad(student, top, sum_1, column)
+            student_grad = student_grad + scale_rows(grad * (ce_scale / ce_divisor), of_ce)
+        student_grad = student_grad.to(student.dtype)
+    if need_teachers:
+        teacher_grads = torch.stack(
+            [
+                scale_rows(row * a, kl_grad_p(log_p.exp(), log_ratio(log_p, log_q, kind), value))
+                for a, log_p, value in zip(weights, logs, values, strict=True)
+            ]
+        ).to(teachers[0].dtype)
+    return student_grad, teacher_grads
+
+
+def aekd_weights(gram, slack, normalize):
+    """AE-KD's weights (M,) from G (M, M) of any magnitude, in float64."""
+    gram = gram.double()
+    largest = gram.diagonal().amax()
+    scaled = torch.where(largest > 0, gram / largest, 0.0)
+    if not normalize:
+        return simplex_minimum(scaled, torch.zeros_like(gram[0]), slack)
+    norm = scaled.diagonal().sqrt().clamp(min=1e-12)  # of a teacher whose mean gradient is 0: all weight is its
+    a = simplex_minimum(scaled / norm[:, None] / norm, torch.zeros_like(norm), slack) / norm
+    return a / a.sum()
+
+
+def _aekd_shapes(student, teachers, **_):
+    return *_loss_and_stats(student, teachers), shapes.sums(len(teachers), student, *teachers)
+
+
+@op("teachers", _aekd_shapes)
+def _aekd(
+    student: Tensor,
+    teachers: list[Tensor],
+    temperatures: Tensor | None,
+    temperature: float,
+    scale: float,
+    divisor: int,
+    slack: float,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> loss, stats as of teachers_kl, weights (M,)."""
+    dtype = accumulator(student, *teachers)
+    t = temperature_of(temperatures, temperature, dtype)
+    sides, (log_q, *logs) = teacher_rows(student, teachers, t, dtype)
+    q = log_q.exp()
+    mean_gradients = torch.stack([fixed_sum((q - log_p.exp()).double().T) for log_p in logs])
+    gram = fixed_sum(mean_gradients[:, None] * mean_gradients)
+    weights = aekd_weights(gram, slack, normalize).to(dtype)
+    nears = near_ratios(student, teachers, sides, t)
+    values = [divergence(log_p, log_q, "kl", near) for log_p, near in zip(logs, nears, strict=True)]
+    rows = sum(map(scale_rows, weights.unbind(0), values))
+    (top, total), *others = sides
+    stats = [top, total, torch.zeros_like(top), *(x for x, _ in others), *(x for _, x in others), *values]
+    return fixed_sum(scale_rows(scale / divisor * (t * t), rows)), torch.stack(stats), weights
+
+
+# ---- public functions ------------------------------------------------------------------------------------------------
+# forward takes *args: without gradients, dynamo tells from the number of parameters whether there is a ctx.
+class _TeachersKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        student, labels, weight, temperatures, settings, *tensors = args
+        loss, stats = _teachers_kl(student, matrices(tensors), labels, weight, temperatures, *settings)
+        save(ctx, student, labels, weight, temperatures, stats, *tensors)
+        ctx.settings = settings
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        check.first_derivative_only("teachers_kl")
+        student, labels, weight, temperatures, stats, *tensors = saved(ctx)
+        need_student, needed = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        networks = matrices(tensors)
+        student_grad, grads = _teachers_kl_backward(
+            grad, student, networks, labels, weight, temperatures, stats, *ctx.settings, need_student, any(needed)
+        )
+        return student_grad if need_student else None, *(None,) * 4, *regroup(grads, tensors, needed)
+
+
+class _AEKD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        student, temperatures, temperature, divisor, slack, normalize, *tensors = args
+        loss, stats, weights = _aekd(
+            student, matrices(tensors), temperatures, temperature, 1.0, divisor, slack, normalize
+        )
+        save(ctx, student, weights, temperatures, stats, *tensors)
+        ctx.constants = ("kl", temperature, 1.0, divisor, 0.0, 1)
+        ctx.mark_non_differentiable(weights)
+        return loss, weights
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        check.first_derivative_only("aekd")
+        student, weights, temperatures, stats, *tensors = saved(ctx)
+        student_grad, _ = _teachers_kl_backward(
+            grad, student, matrices(tensors), None, weights, temperatures, stats, *ctx.constants, True, False
+        )
+        return student_grad, *(None,) * 5, *(None for _ in tensors)
+
+
+def teachers_kl(
+    student,
+    teachers,
+    labels=None,
+    temperature=1.0,
+    *,
+    kind="kl",
+    weight=None,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    over_classes=False,
+):
+    """``1/B sum_b [kl_weight D + ce_weight CE(student, labels)]`` with D of the kinds in the module's docstring.
+
+    Args:
+        student: logits (B, C). teachers: a list of (B, C) logits, one (M, B, C), or a list of both.
+        labels: (B,) integer classes for the cross-entropy (none without); see :func:`mixed_logits_kl`.
+        kind: "kl", with `weight` a_m (M,) or the plain sum; "cross_entropy" and "reverse_kl" to the mean probability.
+        over_classes: divide the divergence by the number of classes, too.
+
+    Returns: 0-d, in nats. Gradients flow to student and teachers; not to weight, which must not ask for one, nor to
+    the teachers of "reverse_kl", which must not either.
+    """
+    check.logits("student", student)
+    tensors = network_list("teachers", teachers, student)
+    return teachers_loss(
+        student,
+        tensors,
+        labels,
+        temperature,
+        kind=kind,
+        weight=weight,
+        kl_weight=kl_weight,
+        ce_weight=ce_weight,
+        over_classes=over_classes,
+    )
+
+
+def teachers_loss(
+    student,
+    tensors,
+    labels,
+    temperature,
+    *,
+    kind="kl",
+    weight=None,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    over_classes=False,
+):
+    """:func:`teachers_kl` of a student and teachers that were checked."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    count = network_count(tensors)
+    if weight is not None:
+        if kind != "kl":
+            raise ValueError(f"weight belongs to kind 'kl', got one with kind {kind!r}")
+        check.tensor("weight", weight)
+        check.floating("weight", weight)
+        if weight.shape != (count,):
+            raise ValueError(f"weight must have shape ({count},), one for each teacher, got {tuple(weight.shape)}")
+        check.same_device("weight", weight, student)
+        if weight.requires_grad:
+            raise ValueError("weight must not require a gradient: detach it")
+    if kind == "reverse_kl" and any(x.requires_grad for x in tensors):
+        raise ValueError("teachers must not require a gradient with kind 'reverse_kl': detach them")
+    labels = class_labels(labels, student)
+    check.positive("temperature", temperature)
+    check.number("kl_weight", kl_weight)
+    check.number("ce_weight", ce_weight)
+    rows = batch_size(student)
+    divisor = rows * (count if kind == "cross_entropy" else 1) * (student.shape[1] if over_classes else 1)
+    ce_scale = 0.0 if labels is None else float(ce_weight)
+    temperatures, temperature = temperature_argument(temperature, student)
+    settings = (kind, temperature, float(kl_weight), divisor, ce_scale, rows)
+    return _TeachersKL.apply(student, labels, weight, temperatures, settings, *tensors)
+
+
+def aekd(student, teachers, temperature=4.0, *, slack=0.6, normalize=False):
+    """``T^2 / B sum_b sum_m a_m KL(p_m || q)`` with AE-KD's weights a, the exact optimum of the module's docstring.
+
+    Args:
+        student: logits (B, C). teachers: a list of (B, C) logits, one (M, B, C), or a list of both.
+        slack: the most that a weight may be; up to 1 / M it leaves the plain average.
+        normalize: solve with v_m of length 1, then divide by the lengths and make the sum 1 again.
+
+    Returns: the loss, 0-d, with a gradient to the student alone, and the weights (M,). The host does not wait.
+    """
+    check.logits("student", student)
+    tensors = network_list("teachers", teachers, student)
+    check.positive("temperature", temperature)
+    check.number("slack", slack, 0, 1)
+    constants = (*temperature_argument(temperature, student), batch_size(student), float(slack), bool(normalize))
+    return _AEKD.apply(student, *constants, *(x.detach() if x.requires_grad else x for x in tensors))
