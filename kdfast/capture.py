@@ -1,10 +1,11 @@
 """Outputs and inputs of named layers of any model, beside the model's own output."""
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["capture"]
 
@@ -13,7 +14,7 @@ INPUT = ":input"
 WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
-class capture(Mapping):
+class capture(Mapping[str, Tensor]):
     """What the layers `names` of `model` returned in its last forward, as a mapping from names to tensors.
 
     Example::
@@ -49,7 +50,7 @@ class capture(Mapping):
     model's output must depend on every layer that the loss reads.
     """
 
-    def __init__(self, model, names):
+    def __init__(self, model: nn.Module, names: str | Iterable[str]) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         names, model = _names(names), _unwrapped(model)
@@ -70,7 +71,7 @@ class capture(Mapping):
                 self._handles.append(layer.register_forward_hook(_Output(forward, value)))
             self._handles.append(_Mark(layer))
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> Tensor:
         values, state = self._forward.values, self._forward.state
         if name not in values:
             raise KeyError(f"{name} is not captured; captured: {', '.join(values)}")
@@ -94,36 +95,36 @@ class capture(Mapping):
             )
         return value.content
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._forward.values)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._forward.values)
 
-    def __contains__(self, name):
+    def __contains__(self, name: object) -> bool:
         return name in self._forward.values
 
-    def values(self):
+    def values(self) -> list[Tensor]:  # type: ignore[override]  # a snapshot
         """The values in the order of the names, as a list, which a loss of several layers takes."""
         return [self[name] for name in self]
 
-    def __enter__(self):
+    def __enter__(self) -> "capture":
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self.remove()
 
-    def remove(self):
+    def remove(self) -> None:
         """Stop watching and drop the values; what a ``with`` block does at its end."""
         while self._handles:
             self._handles.pop().remove()
         self._forward.drop()
         self._forward.watched = False
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return {"forward": self._forward, "handles": self._handles, "watched": self._forward.watched}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self._forward, self._handles = state["forward"], state["handles"]
         self._forward.watched = state["watched"]
 

@@ -5,9 +5,11 @@ the same error on every rank instead of a wait without end.
 """
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 
 from kdfast.ops import check
 
@@ -22,7 +24,7 @@ __all__ = ["gather", "ignore_banks"]
 _host_groups = weakref.WeakKeyDictionary()
 
 
-def world_size():
+def world_size() -> int:
     """How many ranks there are; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -37,7 +39,7 @@ def _host_group():
     return _host_groups[world]
 
 
-def exchange(values):
+def exchange(values: Sequence[int]) -> list[list[int]]:
     """Lists of whole numbers, one from each rank in their order; all of one length."""
     mine = torch.tensor(values, dtype=torch.int64, device="cpu")
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -45,12 +47,12 @@ def exchange(values):
     return [part.tolist() for part in parts]
 
 
-def as_bytes(x):
+def as_bytes(x: Tensor) -> Tensor:
     """The memory of a contiguous tensor as (bytes,): a backend then carries every dtype."""
     return x.reshape(-1).view(torch.uint8)
 
 
-def gather_rows(x, counts):
+def gather_rows(x: Tensor, counts: Sequence[int]) -> Tensor:
     """The rows of all ranks in their order, `counts` of them on each; without a gradient."""
     shape = (max(counts), *x.shape[1:])
     if 0 in shape:
@@ -81,7 +83,7 @@ _DIMS = 8  # of a tensor whose shape is exchanged
 _DTYPES = (*check.FLOATS, *check.INTEGERS, torch.bool)
 
 
-def gather(x):
+def gather(x: Tensor) -> Tensor:
     """The batches `x` (B, ...) of all ranks as one, in the order of the ranks, with a gradient.
 
     For losses on the relations within a batch::
@@ -121,7 +123,7 @@ def _described(header):
     return f"{_DTYPES[dtype]} {tuple(sizes[:dims])}{' with gradient' if grad else ''}"
 
 
-def ignore_banks(model):
+def ignore_banks(model: nn.Module) -> nn.Module:
     """Keep DistributedDataParallel from sending the memory banks inside `model`; call it before wrapping it.
 
     DDP copies every buffer from rank 0 in each step (gigabytes for banks), but for those on a list that it reads from

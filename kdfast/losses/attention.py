@@ -1,6 +1,11 @@
 """Losses on attention maps: where a network looks. They run on the attention kernels."""
 
-from kdfast.losses.base import Loss
+from typing import ClassVar
+
+from torch import Tensor
+
+from kdfast._types import Tensors
+from kdfast.losses.base import Loss, Settings
 from kdfast.ops import check
 from kdfast.ops.accumulate import total
 from kdfast.ops.attention import attention_transfer
@@ -18,15 +23,15 @@ class AT(Loss):
     Usual weight: 1000 (torchdistill on ImageNet).
     """
 
-    settings = {"p": check.count}
+    settings: ClassVar[Settings] = {"p": check.count}
 
-    def __init__(self, p=2):
+    def __init__(self, p: int = 2) -> None:
         super().__init__()
         self.p = p
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         pairs = check.layers(student, teacher, check.maps)
         return total(attention_transfer(*to_smaller_square(s, t), self.p) for s, t in pairs)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"p={self.p}"

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.ops import check
 
+Settings: TypeAlias = Mapping[str, Callable[[str, Any], None]]  # name -> check of (name, value)
 SHARE = partial(check.number, low=0, high=1)
 REDUCTION = partial(check.one_of, choices=check.REDUCTIONS)
 
@@ -25,7 +26,11 @@ def or_none(checked: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
 class Loss(nn.Module):
     """A module whose `settings`, name -> check of (name, value), are checked in the constructor and when set later."""
 
-    settings: ClassVar[Mapping[str, Callable[[str, Any], None]]] = {}
+    settings: ClassVar[Settings] = {}
+
+    if TYPE_CHECKING:  # a module's call gives anything, a loss's a tensor
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.settings:

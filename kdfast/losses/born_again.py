@@ -1,16 +1,18 @@
 """Born-Again Networks: the two losses that take the teacher's dark knowledge apart."""
 
-import torch
-from torch import nn
+from typing import ClassVar
 
-from kdfast.losses.base import Loss, one_of
+import torch
+from torch import Tensor
+
+from kdfast.losses.base import Loss, Settings, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.rows import row_stats
 from kdfast.ops.softmax_kl import cross_entropy, softmax_kl
 
 
-class CWTM(nn.Module):
+class CWTM(Loss):
     """CWTM - Born-Again Neural Networks, Confidence-Weighted by Teacher Max (Furlanello et al., ICML 2018).
 
     ``-sum_b w_b log softmax(student)_b[y_b]``, ``w_b = max_c p_b / sum_b max_c p_b`` with p = softmax(teacher): the
@@ -19,7 +21,7 @@ class CWTM(nn.Module):
     No gradient to the teacher. There is no official code. Op: ``cross_entropy``.
     """
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         check.pair(student, teacher)
         labels, wrong = check.known_classes(labels, student)
         rows = cross_entropy(student, labels, reduction="none")
@@ -41,14 +43,14 @@ class DKPP(Loss):
     each sample. 0-d, in nats. Gradients flow to both. There is no official code. Op: ``softmax_kl``.
     """
 
-    settings = {"temperature": check.positive, "keep": one_of("label", "argmax")}
+    settings: ClassVar[Settings] = {"temperature": check.positive, "keep": one_of("label", "argmax")}
 
-    def __init__(self, temperature=1.0, keep="label"):
+    def __init__(self, temperature: float = 1.0, keep: str = "label") -> None:
         super().__init__()
         self.temperature = temperature
         self.keep = keep
 
-    def permute(self, teacher, labels, permutation=None):
+    def permute(self, teacher: Tensor, labels: Tensor, permutation: Tensor | None = None) -> Tensor:
         """``teacher.gather(1, q)``: q is `permutation` after one swap per row, which gives ``q[b, kept] == kept``."""
         check.logits("teacher", teacher)
         labels, wrong = check.known_classes(labels, teacher)
@@ -62,9 +64,9 @@ class DKPP(Loss):
         q = torch.where(torch.arange(teacher.shape[1], device=teacher.device) == kept, kept, q)
         return torch.where(wrong[:, None], float("nan"), teacher.gather(1, q))
 
-    def forward(self, student, teacher, labels, permutation=None):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, permutation: Tensor | None = None) -> Tensor:
         check.pair(student, teacher)
         return softmax_kl(student, self.permute(teacher, labels, permutation), self.temperature)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, keep={self.keep!r}"

@@ -1,8 +1,11 @@
 """Losses that need no kernel of their own: plain PyTorch, with the gradient written out."""
 
-import torch
+from typing import ClassVar
 
-from kdfast.losses.base import Loss
+import torch
+from torch import Tensor
+
+from kdfast.losses.base import Loss, Settings
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum
 from kdfast.ops.saved import save, saved
@@ -74,15 +77,15 @@ class DIST(Loss):
     no temperature: keep it at 1 there. With one sample the second term is the constant gamma T^2. Plain PyTorch.
     """
 
-    settings = {"beta": check.number, "gamma": check.number, "temperature": check.positive}
+    settings: ClassVar[Settings] = {"beta": check.number, "gamma": check.number, "temperature": check.positive}
 
-    def __init__(self, beta=1.0, gamma=1.0, temperature=1.0):
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__()
         self.beta = beta
         self.gamma = gamma
         self.temperature = temperature
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.tensor("student", student)
         check.tensor("teacher", teacher)
         if student.dim() == 4 and teacher.dim() == 4:
@@ -90,5 +93,5 @@ class DIST(Loss):
         check.pair(student, teacher)
         return _Dist.apply(student, teacher, float(self.beta), float(self.gamma), float(self.temperature))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"

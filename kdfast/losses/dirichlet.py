@@ -3,10 +3,13 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from kdfast.losses.base import SHARE, Loss, one_of
+from kdfast._types import Networks
+from kdfast.losses.base import SHARE, Loss, Settings, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.networks import matrices, network_list
@@ -111,28 +114,34 @@ class EnDD(Loss):
     finite gradient; the official float32 code overflows at concentrations of e^88. Plain PyTorch.
     """
 
-    settings = {
+    settings: ClassVar[Settings] = {
         "temperature": check.positive,
         "smoothing": partial(check.number, low=0),
         "teacher_smoothing": SHARE,
         "variant": one_of(*VARIANTS),
     }
 
-    def __init__(self, temperature=1.0, smoothing=1e-8, teacher_smoothing=1e-3, variant="dirichlet"):
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        smoothing: float = 1e-8,
+        teacher_smoothing: float = 1e-3,
+        variant: str = "dirichlet",
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.smoothing = smoothing
         self.teacher_smoothing = teacher_smoothing
         self.variant = variant
 
-    def forward(self, student, teachers):
+    def forward(self, student: Tensor, teachers: Networks) -> Tensor:
         check.logits("student", student)
         teachers = matrices(network_list("teachers", teachers, student))
         student_scale, teacher_temperature, scale = (float(self.temperature) ** k for k in VARIANTS[self.variant])
         smoothing, share = float(self.smoothing), float(self.teacher_smoothing)
         return _EnDD.apply(student, smoothing, share, student_scale, teacher_temperature, scale, *teachers)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"temperature={self.temperature}, smoothing={self.smoothing}, "
             f"teacher_smoothing={self.teacher_smoothing}, variant={self.variant!r}"
@@ -156,19 +165,19 @@ class TemperatureAnnealing:
     decay_length: float
     minimum: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check.positive("init", self.init)
         check.number("decay_epoch", self.decay_epoch)
         check.positive("decay_length", self.decay_length)
         check.positive("minimum", self.minimum)
 
-    def __call__(self, epoch):
+    def __call__(self, epoch: float | Tensor) -> float | Tensor:
         done = (epoch - self.decay_epoch) / self.decay_length
         done = done.clamp(0, 1) if isinstance(done, torch.Tensor) else min(max(done, 0.0), 1.0)
         return self.init + (self.minimum - self.init) * done
 
 
-def ensemble_uncertainty(teachers):
+def ensemble_uncertainty(teachers: Networks) -> dict[str, Tensor]:
     """How sure an ensemble is of each sample, and why not: a dict of (B,) tensors, in nats.
 
     `teachers`: a list of M (B, C) logits or one (M, B, C). With p_m their softmaxes, P the mean of these and

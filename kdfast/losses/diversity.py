@@ -1,8 +1,13 @@
 """How alike the heads of an ensemble are: plain PyTorch, with the gradient written out."""
 
-import torch
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from kdfast.losses.base import Loss, one_of
+import torch
+from torch import Tensor
+
+from kdfast._types import Networks
+from kdfast.losses.base import Loss, Settings, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.networks import matrices, network_list
@@ -48,7 +53,7 @@ def _distil(p, log_p, others):
     return -torch.where(target == 0, 0.0, target * log_p), torch.where(slope.isinf(), 0.0, slope), -target
 
 
-RELATIONS = {"l2": _l2, "cos": _cos, "js": _js, "distil": _distil}
+RELATIONS: dict[str, Callable[..., Any]] = {"l2": _l2, "cos": _cos, "js": _js, "distil": _distil}
 
 
 class _Diversity(torch.autograd.Function):
@@ -112,18 +117,18 @@ class DiversityCooperation(Loss):
     head. Gradients flow to all heads, also through the targets. Plain PyTorch: no (B, C, M, M) tensor.
     """
 
-    settings = {"relation": one_of(*RELATIONS), "temperature": check.positive, "sign": _sign}
+    settings: ClassVar[Settings] = {"relation": one_of(*RELATIONS), "temperature": check.positive, "sign": _sign}
 
-    def __init__(self, relation="js", temperature=1.0, sign=1):
+    def __init__(self, relation: str = "js", temperature: float = 1.0, sign: int = 1) -> None:
         super().__init__()
         self.relation = relation
         self.temperature = temperature
         self.sign = sign
 
-    def forward(self, logits, labels):
+    def forward(self, logits: Networks, labels: Tensor) -> Tensor:
         heads = matrices(network_list("logits", logits))
         labels, wrong = check.known_classes(labels, heads[0])
         return _Diversity.apply(labels, wrong, self.relation, float(self.temperature), self.sign, *heads)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"relation={self.relation!r}, temperature={self.temperature}, sign={self.sign}"

@@ -4,12 +4,15 @@ And the layers that come with them. Several networks are a list of (B, C) tensor
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kdfast.losses.base import SHARE, Loss, one_of, or_none
+from kdfast._types import Networks
+from kdfast.losses.base import SHARE, Loss, Settings, one_of, or_none
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.mixed_logits import least, mixed, mixed_loss
@@ -47,7 +50,7 @@ def _ramp_up(epoch, length, device):
 
 
 # What ONE, OKDDip, FFL and collaborative learning have in common.
-SCHEDULE = {
+SCHEDULE: Settings = {
     "temperature": check.positive,
     "rampup_epochs": partial(check.number, low=0),
     "eps": SHARE,
@@ -90,18 +93,18 @@ class DML(Loss):
     1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
     """
 
-    settings = {"temperature": check.positive}
+    settings: ClassVar[Settings] = {"temperature": check.positive}
 
-    def __init__(self, temperature=1.0):
+    def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, peers, labels=None):
+    def forward(self, student: Tensor, peers: Networks, labels: Tensor | None = None) -> Tensor:
         check.logits("student", student)
         tensors = network_list("peers", _detached("peers", peers), student)
         return teachers_loss(student, tensors, labels, self.temperature)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
 
 
@@ -127,13 +130,15 @@ class ONE(Loss):
     not from the divergence. The official code fixes T = 3. Op: ``mixed_logits_kl``.
     """
 
-    settings = SCHEDULE
+    settings: ClassVar[Settings] = SCHEDULE
 
-    def __init__(self, temperature=3.0, rampup_epochs=80, eps=1e-7):
+    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
         super().__init__()
-        self.temperature, self.rampup_epochs, self.eps = temperature, rampup_epochs, eps
+        self.temperature = temperature
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
 
-    def forward(self, logits, gate, labels, epoch):
+    def forward(self, logits: Networks, gate: Tensor, labels: Tensor, epoch: float | Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)
         check.tensor("gate", gate)
         if gate.shape != (rows, count):
@@ -150,7 +155,7 @@ class ONE(Loss):
             mix_name="gate",
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
 
 
@@ -162,14 +167,14 @@ class ONEGate(nn.Module):
     the official code, keeps every weight above exp(-largest).
     """
 
-    def __init__(self, features, branches):
+    def __init__(self, features: int, branches: int) -> None:
         super().__init__()
         check.count("features", features)
         check.count("branches", branches)
-        self.linear = nn.Linear(features, branches)
-        self.norm = nn.BatchNorm1d(branches)
+        self.linear: nn.Linear = nn.Linear(features, branches)
+        self.norm: nn.BatchNorm1d = nn.BatchNorm1d(branches)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.softmax(torch.relu(self.norm(self.linear(x))), dim=1)
 
 
@@ -184,13 +189,20 @@ class OKDDip(Loss):
     official code logits, and so does this. Op: ``mixed_logits_kl``.
     """
 
-    settings = SCHEDULE
+    settings: ClassVar[Settings] = SCHEDULE
 
-    def __init__(self, temperature=3.0, alpha=1.0, rampup_epochs=80, eps=1e-7):
+    def __init__(
+        self, temperature: float = 3.0, alpha: float = 1.0, rampup_epochs: int = 80, eps: float = 1e-7
+    ) -> None:
         super().__init__()
-        self.temperature, self.alpha, self.rampup_epochs, self.eps = temperature, alpha, rampup_epochs, eps
+        self.temperature = temperature
+        self.alpha = alpha
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
 
-    def forward(self, logits, leader, attention, labels, epoch):
+    def forward(
+        self, logits: Networks, leader: Tensor, attention: Tensor, labels: Tensor, epoch: float | Tensor
+    ) -> Tensor:
         tensors, count, rows = _heads(logits)
         check.tensor("attention", attention)
         if attention.shape != (rows, count, count):
@@ -209,7 +221,7 @@ class OKDDip(Loss):
             mix_name="attention",
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
 
 
@@ -221,15 +233,15 @@ class OKDDipAttention(nn.Module):
     without bias.
     """
 
-    def __init__(self, features):
+    def __init__(self, features: int) -> None:
         super().__init__()
         check.count("features", features)
         if features < 8:
             raise ValueError(f"features must be at least 8, of which query and key take an eighth, got {features}")
-        self.query = nn.Linear(features, features // 8, bias=False)
-        self.key = nn.Linear(features, features // 8, bias=False)
+        self.query: nn.Linear = nn.Linear(features, features // 8, bias=False)
+        self.key: nn.Linear = nn.Linear(features, features // 8, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), dim=2)
 
 
@@ -243,13 +255,15 @@ class FFL(Loss):
     two branches and T = 3. Op: ``mixed_logits_kl``.
     """
 
-    settings = SCHEDULE
+    settings: ClassVar[Settings] = SCHEDULE
 
-    def __init__(self, temperature=3.0, rampup_epochs=80, eps=1e-7):
+    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
         super().__init__()
-        self.temperature, self.rampup_epochs, self.eps = temperature, rampup_epochs, eps
+        self.temperature = temperature
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
 
-    def forward(self, logits, fused, labels, epoch):
+    def forward(self, logits: Networks, fused: Tensor, labels: Tensor, epoch: float | Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)
         mix = _zeros(tensors[0], count + 1, count + 1)
         mix[:count, count] = 1.0
@@ -264,7 +278,7 @@ class FFL(Loss):
             ramp=ramp,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
 
 
@@ -276,18 +290,19 @@ class FusionModule(nn.Module):
     Shapes: a list of two maps (B, channels, pool, pool), taken before the branches pool them -> logits (B, classes).
     """
 
-    def __init__(self, channels, classes, pool):
+    def __init__(self, channels: int, classes: int, pool: int) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("classes", classes), ("pool", pool)):
             check.count(name, value)
-        self.channels, self.pool = channels, pool
-        self.depthwise = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, bias=False)
-        self.depthwise_norm = nn.BatchNorm2d(2 * channels)
-        self.pointwise = nn.Conv2d(2 * channels, channels, 1, bias=False)
-        self.pointwise_norm = nn.BatchNorm2d(channels)
-        self.classifier = nn.Linear(channels, classes)
+        self.channels = channels
+        self.pool = pool
+        self.depthwise: nn.Conv2d = nn.Conv2d(2 * channels, 2 * channels, 3, padding=1, groups=2 * channels, bias=False)
+        self.depthwise_norm: nn.BatchNorm2d = nn.BatchNorm2d(2 * channels)
+        self.pointwise: nn.Conv2d = nn.Conv2d(2 * channels, channels, 1, bias=False)
+        self.pointwise_norm: nn.BatchNorm2d = nn.BatchNorm2d(channels)
+        self.classifier: nn.Linear = nn.Linear(channels, classes)
 
-    def forward(self, maps):
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
         if not isinstance(maps, (list, tuple)) or len(maps) != 2:
             raise TypeError("maps must be a list of two maps, one per branch")
         for index, x in enumerate(maps):
@@ -299,7 +314,7 @@ class FusionModule(nn.Module):
         x = torch.relu(self.pointwise_norm(self.pointwise(x)))
         return self.classifier(x.mean((2, 3)))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"channels={self.channels}, pool={self.pool}"
 
 
@@ -314,13 +329,18 @@ class CollaborativeLearning(Loss):
     they are. :func:`rescale_gradient` goes with it, after the shared layers. Op: ``mixed_logits_kl``.
     """
 
-    settings = {**SCHEDULE, "rampup_epochs": or_none(SCHEDULE["rampup_epochs"])}
+    settings: ClassVar[Settings] = {**SCHEDULE, "rampup_epochs": or_none(SCHEDULE["rampup_epochs"])}
 
-    def __init__(self, temperature=3.0, alpha=1.0, rampup_epochs=None, eps=1e-7):
+    def __init__(
+        self, temperature: float = 3.0, alpha: float = 1.0, rampup_epochs: int | None = None, eps: float = 1e-7
+    ) -> None:
         super().__init__()
-        self.temperature, self.alpha, self.rampup_epochs, self.eps = temperature, alpha, rampup_epochs, eps
+        self.temperature = temperature
+        self.alpha = alpha
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
 
-    def forward(self, logits, labels, epoch=None):
+    def forward(self, logits: Networks, labels: Tensor, epoch: float | Tensor | None = None) -> Tensor:
         tensors, count, rows = _heads(logits, least=2)
         if epoch is None and self.rampup_epochs is not None:
             raise ValueError(f"epoch must be given with rampup_epochs={self.rampup_epochs}, got None")
@@ -337,7 +357,7 @@ class CollaborativeLearning(Loss):
             through_targets=True,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
 
 
@@ -352,7 +372,7 @@ class _RescaleGradient(torch.autograd.Function):
         return grad / ctx.heads, None
 
 
-def rescale_gradient(x, heads):
+def rescale_gradient(x: Tensor, heads: int) -> Tensor:
     """`x` itself, whose gradient is divided by the number of `heads` that share it (Song and Chai, NeurIPS 2018)."""
     check.tensor("x", x)
     check.count("heads", heads)
@@ -377,13 +397,15 @@ class KDCL(Loss):
 
     RULES = ("naive", "linear", "minlogit", "general", "mean")
 
-    settings = {"temperature": check.positive, "rule": one_of(*RULES), "weight": check.number}
+    settings: ClassVar[Settings] = {"temperature": check.positive, "rule": one_of(*RULES), "weight": check.number}
 
-    def __init__(self, temperature=2.0, rule="minlogit", weight=1.0):
+    def __init__(self, temperature: float = 2.0, rule: str = "minlogit", weight: float = 1.0) -> None:
         super().__init__()
-        self.temperature, self.rule, self.weight = temperature, rule, weight
+        self.temperature = temperature
+        self.rule = rule
+        self.weight = weight
 
-    def forward(self, logits, labels):
+    def forward(self, logits: Networks, labels: Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)
         labels = check.class_indices(labels, matrices(tensors)[0])
         if self.rule == "general":
@@ -395,7 +417,7 @@ class KDCL(Loss):
         return mixed_loss(tensors, mix, labels, self.temperature, kl_weight=self.weight, learners=count)
 
     @torch.no_grad()
-    def target(self, logits, labels):
+    def target(self, logits: Networks, labels: Tensor) -> Tensor:
         """The target's logits (B, C), a constant, in the type of sums."""
         tensors, _, rows = _heads(logits)
         networks = matrices(tensors)
@@ -428,7 +450,7 @@ class KDCL(Loss):
     def _general(self, tensors, labels):
         return _least_error_mixture(matrices(tensors), labels)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, rule={self.rule!r}, weight={self.weight}"
 
 
@@ -461,13 +483,14 @@ class Codistillation(Loss):
 
     MODES = ("cross_entropy", "reverse_kl")
 
-    settings = {"mode": one_of(*MODES), "burn_in": partial(check.number, low=0)}
+    settings: ClassVar[Settings] = {"mode": one_of(*MODES), "burn_in": partial(check.number, low=0)}
 
-    def __init__(self, mode="cross_entropy", burn_in=0):
+    def __init__(self, mode: str = "cross_entropy", burn_in: int = 0) -> None:
         super().__init__()
-        self.mode, self.burn_in = mode, burn_in
+        self.mode = mode
+        self.burn_in = burn_in
 
-    def forward(self, student, peers, epoch=None):
+    def forward(self, student: Tensor, peers: Networks, epoch: float | Tensor | None = None) -> Tensor:
         check.logits("student", student)
         epoch = None if epoch is None else _epoch(epoch, student.device)
         weight = 1.0
@@ -477,7 +500,7 @@ class Codistillation(Loss):
         loss = teachers_loss(student, tensors, None, 1.0, kind=self.mode, kl_weight=weight)
         return torch.where(epoch < self.burn_in, 0.0, loss) if isinstance(epoch, torch.Tensor) else loss
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"mode={self.mode!r}, burn_in={self.burn_in}"
 
 
@@ -494,18 +517,20 @@ class AEKD(Loss):
     that depend on the teachers' order. Op: ``aekd``.
     """
 
-    settings = {"temperature": check.positive, "slack": SHARE}
+    settings: ClassVar[Settings] = {"temperature": check.positive, "slack": SHARE}
 
-    def __init__(self, temperature=4.0, slack=0.6, normalize=False):
+    def __init__(self, temperature: float = 4.0, slack: float = 0.6, normalize: bool = False) -> None:
         super().__init__()
-        self.temperature, self.slack, self.normalize = temperature, slack, bool(normalize)
-        self.weights = None
+        self.temperature = temperature
+        self.slack = slack
+        self.normalize: bool = bool(normalize)
+        self.weights: Tensor | None = None
 
-    def forward(self, student, teachers):
+    def forward(self, student: Tensor, teachers: Networks) -> Tensor:
         loss, self.weights = aekd(student, teachers, self.temperature, slack=self.slack, normalize=self.normalize)
         return loss
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, slack={self.slack}, normalize={self.normalize}"
 
 
@@ -518,15 +543,15 @@ class EnD(Loss):
     The teachers are not smoothed. Op: ``teachers_kl``.
     """
 
-    settings = {"temperature": check.positive}
+    settings: ClassVar[Settings] = {"temperature": check.positive}
 
-    def __init__(self, temperature=1.0):
+    def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, teachers):
+    def forward(self, student: Tensor, teachers: Networks) -> Tensor:
         check.logits("student", student)
         return teachers_kl(student, teachers, None, self.temperature, kind="cross_entropy", over_classes=True)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

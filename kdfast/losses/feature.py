@@ -2,11 +2,14 @@
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from kdfast.losses.base import REDUCTION, Loss
+from kdfast._types import Tensors
+from kdfast.losses.base import REDUCTION, Loss, Settings
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.feature import (
@@ -20,7 +23,7 @@ from kdfast.ops.feature import (
 from kdfast.ops.pool import to_smaller_square
 
 
-class FitNets(nn.Module):
+class FitNets(Loss):
     """FitNets - Hints for Thin Deep Nets (Romero et al., ICLR 2015).
 
     ``mean (s - t)^2`` of a student's map, brought to the teacher's shape by a :class:`HintRegressor`, and the hint.
@@ -30,7 +33,7 @@ class FitNets(nn.Module):
     Usual weight: 100 (RepDistiller).
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         return total(squared_error(s, t) for s, t in check.layers(student, teacher, check.embeddings, check.same_shape))
 
 
@@ -50,7 +53,7 @@ class HintRegressor(nn.Sequential):
     looks at heights alone, and leaves other widths to fail later.
     """
 
-    def __init__(self, student_shape, teacher_shape):
+    def __init__(self, student_shape: Sequence[int], teacher_shape: Sequence[int]) -> None:
         channels, height, width = _shape("student_shape", student_shape)
         teacher_channels, teacher_height, teacher_width = _shape("teacher_shape", teacher_shape)
         if (height, width) == (2 * teacher_height, 2 * teacher_width):
@@ -68,7 +71,7 @@ class HintRegressor(nn.Sequential):
         super().__init__(convolution, nn.BatchNorm2d(teacher_channels), nn.ReLU())
 
 
-class FT(nn.Module):
+class FT(Loss):
     """FT - Paraphrasing Complex Network: Network Compression via Factor Transfer (Kim, Park and Kwak, NeurIPS 2018).
 
     ``mean |s / |s| - t / |t||``, |s| the norm of a sample's whole factor: the student's :class:`Translator` against the
@@ -78,7 +81,7 @@ class FT(nn.Module):
     attention maps instead. Op: ``normalized_error``.
     """
 
-    def forward(self, student_factor, teacher_factor):
+    def forward(self, student_factor: Tensors, teacher_factor: Tensors) -> Tensor:
         names = ("student_factor", "teacher_factor")
         pairs = check.layers(student_factor, teacher_factor, check.embeddings, check.same_shape, names)
         return total(normalized_error(s, t) for s, t in pairs)
@@ -99,17 +102,17 @@ class Paraphraser(nn.Module):
     as in the official code. Shapes: map (B, channels, H, W), factor (B, factors, H, W).
     """
 
-    def __init__(self, channels, factors):
+    def __init__(self, channels: int, factors: int) -> None:
         super().__init__()
         check.count("channels", channels)
         check.count("factors", factors)
-        self.encoder = _convolutions(nn.Conv2d, channels, channels, factors, factors)
-        self.decoder = _convolutions(nn.ConvTranspose2d, factors, factors, channels, channels)
+        self.encoder: nn.Sequential = _convolutions(nn.Conv2d, channels, channels, factors, factors)
+        self.decoder: nn.Sequential = _convolutions(nn.ConvTranspose2d, factors, factors, channels, channels)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x)
 
-    def reconstruct(self, x):
+    def reconstruct(self, x: Tensor) -> Tensor:
         """The map as far as its factor knows it, (B, channels, H, W)."""
         return self.decoder(self.encoder(x))
 
@@ -121,13 +124,13 @@ class Translator(nn.Module):
     (B, channels, H, W), factor (B, factors, H, W); `factors` is the paraphraser's.
     """
 
-    def __init__(self, channels, factors):
+    def __init__(self, channels: int, factors: int) -> None:
         super().__init__()
         check.count("channels", channels)
         check.count("factors", factors)
-        self.encoder = _convolutions(nn.Conv2d, channels, channels, factors, factors)
+        self.encoder: nn.Sequential = _convolutions(nn.Conv2d, channels, channels, factors, factors)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.encoder(x)
 
 
@@ -141,18 +144,18 @@ class AB(Loss):
     and stops at the teacher. Op: ``activation_boundary``.
     """
 
-    settings = {"margin": check.number, "reduction": REDUCTION}
+    settings: ClassVar[Settings] = {"margin": check.number, "reduction": REDUCTION}
 
-    def __init__(self, margin=1.0, reduction="sum"):
+    def __init__(self, margin: float = 1.0, reduction: str = "sum") -> None:
         super().__init__()
         self.margin = margin
         self.reduction = reduction
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         pairs = check.layers(student, teacher, check.embeddings, check.same_shape)
         return total(activation_boundary(s, t, self.margin, reduction=self.reduction) for s, t in pairs)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"margin={self.margin}, reduction={self.reduction!r}"
 
 
@@ -168,22 +171,22 @@ class OFD(Loss):
     Usual weight: 1e-4, an earlier layer half (the authors' code for ImageNet).
     """
 
-    settings = {"reduction": REDUCTION}
+    settings: ClassVar[Settings] = {"reduction": REDUCTION}
 
-    def __init__(self, reduction="sum"):
+    def __init__(self, reduction: str = "sum") -> None:
         super().__init__()
         self.reduction = reduction
 
-    def forward(self, student, teacher, margin):
+    def forward(self, student: Tensors, teacher: Tensors, margin: Tensors) -> Tensor:
         layers = check.layers(student, teacher, check.embeddings, check.same_shape, margin=margin)
         return total(partial_squared_error(*layer, reduction=self.reduction) for layer in layers)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"
 
 
 @torch.no_grad()
-def ofd_margin(weight, bias):
+def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     """OFD's margin per channel (C,): the mean of a batch norm's output where it is negative.
 
     Of the normal distribution with mean `bias` and standard deviation ``|weight|``, both (C,) as the batch norm before
@@ -212,24 +215,24 @@ class OFDConnector(nn.Module):
     Shapes: (B, student_channels, H, W) to (B, teacher_channels, H, W), before a ReLU. Initialised as the official one.
     """
 
-    def __init__(self, student_channels, teacher_channels):
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
         super().__init__()
         check.count("student_channels", student_channels)
         check.count("teacher_channels", teacher_channels)
-        self.convolution = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
-        self.norm = nn.BatchNorm2d(teacher_channels)
+        self.convolution: nn.Conv2d = nn.Conv2d(student_channels, teacher_channels, 1, bias=False)
+        self.norm: nn.BatchNorm2d = nn.BatchNorm2d(teacher_channels)
         nn.init.normal_(self.convolution.weight, std=math.sqrt(2 / teacher_channels))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.convolution(x))
 
 
-def variance_of(log_scale, eps):
+def variance_of(log_scale: Tensor, eps: float) -> Tensor:
     """``softplus(log_scale) + eps``. torch's own softplus is x itself above a threshold, which is off by 2e-9."""
     return torch.logaddexp(log_scale, log_scale.new_zeros(())) + eps
 
 
-def gaussian_error(mean, target, variance):
+def gaussian_error(mean: Tensor, target: Tensor, variance: Tensor) -> Tensor:
     """``mean 1/2 [(mean - target)^2 / v + log v]`` of two maps (B, C, H, W), v one variance per channel (C,)."""
     errors = channel_squared_error(mean, target)
     variance, channels = variance.to(errors.dtype), variance.numel()
@@ -238,7 +241,7 @@ def gaussian_error(mean, target, variance):
     return fixed_sum(terms) * (0.5 / channels)
 
 
-class VID(nn.Module):
+class VID(Loss):
     """VID - Variational Information Distillation for Knowledge Transfer (Ahn et al., CVPR 2019).
 
     ``mean 1/2 [(r(s) - t)^2 / v + log v]``, r three 1 x 1 convolutions with ReLU between and v = softplus(log_scale) +
@@ -251,7 +254,14 @@ class VID(nn.Module):
     Usual weight: 1 (torchdistill).
     """
 
-    def __init__(self, student_channels, mid_channels, teacher_channels, init_variance=5.0, eps=1e-5):
+    def __init__(
+        self,
+        student_channels: int,
+        mid_channels: int,
+        teacher_channels: int,
+        init_variance: float = 5.0,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
         for name, value in (
             ("student_channels", student_channels),
@@ -268,7 +278,7 @@ class VID(nn.Module):
         self.teacher_channels = teacher_channels
         self.init_variance = init_variance
         self.eps = eps
-        self.regressor = nn.Sequential(
+        self.regressor: nn.Sequential = nn.Sequential(
             nn.Conv2d(student_channels, mid_channels, 1, bias=False),
             nn.ReLU(),
             nn.Conv2d(mid_channels, mid_channels, 1, bias=False),
@@ -277,24 +287,26 @@ class VID(nn.Module):
         )
         # softplus(log_scale) = init_variance - eps
         start = init_variance - eps
-        self.log_scale = nn.Parameter(torch.full((teacher_channels,), start + math.log(-math.expm1(-start))))
+        self.log_scale: nn.Parameter = nn.Parameter(
+            torch.full((teacher_channels,), start + math.log(-math.expm1(-start)))
+        )
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         return total(self.of_layer(s, t) for s, t in check.layers(student, teacher, self.check_maps))
 
-    def check_maps(self, name, x):
+    def check_maps(self, name: str, x: Tensor) -> None:
         check.maps(name, x)
         side = "student_channels" if name.startswith("student") else "teacher_channels"
         if x.shape[1] != getattr(self, side):
             raise ValueError(f"{name} must have {side}={getattr(self, side)} channels, got shape {tuple(x.shape)}")
 
-    def of_layer(self, student, teacher):
+    def of_layer(self, student: Tensor, teacher: Tensor) -> Tensor:
         student, teacher = to_smaller_square(student, teacher)
         with torch.autocast(student.device.type, enabled=False):
             mean = self.regressor(student.to(self.log_scale.dtype))
         return gaussian_error(mean, teacher, variance_of(self.log_scale.to(accumulator(mean, teacher)), self.eps))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         sizes = ("student_channels", "mid_channels", "teacher_channels", "init_variance", "eps")
         return ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
 
@@ -306,7 +318,7 @@ def _leave_uncompiled():
     JacobianMatching.forward = torch.compiler.disable(JacobianMatching.forward, reason=reason)
 
 
-class JacobianMatching(nn.Module):
+class JacobianMatching(Loss):
     """JacobianMatching - Knowledge Transfer with Jacobian Matching (Srinivas and Fleuret, ICML 2018).
 
     ``mean (J_s / |J_s| - J_t / |J_t|)^2`` over samples and pixels, J the gradient of the labelled class's logit in the
@@ -317,11 +329,11 @@ class JacobianMatching(nn.Module):
     ``fullgraph=True``), because compiled graphs have no second derivative. Op: ``normalized_error``.
     """
 
-    def __new__(cls, *arguments, **more):  # copies and unpickled ones pass here, too
+    def __new__(cls, *arguments: Any, **more: Any) -> "JacobianMatching":  # copies and unpickled ones pass here, too
         _leave_uncompiled()
         return super().__new__(cls)
 
-    def forward(self, student, teacher, images, labels):
+    def forward(self, student: Tensor, teacher: Tensor, images: Tensor, labels: Tensor) -> Tensor:
         check.logits("student", student)
         check.logits("teacher", teacher)
         check.embeddings("images", images)
@@ -356,7 +368,7 @@ def _jacobian(name, logits, images, chosen, create_graph):
     return jacobian
 
 
-class HCL(nn.Module):
+class HCL(Loss):
     """HCL - Distilling Knowledge via Knowledge Review, hierarchical context loss (Chen, Liu, Zhao and Jia, CVPR 2021).
 
     Per layer ``[mse(s, t) + sum_k 2^-k mse(pool_k(s), pool_k(t))] / (1 + sum_k 2^-k)`` with average pooling to 4 x 4,
@@ -365,6 +377,6 @@ class HCL(nn.Module):
     Pooling is linear, so only the difference is pooled, in one read of both maps. Op: ``pyramid_error``.
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         pairs = check.layers(student, teacher, check.maps, check.same_shape)
         return total(pyramid_error(s, t) for s, t in pairs)

@@ -2,11 +2,13 @@
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from kdfast.losses.base import Loss, one_of
+from kdfast._types import Tensors
+from kdfast.losses.base import Loss, Settings, one_of
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum, total
 from kdfast.ops.gram import MOST_TERMS, affinity, gram_distance, inner_products, selectivity
@@ -14,7 +16,7 @@ from kdfast.ops.layout import flat_rows
 from kdfast.ops.pool import average_pool, to_smaller_square
 
 
-class SP(nn.Module):
+class SP(Loss):
     """SP - Similarity-Preserving Knowledge Distillation (Tung and Mori, ICCV 2019).
 
     ``1 / B^2 sum_ij (q_ij - q'_ij)^2`` with ``q_i = G_i / |G_i|``, ``G_ij = x_i . x_j`` among the student's samples, q'
@@ -23,7 +25,7 @@ class SP(nn.Module):
     Usual weight: 3000 (RepDistiller, as the paper).
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         return total(
             gram_distance(flat_rows(s), flat_rows(t)) for s, t in check.layers(student, teacher, check.embeddings)
         )
@@ -38,18 +40,18 @@ class PKT(Loss):
     The mean over B^2 is the official code's, for a weight of 30000. Op: ``gram_distance``.
     """
 
-    settings = {"eps": check.positive}
+    settings: ClassVar[Settings] = {"eps": check.positive}
 
-    def __init__(self, eps=1e-7):
+    def __init__(self, eps: float = 1e-7) -> None:
         super().__init__()
         self.eps = eps
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         return gram_distance(flat_rows(student), flat_rows(teacher), "distribution", eps=self.eps)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"eps={self.eps}"
 
 
@@ -63,19 +65,19 @@ class CCKD(Loss):
     torchdistill normalises no rows and takes the root. Op: ``gram_distance``.
     """
 
-    settings = {
+    settings: ClassVar[Settings] = {
         "kernel": one_of("gaussian", "bilinear"),
         "gamma": check.number,
         "order": partial(check.count, least=0, most=MOST_TERMS - 1),
     }
 
-    def __init__(self, kernel="gaussian", gamma=0.4, order=2):
+    def __init__(self, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2) -> None:
         super().__init__()
         self.kernel = kernel
         self.gamma = gamma
         self.order = order
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         g = 2 * self.gamma
@@ -83,7 +85,7 @@ class CCKD(Loss):
         coefficients = series if self.kernel == "gaussian" else [0.0, 1.0]
         return gram_distance(flat_rows(student), flat_rows(teacher), "polynomial", coefficients=coefficients)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}"
 
 
@@ -97,31 +99,31 @@ class FAKD(Loss):
     0-d. Gradients flow to both; a vector that is 0 gets none (official: NaN). Ops: ``affinity``, ``gram_distance``.
     """
 
-    settings = {"affinity": one_of("spatial", "channel", "instance")}
+    settings: ClassVar[Settings] = {"affinity": one_of("spatial", "channel", "instance")}
 
-    def __init__(self, affinity="spatial"):
+    def __init__(self, affinity: str = "spatial") -> None:
         super().__init__()
         self.affinity = affinity
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         of_layer = {"spatial": affinity, "channel": self.channel, "instance": self.instance}[self.affinity]
         return total(of_layer(s, t) for s, t in check.layers(student, teacher, check.maps))
 
     @staticmethod
-    def channel(student, teacher):
+    def channel(student: Tensor, teacher: Tensor) -> Tensor:
         if teacher.shape[1] != student.shape[1]:
             raise ValueError(f"teacher must have the student's {student.shape[1]} channels, got {teacher.shape[1]}")
         return gram_distance(student.flatten(2), teacher.flatten(2), "absolute", eps=1e-8)
 
     @staticmethod
-    def instance(student, teacher):
+    def instance(student: Tensor, teacher: Tensor) -> Tensor:
         return gram_distance(flat_rows(student), flat_rows(teacher), "rows_absolute")
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"affinity={self.affinity!r}"
 
 
-class FSP(nn.Module):
+class FSP(Loss):
     """FSP - A Gift from Knowledge Distillation: the flow of the solution procedure (Yim, Joo, Bae and Kim, CVPR 2017).
 
     The mean of ``(G_bij - G'_bij)^2`` with ``G_bij = 1 / N sum_n top_bin bottom_bjn`` between a layer (bottom) and the
@@ -131,7 +133,7 @@ class FSP(nn.Module):
     takes norms of columns. Gradients flow to both. Op: ``inner_products``.
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         for name, x in (("student", student), ("teacher", teacher)):
             if not isinstance(x, (list, tuple)) or len(x) < 2:
                 got = f"{len(x)}" if isinstance(x, (list, tuple)) else type(x).__name__
@@ -150,13 +152,13 @@ class FSP(nn.Module):
         return loss
 
     @staticmethod
-    def flow(bottom, top):
+    def flow(bottom: Tensor, top: Tensor) -> Tensor:
         """Inner products of the channels of two layers over their positions [B, C_top, C_bottom], averaged."""
         bottom, top = to_smaller_square(bottom, top)
         return inner_products(top.flatten(2), bottom.flatten(2)) / (top.shape[2] * top.shape[3])
 
 
-class NST(nn.Module):
+class NST(Loss):
     """NST - Like What You Like: Knowledge Distill via Neuron Selectivity Transfer (Huang and Wang, 2017).
 
     ``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2``, over the channels s and t of a sample,
@@ -168,7 +170,7 @@ class NST(nn.Module):
     Usual weight: 50 (RepDistiller).
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         pairs = check.layers(student, teacher, check.maps)
         return total(selectivity(*(x.flatten(2) for x in to_smaller_square(s, t))) for s, t in pairs)
 
@@ -194,29 +196,31 @@ class LKD(Loss):
     class-aware attention is left to the caller, who multiplies the maps with it. Op: ``gram_distance``.
     """
 
-    settings = {
+    settings: ClassVar[Settings] = {
         "patches": check.count,
         "intra_weight": check.number,
         "inter_weight": check.number,
         "cross_weight": check.number,
     }
 
-    def __init__(self, patches=4, intra_weight=1.0, inter_weight=1.0, cross_weight=1.0):
+    def __init__(
+        self, patches: int = 4, intra_weight: float = 1.0, inter_weight: float = 1.0, cross_weight: float = 1.0
+    ) -> None:
         super().__init__()
         self.patches = patches
         self.intra_weight = intra_weight
         self.inter_weight = inter_weight
         self.cross_weight = cross_weight
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         return total(self.of_layer(s, t) for s, t in check.layers(student, teacher, self.check_maps))
 
-    def check_maps(self, name, x):
+    def check_maps(self, name: str, x: Tensor) -> None:
         check.maps(name, x)
         if min(x.shape[2:]) < self.patches:
             raise ValueError(f"{name} must be at least {self.patches} positions high and wide, got {tuple(x.shape)}")
 
-    def of_layer(self, student, teacher):
+    def of_layer(self, student: Tensor, teacher: Tensor) -> Tensor:
         pair = [_patch_vectors(x, self.patches) for x in (student, teacher)]
         batch, places = pair[0].shape[:2]
 
@@ -233,6 +237,6 @@ class LKD(Loss):
             loss = loss + self.cross_weight / others * rest
         return loss
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         weights = ("patches", "intra_weight", "inter_weight", "cross_weight")
         return ", ".join(f"{name}={getattr(self, name)}" for name in weights)

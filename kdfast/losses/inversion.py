@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch import Tensor
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, weighted_sum
@@ -16,7 +17,9 @@ def _norm(x):
     return torch.where(zero, 0.0, torch.where(zero, 1.0, squares).sqrt())
 
 
-def bn_statistics_loss(x, running_mean, running_var, p=2, alpha_mean=1.0, alpha_var=1.0):
+def bn_statistics_loss(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, p: int = 2, alpha_mean: float = 1.0, alpha_var: float = 1.0
+) -> Tensor:
     """Distance of a batch from what a batch norm saw in training (Yin et al., CVPR 2020; Chawla et al., WACV 2021).
 
     ``alpha_mean |running_mean - mean(x)|_p + alpha_var |running_var - var(x)|_p``, mean and biased variance of each
@@ -48,7 +51,7 @@ def bn_statistics_loss(x, running_mean, running_var, p=2, alpha_mean=1.0, alpha_
     return weighted_sum(x, (alpha_mean, of_mean), (alpha_var, of_var))
 
 
-def total_variation(x):
+def total_variation(x: Tensor) -> Tensor:
     """-> l1, l2: how rough images are, over neighbours in four directions (Yin et al., CVPR 2020).
 
     With d the differences of neighbours across, down and on both diagonals: l1 is the sum of the four means of |d|, l2
@@ -68,7 +71,7 @@ def total_variation(x):
     return l1, sum(_norm(d) for d in directions)
 
 
-def self_similarity(x, threshold):
+def self_similarity(x: Tensor, threshold: float) -> Tensor:
     """How much the images of a batch resemble each other: DIODE's diversity term (Chawla et al., WACV 2021).
 
     ``|S|`` without the diagonal, Euclidean over the matrix, S the cosines of the samples' features, averaged over the
@@ -90,7 +93,7 @@ def self_similarity(x, threshold):
     return _norm(torch.where(others & ~(cosines < threshold), cosines, 0.0))
 
 
-def adaptive_inversion(student, teacher, temperature=3.0):
+def adaptive_inversion(student: Tensor, teacher: Tensor, temperature: float = 3.0) -> Tensor:
     """The competition term of adaptive DeepInversion: small where the networks disagree (Yin et al., CVPR 2020).
 
     ``1 - clamp(KL(M || P) / 2 + KL(M || Q) / 2, 0, 1)`` averaged over the batch, P and Q the softmax of student and

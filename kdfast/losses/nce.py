@@ -2,12 +2,14 @@
 
 import math
 import os
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast import _kernels, distributed
-from kdfast.losses.base import SHARE, Loss
+from kdfast.losses.base import SHARE, Loss, Settings
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.gram import inner_products
@@ -50,21 +52,21 @@ class CRD(Loss):
     Usual weight: 0.8 (torchdistill).
     """
 
-    settings = {"negatives": check.count, "temperature": check.positive, "momentum": SHARE}
+    settings: ClassVar[Settings] = {"negatives": check.count, "temperature": check.positive, "momentum": SHARE}
 
     def __init__(
         self,
-        student_dim,
-        teacher_dim,
-        n_data,
-        feature_dim=128,
-        negatives=16384,
-        temperature=0.07,
-        momentum=0.5,
-        bank_dtype=torch.float32,
-        sync=True,
-        labels=None,
-    ):
+        student_dim: int,
+        teacher_dim: int,
+        n_data: int,
+        feature_dim: int = 128,
+        negatives: int = 16384,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        bank_dtype: torch.dtype = torch.float32,
+        sync: bool = True,
+        labels: Tensor | None = None,
+    ) -> None:
         super().__init__()
         sizes = dict(student_dim=student_dim, teacher_dim=teacher_dim, n_data=n_data, feature_dim=feature_dim)
         for name, value in sizes.items():
@@ -83,8 +85,8 @@ class CRD(Loss):
         self.temperature = temperature
         self.momentum = momentum
         self.sync = sync
-        self.embed_student = nn.Linear(student_dim, feature_dim)
-        self.embed_teacher = nn.Linear(teacher_dim, feature_dim)
+        self.embed_student: nn.Linear = nn.Linear(student_dim, feature_dim)
+        self.embed_teacher: nn.Linear = nn.Linear(teacher_dim, feature_dim)
         _require_memory(n_data, feature_dim, bank_dtype)
         for name in BANKS:
             self.register_buffer(name, _empty_bank(n_data, feature_dim, bank_dtype))
@@ -98,7 +100,7 @@ class CRD(Loss):
         self._shared = False  # whether all ranks are known to have rank 0's state
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Random banks, Z unset, another seed: the state at the start, also of a module that was made on meta."""
         bound = 1 / math.sqrt(self.feature_dim / 3)  # rows of length about 1, as in the official code
         for name in BANKS:
@@ -107,7 +109,7 @@ class CRD(Loss):
             z.fill_(-1.0)
         self.seed.random_(2**62)
 
-    def forward(self, student, teacher, index, contrast_index=None):
+    def forward(self, student: Tensor, teacher: Tensor, index: Tensor, contrast_index: Tensor | None = None) -> Tensor:
         _refuse_recomputation()
         counts = self._checked(student, teacher, index, contrast_index)
         anchors = self._anchors(student, teacher)
@@ -233,7 +235,7 @@ class CRD(Loss):
         super()._load_from_state_dict(state_dict, prefix, *others)
         self._shared = False
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         names = ("student_dim", "teacher_dim", "n_data", "feature_dim", "negatives", "temperature", "momentum", "sync")
         return ", ".join(f"{name}={getattr(self, name)}" for name in names) + f", bank_dtype={self.bank_student.dtype}"
 
@@ -308,7 +310,7 @@ def _require_memory(n_data, feature_dim, dtype):
 
 
 # ---- the official checkpoints ----------------------------------------------------------------------------------------
-def load_repdistiller_crd(module, state_dict):
+def load_repdistiller_crd(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     """Fill the CRD `module` from the state_dict of RepDistiller's CRDLoss: both embeddings, both banks and Z.
 
     Temperature, momentum and the number of negatives stay the constructor's. Raises KeyError naming a missing key, and

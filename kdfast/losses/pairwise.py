@@ -1,9 +1,12 @@
 """Losses on the relations among a batch's rows: distances, angles, ranks. They run on the pairwise kernels."""
 
-import torch
-from torch import nn
+from collections.abc import Sequence
+from typing import ClassVar
 
-from kdfast.losses.base import Loss
+import torch
+from torch import Tensor
+
+from kdfast.losses.base import Loss, Settings
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total, weighted_sum
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
@@ -11,7 +14,7 @@ from kdfast.ops.pool import average_pool
 from kdfast.ops.saved import save, saved
 
 
-class RKDDistance(nn.Module):
+class RKDDistance(Loss):
     """RKD-D - Relational Knowledge Distillation, the distance-wise loss (Park, Kim, Lu and Cho, CVPR 2019).
 
     ``1 / B^2 sum_ij h(D_ij / mean D - D'_ij / mean D')``: D the distances among the student's rows, D' the teacher's, h
@@ -21,11 +24,11 @@ class RKDDistance(nn.Module):
     or far from the origin; here they come from differences. One row gives 0 (official: NaN). Op: ``rkd_distance``.
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return rkd_distance(student, teacher)
 
 
-class RKDAngle(nn.Module):
+class RKDAngle(Loss):
     """RKD-A - Relational Knowledge Distillation, the angle-wise loss (Park, Kim, Lu and Cho, CVPR 2019).
 
     ``1 / B^3 sum_ijk h(cos_ijk - cos'_ijk)``: the angle at row i between rows j and k, h the Huber function of
@@ -35,7 +38,7 @@ class RKDAngle(nn.Module):
     Op: ``rkd_angle``.
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return rkd_angle(student, teacher)
 
 
@@ -47,17 +50,17 @@ class RKD(Loss):
     dimensions are flattened; 0-d. The gradient goes to the student and stops at the teacher. Op: ``rkd``.
     """
 
-    settings = {"distance_weight": check.number, "angle_weight": check.number}
+    settings: ClassVar[Settings] = {"distance_weight": check.number, "angle_weight": check.number}
 
-    def __init__(self, distance_weight=25.0, angle_weight=50.0):
+    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
         super().__init__()
         self.distance_weight = distance_weight
         self.angle_weight = angle_weight
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return rkd(student, teacher, self.distance_weight, self.angle_weight)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
 
 
@@ -90,15 +93,15 @@ class HardDarkRank(Loss):
     equally near rows open; here the first comes first. Op: ``pairwise_distance``.
     """
 
-    settings = {"alpha": check.positive, "beta": check.positive, "permute_len": check.count}
+    settings: ClassVar[Settings] = {"alpha": check.positive, "beta": check.positive, "permute_len": check.count}
 
-    def __init__(self, alpha=3.0, beta=3.0, permute_len=4):
+    def __init__(self, alpha: float = 3.0, beta: float = 3.0, permute_len: int = 4) -> None:
         super().__init__()
         self.alpha = alpha
         self.beta = beta
         self.permute_len = permute_len
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         rows = student.shape[0]
@@ -117,7 +120,7 @@ class HardDarkRank(Loss):
         likelihood = likelihood * torch.where(distances.isnan().any(1), float("nan"), 1.0)
         return -fixed_sum(likelihood) / max(rows, 1)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"alpha={self.alpha}, beta={self.beta}, permute_len={self.permute_len}"
 
 
@@ -153,7 +156,7 @@ class _RowDistance(torch.autograd.Function):
         return a_grad.to(a.dtype), (-a_grad).to(b.dtype)
 
 
-class IRGEdge(nn.Module):
+class IRGEdge(Loss):
     """IRG edges - Knowledge Distillation via Instance Relationship Graph (Liu et al., CVPR 2019).
 
     ``1 / (2 B) sum_ij (E_ij - E'_ij)^2`` with ``E_ij = |x_i - x_j|^2 / max_kl |x_k - x_l|^2`` of the student and E' of
@@ -163,13 +166,13 @@ class IRGEdge(nn.Module):
     (official: NaN). Op: ``pairwise_distance``.
     """
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         return _edge_error(student, teacher.detach(), constant=True) / (2 * max(student.shape[0], 1))
 
 
-class IRGTransformation(nn.Module):
+class IRGTransformation(Loss):
     """IRG transformations - Knowledge Distillation via Instance Relationship Graph (Liu et al., CVPR 2019).
 
     ``1 / 2 sum_i (v_i - v'_i)^2`` with ``v_i = |late_i - early_i|^2 / max_k |late_k - early_k|^2`` of the student and
@@ -178,7 +181,9 @@ class IRGTransformation(nn.Module):
     (B, D'); 0-d. The gradient goes to the student's two and stops at the teacher and at the maximum. Plain PyTorch.
     """
 
-    def forward(self, student_late, student_early, teacher_late, teacher_early):
+    def forward(
+        self, student_late: Tensor, student_early: Tensor, teacher_late: Tensor, teacher_early: Tensor
+    ) -> Tensor:
         check.embeddings("student_late", student_late)
         check.same_batch("teacher_late", teacher_late, student_late, of="student_late")
         check.same_shape("student_early", student_early, student_late, of="student_late")
@@ -211,15 +216,21 @@ class IRG(Loss):
     the widely used PyTorch code (AberHu); the authors' release has no vertices. Op: ``pairwise_distance``.
     """
 
-    settings = {"vertex_weight": check.number, "edge_weight": check.number, "transformation_weight": check.number}
+    settings: ClassVar[Settings] = {
+        "vertex_weight": check.number,
+        "edge_weight": check.number,
+        "transformation_weight": check.number,
+    }
 
-    def __init__(self, vertex_weight=0.1, edge_weight=5.0, transformation_weight=5.0):
+    def __init__(
+        self, vertex_weight: float = 0.1, edge_weight: float = 5.0, transformation_weight: float = 5.0
+    ) -> None:
         super().__init__()
         self.vertex_weight = vertex_weight
         self.edge_weight = edge_weight
         self.transformation_weight = transformation_weight
 
-    def forward(self, student, teacher):
+    def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         first = _checked_layers("student", student, None)
         _checked_layers("teacher", teacher, first)
         check.same_shape("teacher[3]", teacher[3], student[3], of="student[3]")
@@ -243,7 +254,7 @@ class IRG(Loss):
             (self.transformation_weight, transformation),
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         weights = ("vertex_weight", "edge_weight", "transformation_weight")
         return ", ".join(f"{name}={getattr(self, name)}" for name in weights)
 

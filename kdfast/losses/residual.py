@@ -1,15 +1,18 @@
 """Residual distillation: a network without shortcuts learns with the help of one that has them."""
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from kdfast.losses.base import SHARE, Loss, one_of
+from kdfast.losses.base import SHARE, Loss, Settings, one_of
 from kdfast.losses.feature import ofd_margin
 from kdfast.ops import check, cross_entropy, partial_squared_error
 
 
-def residual_margin_loss(student, teacher, bn_weight, bn_bias):
+def residual_margin_loss(student: Tensor, teacher: Tensor, bn_weight: Tensor, bn_bias: Tensor) -> Tensor:
     """Distance of a path's features from the residual teacher's (Li et al., NeurIPS 2020), as OFD measures it.
 
     ``sum (s - u)^2 / (B + 1e-8)``, u = max(t, margin), without the elements where s <= u <= 0;
@@ -44,19 +47,25 @@ class JointLoss(Loss):
     integers, epoch an int or a 0-d tensor; 0-d. Op: ``cross_entropy``.
     """
 
-    settings = {
+    settings: ClassVar[Settings] = {
         "feature_weight": check.number,
         "decay_floor": SHARE,
         "decay_epochs": check.positive,
         "stage": one_of("joint", "ta"),
     }
 
-    def __init__(self, feature_weight=1e-3, decay_floor=0.5, decay_epochs=60, stage="joint"):
+    def __init__(
+        self, feature_weight: float = 1e-3, decay_floor: float = 0.5, decay_epochs: int = 60, stage: str = "joint"
+    ) -> None:
         super().__init__()
-        self.feature_weight, self.decay_floor, self.decay_epochs = feature_weight, decay_floor, decay_epochs
+        self.feature_weight = feature_weight
+        self.decay_floor = decay_floor
+        self.decay_epochs = decay_epochs
         self.stage = stage
 
-    def forward(self, logits, labels, feature_losses, epoch):
+    def forward(
+        self, logits: Sequence[Tensor], labels: Tensor, feature_losses: Sequence[Tensor], epoch: float | Tensor
+    ) -> Tensor:
         *joint, plain = self._paths("logits", logits)
         *joint_features, features = self._paths("feature_losses", feature_losses, dim=0)
         if len(joint_features) != len(joint):
@@ -88,7 +97,7 @@ class JointLoss(Loss):
                 raise ValueError(f"{name}[{i}] must be {dim}-d, got shape {tuple(x.shape)}")
         return list(values)
 
-    def decay(self, epoch, device=None):
+    def decay(self, epoch: float | Tensor, device: torch.device | None = None) -> float | Tensor:
         """m of an epoch, as a 0-d tensor on `device`, so that a compiled graph serves every epoch."""
         if not isinstance(epoch, torch.Tensor):
             check.number("epoch", epoch, 0)
@@ -98,7 +107,7 @@ class JointLoss(Loss):
         share = (epoch.to(device, torch.float64) / self.decay_epochs).clamp(0, 1)
         return self.decay_floor + (1 - self.decay_floor) * (1 + torch.cos(math.pi * share)) / 2
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"feature_weight={self.feature_weight}, decay_floor={self.decay_floor}, "
             f"decay_epochs={self.decay_epochs}, stage={self.stage!r}"

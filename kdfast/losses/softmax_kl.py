@@ -2,13 +2,15 @@
 
 import math
 from functools import partial
+from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from kdfast.losses.base import REDUCTION, SHARE, Loss, or_none
+from kdfast.losses.base import REDUCTION, SHARE, Loss, Settings, or_none
 from kdfast.ops import check
 from kdfast.ops.rows import batch_size
-from kdfast.ops.softmax_kl import cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
+from kdfast.ops.softmax_kl import Teacher, cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
 
 
 class KD(Loss):
@@ -27,14 +29,21 @@ class KD(Loss):
     :func:`kdfast.ops.cross_entropy_kl`.
     """
 
-    settings = {
+    settings: ClassVar[Settings] = {
         "temperature": check.positive,
         "alpha": or_none(SHARE),
         "label_smoothing": SHARE,
         "reduction": REDUCTION,
     }
 
-    def __init__(self, temperature=4.0, alpha=None, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        alpha: float | None = None,
+        label_smoothing: float = 0.0,
+        ignore_index: int = -100,
+        reduction: str = "batchmean",
+    ) -> None:
         super().__init__()
         self.temperature = temperature
         self.alpha = alpha
@@ -42,7 +51,7 @@ class KD(Loss):
         self.ignore_index = ignore_index
         self.reduction = reduction
 
-    def forward(self, student, teacher, labels=None):
+    def forward(self, student: Tensor, teacher: Teacher, labels: Tensor | None = None) -> Tensor:
         if self.alpha is None:
             if labels is not None:
                 check.tensor("labels", labels)
@@ -61,7 +70,7 @@ class KD(Loss):
             reduction=self.reduction,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
 
 
@@ -72,16 +81,16 @@ class ReverseKD(Loss):
     Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both. Op: ``softmax_kl(beta=1)``.
     """
 
-    settings = {"temperature": check.positive}
+    settings: ClassVar[Settings] = {"temperature": check.positive}
 
-    def __init__(self, temperature=1.0):
+    def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return softmax_kl(student, teacher, self.temperature, beta=1.0)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
 
 
@@ -94,17 +103,17 @@ class JSD(Loss):
     The mixture is formed from log-probabilities, so that nothing is NaN where both underflow. Op: ``softmax_kl``.
     """
 
-    settings = {"beta": SHARE, "temperature": check.positive}
+    settings: ClassVar[Settings] = {"beta": SHARE, "temperature": check.positive}
 
-    def __init__(self, beta=0.5, temperature=1.0):
+    def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
         self.beta = beta
         self.temperature = temperature
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return softmax_kl(student, teacher, self.temperature, beta=self.beta)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"beta={self.beta}, temperature={self.temperature}"
 
 
@@ -117,18 +126,18 @@ class DKD(Loss):
     confident logits, and always NaN in the teacher's gradient; this closed form has neither. Op: ``dkd``.
     """
 
-    settings = {"temperature": check.positive, "alpha": check.number, "beta": check.number}
+    settings: ClassVar[Settings] = {"temperature": check.positive, "alpha": check.number, "beta": check.number}
 
-    def __init__(self, temperature=4.0, alpha=1.0, beta=8.0):
+    def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
         super().__init__()
         self.temperature = temperature
         self.alpha = alpha
         self.beta = beta
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return dkd(student, teacher, labels, self.temperature, alpha=self.alpha, beta=self.beta)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
 
 
@@ -140,21 +149,21 @@ class TfKDSelf(Loss):
     (B,) integers; 0-d. Gradients flow to both. Op: ``cross_entropy_kl``.
     """
 
-    settings = {"temperature": check.positive, "alpha": SHARE, "multiplier": check.number}
+    settings: ClassVar[Settings] = {"temperature": check.positive, "alpha": SHARE, "multiplier": check.number}
 
-    def __init__(self, temperature=20.0, alpha=0.9, multiplier=1.0):
+    def __init__(self, temperature: float = 20.0, alpha: float = 0.9, multiplier: float = 1.0) -> None:
         super().__init__()
         self.temperature = temperature
         self.alpha = alpha
         self.multiplier = multiplier
 
-    def forward(self, student, teacher, labels):
+    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         check.pair(student, teacher)
         check.positive("temperature", self.temperature)
         weights = self.alpha * self.multiplier, batch_size(student) * student.shape[1], 1 - self.alpha
         return cross_entropy_loss(student, teacher, labels, self.temperature, *weights, 0.0, -100, "batchmean")
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
 
 
@@ -167,15 +176,19 @@ class TfKDReg(Loss):
     target exists. Shapes: student (B, C) logits, labels (B,) integers; 0-d. Op: ``cross_entropy``.
     """
 
-    settings = {"temperature": check.positive, "alpha": SHARE, "multiplier": partial(check.number, low=0)}
+    settings: ClassVar[Settings] = {
+        "temperature": check.positive,
+        "alpha": SHARE,
+        "multiplier": partial(check.number, low=0),
+    }
 
-    def __init__(self, temperature=20.0, alpha=0.1, multiplier=50.0):
+    def __init__(self, temperature: float = 20.0, alpha: float = 0.1, multiplier: float = 50.0) -> None:
         super().__init__()
         self.temperature = temperature
         self.alpha = alpha
         self.multiplier = multiplier
 
-    def forward(self, student, labels):
+    def forward(self, student: Tensor, labels: Tensor) -> Tensor:
         check.logits("student", student)
         check.positive("temperature", self.temperature)
         (rows, classes), compiling = student.shape, torch.compiler.is_compiling()
@@ -198,7 +211,7 @@ class TfKDReg(Loss):
         hard, uniform = cross_entropy(student, labels), cross_entropy(student, labels, label_smoothing=1.0)
         return (total * ((1 - smoothing) * hard + smoothing * uniform) - kl_weight * entropy).to(hard.dtype)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
 
 
@@ -210,16 +223,16 @@ class LabelRefinery(Loss):
     No gradient to the probabilities (the official code refuses them if they require one). Op: ``cross_entropy``.
     """
 
-    settings = {"reduction": REDUCTION}
+    settings: ClassVar[Settings] = {"reduction": REDUCTION}
 
-    def __init__(self, reduction="mean"):
+    def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
         self.reduction = reduction
 
-    def forward(self, student, teacher_probabilities):
+    def forward(self, student: Tensor, teacher_probabilities: Tensor) -> Tensor:
         check.logits("student", student)
         check.class_probabilities("teacher_probabilities", teacher_probabilities, student)
         return cross_entropy(student, teacher_probabilities, reduction=self.reduction)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"reduction={self.reduction!r}"

@@ -2,26 +2,28 @@
 
 import functools
 import operator
+from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 
-def accumulator(*tensors):
+def accumulator(*tensors: Tensor | None) -> torch.dtype:
     """The type of sums: float64 if an input is float64, else float32."""
     return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
-def total(losses):
+def total(losses: Iterable[Tensor]) -> Tensor:
     """The sum of one loss per layer. Python's sum begins with 0, and adding that takes longer than a small loss."""
     return functools.reduce(operator.add, losses)
 
 
-def weighted(weight, x):
+def weighted(weight: float, x: Tensor) -> Tensor:
     """weight * x; of weight 0 exactly 0 with an upstream gradient of 0, whatever x is."""
     return weight * x if weight else torch.where(torch.zeros_like(x, dtype=torch.bool), x, 0.0)
 
 
-def weighted_sum(like, *terms):
+def weighted_sum(like: Tensor, *terms: tuple[float, Callable[[], Tensor]]) -> Tensor:
     """The sum of ``weight * term()`` over (weight, term) pairs; a term of weight 0 is not computed, whatever it reads.
 
     If all weigh 0: 0 with a graph to `like`, whose gradient is 0.
@@ -30,7 +32,7 @@ def weighted_sum(like, *terms):
     return total(terms) if terms else weighted(0, like).sum()
 
 
-def fixed_sum(x):
+def fixed_sum(x: Tensor) -> Tensor:
     """Sum over the last dimension in fixed blocks: the same bits for any number of threads."""
     head = x.shape[-1] // 1024 * 1024
     if not head:

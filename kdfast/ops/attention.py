@@ -19,7 +19,7 @@ EPS = 1e-12  # the smallest norm of the mean over channels, as in torch.nn.funct
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def map_slope(own, other, norm, factor, floored):
+def map_slope(own: Tensor, other: Tensor, norm: Tensor, factor: float, floored: Tensor) -> Tensor:
     """dL/dm [B, N] of one side; own and other are q and q', factor is p 2 / (B N)."""
     grad = factor * (own - other)
     along = torch.where(floored, 0.0, fixed_sum(own * grad))
@@ -64,7 +64,7 @@ def _gradient_like(x):
     return x.new_empty(batch, channels, positions)
 
 
-def channels_last(x):
+def channels_last(x: Tensor) -> bool:
     """Whether the channels of x [B, C, N] are neighbours in memory and the positions are not."""
     return x.stride(1) == 1 and x.stride(2) != 1
 
@@ -93,7 +93,7 @@ def _gradient(grad, slope, x, power):
 _attention_transfer_function = gradient_formed(_transfer, _gradient, "attention_transfer")
 
 
-def attention_transfer(student, teacher, power=2):
+def attention_transfer(student: Tensor, teacher: Tensor, power: int = 2) -> Tensor:
     """``1 / (B N) sum_bn (q_bn - q'_bn)^2``: q is the map ``sum_c x_c^power`` of a sample, divided by its norm.
 
     Args:

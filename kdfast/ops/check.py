@@ -3,8 +3,11 @@
 import math
 import numbers
 import os
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -18,7 +21,7 @@ _STRIDED, _is_compiling, _transform_level = (
 )
 
 
-def tensor(name, x):
+def tensor(name: str, x: Any) -> None:
     """`x` is a plain, dense torch.Tensor: no DTensor, no functorch wrapper, no sparse, nested or MKL-DNN layout."""
     if type(x) not in _PLAIN:
         if not isinstance(x, torch.Tensor):
@@ -37,7 +40,7 @@ def tensor(name, x):
         )
 
 
-def unlike_first(tensors):
+def unlike_first(tensors: Sequence[Any]) -> list[int]:
     """Indices of the tensors that need checks of their own, the first's first.
 
     What passes a check of type, shape or device for the first passes for the others: plain tensors that share them.
@@ -53,19 +56,19 @@ def unlike_first(tensors):
     ]
 
 
-def floating(name, x):
+def floating(name: str, x: Any) -> None:
     """`x` has one of the four floating-point types."""
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
 
 
-def same_device(name, x, other, of="the student"):
+def same_device(name: str, x: Any, other: Tensor, of: str = "the student") -> None:
     """`x` is where `other` is, which messages call `of`."""
     if x.device != other.device:
         raise ValueError(f"{name} must be on {of}'s device {other.device}, got {x.device}")
 
 
-def logits(name, x):
+def logits(name: str, x: Any) -> None:
     """`x` is a floating-point (B, C) tensor with at least one class."""
     tensor(name, x)
     if x.dim() != 2:
@@ -78,7 +81,7 @@ def logits(name, x):
         raise ValueError(f"{name} must have at least one class, got shape {tuple(x.shape)}")
 
 
-def pair(student, teacher):
+def pair(student: Any, teacher: Any) -> None:
     """Student and teacher logits of one shape on one device; dtypes may differ."""
     logits("student", student)
     if (
@@ -96,7 +99,7 @@ def pair(student, teacher):
     same_device("teacher", teacher, student)
 
 
-def embeddings(name, x):
+def embeddings(name: str, x: Any) -> None:
     """`x` is a floating-point (B, D) tensor, or (B, ...) to be flattened, with at least one feature."""
     tensor(name, x)
     if x.dim() < 2:
@@ -106,7 +109,7 @@ def embeddings(name, x):
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
 
 
-def same_batch(name, x, other, of="the student"):
+def same_batch(name: str, x: Any, other: Tensor, of: str = "the student") -> None:
     """Embeddings `x` with as many rows as `other`, on its device."""
     embeddings(name, x)
     if x.shape[0] != other.shape[0]:
@@ -114,7 +117,7 @@ def same_batch(name, x, other, of="the student"):
     same_device(name, x, other, of)
 
 
-def same_shape(name, x, other, of="the student"):
+def same_shape(name: str, x: Any, other: Tensor, of: str = "the student") -> None:
     """Embeddings `x` of the shape of `other`, on its device; dtypes may differ."""
     embeddings(name, x)
     if x.shape != other.shape:
@@ -122,14 +125,21 @@ def same_shape(name, x, other, of="the student"):
     same_device(name, x, other, of)
 
 
-def maps(name, x):
+def maps(name: str, x: Any) -> None:
     """`x` is a floating-point (B, C, H, W) map with at least one channel and position."""
     embeddings(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(x.shape)}")
 
 
-def layers(student, teacher, each, fit=same_batch, names=("student", "teacher"), **per_channel):
+def layers(
+    student: Any,
+    teacher: Any,
+    each: Callable[[str, Any], None],
+    fit: Callable[..., None] = same_batch,
+    names: tuple[str, str] = ("student", "teacher"),
+    **per_channel: Any,
+) -> list[tuple[Any, ...]]:
     """-> tuples (student, teacher, *per_channel), one per layer: of tensors, or of equally long lists of tensors.
 
     `each(name, x)` checks a map, `fit(name, teacher, student, of)` the two maps of a layer, `channel_values` the rest.
@@ -163,7 +173,7 @@ def _listed(words):
     return f"{', '.join(first)} and {last}"
 
 
-def channel_values(name, values, maps):
+def channel_values(name: str, values: Any, maps: Tensor) -> None:
     """`values` has one floating-point number for each channel of `maps`, as (C,) or (1, C, 1, 1), on its device."""
     tensor(name, values)
     floating(name, values)
@@ -173,7 +183,7 @@ def channel_values(name, values, maps):
     same_device(name, values, maps)
 
 
-def class_indices(labels, student, ignore_index=None):
+def class_indices(labels: Any, student: Tensor, ignore_index: int | None = None) -> Tensor:
     """(B,) integer labels on the student's device, as int64; values are the kernel's to check, see `label_range`."""
     tensor("labels", labels)
     if labels.dtype not in INTEGERS:
@@ -188,7 +198,7 @@ def class_indices(labels, student, ignore_index=None):
     return labels if labels.dtype == torch.int64 else labels.long()
 
 
-def label_range(labels, classes, ignore_index=None):
+def label_range(labels: Tensor, classes: int, ignore_index: int | None = None) -> None:
     """Every label is a class or `ignore_index`. On CUDA this waits for the device."""
     wrong = (labels < 0) | (labels >= classes)
     if ignore_index is not None:
@@ -198,7 +208,7 @@ def label_range(labels, classes, ignore_index=None):
         raise ValueError(label_message(row, int(labels[row]), classes, ignore_index))
 
 
-def known_classes(labels, logits):
+def known_classes(labels: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     """-> (B,) int64 labels clamped to classes of `logits`, rows whose label is none: an error on CPU, elsewhere NaN."""
     labels = class_indices(labels, logits)
     classes = logits.shape[1]
@@ -207,13 +217,13 @@ def known_classes(labels, logits):
     return labels.clamp(0, classes - 1), (labels < 0) | (labels >= classes)
 
 
-def label_message(row, label, classes, ignore_index=None):
+def label_message(row: int, label: int, classes: int, ignore_index: int | None = None) -> str:
     """What the CPU kernel says of a bad label, too."""
     but = "" if ignore_index is None else f" or ignore_index={ignore_index}"
     return f"labels[{row}] is {label}, expected a class from 0 to {classes - 1}{but}"
 
 
-def top_k(values, indices, rest, student):
+def top_k(values: Any, indices: Any, rest: Any, student: Tensor) -> Tensor:
     """A top-k teacher (B, k), (B, k), (B,) or None on the student's device, without gradient -> indices as int64."""
     tensor("teacher.values", values)
     floating("teacher.values", values)
@@ -249,13 +259,13 @@ def top_k(values, indices, rest, student):
     return indices if indices.dtype == torch.int64 else indices.long()
 
 
-def unusable_rows(indices, classes):
+def unusable_rows(indices: Tensor, classes: int) -> Tensor:
     """-> (B,) whether an index of the row is no class, or comes twice."""
     ordered = indices.sort(1).values
     return (ordered[:, 0] < 0) | (ordered[:, -1] >= classes) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
 
 
-def distinct_classes(indices, classes):
+def distinct_classes(indices: Tensor, classes: int) -> None:
     """Every index is a class, none of them twice in a row. On CUDA this waits for the device."""
     wrong = unusable_rows(indices, classes)
     if not wrong.any():
@@ -268,7 +278,7 @@ def distinct_classes(indices, classes):
         seen.add(index)
 
 
-def top_k_message(row, i, index, classes):
+def top_k_message(row: int, i: int, index: int, classes: int) -> str:
     """What the CPU kernel says of a bad index, too."""
     twice = 0 <= index < classes
     return f"teacher.indices[{row}, {i}] is {index}" + (
@@ -278,7 +288,7 @@ def top_k_message(row, i, index, classes):
     )
 
 
-def permutation(permutation, logits):
+def permutation(permutation: Any, logits: Tensor) -> None:
     """(B, C) integers, on CPU each row with every class once; elsewhere that is the caller's to see to."""
     tensor("permutation", permutation)
     if permutation.dtype not in INTEGERS:
@@ -293,7 +303,7 @@ def permutation(permutation, logits):
             raise ValueError(f"permutation[{row}] must have every class from 0 to {logits.shape[1] - 1} once")
 
 
-def class_probabilities(name, probabilities, student):
+def class_probabilities(name: str, probabilities: Any, student: Tensor) -> None:
     """(B, C) floating-point target probabilities on the student's device, without gradient."""
     tensor(name, probabilities)
     floating(name, probabilities)
@@ -309,13 +319,13 @@ def class_probabilities(name, probabilities, student):
     same_device(name, probabilities, student)
 
 
-def refuse_mass_below_0(masses):
+def refuse_mass_below_0(masses: Tensor) -> None:
     """An error that names a row of target probabilities whose sum is below 0."""
     row = int(masses.argmin())
     raise ValueError(mass_message(row, float(masses[row])))
 
 
-def mass_message(row, mass):
+def mass_message(row: int, mass: float) -> str:
     """What the CPU kernel says of such a row, too."""
     return (
         f"labels[{row}] are probabilities that sum to {mass:.6g}, expected 0 or more: pass probabilities, not logits "
@@ -323,7 +333,7 @@ def mass_message(row, mass):
     )
 
 
-def row_weight(weight, student):
+def row_weight(weight: Any, student: Tensor) -> None:
     """(B,) floating-point weights on the student's device, without gradient."""
     tensor("weight", weight)
     floating("weight", weight)
@@ -334,14 +344,14 @@ def row_weight(weight, student):
         raise ValueError("weight must not require a gradient: use reduction='none' and multiply the values instead")
 
 
-def positive(name, value):
+def positive(name: str, value: Any) -> None:
     """`value` is a finite number above zero."""
     _real(name, value)
     if not 0 < value < math.inf:  # plain comparisons: a compiled graph may have a symbol here
         raise ValueError(f"{name} must be finite and above 0, got {value}")
 
 
-def number(name, value, low=-math.inf, high=math.inf):
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> None:
     """`value` is a finite number from `low` to `high`."""
     _real(name, value)
     if not (low <= value <= high and -math.inf < value < math.inf):
@@ -349,14 +359,14 @@ def number(name, value, low=-math.inf, high=math.inf):
         raise ValueError(f"{name} must be {between}, got {value}")
 
 
-def one_number(name, values):
+def one_number(name: str, values: Tensor) -> float:
     """-> the number that all entries of a tensor are. On CUDA this waits for the device."""
     if values.numel() == 0 or (values != values.flatten()[0]).any():
         raise ValueError(f"{name} must be one number, got a tensor of {values.numel()} that differ or are none")
     return float(values.flatten()[0])
 
 
-def count(name, value, least=1, most=math.inf):
+def count(name: str, value: Any, least: int = 1, most: float = math.inf) -> None:
     """`value` is an int from `least` to `most`."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -375,18 +385,18 @@ def _real(name, value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def one_of(name, value, choices):
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
     """`value` is one of the strings `choices`."""
     if value not in tuple(choices):
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def reduction(value):
+def reduction(value: Any) -> None:
     """`value` is a known reduction."""
     one_of("reduction", value, REDUCTIONS)
 
 
-def first_derivative_only(op):
+def first_derivative_only(op: str) -> None:
     """Called in a backward: gradients are recorded there only for a second derivative, which no kernel has."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(

@@ -8,13 +8,18 @@
 Gradients are of first order: a second derivative is refused.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch._ops import OpOverload
 
 from kdfast.ops import check
 from kdfast.ops.saved import save, saved
 
 
-def statistics_kept(forward, backward, name=None):
+def statistics_kept(forward: OpOverload, backward: OpOverload, name: str | None = None) -> Callable[..., Tensor]:
     """``function(settings, *tensors)`` of two ops, whose arguments are matched by name.
 
     forward: tensors, then settings -> result, or (result, statistics).
@@ -63,7 +68,9 @@ def statistics_kept(forward, backward, name=None):
     return Function.apply
 
 
-def gradient_formed(forward, finish, name, sides=2):
+def gradient_formed(
+    forward: Callable[..., Any], finish: Callable[..., Tensor], name: str, sides: int = 2
+) -> Callable[..., Tensor]:
     """``function(settings, *tensors)`` of two functions, the first `sides` of the tensors having gradients.
 
     forward: tensors, settings, and for each side whether its gradient is needed -> result, and for each side what leads

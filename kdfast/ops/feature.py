@@ -244,7 +244,7 @@ def _reduced(student, teacher, margin, kind, boundary, reduction):
     return _feature_error_function((kind, boundary, over, divisor), student, teacher, margin)
 
 
-def squared_error(student, teacher):
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """``mean (s - t)^2`` over all elements.
 
     Args:
@@ -261,7 +261,7 @@ def squared_error(student, teacher):
     return _feature_error_function((SQUARE, 0.0, TOTAL, max(student.numel(), 1)), student, teacher, None)
 
 
-def channel_squared_error(student, teacher):
+def channel_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """``sum (s - t)^2`` over all samples and positions, (C,).
 
     Shapes, gradients and errors are those of :func:`squared_error`.
@@ -270,7 +270,7 @@ def channel_squared_error(student, teacher):
     return _feature_error_function((SQUARE, 0.0, CHANNEL, 1), student, teacher, None)
 
 
-def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):
+def activation_boundary(student: Tensor, teacher: Tensor, margin: float = 1.0, *, reduction: str = "sum") -> Tensor:
     """``max(0, margin - s)^2`` where t > 0, ``max(0, s + margin)^2`` elsewhere, summed over a sample's elements.
 
     Args:
@@ -285,7 +285,7 @@ def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):
     return _reduced(student, teacher.detach(), None, BOUNDARY, float(margin), reduction)
 
 
-def partial_squared_error(student, teacher, margin, *, reduction="sum"):
+def partial_squared_error(student: Tensor, teacher: Tensor, margin: Tensor, *, reduction: str = "sum") -> Tensor:
     """``(s - u)^2`` with ``u = max(t, margin)``, but 0 where ``s <= u <= 0``, summed over a sample's elements.
 
     Args:
@@ -300,7 +300,7 @@ def partial_squared_error(student, teacher, margin, *, reduction="sum"):
     return _reduced(student, teacher, margin.detach().flatten(), PARTIAL, 0.0, reduction)
 
 
-def normalized_error(student, teacher, power=1):
+def normalized_error(student: Tensor, teacher: Tensor, power: int = 1) -> Tensor:
     """``mean |s / max(|s|, 1e-12) - t / max(|t|, 1e-12)|^power`` over all elements; |s| is the norm of a sample.
 
     `power` is 1 or 2. Gradients flow to both maps, none to a sample that is all zeros. Shapes, gradients and errors are
@@ -311,7 +311,7 @@ def normalized_error(student, teacher, power=1):
     return _normalized_error_function((power,), *_pair(student, teacher))
 
 
-def pyramid_error(student, teacher):
+def pyramid_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean squared error of two maps and of their averages over 4 x 4, 2 x 2 and 1 x 1 windows, with weights.
 
     The weights are 1, 1/2, 1/4 and 1/8, divided by their sum. A level of as many windows as the map has rows, or more,

@@ -17,6 +17,8 @@ The products are kdfast's own: an order of sums that no number of threads change
 float32 (TF32, torch.set_float32_matmul_precision, autocast) reaches them. Plain PyTorch takes them in float64 for that.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,29 +35,29 @@ BLOCK = 2**20  # elements of a temporary of the affinity
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def products(a, b=None):
+def products(a: Tensor, b: Tensor | None = None) -> Tensor:
     """a_zi . b_zj [Z, n, m]; of a with itself without b."""
     return (a.double() @ (a if b is None else b).double().transpose(1, 2)).to(accumulator(a, b))
 
 
-def weighted_rows(weights, x, factor=None):
+def weighted_rows(weights: Tensor, x: Tensor, factor: Tensor | None = None) -> Tensor:
     """factor sum_j w_zij x_zj [Z, n, D] in x's dtype."""
     out = weights.double() @ x.double()
     return (out if factor is None else out * factor).to(x.dtype)
 
 
-def inverse_norms(gram, eps):
+def inverse_norms(gram: Tensor, eps: float) -> Tensor:
     """1 / (|x_i| + eps) [Z, n] from the diagonal; 0 of a row that is 0."""
     norm = gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
     return torch.where(norm > 0, 1 / (norm + eps), 0.0)
 
 
-def cosines(gram, inverse):
+def cosines(gram: Tensor, inverse: Tensor) -> Tensor:
     """Cosines [Z, n, n] of the rows, at most 1, from their inner products and `inverse_norms`."""
     return (gram * (inverse[:, :, None] * inverse[:, None, :])).clamp(max=1)
 
 
-def through_cosines(slope, gram, inverse):
+def through_cosines(slope: Tensor, gram: Tensor, inverse: Tensor) -> Tensor:
     """M from slope = dL/dc [Z, n, n]."""
     weights = (slope + slope.transpose(1, 2)) * (inverse[:, :, None] * inverse[:, None, :])
     # A row's norm moves all of its cosines.
@@ -65,7 +67,7 @@ def through_cosines(slope, gram, inverse):
     return weights
 
 
-def compare_rows(gram, other, scale, absolute):
+def compare_rows(gram: Tensor, other: Tensor, scale: float, absolute: bool) -> tuple[Tensor, Tensor]:
     """-> terms of the loss, M of the first; also where a row's norm is the floor, a constant."""
 
     def unit(g):
@@ -82,7 +84,7 @@ def compare_rows(gram, other, scale, absolute):
     return scale * (gap.abs() if absolute else gap.square()), slope + slope.transpose(1, 2)
 
 
-def compare_distributions(gram, other, scale, eps):
+def compare_distributions(gram: Tensor, other: Tensor, scale: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> terms of the loss, M of the student (first), M of the teacher."""
 
     def shares(g):
@@ -106,7 +108,7 @@ def compare_distributions(gram, other, scale, eps):
     return terms, weights(slope_s, p, total_s, gram, inverse_s), weights(slope_t, t, total_t, other, inverse_t)
 
 
-def polynomial(c, coefficients):
+def polynomial(c: Tensor, coefficients: Sequence[float]) -> tuple[Tensor, Tensor]:
     """-> K(c), K'(c)."""
     value, slope = torch.zeros_like(c), torch.zeros_like(c)
     for coefficient in reversed(coefficients):
@@ -115,7 +117,9 @@ def polynomial(c, coefficients):
     return value, slope
 
 
-def compare_cosines(gram, other, scale, eps, coefficients):
+def compare_cosines(
+    gram: Tensor, other: Tensor, scale: float, eps: float, coefficients: Sequence[float]
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> terms of the loss, M of the first, M of the second: squares of K's differences, or without K absolute ones."""
     inverse, inverse_t = inverse_norms(gram, eps), inverse_norms(other, eps)
     c, t = cosines(gram, inverse), cosines(other, inverse_t)
@@ -206,7 +210,7 @@ def _affinity(
     return loss, *grads
 
 
-def unit_positions(x, eps, dtype):
+def unit_positions(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x [B, C, N] as positions [B, N, C] over (their norm + eps); a position that is 0 stays 0."""
     x = x.to(dtype).transpose(1, 2)
     return (x / (fixed_sum(x.square()).sqrt() + eps)[..., None]).contiguous()
@@ -315,7 +319,7 @@ _selectivity_function = gradient_formed(_selectivity, _selectivity_gradient, "se
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
-def inner_products(a, b=None):
+def inner_products(a: Tensor, b: Tensor | None = None) -> Tensor:
     """``a_zi . b_zj`` [Z, n, m] of rows (Z, n, D) and (Z, m, D), of `a` with itself if `b` is absent.
 
     float32, float64, float16 or bfloat16, any strides. Sums and result in the accumulation type: float64 if an input is
@@ -338,7 +342,9 @@ def inner_products(a, b=None):
     return _InnerProducts.apply(a, b)
 
 
-def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
+def gram_distance(
+    student: Tensor, teacher: Tensor, kind: str = "rows", *, eps: float = 0.0, coefficients: Sequence[float] = ()
+) -> Tensor:
     """How the inner products among the student's rows differ from those among the teacher's: see the module's formulas.
 
     Args:
@@ -376,7 +382,7 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     return _gram_distance_function((kind, float(eps), [float(x) for x in coefficients]), s, t)
 
 
-def selectivity(student, teacher):
+def selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     """``mean k(t, t) + mean k(s, s) - 2 mean k(s, t)``, ``k(a, b) = (a . b)^2`` over unit channels.
 
     Args:
@@ -399,7 +405,7 @@ def selectivity(student, teacher):
     return _selectivity_function((), student, teacher)
 
 
-def affinity(student, teacher, *, eps=1e-8):
+def affinity(student: Tensor, teacher: Tensor, *, eps: float = 1e-8) -> Tensor:
     """``1 / (B N^2) sum_bij |u_bi . u_bj - u'_bi . u'_bj|``: u the positions of a map, x / (|x| + eps).
 
     Args:

@@ -2,13 +2,15 @@
 
 import math
 
+from torch import Tensor
 
-def flat(x):
+
+def flat(x: Tensor) -> Tensor:
     """(B, C) or (B, C, ...) as (B, C, N); of channels_last memory, too, without a copy."""
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
-def flat_rows(x, like=None):
+def flat_rows(x: Tensor, like: Tensor | None = None) -> Tensor:
     """`x` as (B, D), columns in the order in which `like` (or x) has them in memory: channels_last costs no copy."""
     like = x if like is None else like
     if x.dim() > 2 and like.stride(1) < like.stride(-1):
@@ -16,7 +18,7 @@ def flat_rows(x, like=None):
     return x.flatten(1)
 
 
-def gradient_memory(x, student):
+def gradient_memory(x: Tensor, student: Tensor) -> Tensor:
     """Uninitialised memory for the gradient of a map (B, C, ...), which lies as the student's map does."""
     batch, channels, *positions = x.shape
     if channels > 1 and math.prod(positions) > 1 and student.stride(1) == 1:

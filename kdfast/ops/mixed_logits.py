@@ -10,10 +10,13 @@ of weight 0 adds nothing, also where it is -inf. A class that is -inf in both th
 gets no eps. An empty target (-inf everywhere) teaches nothing.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kdfast._kernels import op
+from kdfast._types import Networks
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.networks import class_labels, matrices, network_count, network_list, regroup
@@ -38,7 +41,7 @@ LEAST_EPS = 1e-30  # above 0: a normal number in float32
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def mixed(networks, tops, weights, dtype):
+def mixed(networks: Sequence[Tensor], tops: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:
     """sum_m weights_m (z_m - top_m) [rows, cols]; weights [rows, networks]."""
     target = networks[0].new_zeros(networks[0].shape, dtype=dtype)
     for x, top, weight in zip(networks, tops, weights.to(dtype).unbind(1), strict=True):
@@ -47,7 +50,7 @@ def mixed(networks, tops, weights, dtype):
     return target
 
 
-def least(networks, tops, column, dtype):
+def least(networks: Sequence[Tensor], tops: Sequence[Tensor], column: Tensor, dtype: torch.dtype) -> Tensor:
     """min_m (z_m - z_m at the label) [rows, cols]; a network without the label's class is measured from its maximum."""
     target = None
     for x, top in zip(networks, tops, strict=True):
@@ -57,12 +60,12 @@ def least(networks, tops, column, dtype):
     return target
 
 
-def leads(mix, networks):
+def leads(mix: Tensor | None, networks: Sequence[Tensor]) -> bool:
     """Whether the last network leads, for which `mix` has neither a target nor a weight."""
     return mix is not None and mix.shape[2] < len(networks)
 
 
-def completed(mix, networks):
+def completed(mix: Tensor | None, networks: Sequence[Tensor]) -> Tensor | None:
     """Weights (B, R, N) of all targets and networks: of a leader's target 1 / (N - 1), of the leader 0."""
     if not leads(mix, networks):
         return mix
@@ -73,14 +76,16 @@ def completed(mix, networks):
     return weights
 
 
-def targets_of(networks, tops, mix, labels, dtype):
+def targets_of(
+    networks: Sequence[Tensor], tops: Sequence[Tensor], mix: Tensor | None, labels: Tensor | None, dtype: torch.dtype
+) -> list[Tensor]:
     """-> the mixed logits [rows, cols] of each target."""
     if mix is None:
         return [least(networks, tops, labels.clamp(0, networks[0].shape[1] - 1)[:, None], dtype)]
     return [mixed(networks, tops, weights, dtype) for weights in mix.unbind(1)]
 
 
-def with_eps(target, log_p, empty, z, eps):
+def with_eps(target: Tensor, log_p: Tensor, empty: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """-> p' and log p' [rows, cols], 0 for what is no class; the mass sum_c p' [rows]."""
     p = log_p.exp()
     if eps == 0:
@@ -257,19 +262,19 @@ class _MixedLogitsKL(torch.autograd.Function):
 
 
 def mixed_logits_kl(
-    networks,
-    mix,
-    labels=None,
-    temperature=1.0,
+    networks: Networks,
+    mix: Tensor | None,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
     *,
-    eps=0.0,
-    kl_weight=1.0,
-    ce_weight=1.0,
-    ramp=1.0,
-    learners=None,
-    target_ce=False,
-    through_targets=False,
-):
+    eps: float = 0.0,
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    ramp: float | Tensor = 1.0,
+    learners: int | None = None,
+    target_ce: bool = False,
+    through_targets: bool = False,
+) -> Tensor:
     """``1/B sum_b sum_i [kl_weight ramp KL_eps(t_i || z_i) + ce_weight CE(z_i, labels)]``, t_i mixed of all networks.
 
     KL_eps is in the module's docstring. One read of the networks for all targets, divergences and cross-entropies.
@@ -303,21 +308,21 @@ def mixed_logits_kl(
 
 
 def mixed_loss(
-    tensors,
-    mix,
-    labels,
-    temperature,
+    tensors: Sequence[Tensor],
+    mix: Tensor | None,
+    labels: Tensor | None,
+    temperature: float,
     *,
-    eps=0.0,
-    kl_weight=1.0,
-    ce_weight=1.0,
-    ramp=1.0,
-    learners=None,
-    target_ce=False,
-    through_targets=False,
-    leader=False,
-    mix_name="mix",
-):
+    eps: float = 0.0,
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    ramp: float | Tensor = 1.0,
+    learners: int | None = None,
+    target_ce: bool = False,
+    through_targets: bool = False,
+    leader: bool = False,
+    mix_name: str = "mix",
+) -> Tensor:
     """:func:`mixed_logits_kl` of networks that `network_list` has checked; messages call the weights `mix_name`.
 
     leader: the last network leads. No target has it, and its own is the mean of the others: `mix`, (B, N - 1, N - 1),

@@ -47,7 +47,7 @@ def _channel_moments_backward(
 _channel_moments_function = statistics_kept(_channel_moments, _channel_moments_backward)
 
 
-def channel_moments(x):
+def channel_moments(x: Tensor) -> Tensor:
     """Mean and biased variance of each channel over samples and positions, (2, C).
 
     Args:

@@ -13,6 +13,8 @@ Negatives come from Philox 4x32-10, a function of (seed, positive row, column): 
 
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,12 +31,12 @@ LARGEST_BANK = 2**31 - 1  # rows that a draw can reach
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def rows_error(name, position, value, rows):
+def rows_error(name: str, position: Sequence[int], value: int, rows: int) -> str:
     """What the CPU kernel says of an index outside the bank, too."""
     return f"{name}[{', '.join(map(str, position))}] is {value}, expected a row from 0 to {rows - 1}"
 
 
-def check_rows(name, index, rows):
+def check_rows(name: str, index: Tensor, rows: int) -> None:
     """Every entry of `index` is a row of the bank. On CUDA this waits for the device."""
     wrong = (index < 0) | (index >= rows)
     if wrong.any():
@@ -169,7 +171,7 @@ def _update_bank(
     bank.index_copy_(0, index, moved.to(bank.dtype))
 
 
-def philox(seed, row, column, attempt):
+def philox(seed: Tensor, row: Tensor, column: Tensor, attempt: int) -> list[Tensor]:
     """Philox 4x32-10 (Salmon et al., SC 2011) of the key `seed` and the counter (column, attempt, row): four words."""
     low = 0xFFFFFFFF
     words = [column.expand_as(row), torch.full_like(row, attempt), row & low, (row >> 32) & low]
@@ -232,7 +234,7 @@ def _redraw(drawn, row, column, n_data, seed, labels, table):
     raise ValueError(no_negatives(int(row[again][0])))
 
 
-def no_negatives(row):
+def no_negatives(row: int) -> str:
     """What the CPU kernel says where no row is left to draw, too."""
     return f"labels has one class only, that of row {row}: there is no negative to draw"
 
@@ -257,17 +259,17 @@ class _NCE(torch.autograd.Function):
 
 
 def nce(
-    student,
-    teacher,
-    bank_student,
-    bank_teacher,
-    contrast_index,
-    z_student,
-    z_teacher,
-    temperature=0.07,
+    student: Tensor,
+    teacher: Tensor,
+    bank_student: Tensor,
+    bank_teacher: Tensor,
+    contrast_index: Tensor,
+    z_student: Tensor,
+    z_teacher: Tensor,
+    temperature: float = 0.07,
     *,
-    return_scores=False,
-):
+    return_scores: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """CRD's contrastive loss in both directions, mean over the batch: each gathered row of the banks is read once.
 
     Args:
@@ -306,7 +308,7 @@ def nce(
     return (loss, scores) if return_scores else loss
 
 
-def update_bank(bank, rows, index, momentum=0.5):
+def update_bank(bank: Tensor, rows: Tensor, index: Tensor, momentum: float = 0.5) -> None:
     """``bank[index] = unit(momentum bank[index] + (1 - momentum) rows)``, in place and without a gradient.
 
     Of equal indices the last row counts, on every device; all start from the old row. Where the new row has no
@@ -333,7 +335,9 @@ def update_bank(bank, rows, index, momentum=0.5):
         _update_bank(bank, rows.detach(), index.contiguous(), float(momentum))
 
 
-def draw_negatives(index, k, n_data, seed, labels=None, table=None):
+def draw_negatives(
+    index: Tensor, k: int, n_data: int, seed: int | Tensor, labels: Tensor | None = None, table: Tensor | None = None
+) -> Tensor:
     """-> contrast_index (B, k + 1): `index` in column 0, then k rows drawn from all n_data with replacement.
 
     A draw depends on (seed, the row in `index`, column) alone: it is the same on CPU and CUDA, on any number of ranks,
@@ -376,7 +380,7 @@ def draw_negatives(index, k, n_data, seed, labels=None, table=None):
     return _draw_negatives(index.contiguous(), k, n_data, seed, labels, table)
 
 
-def alias_table(weights):
+def alias_table(weights: Tensor) -> Tensor:
     """The alias table of `weights`, for :func:`draw_negatives`: (n, 2) int64 on the weights' device.
 
     Row i holds how often, in 2^32, i itself is kept, and which row is taken otherwise. Weights are any nonnegative
@@ -421,7 +425,7 @@ def _alias_table(weights):
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
-def anchors_and_banks(student, teacher, bank_student, bank_teacher):
+def anchors_and_banks(student: Tensor, teacher: Tensor, bank_student: Tensor, bank_teacher: Tensor) -> None:
     """Anchors (B, D) and banks (N, D) on one device."""
     check.embeddings("student", student)
     if student.dim() != 2:
@@ -438,7 +442,7 @@ def anchors_and_banks(student, teacher, bank_student, bank_teacher):
         )
 
 
-def contrast_rows(name, index, batch, rows, columns=False):
+def contrast_rows(name: str, index: Tensor, batch: Tensor, rows: int, columns: bool = False) -> None:
     """`index` is int64 (B,), with `columns` (B, K + 1), on the device of `batch`; for its values see `check_rows`."""
     check.tensor(name, index)
 
@@ -454,7 +458,7 @@ def contrast_rows(name, index, batch, rows, columns=False):
         check_rows(name, index, rows)
 
 
-def class_labels(name, labels, n_data):
+def class_labels(name: str, labels: Any, n_data: int) -> None:
     """(n_data,) integers."""
     check.tensor(name, labels)
     if labels.dtype not in check.INTEGERS or labels.shape != (n_data,):

@@ -1,24 +1,28 @@
 """Lists of networks: each tensor is (B, C), or (M, B, C) and stands for M."""
 
-import torch
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
+from kdfast._types import Networks
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator
 
 MOST = 128  # networks in one call: the kernels take their addresses by value
 
 
-def matrices(tensors):
+def matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
     """All networks [(B, C), ...]."""
     return [z for x in tensors for z in (x.unbind(0) if x.dim() == 3 else (x,))]
 
 
-def network_count(tensors):
+def network_count(tensors: Sequence[Tensor]) -> int:
     """How many networks a list of (B, C) and (M, B, C) tensors has."""
     return sum(x.shape[0] if x.dim() == 3 else 1 for x in tensors)
 
 
-def regroup(grads, tensors, needed):
+def regroup(grads: Tensor, tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
     """The gradients [n, B, C] of `matrices(tensors)` in the form of `tensors`; None where not needed or beyond n."""
     out, begin = [], 0
     each = grads.unbind(0)
@@ -32,7 +36,7 @@ def regroup(grads, tensors, needed):
     return out
 
 
-def network_list(name, x, like=None, of="the student"):
+def network_list(name: str, x: Networks, like: Tensor | None = None, of: str = "the student") -> list[Tensor]:
     """A list of (B, C) tensors, or one (M, B, C) tensor, as a list of tensors, with `like`'s shape where given.
 
     The list may mix both forms; what has another dtype than the first is converted to the type of sums.
@@ -75,6 +79,6 @@ def network_list(name, x, like=None, of="the student"):
     return list(tensors)
 
 
-def class_labels(labels, like):
+def class_labels(labels: Tensor | None, like: Tensor) -> Tensor | None:
     """Labels for the kernels, or None."""
     return None if labels is None else check.class_indices(labels, like)

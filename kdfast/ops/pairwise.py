@@ -33,7 +33,7 @@ def _blocks(rows, size):
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def squared_distances(x, y, dtype):
+def squared_distances(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """|x_i - y_j|^2 [n, m] in `dtype`; symmetric with a zero diagonal for x = y."""
     x, y = x.to(dtype), y.to(dtype)
     out = x.new_empty((x.shape[0], y.shape[0]))
@@ -69,13 +69,13 @@ def _weighted_differences(
     return (out if factor is None else out * factor).to(x.dtype)
 
 
-def huber(x):
+def huber(x: Tensor) -> tuple[Tensor, Tensor]:
     """-> h(x) = x^2 / 2 where |x| < 1, |x| - 1/2 elsewhere, and its slope."""
     slope = x.clamp(-1, 1)
     return slope * (x - slope / 2), slope
 
 
-def distance_term(p_student, p_teacher):
+def distance_term(p_student: Tensor, p_teacher: Tensor) -> tuple[Tensor, Tensor]:
     """-> sum_ij h(d_ij - d'_ij), and its derivative in p_student [B, B]."""
     rows = p_student.shape[0]
     pairs = rows * (rows - 1)
@@ -92,7 +92,7 @@ def distance_term(p_student, p_teacher):
     return fixed_sum(fixed_sum(losses)), torch.where(p_student > LEAST, slope / (2 * distance), 0.0)
 
 
-def cosines(p, inverse, rows):
+def cosines(p: Tensor, inverse: Tensor, rows: slice) -> Tensor:
     """cos_ijk [rows, B, B] of the vertices i in `rows`; `inverse` is 1 / sqrt(p), 0 where p = 0."""
     p_ij, p_ik = p[rows, :, None], p[rows, None, :]
     # The larger side first: close to equal sides leave an exact difference.
@@ -102,7 +102,7 @@ def cosines(p, inverse, rows):
     return cos
 
 
-def angle_term(p_student, p_teacher):
+def angle_term(p_student: Tensor, p_teacher: Tensor) -> tuple[Tensor, Tensor]:
     """-> sum_ijk h(cos_ijk - cos'_ijk), and its derivative in p_student [B, B]; a few vertices at a time."""
     inverse, inverse_teacher = (torch.where(p == 0, 0.0, p.rsqrt()) for p in (p_student, p_teacher))
     total, grad = p_student.new_zeros(()), torch.zeros_like(p_student)
@@ -171,7 +171,7 @@ _rkd_function = gradient_formed(
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
-def pairwise_distance(x, y=None, *, squared=False):
+def pairwise_distance(x: Tensor, y: Tensor | None = None, *, squared: bool = False) -> Tensor:
     """Euclidean distances |x_i - y_j| (``squared=True``: their squares), of `x` with itself if `y` is absent.
 
     Args:
@@ -194,7 +194,7 @@ def pairwise_distance(x, y=None, *, squared=False):
     return _PairwiseDistance.apply(flat_rows(x), None if y is None else flat_rows(y, x), bool(squared))
 
 
-def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
+def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_weight: float = 50.0) -> Tensor:
     """``distance_weight * rkd_distance + angle_weight * rkd_angle`` over one pair of distance matrices.
 
     A term of weight 0 is not computed. Shapes, gradients and errors are those of :func:`rkd_distance`.
@@ -206,7 +206,7 @@ def rkd(student, teacher, distance_weight=25.0, angle_weight=50.0):
     return _rkd_function((float(distance_weight), float(angle_weight)), flat_rows(student), flat_rows(teacher.detach()))
 
 
-def rkd_distance(student, teacher):
+def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:
     """``1 / B^2 sum_ij h(D_ij / mean D - D'_ij / mean D')``, h the Huber function of threshold 1, D' the teacher's.
 
     D are the distances among a batch's rows, at least 1e-6 off the diagonal, and the means leave the diagonal out.
@@ -225,7 +225,7 @@ def rkd_distance(student, teacher):
     return rkd(student, teacher, 1.0, 0.0)
 
 
-def rkd_angle(student, teacher):
+def rkd_angle(student: Tensor, teacher: Tensor) -> Tensor:
     """``1 / B^3 sum_ijk h(cos_ijk - cos'_ijk)``: cosines of the angles at row i between rows j and k.
 
     h is the Huber function of threshold 1; equal rows have no direction between them: their cosines are 0, without

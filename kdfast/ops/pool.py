@@ -1,6 +1,7 @@
 """Adaptive pooling whose gradient has a fixed order (torch's own has none on a GPU)."""
 
 import torch
+from torch import Tensor
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator
@@ -50,7 +51,7 @@ class _AveragePool(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None
 
 
-def average_pool(x, height, width):
+def average_pool(x: Tensor, height: int, width: int) -> Tensor:
     """Maps (B, C, H, W) averaged to (B, C, height, width) over torch's adaptive windows, in the accumulation type."""
     if tuple(x.shape[2:]) == (height, width):
         return x
@@ -83,7 +84,7 @@ class _MaxPool(torch.autograd.Function):
         return x_grad.view(ctx.shape), None, None
 
 
-def max_pool(x, height, width):
+def max_pool(x: Tensor, height: int, width: int) -> Tensor:
     """The largest entries (B, C, height, width) of maps (B, C, H, W), at most as many, in torch's adaptive windows.
 
     The gradient goes to one position of each window.
@@ -93,7 +94,7 @@ def max_pool(x, height, width):
     return _MaxPool.apply(x, height, width)
 
 
-def to_smaller_square(a, b):
+def to_smaller_square(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps at one size, as RepDistiller does it: that of unlike height is averaged to the smaller height, squared.
 
     Raises: ValueError where the maps still differ in size.

@@ -1,11 +1,15 @@
 """What a backward needs of its forward, also where that is an inference tensor, which autograd does not save."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
 
 _is_compiling = torch.compiler.is_compiling
 
 
-def save(ctx, *tensors):
+def save(ctx: Any, *tensors: Tensor | None) -> None:
     """``ctx.save_for_backward``; inference tensors, which nothing can change in place unseen, are kept as they are.
 
     A compiled graph saves its inputs itself: there they remain torch's to refuse.
@@ -20,7 +24,7 @@ def save(ctx, *tensors):
     ctx.save_for_backward(*tensors)
 
 
-def saved(ctx):
+def saved(ctx: Any) -> Sequence[Any]:
     """What `save` was given."""
     if ctx.inference is None:
         return ctx.saved_tensors

@@ -14,7 +14,7 @@ A row that is -inf everywhere is an empty distribution, sum = 0: all its probabi
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class TopK(NamedTuple):
     temperature: float = 1.0
 
     @classmethod
-    def of(cls, logits, k, temperature=1.0):
+    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> "TopK":
         """The k largest of logits (B, C), with the rest at `temperature` in the accumulation type.
 
         Example::
@@ -78,7 +78,7 @@ class TopK(NamedTuple):
         top, total = row_stats(others, temperature, others.dtype)
         return cls(values, indices, top + temperature * total.log(), float(temperature))
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> "TopK":
         """The same on another device or in another dtype, as ``torch.Tensor.to``; indices keep their dtype."""
         values = self.values.to(*args, **kwargs)
         indices = self.indices.to(values.device, non_blocking=kwargs.get("non_blocking", False))
@@ -86,13 +86,16 @@ class TopK(NamedTuple):
         return TopK(values, indices, rest, self.temperature)
 
 
+Teacher: TypeAlias = Tensor | TopK | tuple[Tensor, ...]  # logits (B, C), or the largest of them
+
+
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def mixture_ratios(log_p, log_q, beta):
+def mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """log(p / m), log(q / m) with m = beta p + (1 - beta) q: exactly 0 where p = q, finite where p or q underflows."""
     return ratios_to_mixture(log_p - log_q, beta)
 
 
-def ratios_to_mixture(d, beta):
+def ratios_to_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The same from d = log p - log q."""
     log_mix = torch.where(d > 0, (1 - beta) * torch.expm1(-d), beta * torch.expm1(d)).log1p()
     # No less than the share of the larger one, which rounding may have made 0.
@@ -449,7 +452,15 @@ def _divisor(reduction, student):
     return batch_size(student) if reduction in ("mean", "batchmean") else 1
 
 
-def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, reduction="batchmean"):
+def softmax_kl(
+    student: Tensor,
+    teacher: Teacher,
+    temperature: float = 1.0,
+    *,
+    beta: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: str = "batchmean",
+) -> Tensor:
     """``T^2 D_beta`` of teacher p = softmax(teacher / T) and student q = softmax(student / T), row by row.
 
     ``beta=0``: KL(p || q), Hinton's distillation. ``beta=1``: KL(q || p). Between: the beta-Jensen-Shannon divergence
@@ -524,17 +535,17 @@ def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight
 
 
 def cross_entropy_kl(
-    student,
-    teacher,
-    labels,
-    temperature=1.0,
+    student: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    temperature: float = 1.0,
     *,
-    kl_weight=1.0,
-    ce_weight=1.0,
-    label_smoothing=0.0,
-    ignore_index=-100,
-    reduction="batchmean",
-):
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+) -> Tensor:
     """``kl_weight T^2 KL(p || q) + ce_weight CE(student, labels)``, reading the student's logits once.
 
     The KL is that of :func:`softmax_kl`; the cross-entropy takes the student at temperature 1.
@@ -562,15 +573,32 @@ def cross_entropy_kl(
     return cross_entropy_loss(student, teacher, labels, temperature, kl_weight, divisor, *labels_and)
 
 
-def cross_entropy(student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
+def cross_entropy(
+    student: Tensor,
+    labels: Tensor,
+    *,
+    ce_weight: float = 1.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    reduction: str = "batchmean",
+) -> Tensor:
     """``ce_weight CE(student, labels)``: :func:`cross_entropy_kl` without a teacher, with the same labels."""
     check.logits("student", student)
     return cross_entropy_loss(student, None, labels, 1.0, 0.0, 1, ce_weight, label_smoothing, ignore_index, reduction)
 
 
 def cross_entropy_loss(
-    student, teacher, labels, temperature, kl_weight, kl_divisor, ce_weight, smoothing, ignore_index, reduction
-):
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    temperature: float,
+    kl_weight: float,
+    kl_divisor: int,
+    ce_weight: float,
+    smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> Tensor:
     """``kl_weight / kl_divisor T^2 KL + ce_weight CE`` of logits and a temperature that were checked."""
     check.number("ce_weight", ce_weight)
     check.number("label_smoothing", smoothing, 0, 1)
@@ -589,7 +617,9 @@ def cross_entropy_loss(
     return _cross_entropy_kl_function(settings, student, teacher, labels, temperatures)
 
 
-def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
+def dkd(
+    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0, *, alpha: float = 1.0, beta: float = 8.0
+) -> Tensor:
     """``T^2 / B sum_b [alpha KL(b_t || b_s) + beta KL(r_t || r_s)]``: decoupled distillation in a stable closed form.
 
     b = (p_y, 1 - p_y) is the target class against the rest, r the softmax among the non-target classes, both at T.

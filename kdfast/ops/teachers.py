@@ -11,10 +11,13 @@ With p_m = softmax(teacher_m / T) and q = softmax(student / T) of a batch of B r
 A teacher of weight 0 adds nothing, whatever its logits are.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from kdfast._kernels import op
+from kdfast._types import Networks, Side
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.networks import class_labels, matrices, network_count, network_list, regroup
@@ -41,25 +44,27 @@ KINDS = ("kl", "cross_entropy", "reverse_kl")
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def teacher_rows(student, teachers, temperature, dtype):
+def teacher_rows(
+    student: Tensor, teachers: Sequence[Tensor], temperature: float | Tensor, dtype: torch.dtype
+) -> tuple[list[Side], list[Tensor]]:
     """-> max, sum of the student, the same of the teachers, log-softmax of the student and of each teacher."""
     sides = [row_stats(x, temperature, dtype) for x in (student, *teachers)]
     logs = [log_softmax(x, *side, temperature) for x, side in zip((student, *teachers), sides, strict=True)]
     return sides, logs
 
 
-def divergence(log_p, log_q, kind, near=None):
+def divergence(log_p: Tensor, log_q: Tensor, kind: str, near: Tensor | None = None) -> Tensor:
     """sum_c p (log p - log q), or of -log q alone; `near` is log p - log q as it counts between near rows."""
     p, ratio = log_p.exp(), log_ratio(log_p, log_q, kind)
     return fixed_sum(kl_term(p, ratio)) if near is None else kl_rows(p, log_q.exp(), ratio, near)
 
 
-def log_ratio(log_p, log_q, kind):
+def log_ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
     """What p weighs in `divergence`: log p - log q, or -log q alone; [rows, cols]."""
     return -log_q if kind == "cross_entropy" else log_p - log_q
 
 
-def mean_log(logs):
+def mean_log(logs: Sequence[Tensor]) -> Tensor:
     """log mean_m p_m [rows, cols], finite where every p_m underflows."""
     top = logs[0]
     for log_p in logs[1:]:
@@ -70,12 +75,16 @@ def mean_log(logs):
     return torch.where(top == -INF, -INF, safe + (total.log() - count.log()))
 
 
-def teacher_weights(weight, teachers, dtype, device):
+def teacher_weights(
+    weight: Tensor | None, teachers: Sequence[Tensor], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """One weight per teacher [M]; 1 each without any."""
     return torch.ones(len(teachers), dtype=dtype, device=device) if weight is None else weight.to(dtype)
 
 
-def near_ratios(student, teachers, sides, temperature):
+def near_ratios(
+    student: Tensor, teachers: Sequence[Tensor], sides: Sequence[Side], temperature: float | Tensor
+) -> list[Tensor]:
     """log p_m - log q of each teacher."""
     of_student, *others = sides
     return [log_ratio_of(x, student, side, of_student, temperature) for x, side in zip(teachers, others, strict=True)]
@@ -180,7 +189,7 @@ def _teachers_kl_backward(
     return student_grad, teacher_grads
 
 
-def aekd_weights(gram, slack, normalize):
+def aekd_weights(gram: Tensor, slack: float, normalize: bool) -> Tensor:
     """AE-KD's weights (M,) from G (M, M) of any magnitude, in float64."""
     gram = gram.double()
     largest = gram.diagonal().amax()
@@ -269,17 +278,17 @@ class _AEKD(torch.autograd.Function):
 
 
 def teachers_kl(
-    student,
-    teachers,
-    labels=None,
-    temperature=1.0,
+    student: Tensor,
+    teachers: Networks,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
     *,
-    kind="kl",
-    weight=None,
-    kl_weight=1.0,
-    ce_weight=1.0,
-    over_classes=False,
-):
+    kind: str = "kl",
+    weight: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    over_classes: bool = False,
+) -> Tensor:
     """``1/B sum_b [kl_weight D + ce_weight CE(student, labels)]`` with D of the kinds in the module's docstring.
 
     Args:
@@ -307,17 +316,17 @@ def teachers_kl(
 
 
 def teachers_loss(
-    student,
-    tensors,
-    labels,
-    temperature,
+    student: Tensor,
+    tensors: Sequence[Tensor],
+    labels: Tensor | None,
+    temperature: float,
     *,
-    kind="kl",
-    weight=None,
-    kl_weight=1.0,
-    ce_weight=1.0,
-    over_classes=False,
-):
+    kind: str = "kl",
+    weight: Tensor | None = None,
+    kl_weight: float = 1.0,
+    ce_weight: float = 1.0,
+    over_classes: bool = False,
+) -> Tensor:
     """:func:`teachers_kl` of a student and teachers that were checked."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -346,7 +355,9 @@ def teachers_loss(
     return _TeachersKL.apply(student, labels, weight, temperatures, settings, *tensors)
 
 
-def aekd(student, teachers, temperature=4.0, *, slack=0.6, normalize=False):
+def aekd(
+    student: Tensor, teachers: Networks, temperature: float = 4.0, *, slack: float = 0.6, normalize: bool = False
+) -> tuple[Tensor, Tensor]:
     """``T^2 / B sum_b sum_m a_m KL(p_m || q)`` with AE-KD's weights a, the exact optimum of the module's docstring.
 
     Args:

@@ -5,11 +5,12 @@ graph serves every temperature, and the host does not wait for its value.
 """
 
 import torch
+from torch import Tensor
 
 _is_compiling = torch.compiler.is_compiling
 
 
-def temperature_argument(temperature, like):
+def temperature_argument(temperature: float, like: Tensor) -> tuple[Tensor | None, float]:
     """-> the op's arguments `temperatures` and `temperature`, of a number that was checked."""
     if not _is_compiling():
         return None, float(temperature)
@@ -17,6 +18,6 @@ def temperature_argument(temperature, like):
     return torch.ones((), dtype=torch.float64, device=like.device) * temperature, 1.0
 
 
-def temperature_of(temperatures, temperature, dtype):
+def temperature_of(temperatures: Tensor | None, temperature: float, dtype: torch.dtype) -> float | Tensor:
     """T as an op's plain-PyTorch form takes it."""
     return temperature if temperatures is None else temperatures.to(dtype)
