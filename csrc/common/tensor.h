@@ -33,6 +33,8 @@ struct Matrix {
 
 inline Matrix matrix(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
+inline Matrix matrix(const std::optional<Tensor>& x) { return x ? matrix(*x) : Matrix{}; }
+
 // A 1-D (or expanded 0-d) tensor, read with the stride 0 where it has one element for all rows.
 struct Column {
   void* data = nullptr;
@@ -41,6 +43,8 @@ struct Column {
 };
 
 inline Column column(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x.dim() == 0 ? 0 : x.stride(0)}; }
+
+inline Column column(const std::optional<Tensor>& x) { return x ? column(*x) : Column{}; }
 
 // f(T{}) with T the C++ type of a floating-point dtype.
 template <class F>
@@ -79,6 +83,11 @@ inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::D
 // Sums are kept in float64 if an input is float64, else in float32.
 inline ScalarType accumulator(const Tensor& a, const std::optional<Tensor>& b) {
   return is_double(a) || (b && is_double(*b)) ? ScalarType::Double : ScalarType::Float;
+}
+
+// The same of tensors that have one dtype.
+inline ScalarType accumulator(const std::vector<Tensor>& a, const std::optional<Tensor>& b) {
+  return accumulator(a[0], b);
 }
 
 // f(A{}) with the accumulation type.

@@ -1,13 +1,8 @@
 #include <algorithm>
 #include <memory>
-#include <stdexcept>
-#include <string>
 
-#include "common/chunk.h"
-#include "common/parallel.h"
-#include "common/vector_loop.h"
+#include "common/logit_rows.h"
 #include "ensemble/layout.h"
-#include "softmax_kl/near.h"
 
 namespace kdfast {
 namespace ensemble {
@@ -73,27 +68,6 @@ KD_MULTIVERSION void least_piece(const A* const* z, const A* origin, int64_t cou
 }
 
 template <class A>
-struct Sums {
-  A t, one;  // at T, at 1
-};
-
-template <class A>
-KD_MULTIVERSION void powers_piece(const A* z, int64_t n, A max, A rate, A* e) {
-  for_elements<A>(n, [&](int64_t i) KD_INLINED { e[i] = exp2((z[i] - max) * rate); });
-}
-
-// The exponentials of a piece, kept if kKeep, and their sums.
-template <int kT, bool kKeep = true, class A>
-KD_MULTIVERSION Sums<A> exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
-    const A c = z[i] - max, power = exp2(c * rate);
-    if (kKeep) e[i] = power;
-    return Terms<A>{power, exp_1<kT>(power, c)};
-  });
-  return {sums.a, sums.b};
-}
-
-template <class A>
 struct LearnerSums {
   A sum, sum_1, dot, centred, extra;
 
@@ -133,14 +107,6 @@ KD_MULTIVERSION OwnSums<A> own_sums(const A* z, const A* t, A* e_t, int64_t n, A
   });
   return {{sums.a, sums.b, sums.c, sums.d, 0}, sums.e};
 }
-
-// A target's softmax in bits: log2 p = (t - max) rate - log2_sum, p = e inverse.
-template <class A>
-struct LogSoftmax {
-  A max, rate, log2_sum, inverse;
-
-  LogSoftmax(Side<A> side, A rate) : max(side.max), rate(rate), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
-};
 
 template <bool kMasked, class A>
 KD_MULTIVERSION Raised<A> raised_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
@@ -315,7 +281,7 @@ KD_MULTIVERSION void teacher_grad_piece(const A* z, const A* student, int64_t n,
 template <class A>
 KD_MULTIVERSION void raise_to(const A* z, int64_t n, LogSoftmax<A> p, A* top) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
-    const A log_p = (z[i] - p.max) * p.rate - p.log2_sum;
+    const A log_p = p(z[i]);
     top[i] = log_p > top[i] ? log_p : top[i];
   });
 }
@@ -323,7 +289,7 @@ KD_MULTIVERSION void raise_to(const A* z, int64_t n, LogSoftmax<A> p, A* top) {
 template <class A>
 KD_MULTIVERSION void add_below(const A* z, int64_t n, LogSoftmax<A> p, const A* top, A* sum) {
   update_elements(sum, n, [&](int64_t i, A old) KD_INLINED {
-    const A log_p = (z[i] - p.max) * p.rate - p.log2_sum;
+    const A log_p = p(z[i]);
     return old + exp2(log_p - (is_masked(top[i]) ? A(0) : top[i]));
   });
 }
@@ -331,7 +297,7 @@ KD_MULTIVERSION void add_below(const A* z, int64_t n, LogSoftmax<A> p, const A* 
 template <class A>
 KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
-    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    const A log_q = q(z[i]);
     return reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
   });
 }
@@ -339,7 +305,7 @@ KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* t
 template <class A>
 KD_MULTIVERSION A near_reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
-    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    const A log_q = q(z[i]);
     return near_reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
   });
 }
@@ -348,53 +314,12 @@ template <class A>
 KD_MULTIVERSION void reverse_grad_piece(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count,
                                         A kl, A scale, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
-    const A log_q = (z[i] - q.max) * q.rate - q.log2_sum;
+    const A log_q = q(z[i]);
     return old + reverse_grad(exp2(log_q), log_q, mean_log(top[i], sum[i], count), kl, scale);
   });
 }
 
 // ---- rows
-template <class A>
-struct Deleter {
-  void operator()(A* x) const { ::operator delete[](x, std::align_val_t(64)); }
-};
-
-// Memory of one thread, in pieces of kChunk. They are a few cache lines more apart: a power of two apart they would all
-// compete for the same few lines of a cache.
-constexpr int64_t kPieceStride = kChunk + 5 * 16;
-
-template <class A>
-class Scratch {
- public:
-  explicit Scratch(int64_t pieces)
-      : memory_(static_cast<A*>(::operator new[](pieces * kPieceStride * sizeof(A), std::align_val_t(64)))) {}
-  A* piece(int64_t i) const { return memory_.get() + i * kPieceStride; }
-
- private:
-  std::unique_ptr<A[], Deleter<A>> memory_;
-};
-
-// f(row, scratch) for every row, in parallel.
-template <class A, class F>
-void for_rows(int64_t rows, int64_t cols, int64_t networks, int64_t pieces, const F& f) {
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(cols * networks, 1));
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    const Scratch<A> scratch(pieces);
-    for (int64_t row = begin; row < end; ++row) f(row, scratch);
-  });
-}
-
-// f(begin, n) for the chunks of a row.
-template <class F>
-void for_chunks(int64_t cols, const F& f) {
-  for (int64_t begin = 0; begin < cols; begin += kChunk) f(begin, std::min(kChunk, cols - begin));
-}
-
-template <class A>
-A finite_max(A max) {
-  return is_masked(max) ? A(0) : max;
-}
-
 // A chunk of every network in one row.
 template <class A>
 struct Chunk {
@@ -406,24 +331,6 @@ struct Chunk {
     }
   }
 };
-
-void check_labels(const Labels& labels, int64_t rows, int64_t cols) {
-  if (!labels.index) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t label = labels.at(row);
-    if (label < 0 || label >= cols) {
-      throw std::invalid_argument("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
-                                  ", expected a class from 0 to " + std::to_string(cols - 1));
-    }
-  }
-}
-
-template <class A>
-A sum_of(const std::vector<A>& values) {
-  double sum = 0;
-  for (A value : values) sum += value;
-  return static_cast<A>(sum);
-}
 
 // ---- mixed_logits_kl
 template <class A>
@@ -576,14 +483,14 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   };
 
   for (int64_t m = 0; m < count; ++m) stats.max(m, row) = -infinity<A>();
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
     for (int64_t m = 0; m < count; ++m) stats.max(m, row) = max_of(chunk.z[m], n, stats.max(m, row));
   });
   for (int64_t m = 0; m < count; ++m) stats.max(m, row) = finite_max(stats.max(m, row));
 
   for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = -infinity<A>();
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
     for (int64_t r = 0; r < op.targets; ++r) stats.target_max(r, row) = kdfast::max(stats.target_max(r, row), top[r]);
   });
@@ -591,13 +498,13 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
 
   // Once the sum of a target is complete: what eps adds, from the logits and exponentials of a chunk.
   const auto raise = [&](int64_t r, const A* t, int64_t n) {
-    const Side<A> side{stats.target_max(r, row), static_cast<A>(targets[r].sum)};
+    const Softmax<A> side{stats.target_max(r, row), static_cast<A>(targets[r].sum)};
     const Raised<A> sums = all_raised_sums(t, e_t, n, LogSoftmax<A>(side, op.rate), op.eps);
     targets[r].raised.rise += sums.rise;
     targets[r].raised.logs += sums.logs;
     targets[r].raised.live += sums.live;
   };
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     mix_chunk(begin, n);
     for (int64_t i = 0; i < op.learners; ++i) {
       prefetch<A>(op.networks[i], row + 1, op.rows, op.cols);
@@ -612,9 +519,9 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
         targets[r].sum += both.target;
       } else {
         if (first) {
-          const Sums<A> of_target = exponentials<kT>(t, n, max_t, op.rate, e_t);
-          targets[r].sum += of_target.t;
-          targets[r].sum_1 += of_target.one;
+          const ExponentialSums<A> of_target = exponential_sums<kT, true>(t, n, max_t, op.rate, e_t);
+          targets[r].sum += of_target.at_t;
+          targets[r].sum_1 += of_target.at_1;
         }
         sums = learner_sums<kT, kEps, false>(z, t, e_t, n, max_q, max_t, op.rate);
       }
@@ -628,11 +535,11 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
     }
   });
   if (kEps && op.cols > kChunk) {
-    for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
       mix_chunk(begin, n);
       for (int64_t r = 0; r < op.targets; ++r) {
         const A* t = scratch.piece(logits + r);
-        powers_piece(t, n, stats.target_max(r, row), op.rate, e_t);
+        write_exponentials(t, n, stats.target_max(r, row), op.rate, e_t);
         raise(r, t, n);
       }
     });
@@ -644,19 +551,19 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
 
   for (int64_t i = 0; i < op.learners; ++i) {
     const double sum_t = targets[op.target_of(i)].sum;
-    learners[i].kl = divergence<double>(sum_t, learners[i].sum, learners[i].shared.dot, op.rate, false);
+    learners[i].kl = divergence<double>(sum_t, learners[i].sum, learners[i].shared.dot, op.rate);
     learners[i].near = learners[i].kl < kNear && sum_t > 0;
     if (learners[i].near) learners[i].kl = 0;
   }
   if (std::any_of(learners.begin(), learners.end(), [](const LearnerState& learner) { return learner.near; })) {
-    for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
       mix_chunk(begin, n);
       for (int64_t i = 0; i < op.learners; ++i) {
         if (!learners[i].near) continue;
         const int64_t r = op.target_of(i);
         const NearRow<A> near(stats.target_max(r, row), stats.max(i, row), targets[r].sum, learners[i].sum, op.rate,
                               false);
-        learners[i].kl += softmax_kl::near_sum(scratch.piece(logits + r), chunk.z[i], n, near);
+        learners[i].kl += near_sum(scratch.piece(logits + r), chunk.z[i], n, near);
       }
     });
   }
@@ -674,15 +581,13 @@ Value<A> mixed_row(const Mixed<A>& op, int64_t row, const Scratch<A>& scratch) {
   }
   if (!op.labels.index) return value;
   const int64_t label = op.labels.at(row);
-  const auto cross_entropy = [](double sum_1, A at_label) {
-    return sum_1 == 0 ? infinity<A>() : static_cast<A>(kLn2 * log2(sum_1) - at_label);
-  };
   for (int64_t i = 0; i < op.learners; ++i) {
     const A at_label = read_one<A>(op.networks[i], row, label) - stats.max(i, row);
-    value.ce += cross_entropy(learners[i].sum_1, at_label);
+    value.ce += static_cast<A>(cross_entropy<double>(learners[i].sum_1, at_label));
   }
   for (int64_t r = 0; op.target_ce && r < op.targets; ++r) {
-    value.ce += cross_entropy(targets[r].sum_1, target_at(op, row, r, label) - stats.target_max(r, row));
+    const A at_label = target_at(op, row, r, label) - stats.target_max(r, row);
+    value.ce += static_cast<A>(cross_entropy<double>(targets[r].sum_1, at_label));
   }
   return value;
 }
@@ -735,7 +640,7 @@ A learner_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64
                 const A* e_t, int64_t n, A* target_grad, A* out) {
   const MixedStats<A>& stats = op.stats;
   const int64_t r = op.target_of(m);
-  const Side<A> learner = stats.learner(m, row), target = stats.target(r, row);
+  const Softmax<A> learner = stats.learner(m, row), target = stats.target(r, row);
   const LearnerGrad<A> g = learner_grad(target, learner, stats.sum_1(m, row), stats.mass(m, row), op.eps, grad.kl,
                                         op.labels.index ? grad.ce : A(0));
   const A slope = A(kLog2E) * stats.slope(m, row);
@@ -762,7 +667,7 @@ A learner_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64
 template <class A>
 void write_no_grads(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, int64_t written, A* zeros) {
   std::fill(zeros, zeros + kChunk, A(0));
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     for (int64_t m = 0; m < written; ++m) write(grad.out[m], row, begin, n, zeros);
   });
   for (int64_t r = 0; r < grad.mix_grad.targets; ++r) {
@@ -782,7 +687,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
   A top[kMost];
   Chunk<A> chunk;
   if (grad.kl == 0 && grad.ce == 0) return write_no_grads(op, grad, row, written, scratch.piece(0));
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     const int64_t at = label - begin;
     const bool has_label = at >= 0 && at < n;
     chunk.read(op.networks, row, begin, n, scratch, 0);
@@ -791,7 +696,7 @@ void mixed_grad_row(const Mixed<A>& op, const MixedGrad<A>& grad, int64_t row, c
     const auto takes = [&](int64_t m) { return grad.flows && !grad.at_once(op) && m != op.mix.leader; };
     const auto prepare = [&](int64_t r) {
       A *t = scratch.piece(logits + r), *g = scratch.piece(target_grads + r);
-      powers_piece(t, n, stats.target_max(r, row), op.rate, e_t);
+      write_exponentials(t, n, stats.target_max(r, row), op.rate, e_t);
       if (!grad.flows || grad.alone(op, row, r)) return;
       std::fill(g, g + n, A(0));
       if (op.target_ce) {
@@ -893,19 +798,19 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   };
   A max_q = -infinity<A>(), max_p[kMost];
   std::fill(max_p, max_p + count, -infinity<A>());
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
     max_q = max_of(z, n, max_q);
     for (int64_t m = 0; m < count; ++m) max_p[m] = max_of(chunk.z[m], n, max_p[m]);
   });
   max_q = finite_max(max_q);
   double sum_q = 0, sum_1 = 0, sum_p[kMost] = {}, dot[kMost] = {};
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     load_chunk(begin, n);
     prefetch<A>(op.student, row + 1, op.rows, op.cols);
-    const Sums<A> sums = exponentials<kT, kKeep>(z, n, max_q, op.rate, scratch.piece(top));
-    sum_q += sums.t;
-    sum_1 += sums.one;
+    const ExponentialSums<A> sums = exponential_sums<kT, kKeep>(z, n, max_q, op.rate, scratch.piece(top));
+    sum_q += sums.at_t;
+    sum_1 += sums.at_1;
     for (int64_t m = 0; m < count; ++m) {
       prefetch<A>(op.teachers[m], row + 1, op.rows, op.cols);
       const A max = finite_max(max_p[m]);
@@ -928,16 +833,16 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
     if (op.kind == Kind::kKl && value < kNear && sum_p[m] > 0) {
       const NearRow<A> near(finite_max(max_p[m]), max_q, sum_p[m], sum_q, op.rate, true);
       value = 0;
-      for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+      for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
         load_chunk(begin, n);
-        value += softmax_kl::near_sum(chunk.z[m], z, n, near);
+        value += near_sum(chunk.z[m], z, n, near);
       });
     }
     stats.value(m, row) = static_cast<A>(value);
   }
   if (op.kind == Kind::kReverse) {
     double kl = 0;
-    for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+    for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
       load_chunk(begin, n);
       mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
       kl += kLn2 * reverse_sum(z, n, LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top), scratch.piece(sum),
@@ -945,7 +850,7 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
     });
     if (kl < kNear && sum_q > 0) {
       kl = 0;
-      for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+      for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
         load_chunk(begin, n);
         mean_pieces(op, row, chunk, n, scratch.piece(top), scratch.piece(sum));
         kl += near_reverse_sum(z, n, LogSoftmax<A>(stats.student(row), op.rate), scratch.piece(top), scratch.piece(sum),
@@ -956,7 +861,7 @@ A taught_row(const Taught<A>& op, int64_t row, const Scratch<A>& scratch) {
   }
   if (!op.labels.index) return 0;
   const A at_label = read_one<A>(op.student, row, op.labels.at(row)) - max_q;
-  return sum_1 == 0 ? infinity<A>() : static_cast<A>(kLn2 * log2(sum_1) - at_label);
+  return static_cast<A>(cross_entropy<double>(sum_1, at_label));
 }
 
 template <class A>
@@ -972,7 +877,7 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
                      const Scratch<A>& scratch, const Matrix& to_student, const std::vector<Matrix>& to_teachers) {
   const TeacherStats<A>& stats = op.stats;
   const int64_t count = op.teachers.count, top = count + 1, sum = count + 2, buffer = count + 3;
-  const Side<A> student = stats.student(row);
+  const Softmax<A> student = stats.student(row);
   const LogSoftmax<A> q(student, op.rate);
   const A coef_1 = op.labels.index ? of_1(ce, stats.sum_1(row)) : A(0);
   // A teacher without weight adds 0 whatever it is.
@@ -985,7 +890,7 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
   }
   const bool reverse = op.kind == Kind::kReverse && kl != 0;
   Chunk<A> chunk;
-  for_chunks(op.cols, [&](int64_t begin, int64_t n) {
+  for_pieces(0, op.cols, [&](int64_t begin, int64_t n) {
     const A* z = read_all(op, row, begin, n, scratch, chunk);
     if (to_student.data) {
       A* out = target(to_student, row, begin, scratch.piece(buffer));
@@ -1003,7 +908,7 @@ void taught_grad_row(const Taught<A>& op, const std::vector<A>& weights, A kl, A
           Pulls<A> pulls{};
           for (int64_t i = 0; i < some.value; ++i) {
             const int64_t m = active[first + i];
-            const Side<A> p = stats.teacher(m, row);
+            const Softmax<A> p = stats.teacher(m, row);
             pulls.z[i] = chunk.z[m];
             pulls.max[i] = p.max;
             pulls.factor[i] = kl * weights[m] * p.inverse();
@@ -1055,12 +960,12 @@ std::vector<double> gradient_gram(const Taught<A>& op) {
     for (int64_t row = first; row < end; ++row) {
       taught_row<1, true>(op, row, scratch);
       Chunk<A> chunk;
-      for_chunks(cols, [&](int64_t begin, int64_t n) {
+      for_pieces(0, cols, [&](int64_t begin, int64_t n) {
         const A* z = cols > kChunk ? read_all(op, row, begin, n, scratch, chunk) : nullptr;
         for (int64_t i = 0; i <= count; ++i) {
-          const Side<A> side = i ? op.stats.teacher(i - 1, row) : op.stats.student(row);
+          const Softmax<A> side = i ? op.stats.teacher(i - 1, row) : op.stats.student(row);
           A* e = scratch.piece(count + 1 + i);
-          if (z) powers_piece(i ? chunk.z[i - 1] : z, n, side.max, op.rate, e);
+          if (z) write_exponentials(i ? chunk.z[i - 1] : z, n, side.max, op.rate, e);
           add_scaled(e, n, side.inverse(), few.data() + i * cols + begin);
         }
       });
@@ -1134,14 +1039,14 @@ Pair mixed_forward_cpu(std::vector<Tensor> networks, std::optional<Tensor> mix, 
     std::vector<A> values(rows);
     const A kl = static_cast<A>(kl_scale / divisor * t * t * value_of(ramp, 1)),
             ce = static_cast<A>(ce_scale / divisor);
-    dispatch_temperature(op.rate, [&](auto t_1) {
+    dispatch_temperature<1, 2, 3, 4>(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count, count + targets + 1, [&](int64_t row, const Scratch<A>& scratch) {
         const Value<A> v =
             op.eps == 0 ? mixed_row<t_1.value, false>(op, row, scratch) : mixed_row<t_1.value, true>(op, row, scratch);
         values[row] = weighed(kl, v.kl) + weighed(ce, v.ce);
       });
     });
-    *static_cast<A*>(loss.data_ptr()) = sum_of(values);
+    reduce_rows(rows, true, static_cast<A*>(loss.data_ptr()), [&](int64_t row) { return values[row]; });
   });
   return {loss, stats};
 }
@@ -1172,7 +1077,7 @@ Pair mixed_backward_cpu(Tensor grad, std::vector<Tensor> networks, std::optional
       g.out[m] = {static_cast<char*>(grads.data_ptr()) + m * rows * cols * grads.element_size(), grads.scalar_type(),
                   cols, 1};
     }
-    dispatch_temperature(op.rate, [&](auto t_1) {
+    dispatch_temperature<1, 2, 3, 4>(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count, 2 * count + 2 * targets + 3,
                   [&](int64_t row, const Scratch<A>& scratch) { mixed_grad_row<t_1.value>(op, g, row, scratch); });
     });
@@ -1206,7 +1111,7 @@ template <class A>
 std::vector<A> taught_rows(const Taught<A>& op) {
   std::vector<A> ce(op.rows);
   const int64_t count = op.teachers.count;
-  dispatch_temperature(op.rate, [&](auto t_1) {
+  dispatch_temperature<1, 2, 3, 4>(op.rate, [&](auto t_1) {
     for_rows<A>(op.rows, op.cols, count + 1, 2 * count + 2, [&](int64_t row, const Scratch<A>& scratch) {
       ce[row] = taught_row<t_1.value, false>(op, row, scratch);
     });
@@ -1231,7 +1136,7 @@ Pair teachers_forward_cpu(Tensor student, std::vector<Tensor> teachers, std::opt
     for (int64_t row = 0; row < rows; ++row) {
       values[row] = weighed(kl, row_value(op, weights, row)) + weighed(ce, values[row]);
     }
-    *static_cast<A*>(loss.data_ptr()) = sum_of(values);
+    reduce_rows(rows, true, static_cast<A*>(loss.data_ptr()), [&](int64_t row) { return values[row]; });
   });
   return {loss, stats};
 }
@@ -1259,7 +1164,7 @@ Pair teachers_backward_cpu(Tensor grad, Tensor student, std::vector<Tensor> teac
     const A kl = static_cast<A>(upstream * (scale / divisor * t)),
             ce = static_cast<A>(upstream * ce_scale / ce_divisor);
     const Matrix student_out = need_student ? matrix(to_student) : Matrix{};
-    dispatch_temperature(op.rate, [&](auto t_1) {
+    dispatch_temperature<1, 2, 3, 4>(op.rate, [&](auto t_1) {
       for_rows<A>(rows, cols, count + 1, count + 4, [&](int64_t row, const Scratch<A>& scratch) {
         taught_grad_row<t_1.value>(op, weights, kl, ce, row, scratch, student_out, outs);
       });
@@ -1285,7 +1190,7 @@ std::tuple<Tensor, Tensor, Tensor> aekd_forward_cpu(Tensor student, std::vector<
     for (int64_t m = 0; m < count; ++m) rounded[m] = static_cast<A*>(weights.data_ptr())[m] = static_cast<A>(exact[m]);
     for (int64_t row = 0; row < rows; ++row)
       values[row] = weighed(A(scale / divisor * t * t), row_value(op, rounded, row));
-    *static_cast<A*>(loss.data_ptr()) = sum_of(values);
+    reduce_rows(rows, true, static_cast<A*>(loss.data_ptr()), [&](int64_t row) { return values[row]; });
   });
   return {loss, stats, weights};
 }

@@ -14,11 +14,6 @@ __device__ bool leads() {
   return threadIdx.x % kThreads == 0;
 }
 
-template <class A>
-__device__ A finite_max(A max) {
-  return is_masked(max) ? A(0) : max;
-}
-
 // The largest logit of a row, 0 where all are -inf.
 template <int kThreads, class A>
 __device__ A row_max(const Matrix& m, int64_t row, int64_t cols) {
@@ -30,15 +25,6 @@ __device__ A row_max(const Matrix& m, int64_t row, int64_t cols) {
   });
   return finite_max(group_reduce<kThreads>(top, Max{}));
 }
-
-template <class A>
-struct LogSoftmax {
-  A max, rate, log2_sum, inverse;
-
-  __device__ LogSoftmax(Side<A> side, A rate)
-      : max(side.max), rate(rate), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
-  __device__ A operator()(A z) const { return (z - max) * rate - log2_sum; }
-};
 
 // ---- mixed_logits_kl
 template <class A>
@@ -63,7 +49,7 @@ struct Mixed {
   }
   // Of the divergences, without T^2.
   __device__ A kl_weight() const { return static_cast<A>(kl_scale * (ramp.data ? read<double>(ramp, 0) : 1.0)); }
-  __device__ bool has_label(int64_t row) const { return labels.at(row) >= 0 && labels.at(row) < cols; }
+  __device__ bool has_label(int64_t row) const { return labels.is_class(row, cols); }
 };
 
 // A target's logits in a step; -inf beyond the row's end.
@@ -93,7 +79,7 @@ __device__ void target_step(const Mixed<A>& op, int64_t row, int64_t r, int64_t 
 
 // The sums of a target over its row; every thread gets the result.
 template <int kThreads, class A>
-__device__ Side<A> target_side(const Mixed<A>& op, int64_t row, int64_t r, A& sum_1) {
+__device__ Softmax<A> target_side(const Mixed<A>& op, int64_t row, int64_t r, A& sum_1) {
   const A rate = op.rate();
   A top = -infinity<A>();
   for_steps<kThreads>(0, op.cols, [&](int64_t col) {
@@ -118,7 +104,7 @@ __device__ Side<A> target_side(const Mixed<A>& op, int64_t row, int64_t r, A& su
 }
 
 template <int kThreads, class A>
-__device__ Raised<A> target_raised(const Mixed<A>& op, int64_t row, int64_t r, Side<A> side) {
+__device__ Raised<A> target_raised(const Mixed<A>& op, int64_t row, int64_t r, Softmax<A> side) {
   Raised<A> raised;
   const A rate = op.rate();
   const LogSoftmax<A> log_p(side, rate);
@@ -137,11 +123,6 @@ __device__ Raised<A> target_raised(const Mixed<A>& op, int64_t row, int64_t r, S
   return raised;
 }
 
-template <class A>
-__device__ A cross_entropy(A sum_1, A at_label) {
-  return sum_1 == 0 ? infinity<A>() : A(kLn2) * log2(sum_1) - at_label;
-}
-
 // KL(target || learner) of near rows; every thread gets it.
 template <int kThreads, class A>
 __device__ A near_kl(const Mixed<A>& op, int64_t row, int64_t r, int64_t learner, const NearRow<A>& near) {
@@ -158,7 +139,7 @@ __device__ A near_kl(const Mixed<A>& op, int64_t row, int64_t r, int64_t learner
 
 // Learners [first, first + kCount) of target r, as many as there are: their statistics, and what they add to the value.
 template <int kThreads, int kCount, class A>
-__device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Side<A> side, const Raised<A>& raised,
+__device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Softmax<A> side, const Raised<A>& raised,
                             int64_t first, A& kl, A& ce) {
   const A rate = op.rate();
   A top[kCount], sum[kCount], sum_1[kCount];
@@ -194,7 +175,7 @@ __device__ void learners_of(const Mixed<A>& op, int64_t row, int64_t r, Side<A> 
     shared[k].dot = group_reduce<kThreads>(shared[k].dot, Add{});
     shared[k].centred = group_reduce<kThreads>(shared[k].centred, Add{});
     shared[k].extra = group_reduce<kThreads>(shared[k].extra, Add{});
-    A plain = divergence(side.sum, sum[k], shared[k].dot, rate, false);
+    A plain = divergence(side.sum, sum[k], shared[k].dot, rate);
     if (plain < A(kNear) && side.sum > 0) {
       plain = near_kl<kThreads>(op, row, r, learner, NearRow<A>(side.max, top[k], side.sum, sum[k], rate, false));
     }
@@ -227,7 +208,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) mixed_forward_kernel(Mi
   A kl = 0, ce = 0;
   for (int64_t r = 0; r < op.targets; ++r) {
     A sum_1 = 0;
-    const Side<A> side = target_side<kThreads>(op, row, r, sum_1);
+    const Softmax<A> side = target_side<kThreads>(op, row, r, sum_1);
     const Raised<A> raised = op.eps == 0 ? Raised<A>{} : target_raised<kThreads>(op, row, r, side);
     if (leads<kThreads>()) {
       if (op.target_ce) {
@@ -267,7 +248,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   if (r >= op.targets) return;
   const A upstream = read<A>(grad, 0), kl = upstream * op.kl_weight() * op.temperature[0], rate = op.rate();
   const A ce = upstream * static_cast<A>(op.ce_scale);
-  const Side<A> side = op.stats.target(r, row);
+  const Softmax<A> side = op.stats.target(r, row);
   const LogSoftmax<A> log_p(side, rate);
   const A coef_1 = op.target_ce ? of_1(ce, op.stats.target_sum_1(r, row)) : A(0);
   const int64_t label = op.target_ce ? op.labels.at(row) : -1;
@@ -317,7 +298,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       if (m < op.learners) {
         const int64_t r = op.target_of(m);
         if (op.targets > 1) target_step(op, row, r, col, t);
-        const Side<A> target = op.stats.target(r, row), learner = op.stats.learner(m, row);
+        const Softmax<A> target = op.stats.target(r, row), learner = op.stats.learner(m, row);
         const LearnerGrad<A> g =
             learner_grad(target, learner, op.stats.sum_1(m, row), op.stats.mass(m, row), op.eps, kl, ce);
         A z[kStep];
@@ -489,7 +470,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) teachers_forward_kernel
   group_sync<kThreads>();
   A reverse = 0;
   if (op.kind == Kind::kReverse) {
-    const LogSoftmax<A> log_q(Side<A>{max_q, sum_q}, rate);
+    const LogSoftmax<A> log_q(Softmax<A>{max_q, sum_q}, rate);
     // The second time in terms that do not cancel, if the rows are near.
     for (int near = 0; near < 2; ++near) {
       A sum = 0;
@@ -512,7 +493,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) teachers_forward_kernel
   A term = 0;
   if (op.labels.index) {
     const int64_t label = op.labels.at(row);
-    const bool valid = label >= 0 && label < op.cols;
+    const bool valid = op.labels.is_class(row, op.cols);
     if (!valid) sum_1 = not_a_number<A>();
     term = cross_entropy(sum_1, valid ? read_one<A>(op.student, row, label) - max_q : A(0));
   }
@@ -572,7 +553,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       }
     }
     for (int64_t m = 0; !reverse && m < op.teachers.count; ++m) {
-      const Side<A> p = op.stats.teacher(m, row);
+      const Softmax<A> p = op.stats.teacher(m, row);
       const LogSoftmax<A> log_p(p, rate);
       const A share = kl * op.weight_of(m), value = op.stats.value(m, row);
       const A of_q = p.sum == 0 ? A(0) : share * log_q.inverse, of_p = share * log_p.inverse;
@@ -613,7 +594,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const A rate = op.rate();
   const int64_t end = (slab + 1) * per_slab < op.rows ? (slab + 1) * per_slab : op.rows;
   for (int64_t row = slab * per_slab; row < end; ++row) {
-    const Side<A> q = op.stats.student(row), p = op.stats.teacher(m, row);
+    const Softmax<A> q = op.stats.student(row), p = op.stats.teacher(m, row);
     sum += static_cast<double>(exp2((read_one<A>(op.student, row, col) - q.max) * rate) * q.inverse() -
                                exp2((read_one<A>(teacher, row, col) - p.max) * rate) * p.inverse());
   }
@@ -681,7 +662,7 @@ Mixed<A> mixed_of(const std::vector<Tensor>& networks, const std::optional<Tenso
   return {networks_of(networks),
           mix_of(mix, count),
           labels_of(labels),
-          column_of(ramp),
+          column(ramp),
           temperature,
           rows,
           networks[0].size(1),
@@ -756,7 +737,7 @@ Taught<A> taught_of(const Tensor& student, const std::vector<Tensor>& teachers, 
   return {matrix(student),
           networks_of(teachers),
           labels_of(labels),
-          column_of(weight),
+          column(weight),
           temperature,
           rows,
           student.size(1),

@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "common/labels.h"
 #include "common/temperature.h"
 #include "common/tensor.h"
 #include "ensemble/math.h"
@@ -81,20 +82,6 @@ inline int64_t targets_of(const std::optional<Tensor>& mix, int64_t count) {
   return mix ? mix->size(1) + (mix->size(2) < count) : 1;
 }
 
-struct Labels {
-  const int64_t* index = nullptr;
-  int64_t stride = 0;
-
-  KD_HD int64_t at(int64_t row) const { return index[row * stride]; }
-};
-
-inline Labels labels_of(const std::optional<Tensor>& labels) {
-  if (!labels) return {};
-  return {static_cast<const int64_t*>(labels->data_ptr()), labels->stride(0)};
-}
-
-inline Column column_of(const std::optional<Tensor>& x) { return x ? column(*x) : Column{}; }
-
 // mixed_logits_kl: maxima of the networks; of the learners sums at T, sums at 1, masses, slopes; of the targets maxima,
 // sums at T, sums at 1.
 template <class A>
@@ -111,8 +98,8 @@ struct MixedStats {
   KD_HD A& target_max(int64_t r, int64_t row) const { return at(networks + 4 * learners + r, row); }
   KD_HD A& target_sum(int64_t r, int64_t row) const { return at(networks + 4 * learners + targets + r, row); }
   KD_HD A& target_sum_1(int64_t r, int64_t row) const { return at(networks + 4 * learners + 2 * targets + r, row); }
-  KD_HD Side<A> learner(int64_t i, int64_t row) const { return {max(i, row), sum(i, row)}; }
-  KD_HD Side<A> target(int64_t r, int64_t row) const { return {target_max(r, row), target_sum(r, row)}; }
+  KD_HD Softmax<A> learner(int64_t i, int64_t row) const { return {max(i, row), sum(i, row)}; }
+  KD_HD Softmax<A> target(int64_t r, int64_t row) const { return {target_max(r, row), target_sum(r, row)}; }
 };
 
 inline int64_t mixed_stats(int64_t networks, int64_t learners, int64_t targets) {
@@ -129,9 +116,9 @@ struct TeacherStats {
   KD_HD A& at(int64_t k, int64_t row) const { return data[k * rows + row]; }
   KD_HD A& sum_1(int64_t row) const { return at(2, row); }
   KD_HD A& value(int64_t m, int64_t row) const { return at(3 + 2 * count + m, row); }
-  KD_HD Side<A> student(int64_t row) const { return {at(0, row), at(1, row)}; }
-  KD_HD Side<A> teacher(int64_t m, int64_t row) const { return {at(3 + m, row), at(3 + count + m, row)}; }
-  KD_HD void set_teacher(int64_t m, int64_t row, Side<A> side) const {
+  KD_HD Softmax<A> student(int64_t row) const { return {at(0, row), at(1, row)}; }
+  KD_HD Softmax<A> teacher(int64_t m, int64_t row) const { return {at(3 + m, row), at(3 + count + m, row)}; }
+  KD_HD void set_teacher(int64_t m, int64_t row, Softmax<A> side) const {
     at(3 + m, row) = side.max;
     at(3 + count + m, row) = side.sum;
   }
@@ -142,21 +129,6 @@ inline int64_t teacher_stats(int64_t count) { return 3 + 3 * count; }
 inline Kind kind_of(const std::string& kind) {
   STD_TORCH_CHECK(kind == "kl" || kind == "cross_entropy" || kind == "reverse_kl", "kdfast: unknown kind ", kind);
   return kind == "kl" ? Kind::kKl : kind == "cross_entropy" ? Kind::kCrossEntropy : Kind::kReverse;
-}
-
-// f(constant kT) with kT as exp_1 takes it.
-template <class A, class F>
-auto dispatch_temperature(A rate, F&& f) {
-  if (rate == A(kLog2E)) return f(std::integral_constant<int, 1>{});
-  if (rate == A(kLog2E / 2)) return f(std::integral_constant<int, 2>{});
-  if (rate == A(kLog2E / 3)) return f(std::integral_constant<int, 3>{});
-  if (rate == A(kLog2E / 4)) return f(std::integral_constant<int, 4>{});
-  return f(std::integral_constant<int, 0>{});
-}
-
-// The type of sums of all inputs.
-inline ScalarType accumulator(const std::vector<Tensor>& tensors, const std::optional<Tensor>& other) {
-  return kdfast::accumulator(tensors[0], other);
 }
 
 }  // namespace ensemble

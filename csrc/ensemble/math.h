@@ -1,6 +1,6 @@
 // Many networks against mixed logits or teachers, row by row.
 //
-// Notation of softmax_kl/math.h: a softmax is its max and sum = sum_j exp2(c_j rate), c = z - max, rate = log2(e) / T.
+// Notation of common/softmax.h.
 // A target t mixes networks: t = sum_m w_m c_m, of centred logits. With p = softmax(t / T), q of a learner and
 // p' = p + eps over the classes that are not -inf in both ("live"), in bits:
 //   KL_eps = sum p (log p' - log p) + sum p (log p - log q) + eps sum (log p' - log q)
@@ -10,29 +10,10 @@
 // Includes no torch header; shared by CPU and CUDA.
 #pragma once
 
-#include "softmax_kl/math.h"
+#include "common/softmax.h"
 
 namespace kdfast {
 namespace ensemble {
-
-using softmax_kl::kl_term;
-using softmax_kl::kNear;
-using softmax_kl::near_term;
-using softmax_kl::NearRow;
-using softmax_kl::Side;
-
-// e^c for a cross-entropy at temperature 1, from the centred logit c and e = exp(c / T) where T is 1, 2, 3 or 4: a
-// power costs less than an exponential. kT = 0 stands for any other T.
-template <int kT, class A>
-KD_HD A exp_1(A e, A c) {
-  if (kT == 3) return e * e * e;
-  return softmax_kl::exp_1<kT>(e, c);
-}
-
-template <class A>
-KD_HD bool is_masked(A z) {
-  return z == -infinity<A>();
-}
 
 // ---- mixed_logits_kl
 // What a target's own sums leave, in bits: over the classes that are not -inf in it,
@@ -87,7 +68,7 @@ KD_HD EpsKl<A> eps_kl(A kl, A sum_t, A sum_q, const Raised<A>& raised, const Sha
 // What exp(z - max) is multiplied by in the gradient of a cross-entropy.
 template <class A>
 KD_HD A of_1(A ce, A sum_1) {
-  return ce == 0 ? A(0) : ce * Side<A>{0, sum_1}.inverse();
+  return ce == 0 ? A(0) : ce * Softmax<A>{0, sum_1}.inverse();
 }
 
 // Gradient of a learner: of_q e_q - of_p e_t - eps_part of a live class, plus of_1 exp(c) of the cross-entropy.
@@ -97,7 +78,7 @@ struct LearnerGrad {
 };
 
 template <class A>
-KD_HD LearnerGrad<A> learner_grad(Side<A> target, Side<A> learner, A sum_1, A mass, A eps, A kl, A ce) {
+KD_HD LearnerGrad<A> learner_grad(Softmax<A> target, Softmax<A> learner, A sum_1, A mass, A eps, A kl, A ce) {
   const A weight = target.sum == 0 ? A(0) : kl;
   return {weight * mass * learner.inverse(), weight * target.inverse(), weight * eps, of_1(ce, sum_1)};
 }
@@ -126,15 +107,6 @@ KD_HD A weighed(A weight, A x) {
 
 // ---- teachers_kl
 enum class Kind { kKl, kCrossEntropy, kReverse };
-
-// sum p (log p - log q), or sum p (-log q), in nats; `dot` is sum e_p of kl_dot.
-template <class A>
-KD_HD A divergence(A sum_p, A sum_q, A dot, A rate, bool cross) {
-  if (sum_p == 0) return 0;
-  if (sum_q == 0) return infinity<A>();
-  const A log2_q = log2(sum_q);
-  return A(kLn2) * (rate * divide(dot, sum_p) + (cross ? log2_q : log2_q - log2(sum_p)));
-}
 
 template <class A>
 KD_HD A divergence_term(A e_p, A c_p, A c_q, bool cross) {

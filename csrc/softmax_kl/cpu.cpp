@@ -4,11 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/chunk.h"
-#include "common/parallel.h"
-#include "common/vector_loop.h"
+#include "common/logit_rows.h"
 #include "softmax_kl/layout.h"
-#include "softmax_kl/near.h"
 
 namespace kdfast {
 namespace softmax_kl {
@@ -41,20 +38,6 @@ KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A ma
 }
 
 template <class A>
-KD_MULTIVERSION A exp_sum(const A* z, int64_t n, A max, A rate) {
-  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return exp2((z[i] - max) * rate); });
-}
-
-// Writes the exponentials, too.
-template <class A>
-KD_MULTIVERSION A exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
-    e[i] = exp2((z[i] - max) * rate);
-    return e[i];
-  });
-}
-
-template <class A>
 KD_MULTIVERSION A centred_sum(const A* z, int64_t n, A max) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return z[i] - max; });
 }
@@ -71,14 +54,6 @@ KD_MULTIVERSION TargetSums<A> target_sums(const A* z, const A* target, int64_t n
   return {sums.a, sums.b};
 }
 
-// What turns a logit into a log-probability in bits, (z - max) * rate - log2_sum, and e into a probability.
-template <class A>
-struct LogSoftmax {
-  A max, log2_sum, inverse;
-
-  explicit LogSoftmax(Side<A> side) : max(side.max), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
-};
-
 template <class A>
 struct MixtureSums {
   A p, q;
@@ -87,10 +62,9 @@ struct MixtureSums {
 // e: the exponentials of z - max.
 template <class A>
 KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
-                                            LogSoftmax<A> p, LogSoftmax<A> q, A rate, A of_p, A of_q) {
+                                            LogSoftmax<A> p, LogSoftmax<A> q, A of_p, A of_q) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
-    const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, (z_p[i] - p.max) * rate - p.log2_sum,
-                                 (z_q[i] - q.max) * rate - q.log2_sum, of_p, of_q);
+    const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, p(z_p[i]), q(z_q[i]), of_p, of_q);
     return Terms<A>{mixture_term(m.p, m.p_ratio), mixture_term(m.q, m.q_ratio)};
   });
   return {sums.a, sums.b};
@@ -99,12 +73,11 @@ KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A*
 // The same of near rows, in nats.
 template <class A>
 KD_MULTIVERSION MixtureSums<A> near_mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p,
-                                                 LogSoftmax<A> q, A rate, A of_p, A of_q) {
+                                                 LogSoftmax<A> q, A of_p, A of_q) {
   const A log2_ratio = p.log2_sum - q.log2_sum;
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
-    const Mixture<A> m =
-        mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, of_p, of_q);
-    const A d = A(kLn2) * (centred_gap(z_p[i], z_q[i], p.max, q.max) * rate - log2_ratio);
+    const Mixture<A> m = mixture(p(z_p[i]), q(z_q[i]), of_p, of_q);
+    const A d = A(kLn2) * (centred_gap(z_p[i], z_q[i], p.max, q.max) * p.rate - log2_ratio);
     const NearMixture<A> near = near_mixture(m, d, of_p, of_q);
     return Terms<A>{near.p, near.q};
   });
@@ -131,11 +104,9 @@ KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A ma
 // The gradient of one side, whose share of the mixture is `share`.
 template <class A>
 KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own,
-                                        LogSoftmax<A> other, A rate, A share, A of_other, A kl, A scale, A* out) {
+                                        LogSoftmax<A> other, A share, A of_other, A kl, A scale, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
-    const A log_own = (z_own[i] - own.max) * rate - own.log2_sum,
-            log_other = (z_other[i] - other.max) * rate - other.log2_sum;
-    const Mixture<A> m = mixture(log_own, log_other, share, of_other);
+    const Mixture<A> m = mixture(own(z_own[i]), other(z_other[i]), share, of_other);
     out[i] = mixture_grad(m.p, m.p_ratio, kl, scale * share);
   });
 }
@@ -169,15 +140,6 @@ KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out
 
 // ---- rows
 
-// Rows that are work enough for a thread.
-int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
-
-// f(row) for every row, in parallel.
-template <class F>
-void for_rows(int64_t rows, int64_t cols, const F& f) {
-  for_each(rows, row_grain(cols), f);
-}
-
 // One row of logits.
 template <class A>
 struct Row {
@@ -206,7 +168,7 @@ template <class A, class F>
 A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& fast, const F& careful) {
   const A top_p = max_of(p, n, s.max_p), top_q = max_of(q, n, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
   KlSums<A> piece = fast(p, q, n, max_p, max_q, rate);
   if (!(piece.dot - piece.dot == 0)) piece = careful(p, q, n, max_p, max_q, rate);
   s.sum_p += piece.p;
@@ -229,7 +191,7 @@ template <class A>
 A row_kl(const State<A>& s, const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
   double kl = s.kl(rate);
   if (!(kl < kNear) || s.sum_p == 0) return static_cast<A>(kl);
-  const NearRow<A> near(s, rate);
+  const NearRow<A> near = near_row(s, rate);
   kl = 0;
   for_row_pieces(cols, hidden,
                  [&](int64_t begin, int64_t n) { kl += near_sum(p.piece(begin, n), q.piece(begin, n), n, near); });
@@ -248,48 +210,36 @@ void write_zeros(const Matrix& to, int64_t row, int64_t cols) {
   });
 }
 
-// value(row) of all rows: their sum, or one by one.
-template <class A, class F>
-void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
-  double sum = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const A v = value(row);
-    if (!reduce) out[row] = v;
-    sum += v;
-  }
-  if (reduce) *out = static_cast<A>(sum);
-}
-
 // ---- softmax_kl: p is the side whose probabilities weigh
 
 // The softmax of a row. `e` holds the exponentials of its last chunk; that is all of them where the row is no longer.
 template <class A>
-Side<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
+Softmax<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
   A max = -infinity<A>();
   double sum = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     const A *piece = z.piece(begin, n), top = max_of(piece, n, max);
     if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
-    sum += exponentials(piece, n, State<A>::finite_max(max), rate, e);
+    sum += exponential_sum<true>(piece, n, finite_max(max), rate, e);
   });
-  return {State<A>::finite_max(max), static_cast<A>(sum)};
+  return {finite_max(max), static_cast<A>(sum)};
 }
 
 // One row's KL(q || m) and KL(p || m) into its statistics, for 0 < beta < 1.
 template <class A>
 void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const Shares<A>& shares, Stats<A> stats) {
   alignas(64) A e_s[kChunk], e_t[kChunk];
-  const Side<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
-  const LogSoftmax<A> log_s(side_s), log_t(side_t);
+  const Softmax<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
+  const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   double kl_s = 0, kl_t = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     const A *z_s = s.piece(begin, n), *z_t = t.piece(begin, n);
     if (cols > kChunk) {
-      exponentials(z_s, n, side_s.max, rate, e_s);
-      exponentials(z_t, n, side_t.max, rate, e_t);
+      write_exponentials(z_s, n, side_s.max, rate, e_s);
+      write_exponentials(z_t, n, side_t.max, rate, e_t);
     }
-    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, rate, shares.p, shares.q);
+    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, shares.p, shares.q);
     kl_t += kLn2 * sums.p;
     kl_s += kLn2 * sums.q;
   });
@@ -297,15 +247,15 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const S
     double near_s = 0, near_t = 0;
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const MixtureSums<A> sums =
-          near_mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, rate, shares.p, shares.q);
+          near_mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, shares.p, shares.q);
       near_t += sums.p;
       near_s += sums.q;
     });
     if (kl_s < kNear) kl_s = near_s;
     if (kl_t < kNear) kl_t = near_t;
   }
-  stats.set_side(kStudent, s.row, side_s);
-  stats.set_side(kTeacher, s.row, side_t);
+  stats.set_softmax(kStudent, s.row, side_s);
+  stats.set_softmax(kTeacher, s.row, side_t);
   stats[kStudent + kKl][s.row] = static_cast<A>(kl_s);
   stats[kTeacher + kKl][s.row] = static_cast<A>(kl_t);
 }
@@ -316,8 +266,8 @@ void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse
   const Row<A>&p = reverse ? s : t, &q = reverse ? t : s;
   const State<A> state = kl_sweep(p, q, cols, -1, rate);
   const A kl = row_kl(state, p, q, cols, -1, rate);
-  stats.set_side(kStudent, s.row, reverse ? state.p() : state.q());
-  stats.set_side(kTeacher, s.row, reverse ? state.q() : state.p());
+  stats.set_softmax(kStudent, s.row, reverse ? state.p() : state.q());
+  stats.set_softmax(kTeacher, s.row, reverse ? state.q() : state.p());
   stats[kStudent + kKl][s.row] = reverse ? kl : A(0);
   stats[kTeacher + kKl][s.row] = reverse ? A(0) : kl;
 }
@@ -358,13 +308,13 @@ void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidd
 
 template <class A>
 void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A rate, A share, A of_other,
-                        Side<A> side_own, Side<A> side_other, A kl, A scale, const Matrix& to) {
+                        Softmax<A> side_own, Softmax<A> side_other, A kl, A scale, const Matrix& to) {
   alignas(64) A buffer[kChunk];
-  const LogSoftmax<A> log_own(side_own), log_other(side_other);
+  const LogSoftmax<A> log_own(side_own, rate), log_other(side_other, rate);
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     A* out = target(to, own.row, begin, buffer);
-    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, rate, share, of_other, kl,
-                       scale, out);
+    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, share, of_other, kl, scale,
+                       out);
     write(to, own.row, begin, n, out);
   });
 }
@@ -376,7 +326,7 @@ void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Co
   for_rows(stats.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+    const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
     const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
     const A rate = temperature.rate(row);
@@ -490,7 +440,7 @@ class Kept {
 
 // The student's softmax over the classes that are not kept.
 template <class A>
-Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
+Softmax<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
   A max = -infinity<A>();
   double sum = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
@@ -498,9 +448,9 @@ Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
     const A top = max_of(z, n, max);
     if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
-    sum += exp_sum(z, n, State<A>::finite_max(max), rate);
+    sum += exponential_sum<false, A>(z, n, finite_max(max), rate, nullptr);
   });
-  return {State<A>::finite_max(max), static_cast<A>(sum)};
+  return {finite_max(max), static_cast<A>(sum)};
 }
 
 template <class A>
@@ -512,7 +462,7 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
     for (int64_t row = begin; row < end; ++row) {
       kept.set_row(row);
       const A rate = temperature.rate(row);
-      const Side<A> rest = rest_sweep(Row<A>{student, row, buffer}, cols, rate, kept);
+      const Softmax<A> rest = rest_sweep(Row<A>{student, row, buffer}, cols, rate, kept);
       State<A> state;
       state.max_p = max_of(kept.values, teacher.count, kept.rest);
       state.max_q = max_of(kept.logits(), teacher.count, rest.sum == 0 ? -infinity<A>() : rest.max);
@@ -522,16 +472,16 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
       add_rest(state, kept.rest, rest, rate);
       double kl = state.kl(rate);
       if (kl < kNear && state.sum_p > 0) {
-        const NearRow<A> near(state, rate);
+        const NearRow<A> near = near_row(state, rate);
         kl = near_rest_term(near, kept.rest, rest);
         for_pieces(0, teacher.count,
                    [&](int64_t at, int64_t n) { kl += near_sum(kept.values + at, kept.logits() + at, n, near); });
       }
-      stats.set_side(kStudent, row, state.q());
+      stats.set_softmax(kStudent, row, state.q());
       stats[kStudent + kKl][row] = 0;
-      stats.set_side(kTeacher, row, state.p());
+      stats.set_softmax(kTeacher, row, state.p());
       stats[kTeacher + kKl][row] = static_cast<A>(kl);
-      stats.set_side(kTopKRest, row, rest);
+      stats.set_softmax(kTopKRest, row, rest);
     }
   });
 }
@@ -546,7 +496,8 @@ void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const
     for (int64_t row = first; row < last; ++row) {
       kept.set_row(row);
       const Row<A> s{student, row, student_buffer};
-      const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
+      const Softmax<A> p = stats.softmax(kTeacher, row), q = stats.softmax(kStudent, row),
+                       rest = stats.softmax(kTopKRest, row);
       const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
       if (factor == 0) {
         write_zeros<A>(to_student, row, cols);
@@ -571,18 +522,6 @@ void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const
 
 // ---- cross_entropy_kl
 
-void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_t* ignore_index) {
-  if (!labels.index) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t label = labels.at(row);
-    if ((label < 0 || label >= cols) && !(ignore_index && label == *ignore_index)) {
-      throw std::invalid_argument("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
-                                  ", expected a class from 0 to " + std::to_string(cols - 1) +
-                                  (ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : ""));
-    }
-  }
-}
-
 // Probabilities of a target do not sum to less than 0: logits and their logarithms do.
 void check_mass(int64_t row, double mass) {
   if (!(mass < kLeastMass)) return;
@@ -590,15 +529,6 @@ void check_mass(int64_t row, double mass) {
   std::snprintf(number, sizeof(number), "%.6g", mass);
   throw std::invalid_argument("labels[" + std::to_string(row) + "] are probabilities that sum to " + number +
                               ", expected 0 or more: pass probabilities, not logits or log-probabilities");
-}
-
-// f(constant kT) with kT as exp_1 takes it.
-template <class A, class F>
-auto dispatch_temperature(A rate, F&& f) {
-  if (rate == A(kLog2E)) return f(std::integral_constant<int, 1>{});
-  if (rate == A(kLog2E / 2)) return f(std::integral_constant<int, 2>{});
-  if (rate == A(kLog2E / 4)) return f(std::integral_constant<int, 4>{});
-  return f(std::integral_constant<int, 0>{});
 }
 
 // -> the cross-entropy of each row; 0 where its label is ignored.
@@ -617,13 +547,13 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
       const A before = state.max_q;
       A sum_1 = 0;
       if (teacher.data) {
-        sum_1 = dispatch_temperature(rate, [&](auto t_1) {
+        sum_1 = dispatch_temperature<1, 2, 4>(rate, [&](auto t_1) {
           return kl_update(state, t.piece(begin, n), z, n, rate, kl_ce_sums<t_1.value, false, A>,
                            kl_ce_sums<t_1.value, true, A>);
         });
       } else {
         state.max_q = max_of(z, n, state.max_q);
-        sum_1 = exp_sum(z, n, state.q().max, A(kLog2E));
+        sum_1 = exponential_sum<false, A>(z, n, state.q().max, A(kLog2E), nullptr);
       }
       const A max = state.q().max;
       ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
@@ -644,11 +574,11 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
     }
     ce_rows[row] =
         kept ? cross_entropy<double>(ce.sum_1, ce.centred, ce.target_dot, ce.target_mass, smoothing, cols) : 0;
-    stats.set_side(kStudent, row, state.q());
+    stats.set_softmax(kStudent, row, state.q());
     stats[kSum1][row] = static_cast<A>(ce.sum_1);
     stats[kCeWeight][row] = kept;
     stats[kMass][row] = (1 - smoothing) * static_cast<A>(ce.target_mass) + smoothing;
-    stats.set_side(kCeTeacher, row, state.p());
+    stats.set_softmax(kCeTeacher, row, state.p());
     stats[kCeKl][row] = teacher.data ? row_kl(state, t, s, cols, -1, rate) : A(0);
   });
 }
@@ -661,7 +591,7 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
     const A rate = temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
+    const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kCeTeacher, row);
     const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale * temperature[row], smoothing);
     if (!g.has_kl) write_zeros<A>(to_teacher, row, cols);
     if (!g.has_kl && !g.has_ce) return write_zeros<A>(to_student, row, cols);
@@ -673,7 +603,7 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
         if (z_t && !g.has_ce) {
           kl_grad_q_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
         } else if (z_t) {
-          dispatch_temperature(rate, [&](auto t_1) {
+          dispatch_temperature<1, 2, 4>(rate, [&](auto t_1) {
             kl_ce_grad_piece<t_1.value>(z_t, z, n, side_t.max, side_s.max, rate, g.kl, g.coef, g.uniform, out);
           });
         } else {
@@ -709,12 +639,12 @@ void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
     const State<A> state = kl_sweep(t, s, cols, label, rate);
     const A odds_s = log_odds(s.at(label), state.q(), rate), odds_t = log_odds(t.at(label), state.p(), rate);
-    stats.set_side(kStudent, row, state.q());
+    stats.set_softmax(kStudent, row, state.q());
     stats[kStudent + kOdds][row] = odds_s;
-    stats.set_side(kTeacher, row, state.p());
+    stats.set_softmax(kTeacher, row, state.p());
     stats[kTeacher + kOdds][row] = odds_t;
     stats[kRestKl][row] = row_kl(state, t, s, cols, label, rate);
-    stats[kTargetKl][row] = target_kl(odds_t, odds_s, NearRow<A>(state, rate).log_ratio(t.at(label), s.at(label)));
+    stats[kTargetKl][row] = target_kl(odds_t, odds_s, near_row(state, rate).log_ratio(t.at(label), s.at(label)));
   });
 }
 
@@ -727,7 +657,7 @@ void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& l
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
     const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+    const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
     const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * (scale * temperature[row]));
     if (!g.has_rest) {
       write_zeros<A>(to_student, row, cols);
@@ -750,7 +680,7 @@ Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor
   const ScalarType dtype = accumulator(student, teacher);
   Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
   Tensor stats = empty(student, dtype, {kKlStats, rows});
-  const Column weights = weight ? column(*weight) : Column{};
+  const Column weights = column(weight);
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
@@ -771,9 +701,9 @@ Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::o
   Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    softmax_kl_grad_rows<A>(matrix(student), matrix(teacher), column(grad), weight ? column(*weight) : Column{},
-                            stats_of<A>(stats), student.size(1), Temperature<A>(temperature, temperatures),
-                            Shares<A>(beta), A(1.0 / divisor), to_student.m, to_teacher.m);
+    softmax_kl_grad_rows<A>(matrix(student), matrix(teacher), column(grad), column(weight), stats_of<A>(stats),
+                            student.size(1), Temperature<A>(temperature, temperatures), Shares<A>(beta),
+                            A(1.0 / divisor), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
@@ -787,7 +717,7 @@ Pair softmax_kl_topk_forward_cpu(Tensor student, Tensor values, Tensor indices, 
   const ScalarType dtype = accumulator(student, values);
   Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
   Tensor stats = empty(student, dtype, {kTopKStats, rows});
-  const Column weights = weight ? column(*weight) : Column{};
+  const Column weights = column(weight);
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     const Stats<A> s = stats_of<A>(stats);
@@ -808,9 +738,9 @@ Tensor softmax_kl_topk_backward_cpu(Tensor grad, Tensor student, Tensor values, 
   const Output to_student = output(student, true, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    softmax_kl_topk_grad_rows<A>(matrix(student), top_k(values, indices, rest), column(grad),
-                                 weight ? column(*weight) : Column{}, stats_of<A>(stats), student.size(1),
-                                 Temperature<A>(temperature, temperatures), A(scale / divisor), to_student.m);
+    softmax_kl_topk_grad_rows<A>(matrix(student), top_k(values, indices, rest), column(grad), column(weight),
+                                 stats_of<A>(stats), student.size(1), Temperature<A>(temperature, temperatures),
+                                 A(scale / divisor), to_student.m);
   });
   return to_student.tensor;
 }
@@ -830,8 +760,8 @@ Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher,
     const Stats<A> s = stats_of<A>(stats);
     const Temperature<A> t(temperature, temperatures);
     std::vector<A> ce(rows);
-    cross_entropy_kl_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, targets, ignore_index, rows, cols,
-                             t, A(smoothing), s, ce.data());
+    cross_entropy_kl_rows<A>(matrix(student), matrix(teacher), targets, ignore_index, rows, cols, t, A(smoothing), s,
+                             ce.data());
     int64_t kept = 0;
     for (int64_t row = 0; row < rows; ++row) {
       kept += s[kCeWeight][row] != 0;
@@ -854,10 +784,9 @@ Pair cross_entropy_kl_backward_cpu(Tensor grad, Tensor student, std::optional<Te
   Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    cross_entropy_kl_grad_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels),
-                                  column(grad), stats_of<A>(stats), student.size(1),
-                                  Temperature<A>(temperature, temperatures), A(kl_scale / kl_divisor), A(smoothing),
-                                  to_student.m, to_teacher.m);
+    cross_entropy_kl_grad_rows<A>(matrix(student), matrix(teacher), labels_of(labels), column(grad), stats_of<A>(stats),
+                                  student.size(1), Temperature<A>(temperature, temperatures), A(kl_scale / kl_divisor),
+                                  A(smoothing), to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
@@ -866,7 +795,7 @@ Pair dkd_forward_cpu(Tensor student, Tensor teacher, Tensor labels, std::optiona
                      double temperature, double alpha, double beta, int64_t divisor) {
   const int64_t rows = student.size(0), cols = student.size(1);
   const Labels targets = labels_of(labels);
-  check_labels(targets, rows, cols, nullptr);
+  check_labels(targets, rows, cols);
   const ScalarType dtype = accumulator(student, teacher);
   Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {kDkdStats, rows});
   dispatch_accumulator(dtype, [&](auto tag) {

@@ -27,7 +27,7 @@ template <class A>
 __device__ void kl_update(State<A>& s, const A (&z_p)[kStep], const A (&z_q)[kStep], A rate) {
   const A top_p = max_of(z_p, s.max_p), top_q = max_of(z_q, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
@@ -65,7 +65,7 @@ __device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t
                     A rate) {
   const A kl = s.kl(rate);
   if (!(kl < A(kNear)) || s.sum_p == 0) return kl;
-  const NearRow<A> near(s, rate);
+  const NearRow<A> near = near_row(s, rate);
   A sum = 0;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_p[kStep], z_q[kStep];
@@ -76,15 +76,6 @@ __device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t
   });
   return group_reduce<kThreads>(sum, Add{});
 }
-
-// What turns logits into log-probabilities in bits.
-template <class A>
-struct LogSoftmax {
-  A max, rate, log2_sum;
-
-  __device__ LogSoftmax(Side<A> side, A rate) : max(side.max), rate(rate), log2_sum(side.log2_sum()) {}
-  __device__ A operator()(A z) const { return (z - max) * rate - log2_sum; }
-};
 
 // KL(q || m) and KL(p || m) of a row where all are near.
 template <int kThreads, class A>
@@ -119,7 +110,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const A rate = temperature.rate(row);
   const Matrix &p = shares.reverse ? student : teacher, &q = shares.reverse ? teacher : student;
   const State<A> s = kl_sweep<kThreads>(p, q, row, cols, -1, rate);
-  const Side<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
+  const Softmax<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
   A kl_s = 0, kl_t = 0;
   if (!shares.mixed) {
     (shares.reverse ? kl_s : kl_t) = row_kl<kThreads>(s, p, q, row, cols, -1, rate);
@@ -146,8 +137,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
   }
   if (threadIdx.x % kThreads == 0) {
-    stats.set_side(kStudent, row, side_s);
-    stats.set_side(kTeacher, row, side_t);
+    stats.set_softmax(kStudent, row, side_s);
+    stats.set_softmax(kTeacher, row, side_t);
     stats[kStudent + kKl][row] = kl_s;
     stats[kTeacher + kKl][row] = kl_t;
   }
@@ -204,14 +195,14 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       const A top = max_of(z, max_r);
       if (top > max_r) sum_r *= exp2((max_r - top) * rate);
       max_r = top;
-      const A max = State<A>::finite_max(top);
+      const A max = finite_max(top);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) sum_r += exp2((z[i] - max) * rate);
     });
   }
   const A top_r = group_reduce<kThreads>(max_r, Max{});
   sum_r = group_reduce<kThreads>(max_r == -infinity<A>() ? A(0) : sum_r * exp2((max_r - top_r) * rate), Add{});
-  const Side<A> rest{State<A>::finite_max(top_r), sum_r};
+  const Softmax<A> rest{finite_max(top_r), sum_r};
 
   // The kept classes, once more from the cache: maxima, then sums.
   const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
@@ -229,7 +220,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   }
   s.max_p = group_reduce<kThreads>(s.max_p, Max{});
   s.max_q = group_reduce<kThreads>(s.max_q, Max{});
-  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
   for (int64_t i = lane; i < teacher.count; i += kThreads) {
     const int64_t index = teacher.at(row, i);
     if (index < 0 || index >= cols) continue;
@@ -246,7 +237,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   add_rest(s, rest_p, rest, rate);
   A kl = s.kl(rate);
   if (kl < A(kNear) && s.sum_p > 0) {
-    const NearRow<A> near(s, rate);
+    const NearRow<A> near = near_row(s, rate);
     kl = 0;
     for (int64_t i = lane; i < teacher.count; i += kThreads) {
       const int64_t index = teacher.at(row, i);
@@ -256,11 +247,11 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     kl = group_reduce<kThreads>(kl, Add{}) + near_rest_term(near, rest_p, rest);
   }
   if (lane != 0) return;
-  stats.set_side(kStudent, row, s.q());
+  stats.set_softmax(kStudent, row, s.q());
   stats[kStudent + kKl][row] = 0;
-  stats.set_side(kTeacher, row, s.p());
+  stats.set_softmax(kTeacher, row, s.p());
   stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : kl;
-  stats.set_side(kTopKRest, row, rest);
+  stats.set_softmax(kTopKRest, row, rest);
 }
 
 // Cross-entropies go to `ce`; a label that is no class makes its row NaN.
@@ -285,7 +276,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
     c.rebase(before - s.max_q, before == -infinity<A>());
     if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
-    const A top = s.finite_max(s.max_q);
+    const A top = finite_max(s.max_q);
     const int left = cols - col < kStep ? static_cast<int>(cols - col) : kStep;
     c.seen += static_cast<A>(left);
 #pragma unroll
@@ -317,7 +308,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   A weight = 1;
   if (labels.index) {
     const int64_t label = labels.at(row);
-    const bool valid = label >= 0 && label < cols;
+    const bool valid = labels.is_class(row, cols);
     weight = label == ignore_index ? A(0) : valid ? A(1) : not_a_number<A>();
     c.target_dot = valid ? read_one<A>(student, row, label) - s.q().max : A(0);
     c.target_mass = 1;
@@ -325,11 +316,11 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     weight = not_a_number<A>();
   }
   ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, cols);
-  stats.set_side(kStudent, row, s.q());
+  stats.set_softmax(kStudent, row, s.q());
   stats[kSum1][row] = c.sum_1;
   stats[kCeWeight][row] = weight;
   stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
-  stats.set_side(kCeTeacher, row, s.p());
+  stats.set_softmax(kCeTeacher, row, s.p());
   stats[kCeKl][row] = kl;
 }
 
@@ -344,16 +335,16 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const State<A> s = kl_sweep<kThreads>(teacher, student, row, cols, label, rate);
   const A kl = row_kl<kThreads>(s, teacher, student, row, cols, label, rate);
   if (threadIdx.x % kThreads != 0) return;
-  const bool valid = label >= 0 && label < cols;
+  const bool valid = labels.is_class(row, cols);
   const A z_s = valid ? read_one<A>(student, row, label) : not_a_number<A>();
   const A z_t = valid ? read_one<A>(teacher, row, label) : not_a_number<A>();
   const A odds_s = log_odds(z_s, s.q(), rate), odds_t = log_odds(z_t, s.p(), rate);
-  stats.set_side(kStudent, row, s.q());
+  stats.set_softmax(kStudent, row, s.q());
   stats[kStudent + kOdds][row] = valid ? odds_s : z_s;
-  stats.set_side(kTeacher, row, s.p());
+  stats.set_softmax(kTeacher, row, s.p());
   stats[kTeacher + kOdds][row] = valid ? odds_t : z_t;
   stats[kRestKl][row] = kl;
-  stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, NearRow<A>(s, rate).log_ratio(z_t, z_s)) : z_t;
+  stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, near_row(s, rate).log_ratio(z_t, z_s)) : z_t;
 }
 
 // ---- from rows to the loss
@@ -446,7 +437,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
-  const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+  const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
   const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
   const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
   if (factor == 0) {
@@ -487,7 +478,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
-  const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
+  const Softmax<A> p = stats.softmax(kTeacher, row), q = stats.softmax(kStudent, row),
+                   rest = stats.softmax(kTopKRest, row);
   const A kl = stats[kTeacher + kKl][row];
   const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
   if (factor == 0) return write_zeros<kThreads, A>(to_student, at);
@@ -520,7 +512,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
-  const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
+  const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kCeTeacher, row);
   const A rate = temperature.rate(row);
   const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale * temperature[row], smoothing);
   if (!g.has_kl) write_zeros<kThreads, A>(to_teacher, at);
@@ -564,7 +556,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const int64_t label = labels.at(row);
-  const A max_s = stats.side(kStudent, row).max, max_t = stats.side(kTeacher, row).max;
+  const A max_s = stats.softmax(kStudent, row).max, max_t = stats.softmax(kTeacher, row).max;
   const A rate = temperature.rate(row);
   const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * (scale * temperature[row]));
   if (!g.has_rest) {
@@ -608,7 +600,7 @@ Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tenso
     const Temperature<A> t(temperature, temperatures);
     launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, rows, cols, 1,
                 matrix(student), matrix(teacher), rows, cols, t, Shares<A>(beta), s);
-    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, t, Shares<A>(beta), A(1.0 / divisor)};
+    const SoftmaxKlValue<A> value{s, column(weight), t, Shares<A>(beta), A(1.0 / divisor)};
     reduce_rows<A>(device, loss, value, rows, reduce);
   });
   return {loss, stats};
@@ -623,9 +615,9 @@ Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     launch_rows(device, softmax_kl_backward_kernel<A, kWarp>, softmax_kl_backward_kernel<A, kBlock>, rows, cols,
-                blocks_for(cols, kPiece), matrix(student), matrix(teacher), column(grad),
-                weight ? column(*weight) : Column{}, cols, Temperature<A>(temperature, temperatures), Shares<A>(beta),
-                A(1.0 / divisor), stats_of<A>(stats), to_student.m, to_teacher.m);
+                blocks_for(cols, kPiece), matrix(student), matrix(teacher), column(grad), column(weight), cols,
+                Temperature<A>(temperature, temperatures), Shares<A>(beta), A(1.0 / divisor), stats_of<A>(stats),
+                to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
@@ -643,7 +635,7 @@ Pair softmax_kl_topk_forward_cuda(Tensor student, Tensor values, Tensor indices,
     const Temperature<A> t(temperature, temperatures);
     launch_rows(device, softmax_kl_topk_forward_kernel<A, kWarp>, softmax_kl_topk_forward_kernel<A, kBlock>, rows, cols,
                 1, matrix(student), top_k(values, indices, rest), rows, cols, t, s);
-    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, t, Shares<A>(0), A(scale / divisor)};
+    const SoftmaxKlValue<A> value{s, column(weight), t, Shares<A>(0), A(scale / divisor)};
     reduce_rows<A>(device, loss, value, rows, reduce);
   });
   return {loss, stats};
@@ -660,8 +652,8 @@ Tensor softmax_kl_topk_backward_cuda(Tensor grad, Tensor student, Tensor values,
     using A = decltype(tag);
     launch_rows(device, softmax_kl_topk_backward_kernel<A, kWarp>, softmax_kl_topk_backward_kernel<A, kBlock>, rows,
                 cols, blocks_for(cols, kPiece), matrix(student), top_k(values, indices, rest), column(grad),
-                weight ? column(*weight) : Column{}, cols, Temperature<A>(temperature, temperatures),
-                A(scale / divisor), stats_of<A>(stats), to_student.m);
+                column(weight), cols, Temperature<A>(temperature, temperatures), A(scale / divisor), stats_of<A>(stats),
+                to_student.m);
   });
   return to_student.tensor;
 }
@@ -682,8 +674,8 @@ Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher
     const Temperature<A> t(temperature, temperatures);
     double* count = ce_mean ? static_cast<double*>(kept.data_ptr()) : nullptr;
     launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows,
-                cols, 1, matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows,
-                cols, t, A(smoothing), s, ce_rows);
+                cols, 1, matrix(student), matrix(teacher), labels_of(labels), ignore_index, rows, cols, t, A(smoothing),
+                s, ce_rows);
     if (count) sum_of(device, student, Kept<A>{s}, rows, count);
     const double ce_share = ce_mean ? ce_scale : ce_scale / ce_divisor;
     const CrossEntropyValue<A> value{s, ce_rows, count, t, A(kl_scale / kl_divisor), ce_share};
@@ -703,9 +695,9 @@ Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<T
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
     launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>, rows,
-                cols, blocks_for(cols, kPiece), matrix(student), teacher ? matrix(*teacher) : Matrix{},
-                labels_of(labels), column(grad), cols, Temperature<A>(temperature, temperatures),
-                A(kl_scale / kl_divisor), A(smoothing), stats_of<A>(stats), to_student.m, to_teacher.m);
+                cols, blocks_for(cols, kPiece), matrix(student), matrix(teacher), labels_of(labels), column(grad), cols,
+                Temperature<A>(temperature, temperatures), A(kl_scale / kl_divisor), A(smoothing), stats_of<A>(stats),
+                to_student.m, to_teacher.m);
   });
   return {to_student.tensor, to_teacher.tensor};
 }
