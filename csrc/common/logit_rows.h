@@ -6,6 +6,7 @@
 #include <new>
 
 #include "common/chunk.h"
+#include "common/networks.h"
 #include "common/parallel.h"
 #include "common/softmax.h"
 #include "common/vector_loop.h"
@@ -51,6 +52,25 @@ void for_rows(int64_t rows, int64_t cols, int64_t networks, int64_t pieces, cons
     const Scratch<A> scratch(pieces);
     for (int64_t row = begin; row < end; ++row) f(row, scratch);
   });
+}
+
+// A piece of every network in one row.
+template <class A>
+struct NetworkPieces {
+  const A* z[kMaxNetworks];
+
+  void read(const Networks& networks, int64_t row, int64_t begin, int64_t n, const Scratch<A>& scratch, int64_t first) {
+    for (int64_t m = 0; m < networks.count; ++m) {
+      z[m] = kdfast::read<A>(networks[m], row, begin, n, scratch.piece(first + m));
+    }
+  }
+};
+
+// f(first, constant count) for kMany of `count` things at a time, and then for those that are left.
+template <int kMany, class F>
+void for_some(int64_t first, int64_t count, const F& f) {
+  for (; first + kMany <= count; first += kMany) f(first, std::integral_constant<int, kMany>{});
+  if constexpr (kMany > 1) for_some<kMany - 1>(first, count, f);
 }
 
 // value(row) of all rows: their sum, or one by one.

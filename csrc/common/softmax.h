@@ -87,6 +87,12 @@ KD_HD A cross_entropy(A sum_1, A at_label) {
   return sum_1 == 0 ? infinity<A>() : A(kLn2) * log2(sum_1) - at_label;
 }
 
+// Its gradient in z is this times exp(z - max), less the upstream gradient `ce` at the label.
+template <class A>
+KD_HD A cross_entropy_coef(A ce, A sum_1) {
+  return ce == 0 ? A(0) : ce * Softmax<A>{0, sum_1}.inverse();
+}
+
 // ---- near distributions. With d = log(p / q), sum_j p_j (e^-d_j - 1 + d_j) is KL(p || q), as p and q sum to 1. No
 // term is negative, so the sum keeps its digits where those of the plain form cancel: rows below kNear, in nats, are
 // summed up once more this way.
