@@ -46,4 +46,15 @@ inline MatrixGrad matrix_grad(const Tensor& x, bool needed, const Tensor& any) {
   return {tensor, matrix(tensor)};
 }
 
+// Scratch memory of n elements on the host, zeros at first, as a device's `DeviceMemory` (launch.cuh) is on the device.
+template <class T>
+class HostMemory {
+ public:
+  HostMemory(const Tensor&, int64_t n) : values_(n) {}
+  T* data() { return values_.data(); }
+
+ private:
+  std::vector<T> values_;
+};
+
 }  // namespace kdfast

@@ -469,12 +469,11 @@ class BackwardRow {
 };
 
 struct Cpu {
-  static constexpr bool kOnHost = true;
-
   explicit Cpu(const Tensor&) {}
 
   template <class A>
   void forward(const MixedLogits<A>& op, const Tensor& loss) const {
+    check_labels(op.labels, op.rows, op.cols);
     std::vector<A> losses(op.rows);
     const double t = op.temperature.exact(0);
     const A kl = static_cast<A>(op.kl_scale * t * t * op.ramp_value()), ce = static_cast<A>(op.ce_scale);

@@ -324,7 +324,6 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 }
 
 struct Cuda {
-  static constexpr bool kOnHost = false;
   OnDevice device;
 
   explicit Cuda(const Tensor& x) : device(x) {}

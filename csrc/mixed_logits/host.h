@@ -35,9 +35,8 @@ TwoTensors forward(std::vector<Tensor> networks, std::optional<Tensor> mix, std:
                    std::optional<Tensor> ramp, std::optional<Tensor> temperatures, int64_t learners, double temperature,
                    double eps, double kl_scale, double ce_scale, int64_t divisor, bool target_ce) {
   const Backend backend(networks[0]);
-  const int64_t rows = networks[0].size(0), cols = networks[0].size(1);
-  const int64_t count = static_cast<int64_t>(networks.size()), targets = targets_of(mix, count);
-  if constexpr (Backend::kOnHost) check_labels(labels_of(labels), rows, cols);
+  const int64_t rows = networks[0].size(0), count = static_cast<int64_t>(networks.size());
+  const int64_t targets = targets_of(mix, count);
   const ScalarType dtype = accumulator(networks, mix);
   Tensor loss = empty(networks[0], dtype, {});
   Tensor stats = empty(networks[0], dtype, {stats_count(count, learners, targets), rows});

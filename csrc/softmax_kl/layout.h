@@ -58,17 +58,26 @@ inline TopK top_k(const Tensor& values, const Tensor& indices, const std::option
           indices.size(1),   column(rest)};
 }
 
-// A gradient; where none is needed, an empty tensor beside `any`, and a null matrix.
-struct Output {
-  Tensor tensor;
-  Matrix m;
+// What the ops read; without a teacher its matrix is null.
+template <class A>
+struct Inputs {
+  Matrix student, teacher;
+  int64_t rows, cols;
+  Temperature<A> temperature;
+  Stats<A> stats;
 };
 
-inline Output output(const Tensor& like, bool needed, const Tensor& any) {
-  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
-  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
-  return {tensor, matrix(tensor)};
-}
+// What a backward reads beside the inputs, and writes; matrices are null where no gradient is needed.
+struct Gradients {
+  Column upstream, weight;
+  Matrix student, teacher;
+
+  // The gradient of a row's divergence, but for its temperature.
+  template <class A>
+  KD_HD A of_row(int64_t row, A scale) const {
+    return read<A>(upstream, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+  }
+};
 
 // Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target *
 // P. A term without weight adds 0 whatever it is, so its inputs are not read.

@@ -433,12 +433,11 @@ std::vector<double> gradient_gram(const Teachers<A>& op) {
 }
 
 struct Cpu {
-  static constexpr bool kOnHost = true;
-
   explicit Cpu(const Tensor&) {}
 
   template <class A>
   void forward(const Teachers<A>& op, const Scales& scales, const Tensor& loss) const {
+    check_labels(op.labels, op.rows, op.cols);
     std::vector<A> losses(op.rows);
     const double t = op.temperature.exact(0);
     const A kl = static_cast<A>(scales.kl * t * t), ce = static_cast<A>(scales.ce());

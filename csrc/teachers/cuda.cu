@@ -254,7 +254,6 @@ __global__ void simplex_minimum_kernel(Matrix gram, Column slope, int64_t count,
 }
 
 struct Cuda {
-  static constexpr bool kOnHost = false;
   OnDevice device;
 
   explicit Cuda(const Tensor& x) : device(x) {}

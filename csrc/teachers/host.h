@@ -29,7 +29,6 @@ TwoTensors teachers_forward(Tensor student, std::vector<Tensor> teachers, std::o
                             double temperature, double scale, int64_t divisor, double ce_scale, int64_t ce_divisor) {
   const Backend backend(student);
   const int64_t rows = student.size(0), count = static_cast<int64_t>(teachers.size());
-  if constexpr (Backend::kOnHost) check_labels(labels_of(labels), rows, student.size(1));
   const ScalarType dtype = accumulator(teachers, student);
   Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {stats_count(count), rows});
   const Scales scales{scale / divisor, labels ? ce_scale : 0, double(ce_divisor)};
