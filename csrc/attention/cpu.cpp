@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "attention/math.h"
+#include "attention/host.h"
 #include "common/chunk.h"
 #include "common/parallel.h"
 #include "common/vector_loop.h"
@@ -17,8 +17,6 @@ Matrix sample(const Tensor& x, int64_t b, bool last) {
   const int64_t offset = b * x.stride(0) * static_cast<int64_t>(x.element_size());
   return {static_cast<char*>(x.data_ptr()) + offset, x.scalar_type(), x.stride(last ? 2 : 1), x.stride(last ? 1 : 2)};
 }
-
-bool channels_last(const Tensor& x) { return x.stride(1) == 1 && x.stride(2) != 1; }
 
 // Whether rows are read and written where they lie, rather than through a buffer.
 template <class A>
@@ -95,7 +93,7 @@ A sum_row(const Matrix& m, int64_t n, int64_t channels, int64_t p) {
 template <class A>
 void write_maps(const Tensor& x, int64_t p, A* sums) {
   const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
-  const bool last = channels_last(x);
+  const bool last = is_channels_last(x);
   const int64_t piece = last ? std::max<int64_t>(1, 16384 / channels) : 4 * kChunk;
   const int64_t pieces = (positions + piece - 1) / piece;
   for_each(batch * pieces, 1, [&](int64_t task) {
@@ -146,37 +144,6 @@ KD_MULTIVERSION void write_slopes(const A* m_s, const A* m_t, int64_t n, Norms<A
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_transfer_cpu(Tensor student, Tensor teacher, int64_t p, bool need_student,
-                                                          bool need_teacher) {
-  const int64_t batch = student.size(0), positions = student.size(2);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {});
-  Tensor maps_s = empty(student, dtype, {batch, positions}), maps_t = empty(student, dtype, {batch, positions});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    A *s = static_cast<A*>(maps_s.data_ptr()), *t = static_cast<A*>(maps_t.data_ptr());
-    write_maps(student, p, s);
-    write_maps(teacher, p, t);
-    const double entries = std::max<double>(1, static_cast<double>(batch) * static_cast<double>(positions));
-    std::vector<double> of_sample(batch);
-    for_each(batch, std::max<int64_t>(1, 16384 / positions), [&](int64_t b) {
-      A *m_s = s + b * positions, *m_t = t + b * positions;
-      const Norms<A> norms(sum_squares(m_s, positions), sum_squares(m_t, positions), student.size(1), teacher.size(1));
-      const GapSums sums = sum_gaps(m_s, m_t, positions, norms);
-      of_sample[b] = sums.loss;
-      const double along_s = norms.floored_s ? 0 : sums.along_s, along_t = norms.floored_t ? 0 : sums.along_t;
-      write_slopes(m_s, m_t, positions, norms, static_cast<A>(along_s), static_cast<A>(along_t),
-                   static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student ? m_s : nullptr,
-                   need_teacher ? m_t : nullptr);
-    });
-    double sum = 0;
-    for (double x : of_sample) sum += x;
-    *static_cast<A*>(loss.data_ptr()) = static_cast<A>(sum / entries);
-  });
-  const auto kept = [&](bool need, const Tensor& slopes) { return need ? slopes : empty(student, dtype, {0}); };
-  return {loss, kept(need_student, maps_s), kept(need_teacher, maps_t)};
-}
-
 // ---- the gradient: slope_n x_cn^(p-1), of rows of channels or (channels last) of positions. out [rows, n]
 template <int P, class A>
 KD_MULTIVERSION void scale_channels(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p,
@@ -197,27 +164,49 @@ KD_MULTIVERSION void scale_positions(const A* x, int64_t stride, int64_t rows, i
   }
 }
 
-Tensor attention_gradient_cpu(Tensor grad, Tensor slope, Tensor x, int64_t p) {
-  const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
-  const bool last = channels_last(x);
-  const int64_t rows = last ? positions : channels, cols = last ? channels : positions;
-  const Tensor memory = empty(x, x.scalar_type(), {batch, rows, cols});
-  const Matrix out{memory.data_ptr(), x.scalar_type(), cols, 1};
-  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    const A upstream = read<A>(column(grad), 0);
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class A>
+  void transfer(const Tensor& student, const Tensor& teacher, int64_t p, bool need_student, bool need_teacher, A* s,
+                A* t, const Tensor& loss) const {
+    const int64_t batch = student.size(0), positions = student.size(2);
+    write_maps(student, p, s);
+    write_maps(teacher, p, t);
+    const double entries = std::max<double>(1, static_cast<double>(batch) * static_cast<double>(positions));
+    std::vector<double> of_sample(batch);
+    for_each(batch, std::max<int64_t>(1, 16384 / positions), [&](int64_t b) {
+      A *m_s = s + b * positions, *m_t = t + b * positions;
+      const Norms<A> norms(sum_squares(m_s, positions), sum_squares(m_t, positions), student.size(1), teacher.size(1));
+      const GapSums sums = sum_gaps(m_s, m_t, positions, norms);
+      of_sample[b] = sums.loss;
+      const double along_s = norms.floored_s ? 0 : sums.along_s, along_t = norms.floored_t ? 0 : sums.along_t;
+      write_slopes(m_s, m_t, positions, norms, static_cast<A>(along_s), static_cast<A>(along_t),
+                   static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student ? m_s : nullptr,
+                   need_teacher ? m_t : nullptr);
+    });
+    double sum = 0;
+    for (double x : of_sample) sum += x;
+    *data<A>(loss) = static_cast<A>(sum / entries);
+  }
+
+  template <class A>
+  void gradient(const Column& grad, const A* all_slopes, const Tensor& x, int64_t p, const Matrix& out) const {
+    const bool last = is_channels_last(x);
+    const int64_t positions = x.size(2), rows = x.size(last ? 2 : 1), cols = x.size(last ? 1 : 2);
+    const A upstream = read<A>(grad, 0);
     const auto scale = [&](const A* from, int64_t stride, int64_t count, int64_t n, const A* slopes, A* to) {
       dispatch_power(p - 1, [&](auto exponent) {
         constexpr int kP = decltype(exponent)::value;
         (last ? scale_positions<kP, A> : scale_channels<kP, A>)(from, stride, count, n, slopes, p - 1, upstream, to);
       });
     };
-    for_ranges(batch * rows, std::max<int64_t>(1, 16384 / cols), [&](int64_t begin, int64_t end) {
+    for_ranges(x.size(0) * rows, std::max<int64_t>(1, 16384 / cols), [&](int64_t begin, int64_t end) {
       alignas(64) A buffer[kChunk], result[kChunk];
       for (int64_t row = begin, count; row < end; row += count) {
         const int64_t b = row / rows, r = row % rows;
         const Matrix m = sample(x, b, last);
-        const A* slopes = static_cast<const A*>(slope.data_ptr()) + b * positions + (last ? r : 0);
+        const A* slopes = all_slopes + b * positions + (last ? r : 0);
         if (in_place<A>(m)) {
           count = std::min(end - row, rows - r);  // of one sample
           scale(static_cast<const A*>(m.data) + r * m.row_stride, m.row_stride, count, cols, slopes,
@@ -233,16 +222,11 @@ Tensor attention_gradient_cpu(Tensor grad, Tensor slope, Tensor x, int64_t p) {
         }
       }
     });
-  });
-  return last ? torch::stable::transpose(memory, 1, 2) : memory;
-}
+  }
+};
 
 }  // namespace
 }  // namespace attention
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::attention;
-  m.impl("attention_transfer", TORCH_BOX(&attention_transfer_cpu));
-  m.impl("attention_gradient", TORCH_BOX(&attention_gradient_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::attention::register_ops<kdfast::attention::Cpu>(m); }

@@ -1,6 +1,4 @@
-#include <torch/csrc/stable/ops.h>
-
-#include "attention/math.h"
+#include "attention/host.h"
 #include "common/group.cuh"
 #include "common/sum.cuh"
 
@@ -26,8 +24,6 @@ struct Maps {
         batch_stride(x.stride(0)),
         channel_stride(x.stride(1)),
         position_stride(x.stride(2)) {}
-
-  bool channels_last() const { return channel_stride == 1 && position_stride != 1; }
 
   // kStep positions of a channel, or (along channels) kStep channels of a position.
   template <class A>
@@ -90,7 +86,7 @@ void write_maps(const OnDevice& device, const Tensor& tensor, int64_t p, A* sums
   const Maps x(tensor);
   dispatch_power(p, [&](auto exponent) {
     constexpr int kP = decltype(exponent)::value;
-    if (x.channels_last()) {
+    if (is_channels_last(tensor)) {
       launch(device, {blocks_for(x.batch * x.positions, kWarps), kThreads}, sum_neighbours_kernel<kP, A>, x, p, sums);
     } else {
       launch(device, {x.batch * blocks_for(x.positions, kWide), kThreads}, sum_channels_kernel<kP, A>, x, p, sums);
@@ -135,32 +131,6 @@ __global__ void loss_kernel(const double* sum, double entries, A* loss) {
   *loss = static_cast<A>(*sum / entries);
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention_transfer_cuda(Tensor student, Tensor teacher, int64_t p, bool need_student,
-                                                           bool need_teacher) {
-  const OnDevice device(student);
-  const int64_t batch = student.size(0), positions = student.size(2);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {});
-  Tensor maps_s = empty(student, dtype, {batch, positions}), maps_t = empty(student, dtype, {batch, positions});
-  if (batch == 0) torch::stable::zero_(loss);
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    if (batch == 0) return;
-    A *s = static_cast<A*>(maps_s.data_ptr()), *t = static_cast<A*>(maps_t.data_ptr());
-    write_maps(device, student, p, s);
-    write_maps(device, teacher, p, t);
-    Tensor sums = empty(student, ScalarType::Double, {batch + 1});
-    double* each = static_cast<double*>(sums.data_ptr());
-    const double entries = static_cast<double>(batch) * static_cast<double>(positions);
-    launch(device, {batch, kThreads}, compare_kernel<A>, s, t, positions, student.size(1), teacher.size(1),
-           static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student, need_teacher, each);
-    sum_of(device, sums, Partial{each}, batch, each + batch);
-    launch(device, {1, 1}, loss_kernel<A>, each + batch, entries, static_cast<A*>(loss.data_ptr()));
-  });
-  const auto kept = [&](bool need, const Tensor& slopes) { return need ? slopes : empty(student, dtype, {0}); };
-  return {loss, kept(need_student, maps_s), kept(need_teacher, maps_t)};
-}
-
 // slope_n x_cn^(p-1). A thread has kStep neighbours in memory; out [B, rows, cols] lies as x does.
 template <int P, class A>
 __global__ void __launch_bounds__(kThreads, 1)
@@ -181,32 +151,47 @@ __global__ void __launch_bounds__(kThreads, 1)
   write(out, row, col, cols, value);
 }
 
-Tensor attention_gradient_cuda(Tensor grad, Tensor slope, Tensor x, int64_t p) {
-  const OnDevice device(x);
-  const Maps maps(x);
-  const bool last = maps.channels_last();
-  const int64_t rows = last ? maps.positions : maps.channels, cols = last ? maps.channels : maps.positions;
-  const Tensor memory = empty(x, x.scalar_type(), {maps.batch, rows, cols});
-  const Matrix out{memory.data_ptr(), x.scalar_type(), cols, 1};
-  const int64_t blocks = blocks_for(maps.batch * rows * blocks_for(cols, kStep), kThreads);
-  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
+struct Cuda {
+  OnDevice device;
+
+  explicit Cuda(const Tensor& x) : device(x) {}
+
+  template <class A>
+  void transfer(const Tensor& student, const Tensor& teacher, int64_t p, bool need_student, bool need_teacher, A* s,
+                A* t, Tensor& loss) const {
+    const int64_t batch = student.size(0), positions = student.size(2);
+    if (batch == 0) {
+      torch::stable::zero_(loss);
+      return;
+    }
+    write_maps(device, student, p, s);
+    write_maps(device, teacher, p, t);
+    DeviceMemory<double> losses(student, batch + 1);
+    const double entries = static_cast<double>(batch) * static_cast<double>(positions);
+    launch(device, {batch, kThreads}, compare_kernel<A>, s, t, positions, student.size(1), teacher.size(1),
+           static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student, need_teacher, losses.data());
+    sum_of(device, student, Partial{losses.data()}, batch, losses.data() + batch);
+    launch(device, {1, 1}, loss_kernel<A>, losses.data() + batch, entries, data<A>(loss));
+  }
+
+  template <class A>
+  void gradient(const Column& grad, const A* slopes, const Tensor& x, int64_t p, const Matrix& out) const {
+    const Maps maps(x);
+    const bool last = is_channels_last(x);
+    const int64_t rows = last ? maps.positions : maps.channels, cols = last ? maps.channels : maps.positions;
+    const int64_t blocks = blocks_for(maps.batch * rows * blocks_for(cols, kStep), kThreads);
+    if (blocks == 0) return;
     dispatch_power(p - 1, [&](auto exponent) {
       constexpr int kP = decltype(exponent)::value;
-      if (blocks == 0) return;
-      launch(device, {blocks, kThreads}, gradient_kernel<kP, A>, maps, column(grad),
-             static_cast<const A*>(slope.data_ptr()), p - 1, last, out);
+      launch(device, {blocks, kThreads}, gradient_kernel<kP, A>, maps, grad, slopes, p - 1, last, out);
     });
-  });
-  return last ? torch::stable::transpose(memory, 1, 2) : memory;
-}
+  }
+};
 
 }  // namespace
 }  // namespace attention
 }  // namespace kdfast
 
 STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::attention;
-  m.impl("attention_transfer", TORCH_BOX(&attention_transfer_cuda));
-  m.impl("attention_gradient", TORCH_BOX(&attention_gradient_cuda));
+  kdfast::attention::register_ops<kdfast::attention::Cuda>(m);
 }

@@ -76,16 +76,6 @@ KD_INLINED inline void prefetch(const Matrix& m, int64_t row, int64_t rows, int6
 #endif
 }
 
-template <class A>
-A read_one(const Matrix& m, int64_t row, int64_t col) {
-  A value = 0;
-  dispatch_float(m.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    value = static_cast<A>(static_cast<const T*>(m.data)[row * m.row_stride + col * m.col_stride]);
-  });
-  return value;
-}
-
 // Where to put elements of a contiguous output: straight into it if they have its type, else into `buffer`, for
 // `write`.
 template <class A>
@@ -100,21 +90,6 @@ void write(const Matrix& m, int64_t row, int64_t begin, int64_t n, const A* valu
     T* to = static_cast<T*>(m.data) + row * m.row_stride + begin;
     if (static_cast<const void*>(values) != to) narrow(values, n, to);
   });
-}
-
-template <class A>
-void write_one(const Matrix& m, int64_t row, int64_t col, A value) {
-  write(m, row, col, 1, &value);
-}
-
-template <class A>
-A read(const Column& c, int64_t row) {
-  A value = 0;
-  dispatch_float(c.dtype, [&](auto tag) {
-    using T = decltype(tag);
-    value = static_cast<A>(static_cast<const T*>(c.data)[row * c.stride]);
-  });
-  return value;
 }
 
 }  // namespace kdfast

@@ -110,35 +110,4 @@ __device__ void write(const Matrix& m, int64_t row, int64_t col, int64_t cols, c
   }
 }
 
-template <class A>
-__device__ A read_one(const void* data, ScalarType dtype, int64_t offset) {
-  switch (dtype) {
-    case ScalarType::Float: return static_cast<A>(static_cast<const float*>(data)[offset]);
-    case ScalarType::Double: return static_cast<A>(static_cast<const double*>(data)[offset]);
-    case ScalarType::Half: return static_cast<A>(static_cast<const Half*>(data)[offset]);
-    default: return static_cast<A>(static_cast<const BFloat16*>(data)[offset]);
-  }
-}
-
-template <class A>
-__device__ A read_one(const Matrix& m, int64_t row, int64_t col) {
-  return read_one<A>(m.data, m.dtype, row * m.row_stride + col * m.col_stride);
-}
-
-template <class A>
-__device__ void write_one(const Matrix& m, int64_t row, int64_t col, A value) {
-  const int64_t offset = row * m.row_stride + col * m.col_stride;
-  switch (m.dtype) {
-    case ScalarType::Float: static_cast<float*>(m.data)[offset] = static_cast<float>(value); return;
-    case ScalarType::Double: static_cast<double*>(m.data)[offset] = static_cast<double>(value); return;
-    case ScalarType::Half: static_cast<Half*>(m.data)[offset] = static_cast<Half>(value); return;
-    default: static_cast<BFloat16*>(m.data)[offset] = static_cast<BFloat16>(value);
-  }
-}
-
-template <class A>
-__device__ A read(const Column& c, int64_t row) {
-  return read_one<A>(c.data, c.dtype, row * c.stride);
-}
-
 }  // namespace kdfast

@@ -33,6 +33,18 @@ struct Grid {
   size_t shared_bytes = 0;
 };
 
+// Scratch memory of n elements on the device of `like`.
+template <class T>
+class DeviceMemory {
+ public:
+  DeviceMemory(const Tensor& like, int64_t n)
+      : memory_(empty(like, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float, {n})) {}
+  T* data() { return static_cast<T*>(memory_.data_ptr()); }
+
+ private:
+  Tensor memory_;
+};
+
 inline int64_t blocks_for(int64_t work, int64_t per_block) { return (work + per_block - 1) / per_block; }
 
 #if defined(KD_SIMT)

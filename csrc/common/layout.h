@@ -47,12 +47,15 @@ KD_HD bool is_dense(const Map& x, const Order& order) {
   return (x.inner == 1 || order.inner == 1) && (x.outer == order.inner || order.outer == 1);
 }
 
-// A gradient, dense in the student's order; null where none is wanted.
-struct Output {
+// The gradient of a map, dense in the student's order; null where none is needed.
+struct MapGrad {
   void* data = nullptr;
   ScalarType dtype = ScalarType::Float;
 
-  Output(const Tensor& x, bool wanted) : data(wanted ? x.data_ptr() : nullptr), dtype(x.scalar_type()) {}
+  MapGrad(const Tensor& x, bool needed) : data(needed ? x.data_ptr() : nullptr), dtype(x.scalar_type()) {}
+  // Samples as rows.
+  Matrix rows(const Order& order) const { return {data, dtype, order.size(), 1}; }
+
   // Whether values of type A come here through a buffer.
   template <class A>
   bool copied() const {

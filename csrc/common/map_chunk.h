@@ -36,13 +36,13 @@ const A* read(const Map& x, const Order& order, int64_t sample, int64_t begin, i
 // Where to put n elements of a dense output: straight into it if that holds A, else into `buffer`, for `write`; null
 // if there is no output.
 template <class A>
-A* target(const Output& out, int64_t at, A* buffer) {
+A* target(const MapGrad& out, int64_t at, A* buffer) {
   if (!out.data) return nullptr;
   return out.dtype == kDtype<A> ? static_cast<A*>(out.data) + at : buffer;
 }
 
 template <class A>
-void write(const Output& out, int64_t at, int64_t n, const A* values) {
+void write(const MapGrad& out, int64_t at, int64_t n, const A* values) {
   if (!out.data || out.dtype == kDtype<A>) return;
   dispatch_float(out.dtype, [&](auto tag) {
     using T = decltype(tag);

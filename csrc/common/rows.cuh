@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/group.cuh"
+#include "common/softmax.h"
 
 namespace kdfast {
 
@@ -37,6 +38,31 @@ __device__ A max_of(const A (&z)[kStep], A top) {
   for (int i = 0; i < kStep; ++i) top = max(top, z[i]);
   return top;
 }
+
+template <int kThreads>
+__device__ bool is_leader() {
+  return threadIdx.x % kThreads == 0;
+}
+
+// The largest logit of a row, 0 where all are masked; every thread gets it.
+template <int kThreads, class A>
+__device__ A row_max(const Matrix& m, int64_t row, int64_t cols) {
+  A top = -infinity<A>();
+  for_steps<kThreads>(0, cols, [&](int64_t col) {
+    A z[kStep];
+    read(m, row, col, cols, -infinity<A>(), z);
+    top = max_of(z, top);
+  });
+  return finite_max(group_reduce<kThreads>(top, Max{}));
+}
+
+// One of the values of a loss, for sums.
+template <class A>
+struct Each {
+  const A* values;
+
+  __device__ A operator()(int64_t i) const { return values[i]; }
+};
 
 // A long row is shared by several blocks in the backward, so that few rows still fill the device.
 struct Part {

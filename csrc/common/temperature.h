@@ -11,9 +11,11 @@ template <class A>
 class Temperature {
  public:
   Temperature(double value, const std::optional<Tensor>& tensor)
-      : tensor_(tensor ? column(*tensor) : Column{}), value_(A(value)), rate_(A(kLog2E / value)) {}
+      : tensor_(tensor ? column(*tensor) : Column{}), exact_(value), value_(A(value)), rate_(A(kLog2E / value)) {}
 
   KD_HD A operator[](int64_t row) const { return tensor_.data ? A(read(row)) : value_; }
+
+  KD_HD double exact(int64_t row) const { return tensor_.data ? read(row) : exact_; }
 
   // log2(e) / T: logits times this are exponents of 2.
   KD_HD A rate(int64_t row) const { return tensor_.data ? A(kLog2E / read(row)) : rate_; }
@@ -29,6 +31,7 @@ class Temperature {
   }
 
   Column tensor_;
+  double exact_;
   A value_, rate_;
 };
 

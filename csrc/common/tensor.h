@@ -33,6 +33,8 @@ struct Matrix {
 
 inline Matrix matrix(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x.stride(0), x.stride(1)}; }
 
+inline Matrix matrix(const std::optional<Tensor>& x) { return x ? matrix(*x) : Matrix{}; }
+
 // A 1-D (or expanded 0-d) tensor, read with the stride 0 where it has one element for all rows.
 struct Column {
   void* data = nullptr;
@@ -41,6 +43,8 @@ struct Column {
 };
 
 inline Column column(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x.dim() == 0 ? 0 : x.stride(0)}; }
+
+inline Column column(const std::optional<Tensor>& x) { return x ? column(*x) : Column{}; }
 
 // f(T{}) with T the C++ type of a floating-point dtype.
 template <class F>
@@ -53,6 +57,39 @@ KD_HD void dispatch_float(ScalarType dtype, F&& f) {
   }
 }
 
+// ---- one element, as A
+template <class A>
+KD_HD A read_one(const void* data, ScalarType dtype, int64_t offset) {
+  switch (dtype) {
+    case ScalarType::Float: return static_cast<A>(static_cast<const float*>(data)[offset]);
+    case ScalarType::Double: return static_cast<A>(static_cast<const double*>(data)[offset]);
+    case ScalarType::Half: return static_cast<A>(static_cast<const Half*>(data)[offset]);
+    default: return static_cast<A>(static_cast<const BFloat16*>(data)[offset]);
+  }
+}
+
+template <class A>
+KD_HD A read_one(const Matrix& m, int64_t row, int64_t col) {
+  return read_one<A>(m.data, m.dtype, row * m.row_stride + col * m.col_stride);
+}
+
+template <class A>
+KD_HD void write_one(const Matrix& m, int64_t row, int64_t col, A value) {
+  const int64_t offset = row * m.row_stride + col * m.col_stride;
+  switch (m.dtype) {
+    case ScalarType::Float: static_cast<float*>(m.data)[offset] = static_cast<float>(value); return;
+    case ScalarType::Double: static_cast<double*>(m.data)[offset] = static_cast<double>(value); return;
+    case ScalarType::Half: static_cast<Half*>(m.data)[offset] = static_cast<Half>(value); return;
+    default: static_cast<BFloat16*>(m.data)[offset] = static_cast<BFloat16>(value);
+  }
+}
+
+template <class A>
+KD_HD A read(const Column& c, int64_t row) {
+  return read_one<A>(c.data, c.dtype, row * c.stride);
+}
+
+// ---- memory and types
 // Uninitialised, contiguous, on the device of `like`.
 inline Tensor empty(const Tensor& like, ScalarType dtype, std::vector<int64_t> sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
@@ -79,6 +116,11 @@ inline bool is_double(const Tensor& x) { return x.scalar_type() == ScalarType::D
 // Sums are kept in float64 if an input is float64, else in float32.
 inline ScalarType accumulator(const Tensor& a, const std::optional<Tensor>& b) {
   return is_double(a) || (b && is_double(*b)) ? ScalarType::Double : ScalarType::Float;
+}
+
+// The same of tensors that have one dtype.
+inline ScalarType accumulator(const std::vector<Tensor>& a, const std::optional<Tensor>& b) {
+  return accumulator(a[0], b);
 }
 
 // f(A{}) with the accumulation type.

@@ -5,7 +5,7 @@
 #include "common/map_chunk.h"
 #include "common/parallel.h"
 #include "common/vector_loop.h"
-#include "feature/math.h"
+#include "feature/host.h"
 
 namespace kdfast {
 namespace feature {
@@ -127,8 +127,8 @@ struct Pair {
 
   // `factor(b)` times the slopes of `make(b)`, into the outputs that are there.
   template <class A, class Make, class Factor>
-  void slopes(const std::vector<A>& channels, const Make& make, const Factor& factor, const Output& to_s,
-              const Output& to_t) const {
+  void slopes(const std::vector<A>& channels, const Make& make, const Factor& factor, const MapGrad& to_s,
+              const MapGrad& to_t) const {
     using Kind = decltype(make(0));
     for_pieces(0, batch, [&](int64_t b, int64_t begin, int64_t n) {
       alignas(64) A own[kChunk], other[kChunk], spreaded[kChunk], own_slopes[kChunk], other_slopes[kChunk];
@@ -400,7 +400,7 @@ struct Planes : PyramidMaps {
     return squares;
   }
 
-  void write(int64_t task, const Lanes<A>* slopes, A factor, const Output& to_s, const Output& to_t) const {
+  void write(int64_t task, const Lanes<A>* slopes, A factor, const MapGrad& to_s, const MapGrad& to_t) const {
     std::vector<A> own, other, line(width + kLanes), grad_s(to_s.copied<A>() * size), grad_t(to_t.copied<A>() * size);
     for_channels(task, [&](int64_t b, int64_t c, int64_t lane) {
       const int64_t at = (b * channels + c) * size;
@@ -456,12 +456,12 @@ struct Positions : PyramidMaps {
     return squares;
   }
 
-  void write(int64_t task, const Lanes<A>* slopes, A factor, const Output& to_s, const Output& to_t) const {
+  void write(int64_t task, const Lanes<A>* slopes, A factor, const MapGrad& to_s, const MapGrad& to_t) const {
     const int64_t n = length(task);
     std::vector<A> grad_s(to_s.copied<A>() * width * n), grad_t(to_t.copied<A>() * width * n);
     for_lines(task, [&](Line<const A> s, Line<const A> t, int64_t y, int64_t row) {
       const int64_t at = ((task / blocks * height + y) * width) * channels + first(task);
-      const auto line_of = [&](const Output& to, std::vector<A>& buffer) {
+      const auto line_of = [&](const MapGrad& to, std::vector<A>& buffer) {
         return Line<A>{target(to, at, buffer.data()), buffer.empty() ? channels : n};
       };
       const Line<A> out_s = line_of(to_s, grad_s), out_t = line_of(to_t, grad_t);
@@ -484,8 +484,6 @@ void dispatch_order(const Tensor& student, const Tensor& teacher, const F& f) {
   }
 }
 
-// ---- the ops
-
 // f(make) with `make(b)` the terms of sample b.
 template <class A, class F>
 void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) {
@@ -500,52 +498,6 @@ void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) 
   }
 }
 
-Tensor feature_error_cpu(Tensor student, Tensor teacher, std::optional<Tensor> margin, int64_t kind, double boundary,
-                         int64_t over, int64_t divisor) {
-  const double scale = 1.0 / static_cast<double>(divisor);
-  const ScalarType dtype = accumulator(student, teacher);
-  const int64_t batch = student.size(0);
-  Tensor out =
-      over == kTotal ? empty(student, dtype, {}) : empty(student, dtype, {over == kSample ? batch : student.size(1)});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Pair maps(student, teacher);
-    A* to = static_cast<A*>(out.data_ptr());
-    const auto put = [&](const std::vector<double>& sums) {
-      for (double sum : sums) *to++ = static_cast<A>(scale * sum);
-    };
-    if (over == kChannel) return put(channel_squares<A>(maps));
-    std::vector<double> sums(batch);
-    const std::vector<A> channels = margin ? values_of<A>(*margin, 1) : std::vector<A>();
-    dispatch_kind<A>(kind, boundary, false, [&](const auto& make) { maps.sum(0, batch, channels, make, sums.data()); });
-    if (over == kSample) return put(sums);
-    double total = 0;
-    for (double sum : sums) total += sum;
-    put({total});
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> feature_error_backward_cpu(Tensor grad, Tensor student, Tensor teacher,
-                                                      std::optional<Tensor> margin, int64_t kind, double boundary,
-                                                      int64_t over, int64_t divisor, bool need_student,
-                                                      bool need_teacher) {
-  const double scale = 1.0 / static_cast<double>(divisor);
-  Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
-  dispatch_accumulator(accumulator(student, teacher), [&](auto tag) {
-    using A = decltype(tag);
-    const Pair maps(student, teacher);
-    const std::vector<A> factors = values_of<A>(grad, scale);
-    // Per channel it is the upstream gradient that the terms take, else the margin.
-    const std::vector<A> channels = over == kChannel ? factors : margin ? values_of<A>(*margin, 1) : std::vector<A>();
-    const auto factor = [&](int64_t b) { return over == kChannel ? A(1) : factors[over == kSample ? b : 0]; };
-    dispatch_kind<A>(kind, boundary, over == kChannel, [&](const auto& make) {
-      maps.slopes(channels, make, factor, Output(grad_s, need_student), Output(grad_t, need_teacher));
-    });
-  });
-  return {grad_s, grad_t};
-}
-
 // f(make) with `make(norms and dots...)` the normalized terms.
 template <class A, class F>
 void dispatch_power(int64_t power, const F& f) {
@@ -556,15 +508,47 @@ void dispatch_power(int64_t power, const F& f) {
   }
 }
 
-std::tuple<Tensor, Tensor> normalized_error_cpu(Tensor student, Tensor teacher, int64_t power) {
-  const ScalarType dtype = accumulator(student, teacher);
-  const int64_t batch = student.size(0);
-  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {4, batch});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class A>
+  void error(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& margin,
+             const ErrorSettings& settings, A* out) const {
+    const int64_t batch = student.size(0);
+    const Pair maps(student, teacher);
+    const auto put = [&](const std::vector<double>& sums) {
+      for (double sum : sums) *out++ = static_cast<A>(settings.scale * sum);
+    };
+    if (settings.over == kChannel) return put(channel_squares<A>(maps));
+    std::vector<double> sums(batch);
+    const std::vector<A> channels = margin ? values_of<A>(*margin, 1) : std::vector<A>();
+    dispatch_kind<A>(settings.kind, settings.boundary, false,
+                     [&](const auto& make) { maps.sum(0, batch, channels, make, sums.data()); });
+    if (settings.over == kSample) return put(sums);
+    double total = 0;
+    for (double sum : sums) total += sum;
+    put({total});
+  }
+
+  template <class A>
+  void error_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                      const std::optional<Tensor>& margin, const ErrorSettings& settings, const MapGrads& grads) const {
+    const bool per_channel = settings.over == kChannel, per_sample = settings.over == kSample;
+    const Pair maps(student, teacher);
+    const std::vector<A> factors = values_of<A>(grad, settings.scale);
+    // Per channel it is the upstream gradient that the terms take, else the margin.
+    const std::vector<A> channels = per_channel ? factors : margin ? values_of<A>(*margin, 1) : std::vector<A>();
+    const auto factor = [&](int64_t b) { return per_channel ? A(1) : factors[per_sample ? b : 0]; };
+    dispatch_kind<A>(settings.kind, settings.boundary, per_channel, [&](const auto& make) {
+      maps.slopes(channels, make, factor, grads.to_student, grads.to_teacher);
+    });
+  }
+
+  template <class A>
+  void normalized(const Tensor& student, const Tensor& teacher, int64_t power, A* to, A* loss) const {
+    const int64_t batch = student.size(0);
     const Pair maps(student, teacher);
     std::vector<double> norms(2 * batch), sums(3 * batch);
-    A* to = static_cast<A*>(stats.data_ptr());
     // A few samples at a time, which are still in a cache when they are read again.
     const int64_t group = std::max<int64_t>(1, (int64_t(1) << 18) / std::max<int64_t>(maps.size(), 1));
     for (int64_t from = 0; from < batch; from += group) {
@@ -584,38 +568,25 @@ std::tuple<Tensor, Tensor> normalized_error_cpu(Tensor student, Tensor teacher, 
       to[2 * batch + b] = static_cast<A>(sums[batch + b]);
       to[3 * batch + b] = static_cast<A>(sums[2 * batch + b]);
     }
-    *static_cast<A*>(loss.data_ptr()) = static_cast<A>(total / std::max<double>(1, double(batch) * maps.size()));
-  });
-  return {loss, stats};
-}
+    *loss = static_cast<A>(total / std::max<double>(1, double(batch) * maps.size()));
+  }
 
-std::tuple<Tensor, Tensor> normalized_error_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor stats,
-                                                         int64_t power, bool need_student, bool need_teacher) {
-  Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
+  template <class A>
+  void normalized_backward(const Column& grad, const Tensor& student, const Tensor& teacher, const A* x, int64_t power,
+                           const MapGrads& grads) const {
     const Pair maps(student, teacher);
-    const double elements = std::max<double>(1, double(maps.batch) * maps.size());
-    const A factor = static_cast<A>(read<A>(column(grad), 0) / elements);
-    const A* x = static_cast<const A*>(stats.data_ptr());
+    const int64_t n = maps.batch;
+    const double elements = std::max<double>(1, double(n) * maps.size());
+    const A factor = static_cast<A>(read<A>(grad, 0) / elements);
     dispatch_power<A>(power, [&](const auto& make) {
       maps.slopes(
-          std::vector<A>(),
-          [&](int64_t b) {
-            const int64_t n = maps.batch;
-            return make(x[b], x[n + b], x[2 * n + b], x[3 * n + b]);
-          },
-          [&](int64_t) { return factor; }, Output(grad_s, need_student), Output(grad_t, need_teacher));
+          std::vector<A>(), [&](int64_t b) { return make(x[b], x[n + b], x[2 * n + b], x[3 * n + b]); },
+          [&](int64_t) { return factor; }, grads.to_student, grads.to_teacher);
     });
-  });
-  return {grad_s, grad_t};
-}
+  }
 
-Tensor pyramid_error_cpu(Tensor student, Tensor teacher) {
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor out = empty(student, dtype, {});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
+  template <class A>
+  void pyramid(const Tensor& student, const Tensor& teacher, A* loss) const {
     double total = 0;
     dispatch_order<A>(student, teacher, [&](const auto& maps) {
       std::vector<double> losses(maps.batch * maps.blocks);
@@ -628,18 +599,12 @@ Tensor pyramid_error_cpu(Tensor student, Tensor teacher) {
       });
       for (double loss : losses) total += loss;
     });
-    *static_cast<A*>(out.data_ptr()) = static_cast<A>(total);
-  });
-  return out;
-}
+    *loss = static_cast<A>(total);
+  }
 
-std::tuple<Tensor, Tensor> pyramid_error_backward_cpu(Tensor grad, Tensor student, Tensor teacher, bool need_student,
-                                                      bool need_teacher) {
-  Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
-  const Output to_s(grad_s, need_student), to_t(grad_t, need_teacher);
-  dispatch_accumulator(accumulator(student, teacher), [&](auto tag) {
-    using A = decltype(tag);
-    const A factor = read<A>(column(grad), 0);
+  template <class A>
+  void pyramid_backward(const Column& grad, const Tensor& student, const Tensor& teacher, const MapGrads& grads) const {
+    const A factor = read<A>(grad, 0);
     dispatch_order<A>(student, teacher, [&](const auto& maps) {
       for_each(maps.batch * maps.blocks, grain_for(maps.elements()), [&](int64_t task) {
         Lanes<A> cells[kMostCells * std::decay_t<decltype(maps)>::kMostVectors];
@@ -647,23 +612,14 @@ std::tuple<Tensor, Tensor> pyramid_error_backward_cpu(Tensor grad, Tensor studen
         std::fill_n(cells, maps.pyramid.cells() * vectors, Lanes<A>{});
         maps.sum(task, cells);
         pool_lanes<true, A>(maps.pyramid, cells, vectors);
-        maps.write(task, cells, factor, to_s, to_t);
+        maps.write(task, cells, factor, grads.to_student, grads.to_teacher);
       });
     });
-  });
-  return {grad_s, grad_t};
-}
+  }
+};
 
 }  // namespace
 }  // namespace feature
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::feature;
-  m.impl("feature_error", TORCH_BOX(&feature_error_cpu));
-  m.impl("feature_error_backward", TORCH_BOX(&feature_error_backward_cpu));
-  m.impl("normalized_error", TORCH_BOX(&normalized_error_cpu));
-  m.impl("normalized_error_backward", TORCH_BOX(&normalized_error_backward_cpu));
-  m.impl("pyramid_error", TORCH_BOX(&pyramid_error_cpu));
-  m.impl("pyramid_error_backward", TORCH_BOX(&pyramid_error_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::feature::register_ops<kdfast::feature::Cpu>(m); }

@@ -1,8 +1,6 @@
-#include <torch/csrc/stable/ops.h>
-
 #include "common/map_step.cuh"
 #include "common/sum.cuh"
-#include "feature/math.h"
+#include "feature/host.h"
 
 namespace kdfast {
 namespace feature {
@@ -248,10 +246,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
 }
 
-inline Matrix output(const Tensor& x, bool wanted, const Order& order) {
-  return {wanted ? x.data_ptr() : nullptr, x.scalar_type(), order.size(), 1};
-}
-
 // ---- the pyramid
 
 // A block works on one map, its threads on consecutive elements; or (kByChannel) on 32 channels, one for each lane. A
@@ -348,8 +342,6 @@ void run_pyramid(const OnDevice& device, const PyramidMaps& maps, double* losses
          losses, grad, to_s, to_t);
 }
 
-// ---- the ops
-
 // f(make) with the terms that are the same for all samples.
 template <class A, class F>
 void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) {
@@ -362,54 +354,6 @@ void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) 
   } else {
     f(Same<PlainSquare<A>>{});
   }
-}
-
-Tensor feature_error_cuda(Tensor student, Tensor teacher, std::optional<Tensor> margin, int64_t kind, double boundary,
-                          int64_t over, int64_t divisor) {
-  const double scale = 1.0 / static_cast<double>(divisor);
-  const OnDevice device(student);
-  const ScalarType dtype = accumulator(student, teacher);
-  const Pair maps(student, teacher);
-  Tensor out = over == kTotal ? empty(student, dtype, {})
-                              : empty(student, dtype, {over == kSample ? maps.batch : student.size(1)});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    A* to = static_cast<A*>(out.data_ptr());
-    if (over == kChannel) return sum_channels(device, student, maps, scale, to);
-    const Channels<A> channels{margin ? column(*margin) : Column{}};
-    dispatch_kind<A>(kind, boundary, false, [&](const auto& make) {
-      Tensor pieces = sum_pieces(device, student, maps, make, channels);
-      const double* sums = static_cast<const double*>(pieces.data_ptr());
-      if (over == kSample) return sum_samples<A, false>(device, sums, maps.batch, maps.pieces, scale, to);
-      sum_of(device, student, Scaled{sums, scale}, maps.blocks(), to);
-    });
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor> feature_error_backward_cuda(Tensor grad, Tensor student, Tensor teacher,
-                                                       std::optional<Tensor> margin, int64_t kind, double boundary,
-                                                       int64_t over, int64_t divisor, bool need_student,
-                                                       bool need_teacher) {
-  const double scale = 1.0 / static_cast<double>(divisor);
-  const OnDevice device(student);
-  Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
-  const Pair maps(student, teacher);
-  if (maps.blocks() == 0) return {grad_s, grad_t};
-  dispatch_accumulator(accumulator(student, teacher), [&](auto tag) {
-    using A = decltype(tag);
-    // Per channel it is the upstream gradient that the terms take, else the margin.
-    const bool per_channel = over == kChannel;
-    Channels<A> channels;
-    if (per_channel) channels = {column(grad), static_cast<A>(scale)};
-    if (!per_channel && margin) channels = {column(*margin), A(1)};
-    dispatch_kind<A>(kind, boundary, per_channel, [&](const auto& make) {
-      launch(device, {maps.blocks(), kThreads}, slope_kernel<A, std::decay_t<decltype(make)>>, maps, make, channels,
-             per_channel ? Column{} : column(grad), per_channel ? A(1) : static_cast<A>(scale),
-             output(grad_s, need_student, maps.order), output(grad_t, need_teacher, maps.order));
-    });
-  });
-  return {grad_s, grad_t};
 }
 
 double elements_of(const Pair& maps) {
@@ -430,77 +374,86 @@ void normalized_error(const OnDevice& device, const Tensor& like, const Pair& ma
   sum_samples<A, false>(device, sums + maps.blocks(), 2 * maps.batch, maps.pieces, 1, stats + 2 * maps.batch);
 }
 
-std::tuple<Tensor, Tensor> normalized_error_cuda(Tensor student, Tensor teacher, int64_t power) {
-  const OnDevice device(student);
-  const ScalarType dtype = accumulator(student, teacher);
-  const Pair maps(student, teacher);
-  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {4, maps.batch});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    A *to_stats = static_cast<A*>(stats.data_ptr()), *to_loss = static_cast<A*>(loss.data_ptr());
-    power == 1 ? normalized_error<A, 1>(device, student, maps, to_stats, to_loss)
-               : normalized_error<A, 2>(device, student, maps, to_stats, to_loss);
-  });
-  return {loss, stats};
-}
+struct Cuda {
+  OnDevice device;
 
-std::tuple<Tensor, Tensor> normalized_error_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor stats,
-                                                          int64_t power, bool need_student, bool need_teacher) {
-  const OnDevice device(student);
-  Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
-  const Pair maps(student, teacher);
-  if (maps.blocks() == 0) return {grad_s, grad_t};
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    const A* of = static_cast<const A*>(stats.data_ptr());
-    const auto run = [&](const auto& make) {
-      launch(device, {maps.blocks(), kThreads}, slope_kernel<A, std::decay_t<decltype(make)>>, maps, make,
-             Channels<A>{}, column(grad), static_cast<A>(1 / elements_of(maps)),
-             output(grad_s, need_student, maps.order), output(grad_t, need_teacher, maps.order));
-    };
-    power == 1 ? run(OfSample<A, 1, true>{of, maps.batch}) : run(OfSample<A, 2, true>{of, maps.batch});
-  });
-  return {grad_s, grad_t};
-}
+  explicit Cuda(const Tensor& x) : device(x) {}
 
-Tensor pyramid_error_cuda(Tensor student, Tensor teacher) {
-  const OnDevice device(student);
-  const ScalarType dtype = accumulator(student, teacher);
-  const PyramidMaps maps(student, teacher);
-  const int64_t blocks = maps.batch * maps.tiles();
-  Tensor out = empty(student, dtype, {}), partial = empty(student, ScalarType::Double, {blocks});
-  double* losses = static_cast<double*>(partial.data_ptr());
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    run_pyramid<A, false>(device, maps, losses, {}, {}, {});
-    sum_of(device, student, kdfast::Partial{losses}, blocks, static_cast<A*>(out.data_ptr()));
-  });
-  return out;
-}
+  template <class A>
+  void error(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& margin,
+             const ErrorSettings& settings, A* out) const {
+    const Pair maps(student, teacher);
+    if (settings.over == kChannel) return sum_channels(device, student, maps, settings.scale, out);
+    const Channels<A> channels{column(margin)};
+    dispatch_kind<A>(settings.kind, settings.boundary, false, [&](const auto& make) {
+      Tensor pieces = sum_pieces(device, student, maps, make, channels);
+      const double* sums = data<const double>(pieces);
+      if (settings.over == kSample) {
+        return sum_samples<A, false>(device, sums, maps.batch, maps.pieces, settings.scale, out);
+      }
+      sum_of(device, student, Scaled{sums, settings.scale}, maps.blocks(), out);
+    });
+  }
 
-std::tuple<Tensor, Tensor> pyramid_error_backward_cuda(Tensor grad, Tensor student, Tensor teacher, bool need_student,
-                                                       bool need_teacher) {
-  const OnDevice device(student);
-  Tensor grad_s = gradient(student, student, need_student), grad_t = gradient(teacher, student, need_teacher);
-  const Order order(student);
-  dispatch_accumulator(accumulator(student, teacher), [&](auto tag) {
-    using A = decltype(tag);
-    run_pyramid<A, true>(device, PyramidMaps(student, teacher), nullptr, column(grad),
-                         output(grad_s, need_student, order), output(grad_t, need_teacher, order));
-  });
-  return {grad_s, grad_t};
-}
+  template <class A>
+  void error_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
+                      const std::optional<Tensor>& margin, const ErrorSettings& settings, const MapGrads& grads) const {
+    // Per channel it is the upstream gradient that the terms take, else the margin.
+    const bool per_channel = settings.over == kChannel;
+    const A scale = static_cast<A>(settings.scale);
+    Channels<A> channels;
+    if (per_channel) channels = {column(grad), scale};
+    if (!per_channel && margin) channels = {column(*margin), A(1)};
+    dispatch_kind<A>(settings.kind, settings.boundary, per_channel, [&](const auto& make) {
+      write_slopes(Pair(student, teacher), make, channels, per_channel ? Column{} : column(grad),
+                   per_channel ? A(1) : scale, grads);
+    });
+  }
+
+  template <class A>
+  void normalized(const Tensor& student, const Tensor& teacher, int64_t power, A* stats, A* loss) const {
+    const Pair maps(student, teacher);
+    power == 1 ? normalized_error<A, 1>(device, student, maps, stats, loss)
+               : normalized_error<A, 2>(device, student, maps, stats, loss);
+  }
+
+  template <class A>
+  void normalized_backward(const Column& grad, const Tensor& student, const Tensor& teacher, const A* stats,
+                           int64_t power, const MapGrads& grads) const {
+    const Pair maps(student, teacher);
+    const A factor = static_cast<A>(1 / elements_of(maps));
+    const auto run = [&](const auto& make) { write_slopes(maps, make, Channels<A>{}, grad, factor, grads); };
+    power == 1 ? run(OfSample<A, 1, true>{stats, maps.batch}) : run(OfSample<A, 2, true>{stats, maps.batch});
+  }
+
+  template <class A>
+  void pyramid(const Tensor& student, const Tensor& teacher, A* loss) const {
+    const PyramidMaps maps(student, teacher);
+    const int64_t blocks = maps.batch * maps.tiles();
+    DeviceMemory<double> losses(student, blocks);
+    run_pyramid<A, false>(device, maps, losses.data(), {}, {}, {});
+    sum_of(device, student, kdfast::Partial{losses.data()}, blocks, loss);
+  }
+
+  template <class A>
+  void pyramid_backward(const Column& grad, const Tensor& student, const Tensor& teacher, const MapGrads& grads) const {
+    const Order order(student);
+    run_pyramid<A, true>(device, PyramidMaps(student, teacher), nullptr, grad, grads.to_student.rows(order),
+                         grads.to_teacher.rows(order));
+  }
+
+ private:
+  template <class A, class Make>
+  void write_slopes(const Pair& maps, const Make& make, const Channels<A>& channels, const Column& grad, A factor,
+                    const MapGrads& grads) const {
+    if (maps.blocks() == 0) return;
+    launch(device, {maps.blocks(), kThreads}, slope_kernel<A, Make>, maps, make, channels, grad, factor,
+           grads.to_student.rows(maps.order), grads.to_teacher.rows(maps.order));
+  }
+};
 
 }  // namespace
 }  // namespace feature
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::feature;
-  m.impl("feature_error", TORCH_BOX(&feature_error_cuda));
-  m.impl("feature_error_backward", TORCH_BOX(&feature_error_backward_cuda));
-  m.impl("normalized_error", TORCH_BOX(&normalized_error_cuda));
-  m.impl("normalized_error_backward", TORCH_BOX(&normalized_error_backward_cuda));
-  m.impl("pyramid_error", TORCH_BOX(&pyramid_error_cuda));
-  m.impl("pyramid_error_backward", TORCH_BOX(&pyramid_error_backward_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) { kdfast::feature::register_ops<kdfast::feature::Cuda>(m); }

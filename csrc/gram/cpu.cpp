@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <vector>
 
@@ -6,7 +7,7 @@
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/vector_loop.h"
-#include "gram/math.h"
+#include "gram/host.h"
 
 namespace kdfast {
 namespace gram {
@@ -224,6 +225,8 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
 }
 
 // ---- comparisons
+constexpr int64_t kEntryGrain = 4096;  // entries that are worth a thread: each takes a division or a logarithm
+
 template <class A>
 KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
   return sum_each<double>(n, [&](int64_t j) KD_INLINED {
@@ -294,7 +297,7 @@ KD_MULTIVERSION double dot(const A* x, const A* y, int64_t n) {
 template <class A, class F>
 double compare(const F& f, const Tensor& student, const Tensor& teacher, A* const (&weights)[2]) {
   const int64_t n = student.size(1), rows = student.size(0) * n,
-                grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(n, 1));
+                grain = std::max<int64_t>(1, kEntryGrain / std::max<int64_t>(n, 1));
   Tensor memory = empty(student, kDtype<A>, {kStats, rows});
   const A* grams[2] = {static_cast<const A*>(student.data_ptr()), static_cast<const A*>(teacher.data_ptr())};
   const auto stats_of = [&](int64_t row) { return Stats<A>{static_cast<A*>(memory.data_ptr()), rows, row / n * n}; };
@@ -329,6 +332,7 @@ double compare(const F& f, const Tensor& student, const Tensor& teacher, A* cons
 
 // ---- affinity of positions. Blocks of positions are compared pair by pair; a task adds to both blocks' gradients.
 constexpr int64_t kPositions = 64;
+constexpr int64_t kPositionGrain = 256;  // positions that are worth a thread, which scales all their channels
 
 // One network: unit positions u, channel by channel [B, channels, padded positions] and position by position
 // [B, padded positions, padded channels], and their gradient (or null) in the second order.
@@ -436,91 +440,6 @@ double affinity_sum(const Network<A> (&nets)[2], int64_t batch) {
   return sum;
 }
 
-// ---- the ops
-Tensor inner_products_cpu(Tensor a, std::optional<Tensor> b) {
-  const ScalarType dtype = accumulator(a, b);
-  Tensor out = empty(a, dtype, {a.size(0), a.size(1), b ? b->size(1) : a.size(1)});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    write_inner(a, b ? &*b : nullptr, static_cast<A*>(out.data_ptr()));
-  });
-  return out;
-}
-
-Tensor weighted_sums_cpu(Tensor weights, Tensor x, std::optional<Tensor> factor) {
-  Tensor out = empty(x, x.scalar_type(), {weights.size(0), weights.size(1), x.size(2)});
-  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    write_weighted<A>(weights, x, factor ? read<A>(column(*factor), 0) : A(1), out);
-  });
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> compare_grams_cpu(Tensor student, Tensor teacher, std::string kind, double eps,
-                                                     std::vector<double> coefficients, bool need_student,
-                                                     bool need_teacher) {
-  const std::vector<int64_t> shape{student.size(0), student.size(1), student.size(2)}, none{0};
-  const ScalarType dtype = student.scalar_type();
-  Tensor loss = empty(student, dtype, {});
-  Tensor weights_s = empty(student, dtype, need_student ? shape : none);
-  Tensor weights_t = empty(student, dtype, need_teacher ? shape : none);
-  const double scale = 1 / std::max<double>(1, student.numel());
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    A* const weights[2] = {need_student ? static_cast<A*>(weights_s.data_ptr()) : nullptr,
-                           need_teacher ? static_cast<A*>(weights_t.data_ptr()) : nullptr};
-    dispatch_comparison<A>(kind, scale, eps, coefficients, [&](const auto& f) {
-      *static_cast<A*>(loss.data_ptr()) = static_cast<A>(compare<A>(f, student, teacher, weights));
-    });
-  });
-  return {loss, weights_s, weights_t};
-}
-
-std::tuple<Tensor, Tensor, Tensor> affinity_cpu(Tensor student, Tensor teacher, double eps, bool need_student,
-                                                bool need_teacher) {
-  const int64_t batch = student.size(0), positions = student.size(2);
-  const int64_t padded_positions = blocks_of(positions, kPositions) * kPositions;
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {});
-  std::vector<Tensor> slopes;
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    std::vector<Tensor> memory;
-    const auto room = [&](std::vector<int64_t> shape) {
-      memory.push_back(empty(student, dtype, shape));
-      return static_cast<A*>(memory.back().data_ptr());
-    };
-    Network<A> nets[2];
-    for (int side = 0; side < 2; ++side) {
-      const Tensor& x = side ? teacher : student;
-      const int64_t channels = x.size(1), width = blocks_of(channels, kLanesOf<A>) * kLanesOf<A>;
-      A* rows = room({batch, channels, padded_positions});
-      A *units = nullptr, *grad = nullptr;
-      if (side ? need_teacher : need_student) {
-        units = room({batch, padded_positions, width});
-        grad = room({batch, padded_positions, width});
-        std::fill(grad, grad + batch * padded_positions * width, A(0));
-      }
-      nets[side] = {channels, width, positions, padded_positions, rows, units, grad};
-      write_units(x, static_cast<A>(eps), nets[side]);
-    }
-    const double scale = 1 / std::max<double>(1, static_cast<double>(batch) * positions * positions);
-    *static_cast<A*>(loss.data_ptr()) = static_cast<A>(scale * affinity_sum(nets, batch));
-    for (int side = 0; side < 2; ++side) {
-      const Network<A>& net = nets[side];
-      slopes.push_back(net.grad ? empty(student, dtype, {batch, positions, net.channels}) : empty(student, dtype, {0}));
-      A* out = static_cast<A*>(slopes.back().data_ptr());
-      // s_ij and s_ji are the same number.
-      const A factor = static_cast<A>(side ? -2 * scale : 2 * scale);
-      for_each(net.grad ? batch * positions : 0, 256, [&](int64_t row) {
-        const A* grad = net.position_rows(net.grad, row / positions, row % positions);
-        for (int64_t c = 0; c < net.channels; ++c) out[row * net.channels + c] = factor * grad[c];
-      });
-    }
-  });
-  return {loss, slopes[0], slopes[1]};
-}
-
 // grad / (|x| + eps) (slope - (slope . x) / ((|x| + eps) |x|) x) of n positions; x and out channel by channel.
 template <class A>
 KD_MULTIVERSION void finish_positions(const A* slope, A* x, int64_t channels, int64_t n, A eps, A grad) {
@@ -542,11 +461,63 @@ KD_MULTIVERSION void finish_positions(const A* slope, A* x, int64_t channels, in
   }
 }
 
-Tensor affinity_gradient_cpu(Tensor grad, Tensor slope, Tensor x, double eps) {
-  const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
-  Tensor out = empty(x, x.scalar_type(), {batch, channels, positions});
-  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class A>
+  void inner_products(const Tensor& a, const std::optional<Tensor>& b, const Tensor& out) const {
+    write_inner(a, b ? &*b : nullptr, data<A>(out));
+  }
+
+  template <class A>
+  void weighted_sums(const Tensor& weights, const Tensor& x, const Column& factor, const Tensor& out) const {
+    write_weighted<A>(weights, x, factor.data ? read<A>(factor, 0) : A(1), out);
+  }
+
+  template <class F, class A>
+  void compare(const F& f, const Tensor& student, const Tensor& teacher, A* const (&weights)[2],
+               const Tensor& loss) const {
+    *data<A>(loss) = static_cast<A>(gram::compare<A>(f, student, teacher, weights));
+  }
+
+  template <class A>
+  void affinity(const std::array<Tensor, 2>& networks, double eps, A* const (&slopes)[2], const Tensor& loss) const {
+    const int64_t batch = networks[0].size(0), positions = networks[0].size(2);
+    const int64_t padded_positions = blocks_of(positions, kPositions) * kPositions;
+    std::vector<Tensor> memory;
+    const auto allocate = [&](std::vector<int64_t> shape) {
+      memory.push_back(empty(loss, kDtype<A>, shape));
+      return data<A>(memory.back());
+    };
+    Network<A> nets[2];
+    for (int side = 0; side < 2; ++side) {
+      const int64_t channels = networks[side].size(1), width = blocks_of(channels, kLanesOf<A>) * kLanesOf<A>;
+      A* rows = allocate({batch, channels, padded_positions});
+      A *units = nullptr, *grad = nullptr;
+      if (slopes[side]) {
+        units = allocate({batch, padded_positions, width});
+        grad = allocate({batch, padded_positions, width});
+        std::fill(grad, grad + batch * padded_positions * width, A(0));
+      }
+      nets[side] = {channels, width, positions, padded_positions, rows, units, grad};
+      write_units(networks[side], static_cast<A>(eps), nets[side]);
+    }
+    const double scale = 1 / std::max<double>(1, static_cast<double>(batch) * positions * positions);
+    *data<A>(loss) = static_cast<A>(scale * affinity_sum(nets, batch));
+    for (int side = 0; side < 2; ++side) {
+      const Network<A>& net = nets[side];
+      // s_ij and s_ji are the same number.
+      const A factor = static_cast<A>(side ? -2 * scale : 2 * scale);
+      for_each(net.grad ? batch * positions : 0, kPositionGrain, [&](int64_t row) {
+        const A* grad = net.position_rows(net.grad, row / positions, row % positions);
+        for (int64_t c = 0; c < net.channels; ++c) slopes[side][row * net.channels + c] = factor * grad[c];
+      });
+    }
+  }
+
+  template <class A>
+  void affinity_gradient(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
+    const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
     const int64_t blocks = blocks_of(positions, kPositions);
     for_each(batch * blocks, 1, [&](int64_t task) {
       const int64_t b = task / blocks, n0 = task % blocks * kPositions, n = std::min(kPositions, positions - n0);
@@ -559,23 +530,15 @@ Tensor affinity_gradient_cpu(Tensor grad, Tensor slope, Tensor x, double eps) {
           widen(data, from.col_stride, n, own.data() + c * kPositions);
         });
       }
-      const A* slopes = static_cast<const A*>(slope.data_ptr()) + (b * positions + n0) * channels;
-      finish_positions(slopes, own.data(), channels, n, static_cast<A>(eps), read<A>(column(grad), 0));
+      const A* slopes = data<const A>(slope) + (b * positions + n0) * channels;
+      finish_positions(slopes, own.data(), channels, n, eps, read<A>(upstream, 0));
       for (int64_t c = 0; c < channels; ++c) write(to, c, n0, n, own.data() + c * kPositions);
     });
-  });
-  return out;
-}
+  }
+};
 
 }  // namespace
 }  // namespace gram
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::gram;
-  m.impl("inner_products", TORCH_BOX(&inner_products_cpu));
-  m.impl("weighted_sums", TORCH_BOX(&weighted_sums_cpu));
-  m.impl("compare_grams", TORCH_BOX(&compare_grams_cpu));
-  m.impl("affinity", TORCH_BOX(&affinity_cpu));
-  m.impl("affinity_gradient", TORCH_BOX(&affinity_gradient_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::gram::register_ops<kdfast::gram::Cpu>(m); }

@@ -1,8 +1,10 @@
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+
 #include "common/group.cuh"
 #include "common/sum.cuh"
-#include "gram/math.h"
+#include "gram/host.h"
 
 namespace kdfast {
 namespace gram {
@@ -330,127 +332,93 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-// ---- the ops
-Tensor inner_products_cuda(Tensor a, std::optional<Tensor> b) {
-  const OnDevice device(a);
-  const ScalarType dtype = accumulator(a, b);
-  Tensor out = empty(a, dtype, {a.size(0), a.size(1), b ? b->size(1) : a.size(1)});
-  dispatch_accumulator(
-      dtype, [&](auto tag) { write_products<decltype(tag)>(device, Batch(a), Batch(b ? *b : a), !b, Column{}, out); });
-  return out;
-}
+struct Cuda {
+  OnDevice device;
 
-Tensor weighted_sums_cuda(Tensor weights, Tensor x, std::optional<Tensor> factor) {
-  const OnDevice device(x);
-  Tensor out = empty(x, x.scalar_type(), {weights.size(0), weights.size(1), x.size(2)});
-  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
-    write_products<decltype(tag)>(device, Batch(weights), Batch(x).transposed(), false,
-                                  factor ? column(*factor) : Column{}, out);
-  });
-  return out;
-}
+  explicit Cuda(const Tensor& x) : device(x) {}
 
-std::tuple<Tensor, Tensor, Tensor> compare_grams_cuda(Tensor student, Tensor teacher, std::string kind, double eps,
-                                                      std::vector<double> coefficients, bool need_student,
-                                                      bool need_teacher) {
-  const OnDevice device(student);
-  const std::vector<int64_t> shape{student.size(0), student.size(1), student.size(2)}, none{0};
-  const ScalarType dtype = student.scalar_type();
-  Tensor loss = empty(student, dtype, {});
-  Tensor weights_s = empty(student, dtype, need_student ? shape : none);
-  Tensor weights_t = empty(student, dtype, need_teacher ? shape : none);
-  const int64_t n = student.size(1), rows = student.size(0) * n;
-  const double scale = rows ? 1 / static_cast<double>(student.numel()) : 1;
-  if (rows == 0) torch::stable::zero_(loss);
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    if (rows == 0) return;
-    Tensor memory = empty(student, dtype, {kStats, rows}), sums = empty(student, ScalarType::Double, {rows + 1});
-    const Stats<A> stats{static_cast<A*>(memory.data_ptr()), rows, 0};
-    const A *g = static_cast<const A*>(student.data_ptr()), *h = static_cast<const A*>(teacher.data_ptr());
-    double* losses = static_cast<double*>(sums.data_ptr());
-    dispatch_comparison<A>(kind, scale, eps, coefficients, [&](const auto& f) {
-      using F = std::decay_t<decltype(f)>;
-      if constexpr (F::kCosines) {
-        launch(device, {blocks_for(rows, kThreads), kThreads}, inverse_norms_kernel<A>, g, h, n, f.eps, stats);
-      }
-      launch(device, {rows, kThreads}, compare_kernel<A, F>, f, g, h, n, stats, losses);
-      for (const Side side : {kStudent, kTeacher}) {
-        const Tensor& weights = side == kStudent ? weights_s : weights_t;
-        if (!(side == kStudent ? need_student : need_teacher)) continue;
-        launch(device, {rows, kThreads}, weigh_kernel<A, F>, f, side, g, h, n, stats,
-               static_cast<A*>(weights.data_ptr()));
-      }
-    });
-    sum_of(device, sums, Partial{losses}, rows, losses + rows);
-    launch(device, {1, 1}, loss_kernel<A>, losses + rows, scale, static_cast<A*>(loss.data_ptr()));
-  });
-  return {loss, weights_s, weights_t};
-}
-
-std::tuple<Tensor, Tensor, Tensor> affinity_cuda(Tensor student, Tensor teacher, double eps, bool need_student,
-                                                 bool need_teacher) {
-  const OnDevice device(student);
-  const int64_t batch = student.size(0), positions = student.size(2);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {});
-  std::vector<Tensor> units, slopes;
-  for (const Tensor& x : {student, teacher}) {
-    const bool need = units.empty() ? need_student : need_teacher;
-    units.push_back(empty(x, dtype, {batch, positions, x.size(1)}));
-    slopes.push_back(empty(x, dtype, {need ? batch : 0, positions, x.size(1)}));
+  template <class A>
+  void inner_products(const Tensor& a, const std::optional<Tensor>& b, const Tensor& out) const {
+    write_products<A>(device, Batch(a), Batch(b ? *b : a), !b, Column{}, out);
   }
-  if (batch == 0) torch::stable::zero_(loss);
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    if (batch == 0) return;
+
+  template <class A>
+  void weighted_sums(const Tensor& weights, const Tensor& x, const Column& factor, const Tensor& out) const {
+    write_products<A>(device, Batch(weights), Batch(x).transposed(), false, factor, out);
+  }
+
+  template <class F, class A>
+  void compare(const F& f, const Tensor& student, const Tensor& teacher, A* const (&weights)[2], Tensor& loss) const {
+    const int64_t n = student.size(1), rows = student.size(0) * n;
+    if (rows == 0) {
+      torch::stable::zero_(loss);
+      return;
+    }
+    DeviceMemory<A> memory(student, kStats * rows);
+    DeviceMemory<double> losses(student, rows + 1);
+    const Stats<A> stats{memory.data(), rows, 0};
+    const A *g = data<const A>(student), *h = data<const A>(teacher);
+    if constexpr (F::kCosines) {
+      launch(device, {blocks_for(rows, kThreads), kThreads}, inverse_norms_kernel<A>, g, h, n, f.eps, stats);
+    }
+    launch(device, {rows, kThreads}, compare_kernel<A, F>, f, g, h, n, stats, losses.data());
+    for (const Side side : {kStudent, kTeacher}) {
+      if (!weights[side]) continue;
+      launch(device, {rows, kThreads}, weigh_kernel<A, F>, f, side, g, h, n, stats, weights[side]);
+    }
+    write_loss<A>(losses, rows, 1 / static_cast<double>(student.numel()), loss);
+  }
+
+  template <class A>
+  void affinity(const std::array<Tensor, 2>& networks, double eps, A* const (&slopes)[2], Tensor& loss) const {
+    const int64_t batch = networks[0].size(0), positions = networks[0].size(2);
+    if (batch == 0) {
+      torch::stable::zero_(loss);
+      return;
+    }
+    std::vector<Tensor> memory;  // of the unit positions
+    std::vector<Batch> units, grads;
     for (int side = 0; side < 2; ++side) {
-      launch(device, {blocks_for(batch * positions, kThreads / kWarp), kThreads}, unit_kernel<A>,
-             Batch(side ? teacher : student), static_cast<A>(eps), static_cast<A*>(units[side].data_ptr()));
+      const Tensor& x = networks[side];
+      memory.push_back(empty(x, loss.scalar_type(), {batch, positions, x.size(1)}));
+      units.emplace_back(memory.back());
+      grads.push_back(units.back());
+      grads.back().data = slopes[side];
+      launch(device, {blocks_for(batch * positions, kThreads / kWarp), kThreads}, unit_kernel<A>, Batch(x),
+             static_cast<A>(eps), data<A>(memory.back()));
     }
     const int64_t blocks = batch * blocks_for(positions, kTile);
-    Tensor sums = empty(student, ScalarType::Double, {blocks + 1});
-    double* losses = static_cast<double*>(sums.data_ptr());
-    launch(device, {blocks, kThreads}, affinity_kernel<A>, Batch(units[0]), Batch(units[1]), Batch(slopes[0]),
-           Batch(slopes[1]), need_student, need_teacher, losses);
+    DeviceMemory<double> losses(loss, blocks + 1);
+    launch(device, {blocks, kThreads}, affinity_kernel<A>, units[0], units[1], grads[0], grads[1], slopes[0] != nullptr,
+           slopes[1] != nullptr, losses.data());
     const double scale = 1 / (static_cast<double>(batch) * positions * positions);
-    sum_of(device, sums, Partial{losses}, blocks, losses + blocks);
-    launch(device, {1, 1}, loss_kernel<A>, losses + blocks, scale, static_cast<A*>(loss.data_ptr()));
+    write_loss<A>(losses, blocks, scale, loss);
     for (int side = 0; side < 2; ++side) {
-      const int64_t n = slopes[side].numel();
-      if (n == 0) continue;
-      launch(device, {blocks_for(n, kThreads), kThreads}, scale_kernel<A>, static_cast<A*>(slopes[side].data_ptr()), n,
+      const int64_t n = batch * positions * networks[side].size(1);
+      if (!slopes[side] || n == 0) continue;
+      launch(device, {blocks_for(n, kThreads), kThreads}, scale_kernel<A>, slopes[side], n,
              static_cast<A>(side ? -2 * scale : 2 * scale));
     }
-  });
-  for (int side = 0; side < 2; ++side) {
-    if (!(side ? need_teacher : need_student)) slopes[side] = empty(student, dtype, {0});
   }
-  return {loss, slopes[0], slopes[1]};
-}
 
-Tensor affinity_gradient_cuda(Tensor grad, Tensor slope, Tensor x, double eps) {
-  const OnDevice device(x);
-  Tensor out = empty(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
-  const int64_t blocks = blocks_for(x.size(0) * x.size(2), kThreads / kWarp);
-  dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
+  template <class A>
+  void affinity_gradient(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
+    const int64_t blocks = blocks_for(x.size(0) * x.size(2), kThreads / kWarp);
     if (blocks == 0) return;
-    launch(device, {blocks, kThreads}, affinity_gradient_kernel<A>, Batch(x), Batch(slope), static_cast<A>(eps),
-           column(grad), Batch(out));
-  });
-  return out;
-}
+    launch(device, {blocks, kThreads}, affinity_gradient_kernel<A>, Batch(x), Batch(slope), eps, upstream, Batch(out));
+  }
+
+ private:
+  // scale times the sum of the first n; the sum itself goes behind them.
+  template <class A>
+  void write_loss(DeviceMemory<double>& losses, int64_t n, double scale, const Tensor& loss) const {
+    sum_of(device, loss, Partial{losses.data()}, n, losses.data() + n);
+    launch(device, {1, 1}, loss_kernel<A>, losses.data() + n, scale, data<A>(loss));
+  }
+};
 
 }  // namespace
 }  // namespace gram
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::gram;
-  m.impl("inner_products", TORCH_BOX(&inner_products_cuda));
-  m.impl("weighted_sums", TORCH_BOX(&weighted_sums_cuda));
-  m.impl("compare_grams", TORCH_BOX(&compare_grams_cuda));
-  m.impl("affinity", TORCH_BOX(&affinity_cuda));
-  m.impl("affinity_gradient", TORCH_BOX(&affinity_gradient_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) { kdfast::gram::register_ops<kdfast::gram::Cuda>(m); }

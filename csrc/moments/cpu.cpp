@@ -3,7 +3,7 @@
 #include "common/lanes.h"
 #include "common/map_chunk.h"
 #include "common/parallel.h"
-#include "moments/math.h"
+#include "moments/host.h"
 
 namespace kdfast {
 namespace moments {
@@ -138,33 +138,6 @@ Parts measure_positions(const Map& x, const Order& order, int64_t batch) {
   return parts;
 }
 
-Tensor channel_moments_cpu(Tensor x) {
-  const ScalarType dtype = accumulator(x, std::nullopt);
-  const int64_t batch = x.size(0), channels = x.size(1);
-  Tensor out = empty(x, dtype, {2, channels});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Order order(x);
-    const Map from = map(x, order);
-    Parts parts = order.by_channel ? measure_positions<A>(from, order, batch) : measure_channels<A>(from, order, batch);
-    const int64_t pieces = channels > 0 ? static_cast<int64_t>(parts.parts.size()) / channels : 0;
-    A* to = static_cast<A*>(out.data_ptr());
-    constexpr int64_t kAtOnce = 32;  // channels, whose parts are neighbours
-    for_each((channels + kAtOnce - 1) / kAtOnce, grain_for(kAtOnce * pieces), [&](int64_t task) {
-      Part<double> sums[kAtOnce] = {};
-      const int64_t first = task * kAtOnce, n = std::min(kAtOnce, channels - first);
-      for (int64_t piece = 0; piece < pieces; ++piece) {
-        for (int64_t c = 0; c < n; ++c) sums[c].add(parts.at(piece, first + c));
-      }
-      for (int64_t c = 0; c < n; ++c) {
-        to[first + c] = static_cast<A>(sums[c].mean);
-        to[channels + first + c] = static_cast<A>(sums[c].variance());
-      }
-    });
-  });
-  return out;
-}
-
 // ---- backward
 
 template <class A>
@@ -181,22 +154,43 @@ KD_MULTIVERSION void write_slopes(const A* x, int64_t n, const A* mean, const A*
   for (int64_t i = 0; i < n; ++i) out[i] = Slope<A>{mean[i], of_mean[i], of_variance[i]}(x[i]);
 }
 
-Tensor channel_moments_backward_cpu(Tensor grad, Tensor x, Tensor moments) {
-  const Order order(x);
-  const Map from = map(x, order);
-  const int64_t batch = x.size(0), channels = x.size(1), size = order.size();
-  Tensor out = gradient(x, x, true);
-  const Output to(out, true);
-  dispatch_accumulator(moments.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class A>
+  void moments(const Tensor& x, const Order& order, A* to) const {
+    const int64_t batch = x.size(0), channels = x.size(1);
+    const Map from = map(x, order);
+    Parts parts = order.by_channel ? measure_positions<A>(from, order, batch) : measure_channels<A>(from, order, batch);
+    const int64_t pieces = static_cast<int64_t>(parts.parts.size()) / channels;
+    constexpr int64_t kAtOnce = 32;  // channels, whose parts are neighbours
+    for_each((channels + kAtOnce - 1) / kAtOnce, grain_for(kAtOnce * pieces), [&](int64_t task) {
+      Part<double> sums[kAtOnce] = {};
+      const int64_t first = task * kAtOnce, n = std::min(kAtOnce, channels - first);
+      for (int64_t piece = 0; piece < pieces; ++piece) {
+        for (int64_t c = 0; c < n; ++c) sums[c].add(parts.at(piece, first + c));
+      }
+      for (int64_t c = 0; c < n; ++c) {
+        to[first + c] = static_cast<A>(sums[c].mean);
+        to[channels + first + c] = static_cast<A>(sums[c].variance());
+      }
+    });
+  }
+
+  template <class A>
+  void backward(const Matrix& grad, const Tensor& x, const Order& order, const Matrix& moments,
+                const Tensor& out) const {
+    const Map from = map(x, order);
+    const int64_t batch = x.size(0), channels = x.size(1), size = order.size();
+    const MapGrad to(out, true);
     const A share = A(1) / static_cast<A>(std::max<int64_t>(batch * positions(x), 1));
     // Repeated for a chunk that begins at any channel, where channels are neighbours.
     const int64_t repeated = channels + (order.by_channel ? kChunk : 0);
     std::vector<A> mean(repeated), of_mean(repeated), of_variance(repeated);
     for (int64_t c = 0; c < channels; ++c) {
-      mean[c] = read_one<A>(matrix(moments), 0, c);
-      of_mean[c] = share * read_one<A>(matrix(grad), 0, c);
-      of_variance[c] = 2 * share * read_one<A>(matrix(grad), 1, c);
+      mean[c] = read_one<A>(moments, 0, c);
+      of_mean[c] = share * read_one<A>(grad, 0, c);
+      of_variance[c] = 2 * share * read_one<A>(grad, 1, c);
     }
     for (std::vector<A>* values : {&mean, &of_mean, &of_variance}) {
       for (int64_t c = channels; c < repeated && channels > 0; ++c) (*values)[c] = (*values)[c - channels];
@@ -219,16 +213,11 @@ Tensor channel_moments_backward_cpu(Tensor grad, Tensor x, Tensor moments) {
         write(to, b * size + at, n, result);
       }
     });
-  });
-  return out;
-}
+  }
+};
 
 }  // namespace
 }  // namespace moments
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::moments;
-  m.impl("channel_moments", TORCH_BOX(&channel_moments_cpu));
-  m.impl("channel_moments_backward", TORCH_BOX(&channel_moments_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::moments::register_ops<kdfast::moments::Cpu>(m); }

@@ -1,8 +1,6 @@
-#include <torch/csrc/stable/ops.h>
-
 #include "common/map_step.cuh"
 #include "common/sum.cuh"
-#include "moments/math.h"
+#include "moments/host.h"
 
 namespace kdfast {
 namespace moments {
@@ -134,20 +132,6 @@ void measure(const OnDevice& device, const Tensor& x, const Order& order, A* out
   launch(device, {blocks_for(channels, kWarp), kThreads}, moments_kernel<A>, parts, pieces, channels, out);
 }
 
-Tensor channel_moments_cuda(Tensor x) {
-  const OnDevice device(x);
-  const ScalarType dtype = accumulator(x, std::nullopt);
-  Tensor out = empty(x, dtype, {2, x.size(1)});
-  if (x.size(1) == 0) return out;
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Order order(x);
-    A* to = static_cast<A*>(out.data_ptr());
-    order.by_channel ? measure<A, true>(device, x, order, to) : measure<A, false>(device, x, order, to);
-  });
-  return out;
-}
-
 // ---- backward
 
 // One number for each of the elements [at, at + kStep) of a sample, from a row of values of channels.
@@ -188,27 +172,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
 }
 
-Tensor channel_moments_backward_cuda(Tensor grad, Tensor x, Tensor moments) {
-  const OnDevice device(x);
-  Tensor out = gradient(x, x, true);
-  const Order order(x);
-  const int64_t batch = x.size(0), pieces = blocks_for(order.size(), kPiece);
-  if (batch * pieces == 0) return out;
-  dispatch_accumulator(moments.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
+struct Cuda {
+  OnDevice device;
+
+  explicit Cuda(const Tensor& x) : device(x) {}
+
+  template <class A>
+  void moments(const Tensor& x, const Order& order, A* out) const {
+    order.by_channel ? measure<A, true>(device, x, order, out) : measure<A, false>(device, x, order, out);
+  }
+
+  template <class A>
+  void backward(const Matrix& grad, const Tensor& x, const Order& order, const Matrix& moments,
+                const Tensor& out) const {
+    const int64_t batch = x.size(0), pieces = blocks_for(order.size(), kPiece);
+    if (pieces == 0) return;
     const A share = static_cast<A>(1.0 / (static_cast<double>(batch) * static_cast<double>(positions(x))));
-    launch(device, {batch * pieces, kThreads}, slope_kernel<A>, map(x, order), order, pieces, matrix(moments),
-           matrix(grad), share, Matrix{out.data_ptr(), out.scalar_type(), order.size(), 1});
-  });
-  return out;
-}
+    launch(device, {batch * pieces, kThreads}, slope_kernel<A>, map(x, order), order, pieces, moments, grad, share,
+           Matrix{out.data_ptr(), out.scalar_type(), order.size(), 1});
+  }
+};
 
 }  // namespace
 }  // namespace moments
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::moments;
-  m.impl("channel_moments", TORCH_BOX(&channel_moments_cuda));
-  m.impl("channel_moments_backward", TORCH_BOX(&channel_moments_backward_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) { kdfast::moments::register_ops<kdfast::moments::Cuda>(m); }

@@ -8,7 +8,7 @@
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/vector_loop.h"
-#include "nce/math.h"
+#include "nce/host.h"
 
 namespace kdfast {
 namespace nce {
@@ -183,7 +183,7 @@ void check_index(const Tensor& index, int64_t rows) {
              [](int64_t i) { return std::to_string(i); });
 }
 
-// ---- the ops
+// ---- scores
 struct Tasks {
   int64_t anchors, columns, pieces;  // pieces: tasks of each anchor
 
@@ -244,35 +244,6 @@ double score(const Tensor& anchors, const Bank& bank, const Tensor& index, doubl
   return sum;
 }
 
-ScalarType accumulator(const Tensor& student, const Tensor& teacher, const Tensor& bank_student,
-                       const Tensor& bank_teacher) {
-  const bool wide = is_double(student) || is_double(teacher) || is_double(bank_student) || is_double(bank_teacher);
-  return wide ? ScalarType::Double : ScalarType::Float;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> nce_cpu(Tensor student, Tensor teacher, Tensor bank_student,
-                                                   Tensor bank_teacher, Tensor index, Tensor z_student,
-                                                   Tensor z_teacher, double temperature, bool need_grad,
-                                                   bool need_scores) {
-  check_contrast_index(index, bank_student.size(0));
-  const ScalarType dtype = accumulator(student, teacher, bank_student, bank_teacher);
-  const int64_t rows = index.size(0), columns = index.size(1), dim = student.size(1);
-  const auto grad = [&] { return need_grad ? empty(student, dtype, {rows, dim}) : empty(student, dtype, {0}); };
-  Tensor loss = empty(student, dtype, {}), student_grad = grad(), teacher_grad = grad();
-  Tensor scores = need_scores ? empty(student, dtype, {2, rows, columns}) : empty(student, dtype, {0});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const auto data = [](const Tensor& x, bool wanted) { return wanted ? static_cast<A*>(x.data_ptr()) : nullptr; };
-    A* out = data(scores, need_scores);
-    double sum = score<A>(student, Bank(bank_teacher), index, read<double>(column(z_student), 0), temperature,
-                          data(student_grad, need_grad), out);
-    sum += score<A>(teacher, Bank(bank_student), index, read<double>(column(z_teacher), 0), temperature,
-                    data(teacher_grad, need_grad), out ? out + rows * columns : nullptr);
-    *data(loss, true) = static_cast<A>(sum / std::max<int64_t>(rows, 1));
-  });
-  return {loss, student_grad, teacher_grad, scores};
-}
-
 template <class A>
 double log_sum(const Tensor& anchors, const Bank& bank, const Tensor& index, double temperature) {
   const Tasks tasks(index);
@@ -294,23 +265,9 @@ double log_sum(const Tensor& anchors, const Bank& bank, const Tensor& index, dou
   return sum.nats();
 }
 
-Tensor nce_log_sums_cpu(Tensor student, Tensor teacher, Tensor bank_student, Tensor bank_teacher, Tensor index,
-                        Tensor z_student, Tensor z_teacher, double temperature) {
-  Tensor out = empty(student, ScalarType::Double, {2});
-  double* sums = static_cast<double*>(out.data_ptr());
-  const bool known[2] = {read<double>(column(z_student), 0) >= 0, read<double>(column(z_teacher), 0) >= 0};
-  sums[0] = sums[1] = 0;
-  if (known[0] && known[1]) return out;
-  check_contrast_index(index, bank_student.size(0));
-  dispatch_accumulator(accumulator(student, teacher, bank_student, bank_teacher), [&](auto tag) {
-    using A = decltype(tag);
-    if (!known[0]) sums[0] = log_sum<A>(student, Bank(bank_teacher), index, temperature);
-    if (!known[1]) sums[1] = log_sum<A>(teacher, Bank(bank_student), index, temperature);
-  });
-  return out;
-}
-
 // ---- the update of a bank
+constexpr int64_t kUpdateGrain = 64;  // rows that are worth a thread
+
 // moved = momentum * old + (1 - momentum) * row -> the sum of its squares.
 template <class A>
 KD_MULTIVERSION A mix(const A* old, const A* row, int64_t n, A momentum, A* moved) {
@@ -320,35 +277,9 @@ KD_MULTIVERSION A mix(const A* old, const A* row, int64_t n, A momentum, A* move
   });
 }
 
-void update_bank_cpu(Tensor bank, Tensor rows, Tensor index, double momentum) {
-  check_index(index, bank.size(0));
-  const int64_t n = rows.size(0), dim = bank.size(1);
-  const int64_t* at = static_cast<const int64_t*>(index.data_ptr());
-  std::unordered_map<int64_t, int64_t> last;  // row of the bank -> the last row of the batch for it
-  for (int64_t i = 0; i < n; ++i) last[at[i]] = i;
-  dispatch_accumulator(kdfast::accumulator(bank, rows), [&](auto tag) {
-    using A = decltype(tag);
-    dispatch_float(bank.scalar_type(), [&](auto bank_tag) {
-      using T = decltype(bank_tag);
-      for_each(n, 64, [&](int64_t i) {
-        if (last.find(at[i])->second != i) return;
-        T* to = static_cast<T*>(bank.data_ptr()) + at[i] * dim;
-        std::vector<A> old(dim), row(dim), moved(dim);
-        widen(to, 1, dim, old.data());
-        dispatch_float(rows.scalar_type(), [&](auto row_tag) {
-          using R = decltype(row_tag);
-          widen(static_cast<const R*>(rows.data_ptr()) + i * rows.stride(0), rows.stride(1), dim, row.data());
-        });
-        const A norm = std::sqrt(mix(old.data(), row.data(), dim, static_cast<A>(momentum), moved.data()));
-        if (!(norm > 0 && norm < infinity<A>())) return;  // no direction: the row stays
-        for (A& x : moved) x /= norm;
-        narrow(moved.data(), dim, to);
-      });
-    });
-  });
-}
-
 // ---- drawing
+constexpr int64_t kDrawPiece = 1024;  // columns of a task
+
 // The first draws of columns [begin, begin + n), in vectors.
 KD_MULTIVERSION void draw_first(const Source& source, int64_t positive, int64_t begin, int64_t n, int64_t* out) {
   const Source own = source;
@@ -361,45 +292,84 @@ KD_MULTIVERSION void draw_first(const Source& source, int64_t positive, int64_t 
   }
 }
 
-Tensor draw_negatives_cpu(Tensor index, int64_t k, int64_t n_data, Tensor seed, std::optional<Tensor> labels,
-                          std::optional<Tensor> table) {
-  check_index(index, n_data);
-  constexpr int64_t kBlock = 1024;
-  const int64_t rows = index.size(0), pieces = (k + kBlock - 1) / kBlock;
-  const int64_t* positives = static_cast<const int64_t*>(index.data_ptr());
-  const auto data = [](const std::optional<Tensor>& x) {
-    return x ? static_cast<const int64_t*>(x->data_ptr()) : nullptr;
-  };
-  const Source source{*static_cast<const uint64_t*>(seed.data_ptr()), n_data, data(table), data(labels)};
-  Tensor out = empty(index, ScalarType::Long, {rows, k + 1});
-  std::vector<char> none(rows * pieces);
-  for_each(rows * pieces, 1, [&](int64_t task) {
-    const int64_t b = task / pieces, begin = task % pieces * kBlock, n = std::min(kBlock, k - begin);
-    int64_t* row = static_cast<int64_t*>(out.data_ptr()) + b * (k + 1);
-    if (begin == 0) row[0] = positives[b];
-    draw_first(source, positives[b], begin, n, row + 1 + begin);
-    for (int64_t i = begin; source.labels && i < begin + n; ++i) {
-      if (source.labels[row[1 + i]] != source.labels[positives[b]]) continue;
-      row[1 + i] = source.draw(positives[b], static_cast<uint32_t>(i));
-      none[task] |= row[1 + i] < 0;
-    }
-  });
-  const int64_t failed = std::find(none.begin(), none.end(), 1) - none.begin();
-  if (failed < rows * pieces) {
-    throw std::invalid_argument("labels has one class only, that of row " + std::to_string(positives[failed / pieces]) +
-                                ": there is no negative to draw");
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class A>
+  void score(const Inputs& in, A* loss, A* student_grad, A* teacher_grad, A* scores) const {
+    check_contrast_index(in.index, in.bank_student.size(0));
+    const int64_t rows = in.index.size(0), columns = in.index.size(1);
+    double sum = nce::score<A>(in.student, Bank(in.bank_teacher), in.index, read<double>(column(in.z_student), 0),
+                               in.temperature, student_grad, scores);
+    sum += nce::score<A>(in.teacher, Bank(in.bank_student), in.index, read<double>(column(in.z_teacher), 0),
+                         in.temperature, teacher_grad, scores ? scores + rows * columns : nullptr);
+    *loss = static_cast<A>(sum / std::max<int64_t>(rows, 1));
   }
-  return out;
-}
+
+  // Of the directions whose Z is unset (negative); else 0.
+  template <class A>
+  void log_sums(const Inputs& in, double* sums) const {
+    const bool known[2] = {read<double>(column(in.z_student), 0) >= 0, read<double>(column(in.z_teacher), 0) >= 0};
+    sums[0] = sums[1] = 0;
+    if (known[0] && known[1]) return;
+    check_contrast_index(in.index, in.bank_student.size(0));
+    if (!known[0]) sums[0] = log_sum<A>(in.student, Bank(in.bank_teacher), in.index, in.temperature);
+    if (!known[1]) sums[1] = log_sum<A>(in.teacher, Bank(in.bank_student), in.index, in.temperature);
+  }
+
+  template <class A>
+  void update(const Tensor& bank, const Tensor& rows, const Tensor& index, A momentum) const {
+    check_index(index, bank.size(0));
+    const int64_t n = rows.size(0), dim = bank.size(1);
+    const int64_t* at = data<const int64_t>(index);
+    std::unordered_map<int64_t, int64_t> last;  // row of the bank -> the last row of the batch for it
+    for (int64_t i = 0; i < n; ++i) last[at[i]] = i;
+    dispatch_float(bank.scalar_type(), [&](auto bank_tag) {
+      using T = decltype(bank_tag);
+      for_each(n, kUpdateGrain, [&](int64_t i) {
+        if (last.find(at[i])->second != i) return;
+        T* to = static_cast<T*>(bank.data_ptr()) + at[i] * dim;
+        std::vector<A> old(dim), row(dim), moved(dim);
+        widen(to, 1, dim, old.data());
+        dispatch_float(rows.scalar_type(), [&](auto row_tag) {
+          using R = decltype(row_tag);
+          widen(static_cast<const R*>(rows.data_ptr()) + i * rows.stride(0), rows.stride(1), dim, row.data());
+        });
+        const A norm = std::sqrt(mix(old.data(), row.data(), dim, momentum, moved.data()));
+        if (!(norm > 0 && norm < infinity<A>())) return;  // no direction: the row stays
+        for (A& x : moved) x /= norm;
+        narrow(moved.data(), dim, to);
+      });
+    });
+  }
+
+  void draw(const Tensor& index, Source source, const uint64_t* seed, int64_t columns, int64_t* out) const {
+    check_index(index, source.rows);
+    source.key = *seed;
+    const int64_t rows = index.size(0), k = columns - 1, pieces = (k + kDrawPiece - 1) / kDrawPiece;
+    const int64_t* positives = data<const int64_t>(index);
+    std::vector<char> none(rows * pieces);
+    for_each(rows * pieces, 1, [&](int64_t task) {
+      const int64_t b = task / pieces, begin = task % pieces * kDrawPiece, n = std::min(kDrawPiece, k - begin);
+      int64_t* row = out + b * (k + 1);
+      if (begin == 0) row[0] = positives[b];
+      draw_first(source, positives[b], begin, n, row + 1 + begin);
+      for (int64_t i = begin; source.labels && i < begin + n; ++i) {
+        if (source.labels[row[1 + i]] != source.labels[positives[b]]) continue;
+        row[1 + i] = source.draw(positives[b], static_cast<uint32_t>(i));
+        none[task] |= row[1 + i] < 0;
+      }
+    });
+    const int64_t failed = std::find(none.begin(), none.end(), 1) - none.begin();
+    if (failed < rows * pieces) {
+      throw std::invalid_argument("labels has one class only, that of row " +
+                                  std::to_string(positives[failed / pieces]) + ": there is no negative to draw");
+    }
+  }
+};
 
 }  // namespace
 }  // namespace nce
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::nce;
-  m.impl("nce", TORCH_BOX(&nce_cpu));
-  m.impl("nce_log_sums", TORCH_BOX(&nce_log_sums_cpu));
-  m.impl("update_bank", TORCH_BOX(&update_bank_cpu));
-  m.impl("draw_negatives", TORCH_BOX(&draw_negatives_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::nce::register_ops<kdfast::nce::Cpu>(m); }

@@ -1,6 +1,6 @@
 #include "common/group.cuh"
 #include "common/sum.cuh"
-#include "nce/math.h"
+#include "nce/host.h"
 
 namespace kdfast {
 namespace nce {
@@ -294,24 +294,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   out[at] = column == 0 ? positive : source.draw(positive, static_cast<uint32_t>(column - 1));
 }
 
-// ---- the ops
-Both both_of(const Tensor& student, const Tensor& teacher, const Tensor& bank_student, const Tensor& bank_teacher,
-             const Tensor& index, const Tensor& z_student, const Tensor& z_teacher, double temperature) {
-  return {{{matrix(student), matrix(bank_teacher), column(z_student)},
-           {matrix(teacher), matrix(bank_student), column(z_teacher)}},
-          static_cast<const int64_t*>(index.data_ptr()),
-          index.size(0),
-          index.size(1),
-          bank_student.size(0),
-          student.size(1),
-          blocks_for(index.size(1), kPerTask),
-          temperature};
-}
-
-ScalarType accumulator(const Tensor& student, const Tensor& teacher, const Tensor& bank_student,
-                       const Tensor& bank_teacher) {
-  const bool wide = is_double(student) || is_double(teacher) || is_double(bank_student) || is_double(bank_teacher);
-  return wide ? ScalarType::Double : ScalarType::Float;
+Both both_of(const Inputs& in) {
+  return {{{matrix(in.student), matrix(in.bank_teacher), column(in.z_student)},
+           {matrix(in.teacher), matrix(in.bank_student), column(in.z_teacher)}},
+          data<const int64_t>(in.index),
+          in.index.size(0),
+          in.index.size(1),
+          in.bank_student.size(0),
+          in.student.size(1),
+          blocks_for(in.index.size(1), kPerTask),
+          in.temperature};
 }
 
 // f(steps) with how many steps of kStep elements a lane needs for a row, as a constant; 0 if more than 4.
@@ -324,111 +316,72 @@ void dispatch_steps(int64_t dim, const F& f) {
   f(std::integral_constant<int, 0>{});
 }
 
-template <class A>
-void score(const OnDevice& device, const Tensor& like, const Both& both, A* loss, A* student_grad, A* teacher_grad,
-           A* scores) {
-  const int64_t tasks = 2 * both.tasks(), blocks = blocks_for(tasks, kWarps);
-  Tensor losses = empty(like, ScalarType::Double, {tasks + 1});
-  double* each = static_cast<double*>(losses.data_ptr());
-  const ScalarType dtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-  Tensor parts = empty(like, dtype, {student_grad ? tasks : 0, both.dim});
-  A* part = student_grad ? static_cast<A*>(parts.data_ptr()) : nullptr;
-  if (tasks > 0) {
-    dispatch_steps(both.dim, [&](auto steps) {
-      constexpr int kSteps = decltype(steps)::value;
-      if constexpr (kSteps > 0) {
-        launch(device, {blocks, kThreads}, score_kernel<A, kSteps>, both, each, part, scores);
-      } else {
-        launch(device, {blocks, kThreads}, score_long_kernel<A>, both, each, part, scores);
-      }
-    });
-  }
-  if (part && tasks > 0) {
-    launch(device, {blocks_for(2 * both.batch * both.dim, kThreads), kThreads}, add_parts_kernel<A>, part, both.batch,
-           both.pieces, both.dim, 1 / (both.temperature * both.batch), student_grad, teacher_grad);
-  }
-  sum_of(device, like, Partial{each}, tasks, each + tasks);
-  const Direction direction(1, both.temperature, both.columns - 1, both.rows);  // for what does not depend on Z
-  const double constant = 2 * direction.constant * static_cast<double>((both.columns - 1) * both.batch);
-  launch(device, {1, 1}, loss_kernel<A>, each + tasks, constant, both.batch ? double(both.batch) : 1.0, loss);
-}
+struct Cuda {
+  OnDevice device;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> nce_cuda(Tensor student, Tensor teacher, Tensor bank_student,
-                                                    Tensor bank_teacher, Tensor index, Tensor z_student,
-                                                    Tensor z_teacher, double temperature, bool need_grad,
-                                                    bool need_scores) {
-  const OnDevice device(student);
-  const Both both = both_of(student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature);
-  const ScalarType dtype = accumulator(student, teacher, bank_student, bank_teacher);
-  const auto grad = [&] {
-    return need_grad ? empty(student, dtype, {both.batch, both.dim}) : empty(student, dtype, {0});
-  };
-  Tensor loss = empty(student, dtype, {}), student_grad = grad(), teacher_grad = grad();
-  Tensor scores = need_scores ? empty(student, dtype, {2, both.batch, both.columns}) : empty(student, dtype, {0});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const auto data = [](const Tensor& x, bool wanted) { return wanted ? static_cast<A*>(x.data_ptr()) : nullptr; };
-    score(device, student, both, data(loss, true), data(student_grad, need_grad), data(teacher_grad, need_grad),
-          data(scores, need_scores));
-  });
-  return {loss, student_grad, teacher_grad, scores};
-}
+  explicit Cuda(const Tensor& x) : device(x) {}
 
-Tensor nce_log_sums_cuda(Tensor student, Tensor teacher, Tensor bank_student, Tensor bank_teacher, Tensor index,
-                         Tensor z_student, Tensor z_teacher, double temperature) {
-  const OnDevice device(student);
-  const Both both = both_of(student, teacher, bank_student, bank_teacher, index, z_student, z_teacher, temperature);
-  const int64_t tasks = 2 * both.tasks();
-  Tensor out = empty(student, ScalarType::Double, {2});
-  Tensor sums = empty(student, ScalarType::Double, {tasks, 2});  // of LogSum
-  LogSum* each = static_cast<LogSum*>(sums.data_ptr());
-  if (tasks > 0) {
-    dispatch_accumulator(accumulator(student, teacher, bank_student, bank_teacher), [&](auto tag) {
-      using A = decltype(tag);
+  template <class A>
+  void score(const Inputs& in, A* loss, A* student_grad, A* teacher_grad, A* scores) const {
+    const Both both = both_of(in);
+    const int64_t tasks = 2 * both.tasks(), blocks = blocks_for(tasks, kWarps);
+    DeviceMemory<double> losses(in.index, tasks + 1);
+    DeviceMemory<A> parts(in.index, student_grad ? tasks * both.dim : 0);
+    double* each = losses.data();
+    A* part = student_grad ? parts.data() : nullptr;
+    if (tasks > 0) {
+      dispatch_steps(both.dim, [&](auto steps) {
+        constexpr int kSteps = decltype(steps)::value;
+        if constexpr (kSteps > 0) {
+          launch(device, {blocks, kThreads}, score_kernel<A, kSteps>, both, each, part, scores);
+        } else {
+          launch(device, {blocks, kThreads}, score_long_kernel<A>, both, each, part, scores);
+        }
+      });
+    }
+    if (part && tasks > 0) {
+      launch(device, {blocks_for(2 * both.batch * both.dim, kThreads), kThreads}, add_parts_kernel<A>, part, both.batch,
+             both.pieces, both.dim, 1 / (both.temperature * both.batch), student_grad, teacher_grad);
+    }
+    sum_of(device, in.index, Partial{each}, tasks, each + tasks);
+    const Direction direction(1, both.temperature, both.columns - 1, both.rows);  // for what does not depend on Z
+    const double constant = 2 * direction.constant * static_cast<double>((both.columns - 1) * both.batch);
+    launch(device, {1, 1}, loss_kernel<A>, each + tasks, constant, both.batch ? double(both.batch) : 1.0, loss);
+  }
+
+  template <class A>
+  void log_sums(const Inputs& in, double* out) const {
+    const Both both = both_of(in);
+    const int64_t tasks = 2 * both.tasks();
+    Tensor sums = empty(in.student, ScalarType::Double, {tasks, 2});
+    LogSum* each = data<LogSum>(sums);
+    if (tasks > 0) {
       dispatch_steps(both.dim, [&](auto steps) {
         constexpr int kSteps = decltype(steps)::value;
         launch(device, {blocks_for(tasks, kWarps), kThreads}, log_sums_kernel<A, kSteps>, both, each);
       });
-    });
+    }
+    launch(device, {1, kWarp}, finish_log_sums_kernel, both, each, out);
   }
-  launch(device, {1, kWarp}, finish_log_sums_kernel, both, each, static_cast<double*>(out.data_ptr()));
-  return out;
-}
 
-void update_bank_cuda(Tensor bank, Tensor rows, Tensor index, double momentum) {
-  const OnDevice device(bank);
-  const int64_t n = rows.size(0);
-  if (n == 0) return;
-  dispatch_accumulator(kdfast::accumulator(bank, rows), [&](auto tag) {
-    using A = decltype(tag);
+  template <class A>
+  void update(const Tensor& bank, const Tensor& rows, const Tensor& index, A momentum) const {
+    const int64_t n = rows.size(0);
+    if (n == 0) return;
     launch(device, {blocks_for(n, kWarps), kThreads}, update_bank_kernel<A>, matrix(bank), bank.size(0), matrix(rows),
-           n, bank.size(1), static_cast<const int64_t*>(index.data_ptr()), static_cast<A>(momentum));
-  });
-}
+           n, bank.size(1), data<const int64_t>(index), momentum);
+  }
 
-Tensor draw_negatives_cuda(Tensor index, int64_t k, int64_t n_data, Tensor seed, std::optional<Tensor> labels,
-                           std::optional<Tensor> table) {
-  const OnDevice device(index);
-  const auto data = [](const std::optional<Tensor>& x) {
-    return x ? static_cast<const int64_t*>(x->data_ptr()) : nullptr;
-  };
-  const int64_t n = index.size(0), columns = k + 1;
-  Tensor out = empty(index, ScalarType::Long, {n, columns});
-  if (n == 0) return out;
-  launch(device, {blocks_for(n * columns, kThreads), kThreads}, draw_kernel,
-         static_cast<const int64_t*>(index.data_ptr()), n, columns, Source{0, n_data, data(table), data(labels)},
-         static_cast<const uint64_t*>(seed.data_ptr()), static_cast<int64_t*>(out.data_ptr()));
-  return out;
-}
+  void draw(const Tensor& index, const Source& source, const uint64_t* seed, int64_t columns, int64_t* out) const {
+    const int64_t n = index.size(0);
+    if (n == 0) return;
+    launch(device, {blocks_for(n * columns, kThreads), kThreads}, draw_kernel, data<const int64_t>(index), n, columns,
+           source, seed, out);
+  }
+};
 
 }  // namespace
 }  // namespace nce
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::nce;
-  m.impl("nce", TORCH_BOX(&nce_cuda));
-  m.impl("nce_log_sums", TORCH_BOX(&nce_log_sums_cuda));
-  m.impl("update_bank", TORCH_BOX(&update_bank_cuda));
-  m.impl("draw_negatives", TORCH_BOX(&draw_negatives_cuda));
-}
+STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) { kdfast::nce::register_ops<kdfast::nce::Cuda>(m); }

@@ -5,7 +5,7 @@
 #include "common/lanes.h"
 #include "common/parallel.h"
 #include "common/vector_loop.h"
-#include "pairwise/math.h"
+#include "pairwise/host.h"
 
 namespace kdfast {
 namespace pairwise {
@@ -173,8 +173,6 @@ template <class A>
 struct Pairs {
   int64_t rows, stride;
   A *hi, *lo, *inverse;  // [rows, stride]; lo and inverse only for angles, lo only of a float32
-
-  A hi_at(int64_t i, int64_t j) const { return hi[i * stride + j]; }
 };
 
 // `Wide` is what p is summed in.
@@ -432,7 +430,6 @@ void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>*
   });
 }
 
-// ---- the ops
 template <class A>
 std::vector<Tensor> scratch(const Tensor& like, int64_t matrices, int64_t rows, int64_t stride) {
   std::vector<Tensor> result;
@@ -440,32 +437,9 @@ std::vector<Tensor> scratch(const Tensor& like, int64_t matrices, int64_t rows, 
   return result;
 }
 
-Tensor pairwise_distance_cpu(Tensor x, std::optional<Tensor> y, bool squared) {
-  const int64_t n = x.size(0), m = y ? y->size(0) : n;
-  const ScalarType dtype = accumulator(x, y);
-  Tensor out = empty(x, dtype, {n, m});
-  const Matrix other = y ? matrix(*y) : Matrix{};
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    write_distances<A>(matrix(x), n, y ? &other : nullptr, m, x.size(1), squared, static_cast<A*>(out.data_ptr()));
-  });
-  return out;
-}
-
-Tensor weighted_differences_cpu(Tensor weights, Tensor x, std::optional<Tensor> y, std::optional<Tensor> factor) {
-  const int64_t n = x.size(0), dim = x.size(1);
-  Tensor out = empty(x, x.scalar_type(), {n, dim});
-  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    const A scale = factor ? read<A>(column(*factor), 0) : A(1);
-    write_weighted_differences(weights, matrix(x), matrix(y ? *y : x), dim, scale, matrix(out));
-  });
-  return out;
-}
-
 template <class A>
-void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, A* weights,
-         A* loss) {
+void rkd_rows(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, A* weights,
+              A* loss) {
   const int64_t rows = student.size(0), stride = blocks_of(rows) * kBlock;
   const bool angles = angle_weight != 0, single = sizeof(A) == 4;
   const int64_t each = !angles ? 1 : single ? 3 : 2;
@@ -491,32 +465,34 @@ void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, d
   *loss = static_cast<A>(value);
 }
 
-std::tuple<Tensor, Tensor> rkd_cpu(Tensor student, Tensor teacher, double distance_weight, double angle_weight,
-                                   bool need_grad) {
-  const int64_t rows = student.size(0);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {});
-  Tensor weights = need_grad ? empty(student, dtype, {rows, rows}) : empty(student, dtype, {0});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    A *value = static_cast<A*>(loss.data_ptr()), *out = static_cast<A*>(weights.data_ptr());
-    if (rows < 2) {  // no pair
-      *value = 0;
-      std::fill(out, out + weights.numel(), A(0));
-    } else {
-      rkd(student, teacher, distance_weight, angle_weight, need_grad ? out : nullptr, value);
-    }
-  });
-  return {loss, weights};
-}
+struct Cpu {
+  explicit Cpu(const Tensor&) {}
+
+  template <class A>
+  void distances(const Tensor& x, const std::optional<Tensor>& y, bool squared, A* out) const {
+    const Matrix other = matrix(y);
+    const int64_t n = x.size(0), m = y ? y->size(0) : n;
+    write_distances<A>(matrix(x), n, y ? &other : nullptr, m, x.size(1), squared, out);
+  }
+
+  template <class A>
+  void weighted_differences(const Tensor& weights, const Matrix& x, const Matrix& y, int64_t dim, const Column& factor,
+                            const Matrix& out) const {
+    write_weighted_differences(weights, x, y, dim, factor.data ? read<A>(factor, 0) : A(1), out);
+  }
+
+  template <class A>
+  void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, const Tensor&,
+           A* weights, A* loss) const {
+    const int64_t rows = student.size(0);
+    if (rows >= 2) return rkd_rows(student, teacher, distance_weight, angle_weight, weights, loss);
+    *loss = 0;  // no pair
+    if (weights) std::fill(weights, weights + rows * rows, A(0));
+  }
+};
 
 }  // namespace
 }  // namespace pairwise
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::pairwise;
-  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance_cpu));
-  m.impl("weighted_differences", TORCH_BOX(&weighted_differences_cpu));
-  m.impl("rkd", TORCH_BOX(&rkd_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::pairwise::register_ops<kdfast::pairwise::Cpu>(m); }

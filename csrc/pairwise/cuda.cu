@@ -2,7 +2,7 @@
 
 #include "common/group.cuh"
 #include "common/sum.cuh"
-#include "pairwise/math.h"
+#include "pairwise/host.h"
 
 namespace kdfast {
 namespace pairwise {
@@ -311,34 +311,6 @@ __global__ void loss_kernel(const double* sums, double distance_scale, double an
   *loss = static_cast<A>(value);
 }
 
-// ---- the ops
-Tensor pairwise_distance_cuda(Tensor x, std::optional<Tensor> y, bool squared) {
-  const OnDevice device(x);
-  const int64_t n = x.size(0), m = y ? y->size(0) : n;
-  const ScalarType dtype = accumulator(x, y);
-  Tensor out = empty(x, dtype, {n, m});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    for_squared_distances<A>(device, matrix(x), n, matrix(y ? *y : x), m, x.size(1), !y,
-                             PutDistance<A>{static_cast<A*>(out.data_ptr()), m, squared});
-  });
-  return out;
-}
-
-Tensor weighted_differences_cuda(Tensor weights, Tensor x, std::optional<Tensor> y, std::optional<Tensor> factor) {
-  const OnDevice device(x);
-  const int64_t n = x.size(0), m = weights.size(1), dim = x.size(1);
-  Tensor out = empty(x, x.scalar_type(), {n, dim});
-  const int64_t blocks = blocks_for(n, kTile) * blocks_for(dim, kWide);
-  if (blocks == 0) return out;
-  dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    launch(device, {blocks, kThreads}, weighted_differences_kernel<A>, matrix(weights), matrix(x), n,
-           matrix(y ? *y : x), m, dim, factor ? column(*factor) : Column{}, matrix(out));
-  });
-  return out;
-}
-
 template <class A>
 struct Rkd {
   const OnDevice& device;
@@ -370,8 +342,8 @@ struct Rkd {
 };
 
 template <class A>
-void rkd(const OnDevice& device, const Tensor& student, const Tensor& teacher, double distance_weight,
-         double angle_weight, A* weights, A* loss) {
+void rkd_rows(const OnDevice& device, const Tensor& student, const Tensor& teacher, double distance_weight,
+              double angle_weight, A* weights, A* loss) {
   const int64_t rows = student.size(0);
   const bool angles = angle_weight != 0 && rows > 1, distances = distance_weight != 0 && rows > 1;
   const bool single = sizeof(A) == 4;
@@ -398,29 +370,38 @@ void rkd(const OnDevice& device, const Tensor& student, const Tensor& teacher, d
   launch(device, {1, 1}, loss_kernel<A>, terms.sum(kStudentSum), pairs_scale, angle_scale, loss);
 }
 
-std::tuple<Tensor, Tensor> rkd_cuda(Tensor student, Tensor teacher, double distance_weight, double angle_weight,
-                                    bool need_grad) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {});
-  Tensor weights = need_grad ? empty(student, dtype, {rows, rows}) : empty(student, dtype, {0});
-  if (rows < 2 || (distance_weight == 0 && angle_weight == 0)) torch::stable::zero_(weights);  // nothing to compare
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    rkd(device, student, teacher, distance_weight, angle_weight,
-        need_grad ? static_cast<A*>(weights.data_ptr()) : nullptr, static_cast<A*>(loss.data_ptr()));
-  });
-  return {loss, weights};
-}
+struct Cuda {
+  OnDevice device;
+
+  explicit Cuda(const Tensor& x) : device(x) {}
+
+  template <class A>
+  void distances(const Tensor& x, const std::optional<Tensor>& y, bool squared, A* out) const {
+    const int64_t n = x.size(0), m = y ? y->size(0) : n;
+    for_squared_distances<A>(device, matrix(x), n, matrix(y ? *y : x), m, x.size(1), !y,
+                             PutDistance<A>{out, m, squared});
+  }
+
+  template <class A>
+  void weighted_differences(const Tensor& weights, const Matrix& x, const Matrix& y, int64_t dim, const Column& factor,
+                            const Matrix& out) const {
+    const int64_t n = weights.size(0), m = weights.size(1), blocks = blocks_for(n, kTile) * blocks_for(dim, kWide);
+    if (blocks == 0) return;
+    launch(device, {blocks, kThreads}, weighted_differences_kernel<A>, matrix(weights), x, n, y, m, dim, factor, out);
+  }
+
+  template <class A>
+  void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, Tensor& grad,
+           A* weights, A* loss) const {
+    if (student.size(0) < 2 || (distance_weight == 0 && angle_weight == 0)) torch::stable::zero_(grad);  // no pair
+    rkd_rows(device, student, teacher, distance_weight, angle_weight, weights, loss);
+  }
+};
 
 }  // namespace
 }  // namespace pairwise
 }  // namespace kdfast
 
 STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::pairwise;
-  m.impl("pairwise_distance", TORCH_BOX(&pairwise_distance_cuda));
-  m.impl("weighted_differences", TORCH_BOX(&weighted_differences_cuda));
-  m.impl("rkd", TORCH_BOX(&rkd_cuda));
+  kdfast::pairwise::register_ops<kdfast::pairwise::Cuda>(m);
 }

@@ -4,11 +4,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/chunk.h"
-#include "common/parallel.h"
-#include "common/vector_loop.h"
-#include "softmax_kl/layout.h"
-#include "softmax_kl/near.h"
+#include "common/logit_rows.h"
+#include "softmax_kl/host.h"
 
 namespace kdfast {
 namespace softmax_kl {
@@ -41,20 +38,6 @@ KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A ma
 }
 
 template <class A>
-KD_MULTIVERSION A exp_sum(const A* z, int64_t n, A max, A rate) {
-  return sum_each<A>(n, [&](int64_t i) KD_INLINED { return exp2((z[i] - max) * rate); });
-}
-
-// Writes the exponentials, too.
-template <class A>
-KD_MULTIVERSION A exponentials(const A* z, int64_t n, A max, A rate, A* e) {
-  return sum_each<A>(n, [&](int64_t i) KD_INLINED {
-    e[i] = exp2((z[i] - max) * rate);
-    return e[i];
-  });
-}
-
-template <class A>
 KD_MULTIVERSION A centred_sum(const A* z, int64_t n, A max) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return z[i] - max; });
 }
@@ -71,14 +54,6 @@ KD_MULTIVERSION TargetSums<A> target_sums(const A* z, const A* target, int64_t n
   return {sums.a, sums.b};
 }
 
-// What turns a logit into a log-probability in bits, (z - max) * rate - log2_sum, and e into a probability.
-template <class A>
-struct LogSoftmax {
-  A max, log2_sum, inverse;
-
-  explicit LogSoftmax(Side<A> side) : max(side.max), log2_sum(side.log2_sum()), inverse(side.inverse()) {}
-};
-
 template <class A>
 struct MixtureSums {
   A p, q;
@@ -87,10 +62,9 @@ struct MixtureSums {
 // e: the exponentials of z - max.
 template <class A>
 KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
-                                            LogSoftmax<A> p, LogSoftmax<A> q, A rate, A of_p, A of_q) {
+                                            LogSoftmax<A> p, LogSoftmax<A> q, A of_p, A of_q) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
-    const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, (z_p[i] - p.max) * rate - p.log2_sum,
-                                 (z_q[i] - q.max) * rate - q.log2_sum, of_p, of_q);
+    const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, p(z_p[i]), q(z_q[i]), of_p, of_q);
     return Terms<A>{mixture_term(m.p, m.p_ratio), mixture_term(m.q, m.q_ratio)};
   });
   return {sums.a, sums.b};
@@ -99,12 +73,11 @@ KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A*
 // The same of near rows, in nats.
 template <class A>
 KD_MULTIVERSION MixtureSums<A> near_mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p,
-                                                 LogSoftmax<A> q, A rate, A of_p, A of_q) {
+                                                 LogSoftmax<A> q, A of_p, A of_q) {
   const A log2_ratio = p.log2_sum - q.log2_sum;
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
-    const Mixture<A> m =
-        mixture((z_p[i] - p.max) * rate - p.log2_sum, (z_q[i] - q.max) * rate - q.log2_sum, of_p, of_q);
-    const A d = A(kLn2) * (centred_gap(z_p[i], z_q[i], p.max, q.max) * rate - log2_ratio);
+    const Mixture<A> m = mixture(p(z_p[i]), q(z_q[i]), of_p, of_q);
+    const A d = A(kLn2) * (centred_gap(z_p[i], z_q[i], p.max, q.max) * p.rate - log2_ratio);
     const NearMixture<A> near = near_mixture(m, d, of_p, of_q);
     return Terms<A>{near.p, near.q};
   });
@@ -131,11 +104,9 @@ KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A ma
 // The gradient of one side, whose share of the mixture is `share`.
 template <class A>
 KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own,
-                                        LogSoftmax<A> other, A rate, A share, A of_other, A kl, A scale, A* out) {
+                                        LogSoftmax<A> other, A share, A of_other, A kl, A scale, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
-    const A log_own = (z_own[i] - own.max) * rate - own.log2_sum,
-            log_other = (z_other[i] - other.max) * rate - other.log2_sum;
-    const Mixture<A> m = mixture(log_own, log_other, share, of_other);
+    const Mixture<A> m = mixture(own(z_own[i]), other(z_other[i]), share, of_other);
     out[i] = mixture_grad(m.p, m.p_ratio, kl, scale * share);
   });
 }
@@ -169,15 +140,6 @@ KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out
 
 // ---- rows
 
-// Rows that are work enough for a thread.
-int64_t row_grain(int64_t cols) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)); }
-
-// f(row) for every row, in parallel.
-template <class F>
-void for_rows(int64_t rows, int64_t cols, const F& f) {
-  for_each(rows, row_grain(cols), f);
-}
-
 // One row of logits.
 template <class A>
 struct Row {
@@ -206,7 +168,7 @@ template <class A, class F>
 A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& fast, const F& careful) {
   const A top_p = max_of(p, n, s.max_p), top_q = max_of(q, n, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
   KlSums<A> piece = fast(p, q, n, max_p, max_q, rate);
   if (!(piece.dot - piece.dot == 0)) piece = careful(p, q, n, max_p, max_q, rate);
   s.sum_p += piece.p;
@@ -229,7 +191,7 @@ template <class A>
 A row_kl(const State<A>& s, const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
   double kl = s.kl(rate);
   if (!(kl < kNear) || s.sum_p == 0) return static_cast<A>(kl);
-  const NearRow<A> near(s, rate);
+  const NearRow<A> near = near_row(s, rate);
   kl = 0;
   for_row_pieces(cols, hidden,
                  [&](int64_t begin, int64_t n) { kl += near_sum(p.piece(begin, n), q.piece(begin, n), n, near); });
@@ -248,48 +210,36 @@ void write_zeros(const Matrix& to, int64_t row, int64_t cols) {
   });
 }
 
-// value(row) of all rows: their sum, or one by one.
-template <class A, class F>
-void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
-  double sum = 0;
-  for (int64_t row = 0; row < rows; ++row) {
-    const A v = value(row);
-    if (!reduce) out[row] = v;
-    sum += v;
-  }
-  if (reduce) *out = static_cast<A>(sum);
-}
-
 // ---- softmax_kl: p is the side whose probabilities weigh
 
 // The softmax of a row. `e` holds the exponentials of its last chunk; that is all of them where the row is no longer.
 template <class A>
-Side<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
+Softmax<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
   A max = -infinity<A>();
   double sum = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     const A *piece = z.piece(begin, n), top = max_of(piece, n, max);
     if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
-    sum += exponentials(piece, n, State<A>::finite_max(max), rate, e);
+    sum += exponential_sum<true>(piece, n, finite_max(max), rate, e);
   });
-  return {State<A>::finite_max(max), static_cast<A>(sum)};
+  return {finite_max(max), static_cast<A>(sum)};
 }
 
 // One row's KL(q || m) and KL(p || m) into its statistics, for 0 < beta < 1.
 template <class A>
 void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const Shares<A>& shares, Stats<A> stats) {
   alignas(64) A e_s[kChunk], e_t[kChunk];
-  const Side<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
-  const LogSoftmax<A> log_s(side_s), log_t(side_t);
+  const Softmax<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
+  const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   double kl_s = 0, kl_t = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     const A *z_s = s.piece(begin, n), *z_t = t.piece(begin, n);
     if (cols > kChunk) {
-      exponentials(z_s, n, side_s.max, rate, e_s);
-      exponentials(z_t, n, side_t.max, rate, e_t);
+      write_exponentials(z_s, n, side_s.max, rate, e_s);
+      write_exponentials(z_t, n, side_t.max, rate, e_t);
     }
-    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, rate, shares.p, shares.q);
+    const MixtureSums<A> sums = mixture_sums(z_t, z_s, e_t, e_s, n, log_t, log_s, shares.p, shares.q);
     kl_t += kLn2 * sums.p;
     kl_s += kLn2 * sums.q;
   });
@@ -297,15 +247,15 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const S
     double near_s = 0, near_t = 0;
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const MixtureSums<A> sums =
-          near_mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, rate, shares.p, shares.q);
+          near_mixture_sums(t.piece(begin, n), s.piece(begin, n), n, log_t, log_s, shares.p, shares.q);
       near_t += sums.p;
       near_s += sums.q;
     });
     if (kl_s < kNear) kl_s = near_s;
     if (kl_t < kNear) kl_t = near_t;
   }
-  stats.set_side(kStudent, s.row, side_s);
-  stats.set_side(kTeacher, s.row, side_t);
+  stats.set_softmax(kStudent, s.row, side_s);
+  stats.set_softmax(kTeacher, s.row, side_t);
   stats[kStudent + kKl][s.row] = static_cast<A>(kl_s);
   stats[kTeacher + kKl][s.row] = static_cast<A>(kl_t);
 }
@@ -316,23 +266,22 @@ void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse
   const Row<A>&p = reverse ? s : t, &q = reverse ? t : s;
   const State<A> state = kl_sweep(p, q, cols, -1, rate);
   const A kl = row_kl(state, p, q, cols, -1, rate);
-  stats.set_side(kStudent, s.row, reverse ? state.p() : state.q());
-  stats.set_side(kTeacher, s.row, reverse ? state.q() : state.p());
+  stats.set_softmax(kStudent, s.row, reverse ? state.p() : state.q());
+  stats.set_softmax(kTeacher, s.row, reverse ? state.q() : state.p());
   stats[kStudent + kKl][s.row] = reverse ? kl : A(0);
   stats[kTeacher + kKl][s.row] = reverse ? A(0) : kl;
 }
 
 template <class A>
-void softmax_kl_rows(const Matrix& student, const Matrix& teacher, int64_t rows, int64_t cols,
-                     const Temperature<A>& temperature, const Shares<A>& shares, Stats<A> stats) {
-  for_rows(rows, cols, [&](int64_t row) {
+void softmax_kl_rows(const Inputs<A>& in, const Shares<A>& shares) {
+  for_rows(in.rows, in.cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
-    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const A rate = temperature.rate(row);
+    const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
+    const A rate = in.temperature.rate(row);
     if (shares.mixed) {
-      mixture_row(s, t, cols, rate, shares, stats);
+      mixture_row(s, t, in.cols, rate, shares, in.stats);
     } else {
-      kl_row(s, t, cols, rate, shares.reverse, stats);
+      kl_row(s, t, in.cols, rate, shares.reverse, in.stats);
     }
   });
 }
@@ -358,44 +307,44 @@ void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidd
 
 template <class A>
 void write_mixture_grad(const Row<A>& own, const Row<A>& other, int64_t cols, A rate, A share, A of_other,
-                        Side<A> side_own, Side<A> side_other, A kl, A scale, const Matrix& to) {
+                        Softmax<A> side_own, Softmax<A> side_other, A kl, A scale, const Matrix& to) {
   alignas(64) A buffer[kChunk];
-  const LogSoftmax<A> log_own(side_own), log_other(side_other);
+  const LogSoftmax<A> log_own(side_own, rate), log_other(side_other, rate);
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
     A* out = target(to, own.row, begin, buffer);
-    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, rate, share, of_other, kl,
-                       scale, out);
+    mixture_grad_piece(own.piece(begin, n), other.piece(begin, n), n, log_own, log_other, share, of_other, kl, scale,
+                       out);
     write(to, own.row, begin, n, out);
   });
 }
 
 template <class A>
-void softmax_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Column& grad, const Column& weight,
-                          Stats<A> stats, int64_t cols, const Temperature<A>& temperature, const Shares<A>& shares,
-                          A scale, const Matrix& to_student, const Matrix& to_teacher) {
-  for_rows(stats.rows, cols, [&](int64_t row) {
+void softmax_kl_grad_rows(const Inputs<A>& in, const Shares<A>& shares, A scale, const Gradients& to) {
+  const Stats<A>& stats = in.stats;
+  const int64_t cols = in.cols;
+  for_rows(in.rows, cols, [&](int64_t row) {
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
-    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+    const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
+    const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
-    const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
-    const A rate = temperature.rate(row);
+    const A factor = to.of_row(row, scale * in.temperature[row]);
+    const A rate = in.temperature.rate(row);
     if (factor == 0) {
-      write_zeros<A>(to_student, row, cols);
-      write_zeros<A>(to_teacher, row, cols);
+      write_zeros<A>(to.student, row, cols);
+      write_zeros<A>(to.teacher, row, cols);
     } else if (!shares.mixed && !shares.reverse) {
       write_kl_grads(t, s, cols, -1, rate, side_t.max, side_s.max, kl_grad(side_t, side_s, kl_t, factor, rate),
-                     to_teacher, to_student);
+                     to.teacher, to.student);
     } else if (shares.reverse) {
       write_kl_grads(s, t, cols, -1, rate, side_s.max, side_t.max, kl_grad(side_s, side_t, kl_s, factor, rate),
-                     to_student, to_teacher);
+                     to.student, to.teacher);
     } else {
       const A bits = A(kLn2) * factor;
-      if (to_student.data) {
-        write_mixture_grad(s, t, cols, rate, shares.q, shares.p, side_s, side_t, A(kLog2E) * kl_s, bits, to_student);
+      if (to.student.data) {
+        write_mixture_grad(s, t, cols, rate, shares.q, shares.p, side_s, side_t, A(kLog2E) * kl_s, bits, to.student);
       }
-      if (to_teacher.data) {
-        write_mixture_grad(t, s, cols, rate, shares.p, shares.q, side_t, side_s, A(kLog2E) * kl_t, bits, to_teacher);
+      if (to.teacher.data) {
+        write_mixture_grad(t, s, cols, rate, shares.p, shares.q, side_t, side_s, A(kLog2E) * kl_t, bits, to.teacher);
       }
     }
   });
@@ -490,7 +439,7 @@ class Kept {
 
 // The student's softmax over the classes that are not kept.
 template <class A>
-Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
+Softmax<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
   A max = -infinity<A>();
   double sum = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
@@ -498,21 +447,21 @@ Side<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
     const A top = max_of(z, n, max);
     if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
-    sum += exp_sum(z, n, State<A>::finite_max(max), rate);
+    sum += exponential_sum<false, A>(z, n, finite_max(max), rate, nullptr);
   });
-  return {State<A>::finite_max(max), static_cast<A>(sum)};
+  return {finite_max(max), static_cast<A>(sum)};
 }
 
 template <class A>
-void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t rows, int64_t cols,
-                          const Temperature<A>& temperature, Stats<A> stats) {
-  for_ranges(rows, row_grain(cols), [&](int64_t begin, int64_t end) {
+void softmax_kl_topk_rows(const Inputs<A>& in, const TopK& teacher) {
+  const int64_t cols = in.cols;
+  for_ranges(in.rows, row_grain(cols), [&](int64_t begin, int64_t end) {
     alignas(64) A buffer[kChunk];
     Kept<A> kept(teacher, cols);
     for (int64_t row = begin; row < end; ++row) {
       kept.set_row(row);
-      const A rate = temperature.rate(row);
-      const Side<A> rest = rest_sweep(Row<A>{student, row, buffer}, cols, rate, kept);
+      const A rate = in.temperature.rate(row);
+      const Softmax<A> rest = rest_sweep(Row<A>{in.student, row, buffer}, cols, rate, kept);
       State<A> state;
       state.max_p = max_of(kept.values, teacher.count, kept.rest);
       state.max_q = max_of(kept.logits(), teacher.count, rest.sum == 0 ? -infinity<A>() : rest.max);
@@ -522,48 +471,49 @@ void softmax_kl_topk_rows(const Matrix& student, const TopK& teacher, int64_t ro
       add_rest(state, kept.rest, rest, rate);
       double kl = state.kl(rate);
       if (kl < kNear && state.sum_p > 0) {
-        const NearRow<A> near(state, rate);
+        const NearRow<A> near = near_row(state, rate);
         kl = near_rest_term(near, kept.rest, rest);
         for_pieces(0, teacher.count,
                    [&](int64_t at, int64_t n) { kl += near_sum(kept.values + at, kept.logits() + at, n, near); });
       }
-      stats.set_side(kStudent, row, state.q());
-      stats[kStudent + kKl][row] = 0;
-      stats.set_side(kTeacher, row, state.p());
-      stats[kTeacher + kKl][row] = static_cast<A>(kl);
-      stats.set_side(kTopKRest, row, rest);
+      in.stats.set_softmax(kStudent, row, state.q());
+      in.stats[kStudent + kKl][row] = 0;
+      in.stats.set_softmax(kTeacher, row, state.p());
+      in.stats[kTeacher + kKl][row] = static_cast<A>(kl);
+      in.stats.set_softmax(kTopKRest, row, rest);
     }
   });
 }
 
 template <class A>
-void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const Column& grad, const Column& weight,
-                               Stats<A> stats, int64_t cols, const Temperature<A>& temperature, A scale,
-                               const Matrix& to_student) {
-  for_ranges(stats.rows, row_grain(cols), [&](int64_t first, int64_t last) {
+void softmax_kl_topk_grad_rows(const Inputs<A>& in, const TopK& teacher, A scale, const Gradients& to) {
+  const Stats<A>& stats = in.stats;
+  const int64_t cols = in.cols;
+  for_ranges(in.rows, row_grain(cols), [&](int64_t first, int64_t last) {
     alignas(64) A student_buffer[kChunk], buffer[kChunk];
     Kept<A> kept(teacher, cols);
     for (int64_t row = first; row < last; ++row) {
       kept.set_row(row);
-      const Row<A> s{student, row, student_buffer};
-      const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
-      const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
+      const Row<A> s{in.student, row, student_buffer};
+      const Softmax<A> p = stats.softmax(kTeacher, row), q = stats.softmax(kStudent, row),
+                       rest = stats.softmax(kTopKRest, row);
+      const A factor = to.of_row(row, scale * in.temperature[row]);
       if (factor == 0) {
-        write_zeros<A>(to_student, row, cols);
+        write_zeros<A>(to.student, row, cols);
         continue;
       }
-      const A rate = temperature.rate(row);
+      const A rate = in.temperature.rate(row);
       const KlGrad<A> g = kl_grad(p, q, stats[kTeacher + kKl][row], factor, rate);
       const A coef = rest_grad(g, kept.rest, p, q, rest, rate);
       for_pieces(0, cols, [&](int64_t begin, int64_t n) {
         const A* z = s.piece(begin, n);
-        A* out = target(to_student, row, begin, buffer);
+        A* out = target(to.student, row, begin, buffer);
         exp_grad_piece(z, n, rest.max, rate, coef, out);
         // Whatever that made of the kept classes, which may be larger than any of the rest.
         kept.for_piece(begin, n, [&](int64_t i, int64_t at) {
           out[at] = kl_grad_q(g, exp2((kept.values[i] - p.max) * rate), exp2((z[at] - q.max) * rate));
         });
-        write(to_student, row, begin, n, out);
+        write(to.student, row, begin, n, out);
       });
     }
   });
@@ -571,59 +521,42 @@ void softmax_kl_topk_grad_rows(const Matrix& student, const TopK& teacher, const
 
 // ---- cross_entropy_kl
 
-void check_labels(const Labels& labels, int64_t rows, int64_t cols, const int64_t* ignore_index) {
-  if (!labels.index) return;
-  for (int64_t row = 0; row < rows; ++row) {
-    const int64_t label = labels.at(row);
-    if ((label < 0 || label >= cols) && !(ignore_index && label == *ignore_index)) {
-      throw std::invalid_argument("labels[" + std::to_string(row) + "] is " + std::to_string(label) +
-                                  ", expected a class from 0 to " + std::to_string(cols - 1) +
-                                  (ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : ""));
-    }
-  }
-}
-
 // Probabilities of a target do not sum to less than 0: logits and their logarithms do.
-void check_mass(int64_t row, double mass) {
-  if (!(mass < kLeastMass)) return;
-  char number[32];
-  std::snprintf(number, sizeof(number), "%.6g", mass);
-  throw std::invalid_argument("labels[" + std::to_string(row) + "] are probabilities that sum to " + number +
-                              ", expected 0 or more: pass probabilities, not logits or log-probabilities");
-}
-
-// f(constant kT) with kT as exp_1 takes it.
-template <class A, class F>
-auto dispatch_temperature(A rate, F&& f) {
-  if (rate == A(kLog2E)) return f(std::integral_constant<int, 1>{});
-  if (rate == A(kLog2E / 2)) return f(std::integral_constant<int, 2>{});
-  if (rate == A(kLog2E / 4)) return f(std::integral_constant<int, 4>{});
-  return f(std::integral_constant<int, 0>{});
+template <class A>
+void check_masses(const Inputs<A>& in, A smoothing) {
+  for (int64_t row = 0; row < in.rows; ++row) {
+    const double mass = (in.stats[kMass][row] - smoothing) / (smoothing < 1 ? 1 - smoothing : A(1));
+    if (!(mass < kLeastMass)) continue;
+    char number[32];
+    std::snprintf(number, sizeof(number), "%.6g", mass);
+    throw std::invalid_argument("labels[" + std::to_string(row) + "] are probabilities that sum to " + number +
+                                ", expected 0 or more: pass probabilities, not logits or log-probabilities");
+  }
 }
 
 // -> the cross-entropy of each row; 0 where its label is ignored.
 template <class A>
-void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t ignore_index,
-                           int64_t rows, int64_t cols, const Temperature<A>& temperature, A smoothing, Stats<A> stats,
-                           A* ce_rows) {
-  for_rows(rows, cols, [&](int64_t row) {
-    const A rate = temperature.rate(row);
+void cross_entropy_kl_rows(const Inputs<A>& in, const Labels& labels, int64_t ignore_index, A smoothing, A* ce_rows) {
+  const Stats<A>& stats = in.stats;
+  const int64_t cols = in.cols;
+  for_rows(in.rows, cols, [&](int64_t row) {
+    const A rate = in.temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
-    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
+    const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
     State<A> state;
     CeState<double> ce;
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
       const A before = state.max_q;
       A sum_1 = 0;
-      if (teacher.data) {
-        sum_1 = dispatch_temperature(rate, [&](auto t_1) {
+      if (in.teacher.data) {
+        sum_1 = dispatch_temperature<1, 2, 4>(rate, [&](auto t_1) {
           return kl_update(state, t.piece(begin, n), z, n, rate, kl_ce_sums<t_1.value, false, A>,
                            kl_ce_sums<t_1.value, true, A>);
         });
       } else {
         state.max_q = max_of(z, n, state.max_q);
-        sum_1 = exp_sum(z, n, state.q().max, A(kLog2E));
+        sum_1 = exponential_sum<false, A>(z, n, state.q().max, A(kLog2E), nullptr);
       }
       const A max = state.q().max;
       ce.rebase(double(before) - double(state.max_q), before == -infinity<A>());
@@ -644,36 +577,38 @@ void cross_entropy_kl_rows(const Matrix& student, const Matrix& teacher, const L
     }
     ce_rows[row] =
         kept ? cross_entropy<double>(ce.sum_1, ce.centred, ce.target_dot, ce.target_mass, smoothing, cols) : 0;
-    stats.set_side(kStudent, row, state.q());
+    stats.set_softmax(kStudent, row, state.q());
     stats[kSum1][row] = static_cast<A>(ce.sum_1);
     stats[kCeWeight][row] = kept;
     stats[kMass][row] = (1 - smoothing) * static_cast<A>(ce.target_mass) + smoothing;
-    stats.set_side(kCeTeacher, row, state.p());
-    stats[kCeKl][row] = teacher.data ? row_kl(state, t, s, cols, -1, rate) : A(0);
+    stats.set_softmax(kCeTeacher, row, state.p());
+    stats[kCeKl][row] = in.teacher.data ? row_kl(state, t, s, cols, -1, rate) : A(0);
   });
 }
 
 template <class A>
-void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad,
-                                Stats<A> stats, int64_t cols, const Temperature<A>& temperature, A kl_scale,
-                                A smoothing, const Matrix& to_student, const Matrix& to_teacher) {
-  for_rows(stats.rows, cols, [&](int64_t row) {
-    const A rate = temperature.rate(row);
+void cross_entropy_kl_grad_rows(const Inputs<A>& in, const Labels& labels, A kl_scale, A smoothing,
+                                const Gradients& to) {
+  const Stats<A>& stats = in.stats;
+  const int64_t cols = in.cols;
+  for_rows(in.rows, cols, [&](int64_t row) {
+    const A rate = in.temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
-    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
-    const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale * temperature[row], smoothing);
-    if (!g.has_kl) write_zeros<A>(to_teacher, row, cols);
-    if (!g.has_kl && !g.has_ce) return write_zeros<A>(to_student, row, cols);
+    const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
+    const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kCeTeacher, row);
+    const CeGrad<A> g =
+        ce_grad(stats, row, cols, rate, read<A>(to.upstream, row), kl_scale * in.temperature[row], smoothing);
+    if (!g.has_kl) write_zeros<A>(to.teacher, row, cols);
+    if (!g.has_kl && !g.has_ce) return write_zeros<A>(to.student, row, cols);
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const A* z = s.piece(begin, n);
-      const A* z_t = teacher.data && g.has_kl ? t.piece(begin, n) : nullptr;
-      if (to_student.data) {
-        A* out = target(to_student, row, begin, buffer);
+      const A* z_t = in.teacher.data && g.has_kl ? t.piece(begin, n) : nullptr;
+      if (to.student.data) {
+        A* out = target(to.student, row, begin, buffer);
         if (z_t && !g.has_ce) {
           kl_grad_q_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
         } else if (z_t) {
-          dispatch_temperature(rate, [&](auto t_1) {
+          dispatch_temperature<1, 2, 4>(rate, [&](auto t_1) {
             kl_ce_grad_piece<t_1.value>(z_t, z, n, side_t.max, side_s.max, rate, g.kl, g.coef, g.uniform, out);
           });
         } else {
@@ -686,12 +621,12 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
           alignas(64) A target_buffer[kChunk];
           subtract_targets(read<A>(labels.probabilities, row, begin, n, target_buffer), n, g.target, out);
         }
-        write(to_student, row, begin, n, out);
+        write(to.student, row, begin, n, out);
       }
-      if (to_teacher.data && z_t) {
-        A* out = target(to_teacher, row, begin, buffer);
+      if (to.teacher.data && z_t) {
+        A* out = target(to.teacher, row, begin, buffer);
         kl_grad_p_piece(z_t, z, n, side_t.max, side_s.max, rate, g.kl, out);
-        write(to_teacher, row, begin, n, out);
+        write(to.teacher, row, begin, n, out);
       }
     });
   });
@@ -700,213 +635,107 @@ void cross_entropy_kl_grad_rows(const Matrix& student, const Matrix& teacher, co
 // ---- dkd
 
 template <class A>
-void dkd_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, int64_t rows, int64_t cols,
-              const Temperature<A>& temperature, Stats<A> stats) {
-  for_rows(rows, cols, [&](int64_t row) {
-    const A rate = temperature.rate(row);
+void dkd_rows(const Inputs<A>& in, const Labels& labels) {
+  const Stats<A>& stats = in.stats;
+  const int64_t cols = in.cols;
+  for_rows(in.rows, cols, [&](int64_t row) {
+    const A rate = in.temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
-    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
+    const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
     const State<A> state = kl_sweep(t, s, cols, label, rate);
     const A odds_s = log_odds(s.at(label), state.q(), rate), odds_t = log_odds(t.at(label), state.p(), rate);
-    stats.set_side(kStudent, row, state.q());
+    stats.set_softmax(kStudent, row, state.q());
     stats[kStudent + kOdds][row] = odds_s;
-    stats.set_side(kTeacher, row, state.p());
+    stats.set_softmax(kTeacher, row, state.p());
     stats[kTeacher + kOdds][row] = odds_t;
     stats[kRestKl][row] = row_kl(state, t, s, cols, label, rate);
-    stats[kTargetKl][row] = target_kl(odds_t, odds_s, NearRow<A>(state, rate).log_ratio(t.at(label), s.at(label)));
+    stats[kTargetKl][row] = target_kl(odds_t, odds_s, near_row(state, rate).log_ratio(t.at(label), s.at(label)));
   });
 }
 
 template <class A>
-void dkd_grad_rows(const Matrix& student, const Matrix& teacher, const Labels& labels, const Column& grad,
-                   Stats<A> stats, int64_t cols, const Temperature<A>& temperature, A alpha, A beta, A scale,
-                   const Matrix& to_student, const Matrix& to_teacher) {
-  for_rows(stats.rows, cols, [&](int64_t row) {
-    const A rate = temperature.rate(row);
+void dkd_grad_rows(const Inputs<A>& in, const Labels& labels, A alpha, A beta, A scale, const Gradients& to) {
+  const Stats<A>& stats = in.stats;
+  const int64_t cols = in.cols;
+  for_rows(in.rows, cols, [&](int64_t row) {
+    const A rate = in.temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
-    const Row<A> s{student, row, student_buffer}, t{teacher, row, teacher_buffer};
-    const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
-    const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * (scale * temperature[row]));
+    const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
+    const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
+    const DkdGrad<A> g =
+        dkd_grad(stats, row, rate, alpha, beta, read<A>(to.upstream, row) * (scale * in.temperature[row]));
     if (!g.has_rest) {
-      write_zeros<A>(to_student, row, cols);
-      return write_zeros<A>(to_teacher, row, cols);
+      write_zeros<A>(to.student, row, cols);
+      return write_zeros<A>(to.teacher, row, cols);
     }
-    write_kl_grads(t, s, cols, label, rate, side_t.max, side_s.max, g.rest, to_teacher, to_student);
-    if (to_student.data) write_one(to_student, row, label, g.student);
-    if (to_teacher.data) write_one(to_teacher, row, label, g.teacher);
+    write_kl_grads(t, s, cols, label, rate, side_t.max, side_s.max, g.rest, to.teacher, to.student);
+    if (to.student.data) write_one(to.student, row, label, g.student);
+    if (to.teacher.data) write_one(to.teacher, row, label, g.teacher);
   });
 }
 
-// ---- the ops
+struct Cpu {
+  template <class T>
+  using Memory = HostMemory<T>;
 
-using Pair = std::tuple<Tensor, Tensor>;
+  explicit Cpu(const Tensor&) {}
 
-Pair softmax_kl_forward_cpu(Tensor student, Tensor teacher, std::optional<Tensor> weight,
-                            std::optional<Tensor> temperatures, double temperature, double beta, int64_t divisor,
-                            bool reduce) {
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
-  Tensor stats = empty(student, dtype, {kKlStats, rows});
-  const Column weights = weight ? column(*weight) : Column{};
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    const Shares<A> shares(beta);
-    softmax_kl_rows<A>(matrix(student), matrix(teacher), rows, cols, t, shares, s);
-    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      const A w = weights.data ? read<A>(weights, row) : A(1), factor = A(1.0 / divisor) * (t[row] * t[row]);
-      return row_value(s[kTeacher + kKl][row], s[kStudent + kKl][row], shares, w, factor);
-    });
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void softmax_kl(const Inputs<A>& in, const Shares<A>& shares) const {
+    softmax_kl_rows(in, shares);
+  }
 
-Pair softmax_kl_backward_cpu(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight,
-                             std::optional<Tensor> temperatures, Tensor stats, double temperature, double beta,
-                             int64_t divisor, bool need_student, bool need_teacher) {
-  Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    softmax_kl_grad_rows<A>(matrix(student), matrix(teacher), column(grad), weight ? column(*weight) : Column{},
-                            stats_of<A>(stats), student.size(1), Temperature<A>(temperature, temperatures),
-                            Shares<A>(beta), A(1.0 / divisor), to_student.m, to_teacher.m);
-  });
-  return {to_student.tensor, to_teacher.tensor};
-}
+  template <class A>
+  void softmax_kl_backward(const Inputs<A>& in, const Shares<A>& shares, A scale, const Gradients& to) const {
+    softmax_kl_grad_rows(in, shares, scale, to);
+  }
 
-Pair softmax_kl_topk_forward_cpu(Tensor student, Tensor values, Tensor indices, std::optional<Tensor> rest,
-                                 std::optional<Tensor> weight, std::optional<Tensor> temperatures, double temperature,
-                                 double scale, int64_t divisor, bool reduce) {
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const TopK teacher = top_k(values, indices, rest);
-  check_indices(teacher, rows, cols);
-  const ScalarType dtype = accumulator(student, values);
-  Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
-  Tensor stats = empty(student, dtype, {kTopKStats, rows});
-  const Column weights = weight ? column(*weight) : Column{};
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    softmax_kl_topk_rows<A>(matrix(student), teacher, rows, cols, t, s);
-    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      const A w = weights.data ? read<A>(weights, row) : A(1), factor = A(scale / divisor) * (t[row] * t[row]);
-      return row_value(s[kTeacher + kKl][row], A(0), Shares<A>(0), w, factor);
-    });
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void softmax_kl_topk(const Inputs<A>& in, const TopK& teacher) const {
+    check_indices(teacher, in.rows, in.cols);
+    softmax_kl_topk_rows(in, teacher);
+  }
 
-Tensor softmax_kl_topk_backward_cpu(Tensor grad, Tensor student, Tensor values, Tensor indices,
-                                    std::optional<Tensor> rest, std::optional<Tensor> weight,
-                                    std::optional<Tensor> temperatures, Tensor stats, double temperature, double scale,
-                                    int64_t divisor) {
-  const Output to_student = output(student, true, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    softmax_kl_topk_grad_rows<A>(matrix(student), top_k(values, indices, rest), column(grad),
-                                 weight ? column(*weight) : Column{}, stats_of<A>(stats), student.size(1),
-                                 Temperature<A>(temperature, temperatures), A(scale / divisor), to_student.m);
-  });
-  return to_student.tensor;
-}
+  template <class A>
+  void softmax_kl_topk_backward(const Inputs<A>& in, const TopK& teacher, A scale, const Gradients& to) const {
+    softmax_kl_topk_grad_rows(in, teacher, scale, to);
+  }
 
-Pair cross_entropy_kl_forward_cpu(Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                  std::optional<Tensor> temperatures, double temperature, double kl_scale,
-                                  int64_t kl_divisor, double ce_scale, int64_t ce_divisor, double smoothing,
-                                  int64_t ignore_index, bool ce_mean, bool reduce) {
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const Labels targets = labels_of(labels);
-  check_labels(targets, rows, cols, &ignore_index);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = reduce ? empty(student, dtype, {}) : empty(student, dtype, {rows});
-  Tensor stats = empty(student, dtype, {kCeStats, rows});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    std::vector<A> ce(rows);
-    cross_entropy_kl_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, targets, ignore_index, rows, cols,
-                             t, A(smoothing), s, ce.data());
-    int64_t kept = 0;
-    for (int64_t row = 0; row < rows; ++row) {
-      kept += s[kCeWeight][row] != 0;
-      if (!targets.index) check_mass(row, (s[kMass][row] - A(smoothing)) / (smoothing < 1 ? A(1 - smoothing) : A(1)));
-    }
-    const double each = ce_scale / (ce_mean ? std::max<int64_t>(kept, 1) : ce_divisor);
-    for (int64_t row = 0; row < rows; ++row) s[kCeWeight][row] *= static_cast<A>(each);
-    reduce_rows(rows, reduce, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      return row_value_ce(s[kCeKl][row], ce[row], A(kl_scale / kl_divisor) * (t[row] * t[row]), s[kCeWeight][row]);
-    });
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void cross_entropy_kl(const Inputs<A>& in, const Labels& labels, int64_t ignore_index, A smoothing, A* ce) const {
+    check_labels(labels, in.rows, in.cols, &ignore_index);
+    cross_entropy_kl_rows(in, labels, ignore_index, smoothing, ce);
+    if (!labels.index) check_masses(in, smoothing);
+  }
 
-Pair cross_entropy_kl_backward_cpu(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                   std::optional<Tensor> temperatures, Tensor stats, double temperature,
-                                   double kl_scale, int64_t kl_divisor, double smoothing, bool need_student,
-                                   bool need_teacher) {
-  Output to_student = output(student, need_student, grad);
-  Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    cross_entropy_kl_grad_rows<A>(matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels),
-                                  column(grad), stats_of<A>(stats), student.size(1),
-                                  Temperature<A>(temperature, temperatures), A(kl_scale / kl_divisor), A(smoothing),
-                                  to_student.m, to_teacher.m);
-  });
-  return {to_student.tensor, to_teacher.tensor};
-}
+  template <class A>
+  void cross_entropy_kl_backward(const Inputs<A>& in, const Labels& labels, A kl_scale, A smoothing,
+                                 const Gradients& to) const {
+    cross_entropy_kl_grad_rows(in, labels, kl_scale, smoothing, to);
+  }
 
-Pair dkd_forward_cpu(Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
-                     double temperature, double alpha, double beta, int64_t divisor) {
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const Labels targets = labels_of(labels);
-  check_labels(targets, rows, cols, nullptr);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {kDkdStats, rows});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    dkd_rows<A>(matrix(student), matrix(teacher), targets, rows, cols, t, s);
-    reduce_rows(rows, true, static_cast<A*>(loss.data_ptr()), [&](int64_t row) {
-      const A scale = A(1.0 / divisor) * (t[row] * t[row]);
-      return row_value_dkd(s[kTargetKl][row], s[kRestKl][row], A(alpha), A(beta), scale);
-    });
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void dkd(const Inputs<A>& in, const Labels& labels) const {
+    check_labels(labels, in.rows, in.cols);
+    dkd_rows(in, labels);
+  }
 
-Pair dkd_backward_cpu(Tensor grad, Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
-                      Tensor stats, double temperature, double alpha, double beta, int64_t divisor, bool need_student,
-                      bool need_teacher) {
-  Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    dkd_grad_rows<A>(matrix(student), matrix(teacher), labels_of(labels), column(grad), stats_of<A>(stats),
-                     student.size(1), Temperature<A>(temperature, temperatures), A(alpha), A(beta), A(1.0 / divisor),
-                     to_student.m, to_teacher.m);
-  });
-  return {to_student.tensor, to_teacher.tensor};
-}
+  template <class A>
+  void dkd_backward(const Inputs<A>& in, const Labels& labels, A alpha, A beta, A scale, const Gradients& to) const {
+    dkd_grad_rows(in, labels, alpha, beta, scale, to);
+  }
+
+  // The loss: the sum of the values, or each of them.
+  template <class A, class Value>
+  void reduce(const Value& value, int64_t rows, bool sum, const Tensor&, A* out) const {
+    reduce_rows(rows, sum, out, value);
+  }
+};
 
 }  // namespace
 }  // namespace softmax_kl
 }  // namespace kdfast
 
-STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) {
-  using namespace kdfast::softmax_kl;
-  m.impl("softmax_kl", TORCH_BOX(&softmax_kl_forward_cpu));
-  m.impl("softmax_kl_backward", TORCH_BOX(&softmax_kl_backward_cpu));
-  m.impl("softmax_kl_topk", TORCH_BOX(&softmax_kl_topk_forward_cpu));
-  m.impl("softmax_kl_topk_backward", TORCH_BOX(&softmax_kl_topk_backward_cpu));
-  m.impl("cross_entropy_kl", TORCH_BOX(&cross_entropy_kl_forward_cpu));
-  m.impl("cross_entropy_kl_backward", TORCH_BOX(&cross_entropy_kl_backward_cpu));
-  m.impl("dkd", TORCH_BOX(&dkd_forward_cpu));
-  m.impl("dkd_backward", TORCH_BOX(&dkd_backward_cpu));
-}
+STABLE_TORCH_LIBRARY_IMPL(kdfast, CPU, m) { kdfast::softmax_kl::register_ops<kdfast::softmax_kl::Cpu>(m); }

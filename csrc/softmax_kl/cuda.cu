@@ -1,6 +1,6 @@
 #include "common/rows.cuh"
 #include "common/sum.cuh"
-#include "softmax_kl/layout.h"
+#include "softmax_kl/host.h"
 
 namespace kdfast {
 namespace softmax_kl {
@@ -27,7 +27,7 @@ template <class A>
 __device__ void kl_update(State<A>& s, const A (&z_p)[kStep], const A (&z_q)[kStep], A rate) {
   const A top_p = max_of(z_p, s.max_p), top_q = max_of(z_q, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
@@ -65,7 +65,7 @@ __device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t
                     A rate) {
   const A kl = s.kl(rate);
   if (!(kl < A(kNear)) || s.sum_p == 0) return kl;
-  const NearRow<A> near(s, rate);
+  const NearRow<A> near = near_row(s, rate);
   A sum = 0;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_p[kStep], z_q[kStep];
@@ -76,15 +76,6 @@ __device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t
   });
   return group_reduce<kThreads>(sum, Add{});
 }
-
-// What turns logits into log-probabilities in bits.
-template <class A>
-struct LogSoftmax {
-  A max, rate, log2_sum;
-
-  __device__ LogSoftmax(Side<A> side, A rate) : max(side.max), rate(rate), log2_sum(side.log2_sum()) {}
-  __device__ A operator()(A z) const { return (z - max) * rate - log2_sum; }
-};
 
 // KL(q || m) and KL(p || m) of a row where all are near.
 template <int kThreads, class A>
@@ -119,7 +110,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const A rate = temperature.rate(row);
   const Matrix &p = shares.reverse ? student : teacher, &q = shares.reverse ? teacher : student;
   const State<A> s = kl_sweep<kThreads>(p, q, row, cols, -1, rate);
-  const Side<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
+  const Softmax<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
   A kl_s = 0, kl_t = 0;
   if (!shares.mixed) {
     (shares.reverse ? kl_s : kl_t) = row_kl<kThreads>(s, p, q, row, cols, -1, rate);
@@ -145,9 +136,9 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       if (kl_t < A(kNear)) kl_t = near_t;
     }
   }
-  if (threadIdx.x % kThreads == 0) {
-    stats.set_side(kStudent, row, side_s);
-    stats.set_side(kTeacher, row, side_t);
+  if (is_leader<kThreads>()) {
+    stats.set_softmax(kStudent, row, side_s);
+    stats.set_softmax(kTeacher, row, side_t);
     stats[kStudent + kKl][row] = kl_s;
     stats[kTeacher + kKl][row] = kl_t;
   }
@@ -204,14 +195,14 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       const A top = max_of(z, max_r);
       if (top > max_r) sum_r *= exp2((max_r - top) * rate);
       max_r = top;
-      const A max = State<A>::finite_max(top);
+      const A max = finite_max(top);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) sum_r += exp2((z[i] - max) * rate);
     });
   }
   const A top_r = group_reduce<kThreads>(max_r, Max{});
   sum_r = group_reduce<kThreads>(max_r == -infinity<A>() ? A(0) : sum_r * exp2((max_r - top_r) * rate), Add{});
-  const Side<A> rest{State<A>::finite_max(top_r), sum_r};
+  const Softmax<A> rest{finite_max(top_r), sum_r};
 
   // The kept classes, once more from the cache: maxima, then sums.
   const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
@@ -229,7 +220,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   }
   s.max_p = group_reduce<kThreads>(s.max_p, Max{});
   s.max_q = group_reduce<kThreads>(s.max_q, Max{});
-  const A max_p = s.finite_max(s.max_p), max_q = s.finite_max(s.max_q);
+  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
   for (int64_t i = lane; i < teacher.count; i += kThreads) {
     const int64_t index = teacher.at(row, i);
     if (index < 0 || index >= cols) continue;
@@ -246,7 +237,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   add_rest(s, rest_p, rest, rate);
   A kl = s.kl(rate);
   if (kl < A(kNear) && s.sum_p > 0) {
-    const NearRow<A> near(s, rate);
+    const NearRow<A> near = near_row(s, rate);
     kl = 0;
     for (int64_t i = lane; i < teacher.count; i += kThreads) {
       const int64_t index = teacher.at(row, i);
@@ -256,11 +247,11 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     kl = group_reduce<kThreads>(kl, Add{}) + near_rest_term(near, rest_p, rest);
   }
   if (lane != 0) return;
-  stats.set_side(kStudent, row, s.q());
+  stats.set_softmax(kStudent, row, s.q());
   stats[kStudent + kKl][row] = 0;
-  stats.set_side(kTeacher, row, s.p());
+  stats.set_softmax(kTeacher, row, s.p());
   stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : kl;
-  stats.set_side(kTopKRest, row, rest);
+  stats.set_softmax(kTopKRest, row, rest);
 }
 
 // Cross-entropies go to `ce`; a label that is no class makes its row NaN.
@@ -285,7 +276,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
     c.rebase(before - s.max_q, before == -infinity<A>());
     if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
-    const A top = s.finite_max(s.max_q);
+    const A top = finite_max(s.max_q);
     const int left = cols - col < kStep ? static_cast<int>(cols - col) : kStep;
     c.seen += static_cast<A>(left);
 #pragma unroll
@@ -313,11 +304,11 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   c.target_dot = group_reduce<kThreads>(c.target_dot, Add{});
   c.target_mass = group_reduce<kThreads>(c.target_mass, Add{});
   const A kl = teacher.data ? row_kl<kThreads>(s, teacher, student, row, cols, -1, rate) : A(0);
-  if (threadIdx.x % kThreads != 0) return;
+  if (!is_leader<kThreads>()) return;
   A weight = 1;
   if (labels.index) {
     const int64_t label = labels.at(row);
-    const bool valid = label >= 0 && label < cols;
+    const bool valid = labels.is_class(row, cols);
     weight = label == ignore_index ? A(0) : valid ? A(1) : not_a_number<A>();
     c.target_dot = valid ? read_one<A>(student, row, label) - s.q().max : A(0);
     c.target_mass = 1;
@@ -325,11 +316,11 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     weight = not_a_number<A>();
   }
   ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, cols);
-  stats.set_side(kStudent, row, s.q());
+  stats.set_softmax(kStudent, row, s.q());
   stats[kSum1][row] = c.sum_1;
   stats[kCeWeight][row] = weight;
   stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
-  stats.set_side(kCeTeacher, row, s.p());
+  stats.set_softmax(kCeTeacher, row, s.p());
   stats[kCeKl][row] = kl;
 }
 
@@ -343,77 +334,17 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   const int64_t label = labels.at(row);
   const State<A> s = kl_sweep<kThreads>(teacher, student, row, cols, label, rate);
   const A kl = row_kl<kThreads>(s, teacher, student, row, cols, label, rate);
-  if (threadIdx.x % kThreads != 0) return;
-  const bool valid = label >= 0 && label < cols;
+  if (!is_leader<kThreads>()) return;
+  const bool valid = labels.is_class(row, cols);
   const A z_s = valid ? read_one<A>(student, row, label) : not_a_number<A>();
   const A z_t = valid ? read_one<A>(teacher, row, label) : not_a_number<A>();
   const A odds_s = log_odds(z_s, s.q(), rate), odds_t = log_odds(z_t, s.p(), rate);
-  stats.set_side(kStudent, row, s.q());
+  stats.set_softmax(kStudent, row, s.q());
   stats[kStudent + kOdds][row] = valid ? odds_s : z_s;
-  stats.set_side(kTeacher, row, s.p());
+  stats.set_softmax(kTeacher, row, s.p());
   stats[kTeacher + kOdds][row] = valid ? odds_t : z_t;
   stats[kRestKl][row] = kl;
-  stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, NearRow<A>(s, rate).log_ratio(z_t, z_s)) : z_t;
-}
-
-// ---- from rows to the loss
-template <class A>
-struct SoftmaxKlValue {
-  Stats<A> stats;
-  Column weight;
-  Temperature<A> temperature;
-  Shares<A> shares;
-  A scale;
-
-  __device__ A operator()(int64_t row) const {
-    const A w = weight.data ? read<A>(weight, row) : A(1), t = temperature[row];
-    return row_value(stats[kTeacher + kKl][row], stats[kStudent + kKl][row], shares, w, scale * (t * t));
-  }
-};
-
-// Scales the row's weight for the backward, too.
-template <class A>
-struct CrossEntropyValue {
-  Stats<A> stats;
-  const A* ce;
-  const double* kept;  // null: the cross-entropy is not divided by the rows kept
-  Temperature<A> temperature;
-  A kl_scale;
-  double ce_scale;
-
-  __device__ A operator()(int64_t row) const {
-    const A share = static_cast<A>(kept ? ce_scale / max(*kept, 1.0) : ce_scale), t = temperature[row];
-    const A weight = stats[kCeWeight][row] *= share;
-    return row_value_ce(stats[kCeKl][row], ce[row], kl_scale * (t * t), weight);
-  }
-};
-
-template <class A>
-struct DkdValue {
-  Stats<A> stats;
-  Temperature<A> temperature;
-  A alpha, beta, scale;
-
-  __device__ A operator()(int64_t row) const {
-    const A t = temperature[row];
-    return row_value_dkd(stats[kTargetKl][row], stats[kRestKl][row], alpha, beta, scale * (t * t));
-  }
-};
-
-template <class A>
-struct Kept {
-  Stats<A> stats;
-
-  __device__ double operator()(int64_t row) const { return stats[kCeWeight][row] != 0; }
-};
-
-// The loss: the sum of the values, or each of them.
-template <class A, class Value>
-void reduce_rows(const OnDevice& device, const Tensor& loss, Value value, int64_t rows, bool reduce) {
-  A* out = static_cast<A*>(loss.data_ptr());
-  if (reduce) return sum_of(device, loss, value, rows, out);
-  if (rows == 0) return;
-  launch(device, {blocks_for(rows, kPerSum), kSumThreads}, sum_kernel<Value, A, A>, value, rows, out, nullptr);
+  stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, near_row(s, rate).log_ratio(z_t, z_s)) : z_t;
 }
 
 // ---- backward
@@ -440,18 +371,17 @@ __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_backward_kernel(Matrix student, Matrix teacher, Column grad, Column weight, int64_t cols,
-                               Temperature<A> temperature, Shares<A> shares, A scale, Stats<A> stats, Matrix to_student,
-                               Matrix to_teacher) {
+    softmax_kl_backward_kernel(Matrix student, Matrix teacher, Gradients to, int64_t cols, Temperature<A> temperature,
+                               Shares<A> shares, A scale, Stats<A> stats) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
-  const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kTeacher, row);
+  const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
   const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
-  const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
+  const A factor = to.of_row(row, scale * temperature[row]);
   if (factor == 0) {
-    write_zeros<kThreads, A>(to_student, at);
-    return write_zeros<kThreads, A>(to_teacher, at);
+    write_zeros<kThreads, A>(to.student, at);
+    return write_zeros<kThreads, A>(to.teacher, at);
   }
   const A rate = temperature.rate(row);
   const KlGrad<A> g =
@@ -473,8 +403,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     } else {
       kl_grad_step(z_t, z_s, side_t.max, side_s.max, rate, g, grad_t, grad_s);
     }
-    if (to_student.data) write(to_student, row, col, at.end, grad_s);
-    if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
+    if (to.student.data) write(to.student, row, col, at.end, grad_s);
+    if (to.teacher.data) write(to.teacher, row, col, at.end, grad_t);
   });
 }
 
@@ -482,15 +412,16 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 // twice or otherwise, is NaN from the first on.
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_topk_backward_kernel(Matrix student, TopK teacher, Column grad, Column weight, int64_t cols,
-                                    Temperature<A> temperature, A scale, Stats<A> stats, Matrix to_student) {
+    softmax_kl_topk_backward_kernel(Matrix student, TopK teacher, Gradients to, int64_t cols,
+                                    Temperature<A> temperature, A scale, Stats<A> stats) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
-  const Side<A> p = stats.side(kTeacher, row), q = stats.side(kStudent, row), rest = stats.side(kTopKRest, row);
+  const Softmax<A> p = stats.softmax(kTeacher, row), q = stats.softmax(kStudent, row),
+                   rest = stats.softmax(kTopKRest, row);
   const A kl = stats[kTeacher + kKl][row];
-  const A factor = read<A>(grad, row) * (scale * temperature[row]) * (weight.data ? read<A>(weight, row) : A(1));
-  if (factor == 0) return write_zeros<kThreads, A>(to_student, at);
+  const A factor = to.of_row(row, scale * temperature[row]);
+  if (factor == 0) return write_zeros<kThreads, A>(to.student, at);
   const A rate = temperature.rate(row);
   const KlGrad<A> g = kl_grad(p, q, kl, kl == kl ? factor : kl, rate);
   const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
@@ -500,7 +431,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     read(student, row, col, cols, A(0), z);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) z[i] = coef * exp2((z[i] - rest.max) * rate);
-    write(to_student, row, col, at.end, z);
+    write(to.student, row, col, at.end, z);
   });
   if (kl != kl) return;
   group_sync<kThreads>();
@@ -508,23 +439,23 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     const int64_t index = teacher.at(row, i);
     if (index < at.begin || index >= at.end) continue;
     const A e_p = exp2((read_one<A>(teacher.values, row, i) - p.max) * rate);
-    write_one(to_student, row, index, kl_grad_q(g, e_p, exp2((read_one<A>(student, row, index) - q.max) * rate)));
+    write_one(to.student, row, index, kl_grad_q(g, e_p, exp2((read_one<A>(student, row, index) - q.max) * rate)));
   }
 }
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols,
-                                     Temperature<A> temperature, A kl_scale, A smoothing, Stats<A> stats,
-                                     Matrix to_student, Matrix to_teacher) {
+    cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Gradients to, int64_t cols,
+                                     Temperature<A> temperature, A kl_scale, A smoothing, Stats<A> stats) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
-  const Side<A> side_s = stats.side(kStudent, row), side_t = stats.side(kCeTeacher, row);
+  const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kCeTeacher, row);
   const A rate = temperature.rate(row);
-  const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(grad, row), kl_scale * temperature[row], smoothing);
-  if (!g.has_kl) write_zeros<kThreads, A>(to_teacher, at);
-  if (!g.has_kl && !g.has_ce) return write_zeros<kThreads, A>(to_student, at);
+  const CeGrad<A> g =
+      ce_grad(stats, row, cols, rate, read<A>(to.upstream, row), kl_scale * temperature[row], smoothing);
+  if (!g.has_kl) write_zeros<kThreads, A>(to.teacher, at);
+  if (!g.has_kl && !g.has_ce) return write_zeros<kThreads, A>(to.student, at);
   const int64_t label = labels.index ? labels.at(row) : -1;
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z[kStep], other[kStep], grad_s[kStep] = {}, grad_t[kStep];
@@ -532,10 +463,10 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     if (teacher.data && g.has_kl) {
       read(teacher, row, col, cols, A(0), other);
       kl_grad_step(other, z, side_t.max, side_s.max, rate, g.kl, grad_t, grad_s);
-      if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
+      if (to.teacher.data) write(to.teacher, row, col, at.end, grad_t);
     }
-    if (!to_student.data) return;
-    if (!g.has_ce) return write(to_student, row, col, at.end, grad_s);
+    if (!to.student.data) return;
+    if (!g.has_ce) return write(to.student, row, col, at.end, grad_s);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       grad_s[i] += g.coef * exp2((z[i] - side_s.max) * A(kLog2E)) - g.uniform;
@@ -551,25 +482,24 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
         if (i == here) grad_s[i] -= g.target;
       }
     }
-    write(to_student, row, col, at.end, grad_s);
+    write(to.student, row, col, at.end, grad_s);
   });
 }
 
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Column grad, int64_t cols,
-                        Temperature<A> temperature, A alpha, A beta, A scale, Stats<A> stats, Matrix to_student,
-                        Matrix to_teacher) {
+    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Gradients to, int64_t cols,
+                        Temperature<A> temperature, A alpha, A beta, A scale, Stats<A> stats) {
   const Part at = part<kThreads>(cols);
   const int64_t row = at.row;
   if (row >= stats.rows) return;
   const int64_t label = labels.at(row);
-  const A max_s = stats.side(kStudent, row).max, max_t = stats.side(kTeacher, row).max;
+  const A max_s = stats.softmax(kStudent, row).max, max_t = stats.softmax(kTeacher, row).max;
   const A rate = temperature.rate(row);
-  const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(grad, row) * (scale * temperature[row]));
+  const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(to.upstream, row) * (scale * temperature[row]));
   if (!g.has_rest) {
-    write_zeros<kThreads, A>(to_student, at);
-    return write_zeros<kThreads, A>(to_teacher, at);
+    write_zeros<kThreads, A>(to.student, at);
+    return write_zeros<kThreads, A>(to.teacher, at);
   }
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
@@ -582,179 +512,89 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
       grad_s[i] = g.student;
       grad_t[i] = g.teacher;
     }
-    if (to_student.data) write(to_student, row, col, at.end, grad_s);
-    if (to_teacher.data) write(to_teacher, row, col, at.end, grad_t);
+    if (to.student.data) write(to.student, row, col, at.end, grad_s);
+    if (to.teacher.data) write(to.teacher, row, col, at.end, grad_t);
   });
 }
 
-// ---- the ops
+struct Cuda {
+  template <class T>
+  using Memory = DeviceMemory<T>;
 
-Tensor loss_like(const Tensor& student, ScalarType dtype, bool reduce) {
-  return reduce ? empty(student, dtype, {}) : empty(student, dtype, {student.size(0)});
-}
+  OnDevice device;
 
-using Pair = std::tuple<Tensor, Tensor>;
+  explicit Cuda(const Tensor& x) : device(x) {}
 
-Pair softmax_kl_forward_cuda(Tensor student, Tensor teacher, std::optional<Tensor> weight,
-                             std::optional<Tensor> temperatures, double temperature, double beta, int64_t divisor,
-                             bool reduce) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = loss_like(student, dtype, reduce), stats = empty(student, dtype, {kKlStats, rows});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, rows, cols, 1,
-                matrix(student), matrix(teacher), rows, cols, t, Shares<A>(beta), s);
-    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, t, Shares<A>(beta), A(1.0 / divisor)};
-    reduce_rows<A>(device, loss, value, rows, reduce);
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void softmax_kl(const Inputs<A>& in, const Shares<A>& shares) const {
+    launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, in.rows, in.cols, 1,
+                in.student, in.teacher, in.rows, in.cols, in.temperature, shares, in.stats);
+  }
 
-Pair softmax_kl_backward_cuda(Tensor grad, Tensor student, Tensor teacher, std::optional<Tensor> weight,
-                              std::optional<Tensor> temperatures, Tensor stats, double temperature, double beta,
-                              int64_t divisor, bool need_student, bool need_teacher) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    launch_rows(device, softmax_kl_backward_kernel<A, kWarp>, softmax_kl_backward_kernel<A, kBlock>, rows, cols,
-                blocks_for(cols, kPiece), matrix(student), matrix(teacher), column(grad),
-                weight ? column(*weight) : Column{}, cols, Temperature<A>(temperature, temperatures), Shares<A>(beta),
-                A(1.0 / divisor), stats_of<A>(stats), to_student.m, to_teacher.m);
-  });
-  return {to_student.tensor, to_teacher.tensor};
-}
+  template <class A>
+  void softmax_kl_backward(const Inputs<A>& in, const Shares<A>& shares, A scale, const Gradients& to) const {
+    launch_rows(device, softmax_kl_backward_kernel<A, kWarp>, softmax_kl_backward_kernel<A, kBlock>, in.rows, in.cols,
+                parts(in), in.student, in.teacher, to, in.cols, in.temperature, shares, scale, in.stats);
+  }
 
-Pair softmax_kl_topk_forward_cuda(Tensor student, Tensor values, Tensor indices, std::optional<Tensor> rest,
-                                  std::optional<Tensor> weight, std::optional<Tensor> temperatures, double temperature,
-                                  double scale, int64_t divisor, bool reduce) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const ScalarType dtype = accumulator(student, values);
-  Tensor loss = loss_like(student, dtype, reduce), stats = empty(student, dtype, {kTopKStats, rows});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    launch_rows(device, softmax_kl_topk_forward_kernel<A, kWarp>, softmax_kl_topk_forward_kernel<A, kBlock>, rows, cols,
-                1, matrix(student), top_k(values, indices, rest), rows, cols, t, s);
-    const SoftmaxKlValue<A> value{s, weight ? column(*weight) : Column{}, t, Shares<A>(0), A(scale / divisor)};
-    reduce_rows<A>(device, loss, value, rows, reduce);
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void softmax_kl_topk(const Inputs<A>& in, const TopK& teacher) const {
+    launch_rows(device, softmax_kl_topk_forward_kernel<A, kWarp>, softmax_kl_topk_forward_kernel<A, kBlock>, in.rows,
+                in.cols, 1, in.student, teacher, in.rows, in.cols, in.temperature, in.stats);
+  }
 
-Tensor softmax_kl_topk_backward_cuda(Tensor grad, Tensor student, Tensor values, Tensor indices,
-                                     std::optional<Tensor> rest, std::optional<Tensor> weight,
-                                     std::optional<Tensor> temperatures, Tensor stats, double temperature, double scale,
-                                     int64_t divisor) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const Output to_student = output(student, true, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    launch_rows(device, softmax_kl_topk_backward_kernel<A, kWarp>, softmax_kl_topk_backward_kernel<A, kBlock>, rows,
-                cols, blocks_for(cols, kPiece), matrix(student), top_k(values, indices, rest), column(grad),
-                weight ? column(*weight) : Column{}, cols, Temperature<A>(temperature, temperatures),
-                A(scale / divisor), stats_of<A>(stats), to_student.m);
-  });
-  return to_student.tensor;
-}
+  template <class A>
+  void softmax_kl_topk_backward(const Inputs<A>& in, const TopK& teacher, A scale, const Gradients& to) const {
+    launch_rows(device, softmax_kl_topk_backward_kernel<A, kWarp>, softmax_kl_topk_backward_kernel<A, kBlock>, in.rows,
+                in.cols, parts(in), in.student, teacher, to, in.cols, in.temperature, scale, in.stats);
+  }
 
-Pair cross_entropy_kl_forward_cuda(Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                   std::optional<Tensor> temperatures, double temperature, double kl_scale,
-                                   int64_t kl_divisor, double ce_scale, int64_t ce_divisor, double smoothing,
-                                   int64_t ignore_index, bool ce_mean, bool reduce) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = loss_like(student, dtype, reduce), stats = empty(student, dtype, {kCeStats, rows});
-  Tensor ce = empty(student, dtype, {rows}), kept = empty(student, ScalarType::Double, {ce_mean ? 1 : 0});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    A* ce_rows = static_cast<A*>(ce.data_ptr());
-    const Temperature<A> t(temperature, temperatures);
-    double* count = ce_mean ? static_cast<double*>(kept.data_ptr()) : nullptr;
-    launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, rows,
-                cols, 1, matrix(student), teacher ? matrix(*teacher) : Matrix{}, labels_of(labels), ignore_index, rows,
-                cols, t, A(smoothing), s, ce_rows);
-    if (count) sum_of(device, student, Kept<A>{s}, rows, count);
-    const double ce_share = ce_mean ? ce_scale : ce_scale / ce_divisor;
-    const CrossEntropyValue<A> value{s, ce_rows, count, t, A(kl_scale / kl_divisor), ce_share};
-    reduce_rows<A>(device, loss, value, rows, reduce);
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void cross_entropy_kl(const Inputs<A>& in, const Labels& labels, int64_t ignore_index, A smoothing, A* ce) const {
+    launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, in.rows,
+                in.cols, 1, in.student, in.teacher, labels, ignore_index, in.rows, in.cols, in.temperature, smoothing,
+                in.stats, ce);
+  }
 
-Pair cross_entropy_kl_backward_cuda(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                    std::optional<Tensor> temperatures, Tensor stats, double temperature,
-                                    double kl_scale, int64_t kl_divisor, double smoothing, bool need_student,
-                                    bool need_teacher) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const Output to_student = output(student, need_student, grad);
-  const Output to_teacher = output(teacher ? *teacher : student, need_teacher, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>, rows,
-                cols, blocks_for(cols, kPiece), matrix(student), teacher ? matrix(*teacher) : Matrix{},
-                labels_of(labels), column(grad), cols, Temperature<A>(temperature, temperatures),
-                A(kl_scale / kl_divisor), A(smoothing), stats_of<A>(stats), to_student.m, to_teacher.m);
-  });
-  return {to_student.tensor, to_teacher.tensor};
-}
+  template <class A>
+  void cross_entropy_kl_backward(const Inputs<A>& in, const Labels& labels, A kl_scale, A smoothing,
+                                 const Gradients& to) const {
+    launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>,
+                in.rows, in.cols, parts(in), in.student, in.teacher, labels, to, in.cols, in.temperature, kl_scale,
+                smoothing, in.stats);
+  }
 
-Pair dkd_forward_cuda(Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
-                      double temperature, double alpha, double beta, int64_t divisor) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = loss_like(student, dtype, true), stats = empty(student, dtype, {kDkdStats, rows});
-  dispatch_accumulator(dtype, [&](auto tag) {
-    using A = decltype(tag);
-    const Stats<A> s = stats_of<A>(stats);
-    const Temperature<A> t(temperature, temperatures);
-    launch_rows(device, dkd_forward_kernel<A, kWarp>, dkd_forward_kernel<A, kBlock>, rows, cols, 1, matrix(student),
-                matrix(teacher), labels_of(labels), rows, cols, t, s);
-    reduce_rows<A>(device, loss, DkdValue<A>{s, t, A(alpha), A(beta), A(1.0 / divisor)}, rows, true);
-  });
-  return {loss, stats};
-}
+  template <class A>
+  void dkd(const Inputs<A>& in, const Labels& labels) const {
+    launch_rows(device, dkd_forward_kernel<A, kWarp>, dkd_forward_kernel<A, kBlock>, in.rows, in.cols, 1, in.student,
+                in.teacher, labels, in.rows, in.cols, in.temperature, in.stats);
+  }
 
-Pair dkd_backward_cuda(Tensor grad, Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
-                       Tensor stats, double temperature, double alpha, double beta, int64_t divisor, bool need_student,
-                       bool need_teacher) {
-  const OnDevice device(student);
-  const int64_t rows = student.size(0), cols = student.size(1);
-  const Output to_student = output(student, need_student, grad), to_teacher = output(teacher, need_teacher, grad);
-  dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
-    using A = decltype(tag);
-    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, rows, cols,
-                blocks_for(cols, kPiece), matrix(student), matrix(teacher), labels_of(labels), column(grad), cols,
-                Temperature<A>(temperature, temperatures), A(alpha), A(beta), A(1.0 / divisor), stats_of<A>(stats),
-                to_student.m, to_teacher.m);
-  });
-  return {to_student.tensor, to_teacher.tensor};
-}
+  template <class A>
+  void dkd_backward(const Inputs<A>& in, const Labels& labels, A alpha, A beta, A scale, const Gradients& to) const {
+    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, in.rows, in.cols, parts(in),
+                in.student, in.teacher, labels, to, in.cols, in.temperature, alpha, beta, scale, in.stats);
+  }
+
+  // The loss: the sum of the values, or each of them. Memory for partial sums is taken beside `like`.
+  template <class A, class Value>
+  void reduce(const Value& value, int64_t rows, bool sum, const Tensor& like, A* out) const {
+    if (sum) return sum_of(device, like, value, rows, out);
+    if (rows == 0) return;
+    launch(device, {blocks_for(rows, kPerSum), kSumThreads}, sum_kernel<Value, A, A>, value, rows, out, nullptr);
+  }
+
+ private:
+  template <class A>
+  static int64_t parts(const Inputs<A>& in) {
+    return blocks_for(in.cols, kPiece);
+  }
+};
 
 }  // namespace
 }  // namespace softmax_kl
 }  // namespace kdfast
 
 STABLE_TORCH_LIBRARY_IMPL(KD_CUDA_LIBRARY, KD_CUDA_KEY, m) {
-  using namespace kdfast::softmax_kl;
-  m.impl("softmax_kl", TORCH_BOX(&softmax_kl_forward_cuda));
-  m.impl("softmax_kl_backward", TORCH_BOX(&softmax_kl_backward_cuda));
-  m.impl("softmax_kl_topk", TORCH_BOX(&softmax_kl_topk_forward_cuda));
-  m.impl("softmax_kl_topk_backward", TORCH_BOX(&softmax_kl_topk_backward_cuda));
-  m.impl("cross_entropy_kl", TORCH_BOX(&cross_entropy_kl_forward_cuda));
-  m.impl("cross_entropy_kl_backward", TORCH_BOX(&cross_entropy_kl_backward_cuda));
-  m.impl("dkd", TORCH_BOX(&dkd_forward_cuda));
-  m.impl("dkd_backward", TORCH_BOX(&dkd_backward_cuda));
+  kdfast::softmax_kl::register_ops<kdfast::softmax_kl::Cuda>(m);
 }

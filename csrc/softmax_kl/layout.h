@@ -1,6 +1,7 @@
-// What CPU and CUDA agree on: the statistics that a forward leaves for its backward, and labels.
+// What CPU and CUDA agree on: the statistics that a forward leaves for its backward.
 #pragma once
 
+#include "common/labels.h"
 #include "common/temperature.h"
 #include "common/tensor.h"
 #include "softmax_kl/math.h"
@@ -15,10 +16,10 @@ struct Stats {
   int64_t rows;
 
   KD_HD A* operator[](int64_t k) const { return data + k * rows; }
-  KD_HD Side<A> side(int64_t k, int64_t row) const { return {(*this)[k][row], (*this)[k + 1][row]}; }
-  KD_HD void set_side(int64_t k, int64_t row, Side<A> side) const {
-    (*this)[k][row] = side.max;
-    (*this)[k + 1][row] = side.sum;
+  KD_HD Softmax<A> softmax(int64_t k, int64_t row) const { return {(*this)[k][row], (*this)[k + 1][row]}; }
+  KD_HD void set_softmax(int64_t k, int64_t row, Softmax<A> s) const {
+    (*this)[k][row] = s.max;
+    (*this)[k + 1][row] = s.sum;
   }
 };
 
@@ -41,20 +42,6 @@ constexpr int64_t kSum1 = 2, kCeWeight = 3, kMass = 4, kCeTeacher = 5, kCeKl = 7
 // that of the target against the rest.
 constexpr int64_t kOdds = 2, kRestKl = 6, kTargetKl = 7, kDkdStats = 8;
 
-// Labels are classes (int64) or probabilities.
-struct Labels {
-  const int64_t* index = nullptr;
-  int64_t stride = 0;
-  Matrix probabilities;
-
-  KD_HD int64_t at(int64_t row) const { return index[row * stride]; }
-};
-
-inline Labels labels_of(const Tensor& labels) {
-  if (labels.dim() == 2) return {nullptr, 0, matrix(labels)};
-  return {static_cast<const int64_t*>(labels.data_ptr()), labels.stride(0), Matrix{}};
-}
-
 // `count` logits of each row, their classes, and one logit for all other classes.
 struct TopK {
   Matrix values;
@@ -68,20 +55,29 @@ struct TopK {
 inline TopK top_k(const Tensor& values, const Tensor& indices, const std::optional<Tensor>& rest) {
   return {matrix(values),    static_cast<const int64_t*>(indices.data_ptr()),
           indices.stride(0), indices.stride(1),
-          indices.size(1),   rest ? column(*rest) : Column{}};
+          indices.size(1),   column(rest)};
 }
 
-// A gradient; where none is needed, an empty tensor beside `any`, and a null matrix.
-struct Output {
-  Tensor tensor;
-  Matrix m;
+// What the ops read; without a teacher its matrix is null.
+template <class A>
+struct Inputs {
+  Matrix student, teacher;
+  int64_t rows, cols;
+  Temperature<A> temperature;
+  Stats<A> stats;
 };
 
-inline Output output(const Tensor& like, bool needed, const Tensor& any) {
-  if (!needed) return {empty(any, any.scalar_type(), {0}), Matrix{}};
-  Tensor tensor = empty(like, like.scalar_type(), {like.size(0), like.size(1)});
-  return {tensor, matrix(tensor)};
-}
+// What a backward reads beside the inputs, and writes; matrices are null where no gradient is needed.
+struct Gradients {
+  Column upstream, weight;
+  Matrix student, teacher;
+
+  // The gradient of a row's divergence, but for its temperature.
+  template <class A>
+  KD_HD A of_row(int64_t row, A scale) const {
+    return read<A>(upstream, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+  }
+};
 
 // Coefficients of one row's gradient in cross_entropy_kl: that of the KL, and coef * exp(z - max) - uniform - target *
 // P. A term without weight adds 0 whatever it is, so its inputs are not read.
@@ -94,9 +90,9 @@ struct CeGrad {
 
 template <class A>
 KD_HD CeGrad<A> ce_grad(const Stats<A>& stats, int64_t row, int64_t cols, A rate, A grad, A kl_scale, A smoothing) {
-  const Side<A> student = stats.side(kStudent, row), student_1{student.max, stats[kSum1][row]};
+  const Softmax<A> student = stats.softmax(kStudent, row), student_1{student.max, stats[kSum1][row]};
   const A kl = grad * kl_scale, ce = grad * stats[kCeWeight][row];
-  return {kl_grad(stats.side(kCeTeacher, row), student, stats[kCeKl][row], kl, rate),
+  return {kl_grad(stats.softmax(kCeTeacher, row), student, stats[kCeKl][row], kl, rate),
           ce * stats[kMass][row] * student_1.inverse(),
           divide(ce * smoothing, static_cast<A>(cols)),
           ce * (1 - smoothing),
@@ -114,7 +110,7 @@ struct DkdGrad {
 
 template <class A>
 KD_HD DkdGrad<A> dkd_grad(const Stats<A>& stats, int64_t row, A rate, A alpha, A beta, A scale) {
-  const Side<A> student = stats.side(kStudent, row), teacher = stats.side(kTeacher, row);
+  const Softmax<A> student = stats.softmax(kStudent, row), teacher = stats.softmax(kTeacher, row);
   const A odds_s = stats[kStudent + kOdds][row], odds_t = stats[kTeacher + kOdds][row];
   const A target = scale * alpha, rest = scale * beta;
   const A slope_s = target == 0 ? A(0) : target * target_grad_q(odds_t, odds_s),

@@ -1,44 +1,15 @@
 // KL(p || q) of one row, with p and q the softmax of logits at temperature T, and what is built on it.
 //
-// A softmax is kept as max = max_j z_j and sum = sum_j exp((z_j - max) / T); sum = 0 marks a row that is -inf
-// everywhere. With a = (z - max) / T, e = exp(a): probability e / sum, log-probability a - log sum, and
-//   KL(p || q) = sum_j e_p (a_p - a_q) / sum_p - (log sum_p - log sum_q),
-//   T dKL/dz_q = q - p,    T dKL/dz_p = p (log p - log q - KL).
-// So the backward needs max, sum and KL of a row, which is all that the forward saves.
-// Loops work in bits, because 2^x is cheaper than e^x: a = (z - max) * rate with rate = log2(e) / T. What leaves is in
-// nats. Includes no torch header; shared by CPU and CUDA.
+// Notation of common/softmax.h. Gradients are
+//   T dKL/dz_q = q - p,    T dKL/dz_p = p (log p - log q - KL),
+// so the backward needs max, sum and KL of a row, which is all that the forward saves.
+// Includes no torch header; shared by CPU and CUDA.
 #pragma once
 
-#include "common/vector_math.h"
+#include "common/softmax.h"
 
 namespace kdfast {
 namespace softmax_kl {
-
-template <class A>
-struct Side {
-  A max, sum;
-
-  KD_HD A scaled(A z, A rate) const { return (z - max) * rate; }
-  KD_HD A inverse() const { return sum == 0 ? A(0) : divide(A(1), sum); }
-  KD_HD A log2_sum() const { return sum == 0 ? infinity<A>() : log2(sum); }
-};
-
-// ---- KL(p || q)
-// e_p log(p / q), where 0 log(0 / anything) = 0. Infinite where q alone is 0; compared with == so that NaN stays NaN.
-template <class A>
-KD_HD A kl_term(A e_p, A log_ratio) {
-  return e_p == 0 ? A(0) : e_p * log_ratio;
-}
-
-// e^(z - max), for a cross-entropy at temperature 1, from the centred logit c = z - max and e = exp(c / T) where T is
-// one of the usual temperatures 1, 2 and 4: a power costs less than an exponential. kT = 0 stands for any other.
-template <int kT, class A>
-KD_HD A exp_1(A e, A c) {
-  if (kT == 1) return e;
-  if (kT == 2) return e * e;
-  if (kT == 4) return (e * e) * (e * e);
-  return exp2(c * A(kLog2E));
-}
 
 // Running maxima and sums of one row; A is the logits' type, S that of the sums. `dot` is sum_j e_p (c_p - c_q) with
 // the centred logits c = z - max: their difference is exactly 0 where p = q.
@@ -60,82 +31,16 @@ struct KlState {
     max_q = new_q;
   }
 
-  KD_HD Side<A> p() const { return {finite_max(max_p), A(sum_p)}; }
-  KD_HD Side<A> q() const { return {finite_max(max_q), A(sum_q)}; }
+  KD_HD Softmax<A> p() const { return {finite_max(max_p), A(sum_p)}; }
+  KD_HD Softmax<A> q() const { return {finite_max(max_q), A(sum_q)}; }
 
-  KD_HD S kl(A rate) const {
-    if (sum_p == 0) return 0;
-    if (sum_q == 0) return infinity<S>();
-    return S(kLn2) * (rate * divide(dot, sum_p) - (log2(sum_p) - log2(sum_q)));
-  }
-
-  // (-inf) - (-inf) would be NaN, so an empty row is measured from 0.
-  static KD_HD A finite_max(A max) { return max == -infinity<A>() ? A(0) : max; }
+  KD_HD S kl(A rate) const { return divergence<S>(sum_p, sum_q, dot, rate); }
 };
 
-// ---- near distributions. With d = log(p / q), sum_j p_j (e^-d_j - 1 + d_j) is KL(p || q), as p and q sum to 1. No
-// term is negative, so the sum keeps its digits where those of the plain form cancel: rows below kNear, in nats, are
-// summed up once more this way.
-constexpr double kNear = 1.0 / 256;
-
-// e^-d - 1 + d for |d| <= 1/4.
-KD_HD float small_excess(float d) {
-  float p = 2.48015873e-5f;
-  p = p * d - 1.98412698e-4f;
-  p = p * d + 1.38888889e-3f;
-  p = p * d - 8.33333333e-3f;
-  p = p * d + 4.16666667e-2f;
-  p = p * d - 1.66666667e-1f;
-  p = p * d + 0.5f;
-  return p * (d * d);
+template <class A, class S>
+KD_HD NearRow<A> near_row(const KlState<A, S>& s, A rate) {
+  return {s.p().max, s.q().max, s.sum_p, s.sum_q, rate, true};
 }
-
-KD_HD double small_excess(double d) {
-  const double excess = ::expm1(-d) + d;
-  return excess < 0 ? 0.0 : excess;  // a rounding
-}
-
-// p (e^-d - 1 + d), d = log(p / q).
-template <class A>
-KD_HD A near_term(A p, A q, A d) {
-  const A far = (q - p) + p * d;
-  return p == 0 ? q : fabs(d) <= A(0.25) ? p * small_excess(d) : far;
-}
-
-// z_p - z_q of a class less that of the maxima. The difference of near logits is exact; beside an offset between the
-// networks it would lose the digits that centred logits keep.
-template <class A>
-KD_HD A centred_gap(A z_p, A z_q, A max_p, A max_q, bool same_logits = true) {
-  const A gap = max_p - max_q;
-  return same_logits && fabs(gap) <= 1 ? (z_p - z_q) - gap : (z_p - max_p) - (z_q - max_q);
-}
-
-// What turns a pair of logits into the term of its class.
-template <class A>
-struct NearRow {
-  A max_p, max_q, inverse_p, inverse_q, log2_ratio, rate;
-  bool same_logits;  // both sides have their logits, not centred ones on one side
-
-  // S may be wider than A: the ratio of the sums is what is small.
-  template <class S>
-  KD_HD NearRow(A max_p, A max_q, S sum_p, S sum_q, A rate, bool same_logits)
-      : max_p(max_p),
-        max_q(max_q),
-        inverse_p(static_cast<A>(divide(S(1), sum_p))),
-        inverse_q(static_cast<A>(divide(S(1), sum_q))),
-        log2_ratio(static_cast<A>(log2(sum_p) - log2(sum_q))),
-        rate(rate),
-        same_logits(same_logits) {}
-  template <class S>
-  KD_HD NearRow(const KlState<A, S>& s, A rate) : NearRow(s.p().max, s.q().max, s.sum_p, s.sum_q, rate, true) {}
-
-  KD_HD A log_ratio(A z_p, A z_q) const {
-    return A(kLn2) * (centred_gap(z_p, z_q, max_p, max_q, same_logits) * rate - log2_ratio);
-  }
-  KD_HD A p(A z) const { return exp2((z - max_p) * rate) * inverse_p; }
-  KD_HD A q(A z) const { return exp2((z - max_q) * rate) * inverse_q; }
-  KD_HD A term(A z_p, A z_q) const { return near_term(p(z_p), q(z_q), log_ratio(z_p, z_q)); }
-};
 
 // Gradients of a row's loss. For q: factor (of_q e_q - of_p e_p), where the larger of of_q and of_p is 1: so it is
 // exactly 0 where p = q, also when the compiler fuses the subtraction. For p: e_p (slope (c_p - c_q) + offset), 0 where
@@ -153,7 +58,7 @@ struct KlGrad {
 
 // Of scale * KL, with more_q q and more_p p taken off the gradients in q and p.
 template <class A>
-KD_HD KlGrad<A> kl_grad(Side<A> p, Side<A> q, A kl, A scale, A rate, A more_q = 0, A more_p = 0) {
+KD_HD KlGrad<A> kl_grad(Softmax<A> p, Softmax<A> q, A kl, A scale, A rate, A more_q = 0, A more_p = 0) {
   const A inverse_p = p.inverse();
   // An empty p weighs nothing; an infinite KL has no slope in p.
   const A inverse_q = p.sum == 0 ? A(0) : q.inverse();
@@ -176,19 +81,19 @@ KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
 // ---- a top-k teacher: the classes it leaves out are one more outcome, whose logit on the student's side is their
 // log-sum That logit less `max`; -inf if there is no other class.
 template <class A>
-KD_HD A centred_log_sum(Side<A> rest, A max, A rate) {
+KD_HD A centred_log_sum(Softmax<A> rest, A max, A rate) {
   return rest.sum == 0 ? -infinity<A>() : (rest.max - max) + divide(log2(rest.sum), rate);
 }
 
 // The sum of exponentials that belongs to it, relative to `max`.
 template <class A>
-KD_HD A exp_rest(Side<A> rest, A max, A rate) {
+KD_HD A exp_rest(Softmax<A> rest, A max, A rate) {
   return rest.sum == 0 ? A(0) : rest.sum * exp2((rest.max - max) * rate);
 }
 
 // Adds the outcome to sums whose maxima cover it; rest_p is the teacher's logit.
 template <class A, class S>
-KD_HD void add_rest(KlState<A, S>& s, A rest_p, Side<A> rest_q, A rate) {
+KD_HD void add_rest(KlState<A, S>& s, A rest_p, Softmax<A> rest_q, A rate) {
   const A c_p = rest_p - s.p().max, max_q = s.q().max, e_p = exp2(c_p * rate);
   s.sum_p += e_p;
   s.sum_q += exp_rest(rest_q, max_q, rate);
@@ -197,7 +102,7 @@ KD_HD void add_rest(KlState<A, S>& s, A rest_p, Side<A> rest_q, A rate) {
 
 // Its term where the distributions are near.
 template <class A>
-KD_HD A near_rest_term(const NearRow<A>& near, A rest_p, Side<A> rest_q) {
+KD_HD A near_rest_term(const NearRow<A>& near, A rest_p, Softmax<A> rest_q) {
   const A z_q = near.max_q + centred_log_sum(rest_q, near.max_q, near.rate);
   return near_term(near.p(rest_p), near.inverse_q * exp_rest(rest_q, near.max_q, near.rate),
                    near.log_ratio(rest_p, z_q));
@@ -205,7 +110,7 @@ KD_HD A near_rest_term(const NearRow<A>& near, A rest_p, Side<A> rest_q) {
 
 // The gradient at the outcome is shared by its classes in the student's proportions: the factor of exp((z - max) / T).
 template <class A>
-KD_HD A rest_grad(const KlGrad<A>& g, A rest_p, Side<A> p, Side<A> q, Side<A> rest_q, A rate) {
+KD_HD A rest_grad(const KlGrad<A>& g, A rest_p, Softmax<A> p, Softmax<A> q, Softmax<A> rest_q, A rate) {
   const A at_rest = kl_grad_q(g, exp2((rest_p - p.max) * rate), exp_rest(rest_q, q.max, rate));
   return at_rest * rest_q.inverse();
 }
@@ -338,7 +243,7 @@ KD_HD A log_sigmoid(A x) {
 
 // z_y / T against the log-sum of the other classes; +inf if no other class is possible.
 template <class A>
-KD_HD A log_odds(A target, Side<A> rest, A rate) {
+KD_HD A log_odds(A target, Softmax<A> rest, A rate) {
   return rest.sum == 0 ? infinity<A>() : A(kLn2) * (rest.scaled(target, rate) - log2(rest.sum));
 }
 
