@@ -21,9 +21,15 @@ from kdfast import ops
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
+class Inputs(dict):
+    """Inputs by name, also as attributes."""
+
+    __getattr__, __setattr__ = dict.__getitem__, dict.__setitem__
+
+
 def mapped(x, f):
     """The inputs with f(name, tensor) in place of each tensor."""
-    return {name: [f(name, t) for t in v] if isinstance(v, list) else f(name, v) for name, v in x.items()}
+    return Inputs((name, [f(name, t) for t in v] if isinstance(v, list) else f(name, v)) for name, v in x.items())
 
 
 def labelled(x, names):
@@ -42,7 +48,7 @@ def tensors(x, names):
 
 def replaced(x, names, new):
     """The inputs with the tensors `new` in place of those of `names`, in the order of `tensors`."""
-    new, result = iter(new), dict(x)
+    new, result = iter(new), type(x)(x)
     for name in names:
         result[name] = [next(new) for _ in x[name]] if isinstance(x[name], list) else next(new)
     return result

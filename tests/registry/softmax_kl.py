@@ -5,7 +5,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, Group, Op, program_of
+from registry import FAR, Group, Inputs, Op, program_of
 
 
 # ---- inputs: logits, labels one of each kind, weights with a zero among them -----------------------------------------
@@ -24,11 +24,12 @@ def make(shape):
     }
 
 
-def make_top_k(shape):
+def top_k_of(x):
     """A teacher's seven largest logits in place of all."""
-    x = make(shape)
-    values, indices, rest, _ = ops.TopK.of(x["teacher"], min(7, shape[1]), 4.0)
-    return {"student": x["student"], "values": values, "rest": rest, "weight": x["weight"], "indices": indices}
+    teacher = x["teacher"]
+    values, indices, rest, _ = ops.TopK.of(teacher.double(), min(7, teacher.shape[1]), 4.0)
+    kept = {"values": values.to(teacher.dtype), "rest": rest.float(), "indices": indices}
+    return Inputs(student=x["student"], weight=x["weight"], **kept)
 
 
 # ---- ops, of which tests and fuzz draw the settings ------------------------------------------------------------------
@@ -219,7 +220,7 @@ GROUPS = [
     ),
     Group(
         "softmax_kl",
-        make_top_k,
+        lambda shape: dict(top_k_of(make(shape))),
         [
             top_k("topk", 4.0),
             top_k("topk_no_rest", 0.5, has_rest=False, weighted=True, reduction="none"),
