@@ -1,5 +1,7 @@
 """The contract of every op in tests/registry/: values and gradients are those of the formula."""
 
+import itertools
+
 import oracles
 import pytest
 import registry
@@ -209,11 +211,11 @@ def test_memory(implementation, op, threads):
     """What forward and backward may take beside their inputs, with two threads and in either memory format."""
     harness = pytest.importorskip("kdfast.bench").load("harness")
     threads(2)
-    x = op.group.inputs(implementation, op.group.memory, torch.float32)
-    limit = op.memory(x, implementation.kernel)
-    if limit is None:
-        pytest.skip("the fallback may take more")
-    for memory_format in op.group.memory_formats:
+    for dtypes, memory_format in itertools.product(op.group.memory_dtypes, op.group.memory_formats):
+        x = op.group.inputs(implementation, op.group.memory, *dtypes)
+        limit = op.memory(x, implementation.kernel)
+        if limit is None:
+            pytest.skip("the fallback may take more")
         given = op.group.in_format(x, memory_format)
         leaves = [t.detach().requires_grad_() for t in registry.tensors(given, op.leaves)]
         given = registry.replaced(given, op.leaves, leaves)

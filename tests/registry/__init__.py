@@ -163,6 +163,7 @@ class Group:
     deterministic: tuple = ()  # shapes; beside those of SIMT, where a thread is a fiber
     deterministic_simt: tuple = ()
     memory: tuple | None = None  # the shape for `Op.memory`
+    memory_dtypes: tuple = ((torch.float32,),)
     simt: Callable = lambda shape, dtype: True  # whether a case is worth its time under SIMT
     workload: tuple = ()
 

@@ -7,7 +7,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, Group, Op, Program, program_of
+from registry import FAR, Group, Inputs, Op, Program, program_of
 
 # An exponential below the smallest normal number may be 0, before a log-ratio of 1e4 multiplies it: see test_fuzz.py.
 UNDERFLOW = 1e-26
@@ -24,14 +24,12 @@ def make(shape):
     }
 
 
-def make_taught(shape):
+def taught(x):
     """The first network as a student, the others as its teachers (of one alone: itself, turned over)."""
-    count, rows, classes = shape
-    x = make(shape)
     student, *teachers = x["networks"]
     teachers = teachers or [student.flip(1)]
-    weight = torch.randn(len(teachers), dtype=torch.float64).softmax(0)
-    return {"student": student, "teachers": teachers, "weight": weight, "labels": x["labels"]}
+    weight = torch.linspace(1, 2, len(teachers), dtype=x["mix"].dtype, device=student.device) / 2
+    return Inputs(student=student, teachers=teachers, weight=weight, labels=x["labels"])
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
@@ -75,7 +73,7 @@ def mixed_logits_kl(
 def teachers_kl(name, kind="kl", labels=True, weighted=False, temperature=4.0, kl_weight=0.7):
     def call(o, student, teachers, weight, labels_given):
         if kind == "reverse_kl":
-            teachers = [x.detach() for x in teachers]
+            teachers = [x.detach() for x in teachers] if isinstance(teachers, list) else teachers.detach()
         return o.teachers_kl(
             student,
             teachers,
@@ -159,7 +157,7 @@ GROUPS = [
     ),
     Group(
         "ensemble",
-        make_taught,
+        lambda shape: dict(taught(make(shape))),
         [
             teachers_kl("kl", weighted=True),
             teachers_kl("kl_sum", labels=False, temperature=1.0),

@@ -82,6 +82,7 @@ GROUPS = [
         ),
         deterministic_simt=((64, 100, 30, 90), (2, 600, 70, 90), (9, 40, 1100, 50)),
         memory=(32, 2048, 128, 500),
+        memory_dtypes=((torch.float32,), (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16)),
     )
 ]
 
