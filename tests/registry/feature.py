@@ -40,6 +40,15 @@ def boundary(name, margin, reduction="sum"):
     )
 
 
+def partial(name, reduction="sum", margin_shape=(-1,)):
+    return of_pair(
+        name,
+        lambda o, student, teacher, margin: o.partial_squared_error(
+            student, teacher, margin.view(margin_shape), reduction=reduction
+        ),
+    )
+
+
 def normalized(name, power):
     def sizes(g, student, teacher):
         value, *entries = oracles.sizes_normalized(student, teacher, power)
@@ -78,17 +87,9 @@ GROUPS = [
             of_pair("channels", lambda o, student, teacher: o.channel_squared_error(student, teacher)),
             boundary("boundary", 0.5),
             boundary("boundary_none", 2.0, reduction="none"),
-            of_pair("partial", lambda o, student, teacher, margin: o.partial_squared_error(student, teacher, margin)),
-            of_pair(
-                "partial_none",
-                lambda o, student, teacher, margin: o.partial_squared_error(
-                    student, teacher, margin.view(1, -1, 1, 1), reduction="none"
-                ),
-            ),
-            of_pair(
-                "partial_mean",
-                lambda o, student, teacher, margin: o.partial_squared_error(student, teacher, margin, reduction="mean"),
-            ),
+            partial("partial"),
+            partial("partial_none", "none", (1, -1, 1, 1)),
+            partial("partial_mean", "mean"),
             normalized("normalized", 1),
             normalized("normalized_2", 2),
             pyramid(),
