@@ -184,9 +184,8 @@ def sanitized_runs(request, folder):
 
     def run(family):
         # A process each, so one thread each: waiting threads of one would slow the other.
-        select = f"simt and {family} and not ({' or '.join(REPEATED)})"
-        tests = (*CONTRACT, f"tests/test_{family}.py", "-k", select)
-        return run_tests(folder, "address", "address", *tests, OMP_NUM_THREADS="1")
+        tests = (*CONTRACT, f"tests/test_{family}.py", "-k", f"simt and not ({' or '.join(REPEATED)})")
+        return run_tests(folder, "address", "address", *tests, OMP_NUM_THREADS="1", KDFAST_TEST_FAMILIES=family)
 
     yield {family: pool.submit(run, family) for family in (item.callspec.params["family"] for item in here)}
     pool.shutdown(cancel_futures=True)
@@ -212,8 +211,9 @@ def test_removed_barrier_is_noticed(folder, variant, barrier):
     parts = group.read_text().split("__syncthreads();")
     assert len(parts) == 3
     group.write_text("__syncthreads();".join(parts[: barrier + 1]) + "__syncthreads();".join(parts[barrier + 1 :]))
-    tests = (*CONTRACT, "-x", "-k", "test_matches_oracle and simt and attention and float32 and 17")
-    done = run_tests(folder, csrc.parent.name, variant, *tests, KDFAST_SIMT_CSRC=str(csrc))
+    tests = (*CONTRACT, "-x", "-k", "test_matches_oracle and simt and float32 and 17")
+    settings = {"KDFAST_SIMT_CSRC": str(csrc), "KDFAST_TEST_FAMILIES": "attention"}
+    done = run_tests(folder, csrc.parent.name, variant, *tests, **settings)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"[1-9]\d* failed", done.stdout), done.stdout
     if variant == "races":

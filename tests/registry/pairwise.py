@@ -104,7 +104,7 @@ SHARED = {
         (5, 2100),  # sums over features in several blocks
         (130, 9),  # the fallback takes a few vertices at a time
     ),
-    "deterministic_simt": ((33, 5), (5, 2100)),
+    "deterministic_simt": ((33, 5), (3, 2100)),
     "workload": (
         (2, 3),  # one pair
         (17, 33),  # one row more than a block of angles takes, one column more than a tile of features
