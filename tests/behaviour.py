@@ -259,3 +259,24 @@ def check_cuda_graph(function, tensors, others):
     for x, y in zip(leaves, fresh, strict=True):
         assert (x.grad is None) == (y.grad is None)
         assert x.grad is None or torch.equal(x.grad, y.grad)
+
+
+# ---- losses ----------------------------------------------------------------------------------------------------------
+def check_loss(function, tensors, same_bits, changed=(0,)):
+    """What a loss without an op of its own keeps to; the inputs `changed` in place are noticed."""
+    check_compiled(function, tensors, backend="aot_eager")
+    check_autocast(function, tensors)
+    leaves = leaves_of(tensors)
+    check_refuses_second_derivative(function(*leaves), leaves[0])
+    for index in changed:
+        check_refuses_changed_input(function, tensors, index)
+    if tensors[0].is_cuda:
+        check_no_host_sync(function, tensors)
+        check_cuda_graph(function, tensors, tensors[::-1])
+
+    def run():
+        leaves = leaves_of(tensors)
+        loss = function(*leaves)
+        return [loss, *torch.autograd.grad(loss, leaves, allow_unused=True)]
+
+    same_bits(run)
