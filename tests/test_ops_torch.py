@@ -115,7 +115,6 @@ def test_settings_change_nothing(implementation, program, dtype):
     behaviour.check_autocast(program.function, program.make(implementation.device, program.rows, dtype))
 
 
-@pytest.mark.parametrize("implementation", ["fallback", "cpu", "simt"], indirect=True)
 @every_program
 def test_programs_are_deterministic(implementation, program, same_bits):
     """Losses around the ops, too."""
@@ -145,7 +144,7 @@ def test_no_host_sync(cuda, program, dtype):
     behaviour.check_no_host_sync(program.function, program.make(cuda.device, 64, dtype))
 
 
-@every_program
+@pytest.mark.parametrize("program", [program for program in PROGRAMS if program.graph], ids=str)
 def test_cuda_graph(cuda, program):
     tensors, others = (program.make(cuda.device, 64, torch.float32) for _ in range(2))
     behaviour.check_cuda_graph(program.function, tensors, others)

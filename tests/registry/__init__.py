@@ -229,6 +229,7 @@ class Program:
     function: Callable
     make: Callable
     rows: int = 5
+    graph: bool = True  # a CUDA graph can hold it
 
     def __str__(self):
         return self.name
