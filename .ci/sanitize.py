@@ -65,8 +65,9 @@ def runtime(name):
 
 def main(arguments):
     folder = build()
-    families = sorted(path.parent.name for path in ROOT.glob("csrc/*/cpu.cpp"))
-    tests = [f"tests/test_{name}.py" for name in ["sanitized", *families, "fuzz"]]
+    families = [path.stem for path in ROOT.glob("tests/registry/[a-z]*.py")]
+    tests = [f"tests/test_{name}.py" for name in sorted(["sanitized", *families, "fuzz"])]
+    tests += sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/test_ops_*.py"))
     environment = {
         **os.environ,
         "ASAN_OPTIONS": ASAN_OPTIONS,

@@ -39,14 +39,7 @@ def case(*shape):
     return Case("AT", " x ".join(map(str, shape)), inputs, eager_at, kdfast.AT(), floor)
 
 
-def cases(settings, shapes):
-    """AT at all shapes; `shapes`, if any, replaces them."""
-    return [case(*shape) for shape in shapes or (SHAPES[:1] if settings.quick else SHAPES)]
-
-
-def host_cases():
-    """Maps so small that only the host's overhead is left."""
-    return [case(*HOST_SHAPE)]
+cases, host_cases = harness.of_shapes(lambda name, *shape: case(*shape), ("AT",), SHAPES, HOST_SHAPE)
 
 
 # ---- the measurements ------------------------------------------------------------------------------------------------

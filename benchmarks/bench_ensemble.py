@@ -133,15 +133,7 @@ def case(name, count, rows, cols):
     return Case(name, f"{count} x {rows} x {cols}", inputs, eager, ours, floor, left_out=left_out)
 
 
-def cases(settings, shapes):
-    """Every loss at all shapes; `shapes`, if any, replaces them."""
-    chosen = shapes or (SHAPES[:1] if settings.quick else SHAPES)
-    return [case(name, *shape) for name in LOSSES for shape in chosen]
-
-
-def host_cases():
-    """Every loss on logits so small that only the host's overhead is left."""
-    return [case(name, *HOST_SHAPE) for name in LOSSES]
+cases, host_cases = harness.of_shapes(case, LOSSES, SHAPES, HOST_SHAPE)
 
 
 # ---- the measurements ------------------------------------------------------------------------------------------------

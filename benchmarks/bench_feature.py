@@ -98,14 +98,7 @@ def case(name, *shape):
     return Case(name, " x ".join(map(str, shape)), inputs, eager, ours, floor)
 
 
-def cases(settings, shapes):
-    """Every loss at all shapes; `shapes`, if any, replaces them."""
-    return [case(name, *shape) for name in LOSSES for shape in shapes or (SHAPES[:1] if settings.quick else SHAPES)]
-
-
-def host_cases():
-    """Every loss on maps so small that only the host's overhead is left."""
-    return [case(name, *HOST_SHAPE) for name in LOSSES]
+cases, host_cases = harness.of_shapes(case, LOSSES, SHAPES, HOST_SHAPE)
 
 
 # ---- the measurements ------------------------------------------------------------------------------------------------

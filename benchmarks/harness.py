@@ -60,6 +60,22 @@ class Case:
         return f"{self.loss}-{self.shape}-{self.dtype}".replace(" ", "")
 
 
+def of_shapes(case, losses, shapes, host_shape):
+    """-> `cases` and `host_cases` of a bench file: every loss at all shapes, and so small that the host is left.
+
+    `case(name, *shape)` makes one. A --shape, if any, replaces the shapes.
+    """
+
+    def cases(settings, chosen):
+        chosen = chosen or (shapes[:1] if settings.quick else shapes)
+        return [case(name, *shape) for name in losses for shape in chosen]
+
+    def host_cases():
+        return [case(name, *host_shape) for name in losses]
+
+    return cases, host_cases
+
+
 def against_eager(case, **changes):
     """`case` in forward + backward and against its baseline alone; its family's file has the rest."""
     return replace(case, phases=PHASES[:1], left_out=case.left_out | {"compile": "-", "fallback": "-"}, **changes)

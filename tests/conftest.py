@@ -1,8 +1,9 @@
 """Implementations, the tolerance rule, and what the tests share.
 
 Environment:
-    KDFAST_TEST_REQUIRE_KERNELS=1  the compiled CPU kernels must be there: tests of "cpu" fail instead of being skipped;
-                                   "cuda": on a machine with a GPU the CUDA kernels, too
+    KDFAST_TEST_REQUIRE_KERNELS=1  the CPU kernels must be there, and a compiler for the SIMT build of the CUDA kernels:
+                                   tests of "cpu" and "simt" fail instead of being skipped;
+                                   "cuda": the CPU kernels, and on a machine with a GPU the CUDA kernels
     KDFAST_TEST_LARGE=1            runs the tests that need more than 12 GiB of memory
 """
 
@@ -89,22 +90,33 @@ class Implementation:
         return self.name in ("fallback", "cpu")
 
 
-def _simt_kernels(config):
+def simt_folder(config):
+    """Where SIMT libraries are kept."""
     if not hasattr(config, "cache"):
-        pytest.skip("the SIMT library is kept in pytest's cache, which is off")
+        missing("SIMT libraries are kept in pytest's cache, which is off", required=("1",))
+    return config.cache.mkdir("simt")
+
+
+def built_by_simt(build, *arguments):
+    """What a function of simt_library.py gives."""
     try:
-        kernels = simt_library.kernels(config.cache.mkdir("simt"))
+        return build(*arguments)
     except simt_library.Unavailable as reason:
-        pytest.skip(f"the SIMT library cannot be built: {reason}")
-    return {name: kernels.get(name, _missing(name)) for name, op in _kernels.OPS.items() if op.has_kernels}
+        missing(f"the SIMT library cannot be built: {reason}", required=("1",))
 
 
-def _missing(name):
+def _simt_kernels(config):
+    kernels = built_by_simt(simt_library.kernels, simt_folder(config))
+    return {name: kernels.get(name, _no_kernel(name)) for name, op in _kernels.OPS.items() if op.has_kernels}
+
+
+def _no_kernel(name):
     """In place of a kernel that csrc lacks: the op must not run elsewhere unnoticed."""
     return lambda *args: pytest.fail(f"{name} has no CUDA kernel")
 
 
-def _missing_kernels(reason, required):
+def missing(reason, required):
+    """Skips the test, or lets it fail where KDFAST_TEST_REQUIRE_KERNELS is one of `required`."""
     setting = os.environ.get("KDFAST_TEST_REQUIRE_KERNELS")
     if setting in required:
         pytest.fail(f"{reason} (KDFAST_TEST_REQUIRE_KERNELS={setting})")
@@ -115,14 +127,14 @@ def require_cpu_kernels():
     if _kernels.status()["_C"].loaded:
         return
     reason = f"the CPU kernels are not loaded: {_kernels.status()['_C'].reason}"
-    _missing_kernels(reason, required=("1", "cuda"))
+    missing(reason, required=("1", "cuda"))
 
 
 def require_cuda_kernels():
     if not torch.cuda.is_available():
         pytest.skip("no GPU")
     if not _kernels.status()["_cuda"].loaded:
-        _missing_kernels(f"the CUDA kernels are not loaded: {_kernels.status()['_cuda'].reason}", required=("cuda",))
+        missing(f"the CUDA kernels are not loaded: {_kernels.status()['_cuda'].reason}", required=("cuda",))
 
 
 @pytest.fixture(params=["fallback", "cpu", "simt", "cuda"])
@@ -178,7 +190,8 @@ def same_bits(request, threads, monkeypatch):
             monkeypatch.setenv("KDFAST_SIMT_SEED", str(len(results)))
             results.append(run())
         for other in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+            for a, b in zip(results[0], other, strict=True):
+                assert a is b or torch.equal(a, b)
 
     return check
 

@@ -13,6 +13,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -51,33 +52,45 @@ VARIANTS = {
     # Accesses out of bounds and undefined behaviour. The process must start as `sanitized` says, and ends at a fault.
     "address": Variant(all=("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")),
 }
-FAMILIES = sorted(path.parent.name for path in ROOT.glob("csrc/*/cuda.cu"))
 
 
 class Unavailable(Exception):
     """This machine cannot build the library."""
 
 
+COMPILERS = ("g++", "c++", "clang++")
+PROBE = """
+#include <cstdint>
+#include <ucontext.h>
+#ifndef __GLIBC__
+#error no glibc
+#endif
+"""
+
+
+@functools.lru_cache(maxsize=1)
 def _compiler():
-    compiler = shutil.which("g++")
-    if compiler is None:
-        raise Unavailable("no g++")
-    probe = subprocess.run(
-        [compiler, "-x", "c++", "-fsyntax-only", "-"],
-        input="#include <ucontext.h>\n#ifndef __GLIBC__\n#error no glibc\n#endif\n",
-        capture_output=True,
-        text=True,
-    )
-    if probe.returncode:
-        raise Unavailable("no ucontext of glibc")
-    return compiler
+    """The first compiler that takes the flags of a kernel, and finds its headers and glibc's ucontext."""
+    reasons = []
+    for name in COMPILERS:
+        if not (compiler := shutil.which(name)):
+            reasons.append(f"no {name}")
+            continue
+        command = [compiler, *FLAGS, *KERNEL_FLAGS, *VARIANTS["races"].kernels, "-c", "-", "-o", os.devnull]
+        probe = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+        if not probe.returncode:
+            return compiler
+        reasons.append(f"{name}: {(probe.stderr.strip() or 'no reason given').splitlines()[0]}")
+    raise Unavailable("; ".join(reasons))
 
 
 def sanitized():
     """The environment of a process that runs the variant "address"."""
-    ask = [_compiler(), "-print-file-name=libasan.so"]
-    runtime = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
+    names = "libasan.so", f"libclang_rt.asan-{platform.machine()}.so"  # of gcc, of clang
+    ask = ([_compiler(), f"-print-file-name={name}"] for name in names)
+    found = (subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in ask)
+    runtime = next(filter(os.path.isabs, found), None)
+    if runtime is None:
         raise Unavailable("no address sanitizer")
     return {
         **os.environ,

@@ -144,23 +144,7 @@ def test_behaviour(device, variant, same_bits):
     def function(student, *teachers):
         return loss(student, teachers)
 
-    tensors = [student, *teachers]
-    behaviour.check_compiled(function, tensors, backend="aot_eager")
-    behaviour.check_autocast(function, tensors)
-    leaves = behaviour.leaves_of(tensors)
-    behaviour.check_refuses_second_derivative(function(*leaves), leaves[0])
-    for index in (0, 2):
-        behaviour.check_refuses_changed_input(function, tensors, index)
-    if device.type == "cuda":
-        behaviour.check_no_host_sync(function, tensors)
-        behaviour.check_cuda_graph(function, tensors, tensors[::-1])
-
-    def run():
-        leaves = behaviour.leaves_of(tensors)
-        value = function(*leaves)
-        return [value, *torch.autograd.grad(value, leaves)]
-
-    same_bits(run)
+    behaviour.check_loss(function, [student, *teachers], same_bits, changed=(0, 2))
 
 
 def test_compiled_without_gradient(device):

@@ -136,21 +136,7 @@ def test_behaviour(device, relation, same_bits):
     def function(*heads):
         return loss(heads, labels)
 
-    behaviour.check_compiled(function, logits, backend="aot_eager")
-    behaviour.check_autocast(function, logits)
-    leaves = behaviour.leaves_of(logits)
-    behaviour.check_refuses_second_derivative(function(*leaves), leaves[0])
-    behaviour.check_refuses_changed_input(function, logits, 1)
-    if device.type == "cuda":
-        behaviour.check_no_host_sync(function, logits)
-        behaviour.check_cuda_graph(function, logits, logits[::-1])
-
-    def run():
-        leaves = behaviour.leaves_of(logits)
-        value = function(*leaves)
-        return [value, *torch.autograd.grad(value, leaves)]
-
-    same_bits(run)
+    behaviour.check_loss(function, logits, same_bits, changed=(1,))
 
 
 def test_compiled_without_gradient(device):

@@ -11,8 +11,10 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import registry
 import simt_library
 import torch
+from conftest import built_by_simt, simt_folder
 
 SEEDS = ("0", "1", "2")
 RACE = (
@@ -21,10 +23,12 @@ RACE = (
 )
 UNINITIALISED = r"reads byte \d+ of shared `tile`, which nothing has written\n  at .*{name}"
 
-# The SIMT tests that touch memory in ways of their own, and those that repeat the calls of others.
-TOUCHING = (
-    "simt and not (gradcheck or opcheck or compile or autocast or deterministic or transforms or double_backward)"
+# The SIMT tests that touch memory in ways of their own, not those that repeat the calls of others.
+REPEATED = (
+    *("gradcheck", "opcheck", "compile", "settings_change_nothing", "deterministic", "transforms", "double_backward"),
+    *("upstream_gradients", "gradient_paths", "inplace_change", "nan_is_seen"),
 )
+CONTRACT = [str(path) for path in sorted((simt_library.ROOT / "tests").glob("test_ops_*.py"))]
 
 # Kernel of faults.cu -> variant -> what it says of the fault, at every seed. `{name}` is the kernel's.
 CAUGHT = {
@@ -61,17 +65,12 @@ CAUGHT = {
 
 @pytest.fixture(scope="module")
 def folder(request):
-    """Where libraries are kept; a test that needs one is skipped where none can be built."""
-    if not hasattr(request.config, "cache"):
-        pytest.skip("the SIMT libraries are kept in pytest's cache, which is off")
-    return request.config.cache.mkdir("simt")
+    return simt_folder(request.config)
 
 
 def build(folder, name, sources, variant):
-    try:
-        return simt_library.build(folder, name, [simt_library.ROOT / "tests/simt" / s for s in sources], variant)
-    except simt_library.Unavailable as reason:
-        pytest.skip(f"the SIMT library cannot be built: {reason}")
+    sources = [simt_library.ROOT / "tests/simt" / source for source in sources]
+    return built_by_simt(simt_library.build, folder, name, sources, variant)
 
 
 def environment(variant, **extra):
@@ -185,19 +184,17 @@ def sanitized_runs(request, folder):
 
     def run(family):
         # A process each, so one thread each: waiting threads of one would slow the other.
-        return run_tests(folder, "address", "address", f"tests/test_{family}.py", "-k", TOUCHING, OMP_NUM_THREADS="1")
+        tests = (*CONTRACT, f"tests/test_{family}.py", "-k", f"simt and not ({' or '.join(REPEATED)})")
+        return run_tests(folder, "address", "address", *tests, OMP_NUM_THREADS="1", KDFAST_TEST_FAMILIES=family)
 
     yield {family: pool.submit(run, family) for family in (item.callspec.params["family"] for item in here)}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("family", simt_library.FAMILIES)
+@pytest.mark.parametrize("family", registry.FAMILIES)
 def test_family_in_bounds(sanitized_runs, family):
     """The SIMT tests of the family once more, under the address and undefined-behaviour sanitizers."""
-    try:
-        done = sanitized_runs[family].result()
-    except simt_library.Unavailable as reason:
-        pytest.skip(f"no sanitizer: {reason}")
+    done = built_by_simt(sanitized_runs[family].result)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:10000]
     assert re.search(r"\d+ passed", done.stdout)
 
@@ -214,8 +211,9 @@ def test_removed_barrier_is_noticed(folder, variant, barrier):
     parts = group.read_text().split("__syncthreads();")
     assert len(parts) == 3
     group.write_text("__syncthreads();".join(parts[: barrier + 1]) + "__syncthreads();".join(parts[barrier + 1 :]))
-    tests = ("tests/test_attention.py", "-x", "-k", "test_matches_oracle and simt and float32 and 17")
-    done = run_tests(folder, csrc.parent.name, variant, *tests, KDFAST_SIMT_CSRC=str(csrc))
+    tests = (*CONTRACT, "-x", "-k", "test_matches_oracle and simt and float32 and 17")
+    settings = {"KDFAST_SIMT_CSRC": str(csrc), "KDFAST_TEST_FAMILIES": "attention"}
+    done = run_tests(folder, csrc.parent.name, variant, *tests, **settings)
     assert done.returncode == 1, done.stdout + done.stderr
     assert re.search(r"[1-9]\d* failed", done.stdout), done.stdout
     if variant == "races":
