@@ -7,7 +7,7 @@ Student first, teacher second, logits unless an argument's name says otherwise; 
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -28,7 +28,7 @@ def _load():
     globals().update({name: getattr(api, name) for name in api.__all__}, __all__=api.__all__)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if "__all__" not in globals() and (name == "__all__" or not name.startswith("_")):
         _load()
         if name in globals():

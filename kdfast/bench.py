@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from kdfast._extras import install
 from kdfast.distill import DistillError
@@ -23,7 +24,7 @@ REQUIRED = ("pytest", "pytest_benchmark")
 NOTHING_SELECTED = 5  # pytest's exit status
 
 
-def add_arguments(parser):
+def add_arguments(parser: Any) -> Any:
     """Declare the options of `kdfast bench`."""
     parser.add_argument("--out", default="bench-results", help="folder for the results (default: %(default)s)")
     parser.add_argument("--family", choices=FAMILIES, help="which figures (default: all)")
@@ -40,7 +41,7 @@ def add_arguments(parser):
     )
 
 
-def run(options) -> int:
+def run(options: Any) -> int:
     """Run the benchmarks as `options` say; returns the exit status."""
     try:
         check(options)
@@ -62,7 +63,7 @@ def run(options) -> int:
     return max((status for status in statuses if status != NOTHING_SELECTED), default=NOTHING_SELECTED)
 
 
-def check(options):
+def check(options: Any) -> Any:
     """Raise a DistillError that names an option which cannot be, before anything is measured."""
     from kdfast.distill.settings import device, whole  # here: `kdfast bench --help` needs none of it
 
@@ -86,7 +87,7 @@ def check(options):
         raise DistillError(f"--out: cannot write to {there}")
 
 
-def run_family(family, options, chart) -> int:
+def run_family(family: Any, options: Any, chart: Any) -> int:
     """Measure one family and report it; returns the exit status."""
     with tempfile.TemporaryDirectory() as scratch:
         raw = Path(scratch) / "raw.json"
@@ -102,7 +103,7 @@ def run_family(family, options, chart) -> int:
     return status
 
 
-def measure(family, options, raw):
+def measure(family: Any, options: Any, raw: Any) -> Any:
     """Run the family's bench file under pytest in a process of its own; its figures go to the file `raw`."""
     command = [sys.executable, "-m", "pytest", str(benchmarks_folder() / f"bench_{family}.py"), "-q"]
     # The project's own pytest settings are for its tests, and an installed package is no place for a cache.
@@ -119,7 +120,7 @@ def measure(family, options, raw):
     return subprocess.run(command, env=environment).returncode
 
 
-def write_readme(readme, folder):
+def write_readme(readme: Any, folder: Any) -> Any:
     """Regenerate the README's benchmark block from every results file in `folder`."""
     results = sorted(Path(folder).glob("*/*.json"))
     if not results:
@@ -129,12 +130,12 @@ def write_readme(readme, folder):
     return 0
 
 
-def installed(name):
+def installed(name: Any) -> Any:
     """Whether the package `name` can be found."""
     return importlib.util.find_spec(name) is not None
 
 
-def benchmarks_folder():
+def benchmarks_folder() -> Any:
     """Where the bench files are: inside the installed package, else beside it in a checkout."""
     for folder in (PACKAGE / "benchmarks", PACKAGE.parent / "benchmarks"):
         if (folder / "harness.py").exists():
@@ -142,7 +143,7 @@ def benchmarks_folder():
     raise FileNotFoundError(f"kdfast's benchmarks are neither in {PACKAGE} nor beside it")
 
 
-def load(name):
+def load(name: Any) -> Any:
     """Import the module `name` of the benchmarks, from wherever they are."""
     folder = benchmarks_folder()
     if folder.parent == PACKAGE:

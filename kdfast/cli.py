@@ -5,6 +5,7 @@ import importlib
 import os
 import signal
 import sys
+from typing import Any
 
 import kdfast
 from kdfast._extras import MissingExtra
@@ -18,7 +19,7 @@ COMMANDS = {
 }
 
 
-def main(argv=None):
+def main(argv: list[Any] | None = None) -> int:
     """Run one command; returns its exit status, 2 where an optional dependency is missing."""
     try:
         try:

@@ -1,10 +1,13 @@
 """`kdfast doctor`: what is built, for which torch and CUDA, which path each op takes here, and why not a faster one."""
 
+import argparse
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
+from typing import Any
 
 from kdfast import __file__ as package_file
 from kdfast import __version__, _build_record
@@ -12,19 +15,19 @@ from kdfast import __version__, _build_record
 LIBRARIES = {"cpu": "_C", "cuda": "_cuda"}  # device -> the library with its kernels
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `kdfast doctor`."""
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
-def run(options):
+def run(options: argparse.Namespace) -> int:
     """Print the report; 1 if a built extension does not load, else 0."""
     report = examine()
     print(json.dumps(report, indent=2) if options.json else render(report))
     return 1 if any(library["error"] for library in report["libraries"].values()) else 0
 
 
-def examine():
+def examine() -> dict[str, str]:
     """Everything the report says, as plain data."""
     import torch  # here: --help needs none of it
 
@@ -51,13 +54,13 @@ def examine():
     return report
 
 
-def describe_device(torch, index):
+def describe_device(torch: Any, index: Any) -> Any:
     """Name and compute capability of one visible GPU."""
     major, minor = torch.cuda.get_device_capability(index)
     return {"name": torch.cuda.get_device_name(index), "capability": f"{major}.{minor}"}
 
 
-def covers(archs, capability):
+def covers(archs: list[str], capability: str) -> bool:
     """Whether code built for `archs`, e.g. ["8.0", "9.0+PTX"], runs on a GPU of this capability.
 
     Machine code runs on later minor versions of its major version, PTX on everything later.
@@ -71,7 +74,7 @@ def covers(archs, capability):
     return any(covered_by(arch) for arch in archs)
 
 
-def notes(report):
+def notes(report: Any) -> Iterator[Any]:
     """Why a path is not the fastest one, and what to do about it: (subject, reason, remedy) for each case."""
     for device, name in LIBRARIES.items():
         library = report["libraries"][name]
@@ -94,14 +97,14 @@ def notes(report):
             yield "cuda", "no GPU is visible", "check nvidia-smi and CUDA_VISIBLE_DEVICES"
 
 
-def remedy(device):
+def remedy(device: str) -> str:
     """What to do so that `device` gets its kernels."""
     if device == "cuda":
         return "reinstall where nvcc has torch's CUDA major version, without KDFAST_NO_EXTENSION and KDFAST_CPU_ONLY"
     return "reinstall where there is a C++ compiler, without KDFAST_NO_EXTENSION"
 
 
-def render(report):
+def render(report: dict[str, str]) -> str:
     """The report as aligned text."""
     lines = []
 

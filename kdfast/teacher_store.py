@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from kdfast._extras import require
 from kdfast.distill import DistillError
@@ -48,7 +50,7 @@ class Contents:
     top_k: int | None = None  # None: all logits
     temperature: float | None = None  # of the rest of a top-k store
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for name in ("classes", "samples", "augmentations"):
@@ -66,7 +68,7 @@ class Contents:
                 f"temperature={self.temperature}"
             )
 
-    def encode(self, logits):
+    def encode(self, logits: Tensor) -> dict[str, Tensor]:
         """(rows, classes) logits as the tensors of a shard, by name."""
         dtype = DTYPES[self.dtype]
         if self.top_k is None:
@@ -75,7 +77,7 @@ class Contents:
         indices = top.indices.to(self._index_dtype)
         return {"values": self._narrow(top.values, dtype), "indices": indices, "rest": top.rest.float()}
 
-    def layout(self, rows):
+    def layout(self, rows: int) -> dict[str, Any]:
         """Name -> (shape, dtype) of the tensors of a shard of so many rows."""
         dtype = DTYPES[self.dtype]
         if self.top_k is None:
@@ -87,7 +89,7 @@ class Contents:
     def _index_dtype(self):
         return torch.int16 if self.classes <= 1 << 15 else torch.int32
 
-    def decode(self, tensors):
+    def decode(self, tensors: dict[str, Tensor]) -> "TopK | Tensor":
         """The teacher that `kdfast.ops.softmax_kl` takes."""
         if self.top_k is None:
             return tensors["logits"]
@@ -101,7 +103,7 @@ class Contents:
         return narrow
 
     @property
-    def row_bytes(self):
+    def row_bytes(self) -> int:
         """What one image takes."""
         size = DTYPES[self.dtype].itemsize
         if self.top_k is None:
@@ -109,16 +111,16 @@ class Contents:
         return self.top_k * (size + self._index_dtype.itemsize) + 4
 
     @property
-    def rows_at_most(self):
+    def rows_at_most(self) -> int:
         """Images in a shard."""
         return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
 
     @property
-    def digest(self):
+    def digest(self) -> str:
         """The SHA-256 that shards name."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
-    def differences(self, other):
+    def differences(self, other: dict[str, Any]) -> list[Any]:
         """Words "name ours, not theirs" for the fields of the dict `other` that are not equal."""
         mine = asdict(self)
         both = {name: _apart(mine[name], value) for name, value in other.items() if mine[name] != value}
@@ -155,7 +157,7 @@ class Shard(NamedTuple):
     end: int
 
     @property
-    def name(self):
+    def name(self) -> str:
         """The name of its file."""
         return f"logits-{self.augmentation:04d}-{self.number:05d}.safetensors"
 
@@ -197,7 +199,7 @@ class _Folder:
         return [shard for shard in self.shards() if shard.name not in there]
 
 
-def refuse_others(folder):
+def refuse_others(folder: Path) -> None:
     """Raise a DistillError if `folder` has files, but for hidden ones such as a lock, and is no store."""
     if not folder.is_dir() or (folder / MANIFEST).exists():
         return
@@ -225,7 +227,7 @@ class TeacherStoreWriter:
     Raises: DistillError if the folder holds something else, naming what differs, or its disk has too little space.
     """
 
-    def __init__(self, folder, contents, rows=None):
+    def __init__(self, folder: Path, contents: "Contents", rows: int | None = None) -> None:
         self._safetensors = require("safetensors.torch", extra="imagenet")
         folder = Path(folder)
         if (folder / MANIFEST).exists():
@@ -252,11 +254,11 @@ class TeacherStoreWriter:
         write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode(), "start again")
         return _Folder(folder, contents, rows)
 
-    def missing(self):
+    def missing(self) -> list[Any]:
         """The shards that are still to be written."""
         return self._store.missing()
 
-    def write(self, shard, logits, absent=None):
+    def write(self, shard: "Shard", logits: Tensor, absent: Tensor | None = None) -> None:
         """Write the teacher's logits (rows, classes) of all images of `shard`, in their order.
 
         `absent` (rows,) marks images that could not be read: a reader raises if it is asked for them.
@@ -317,7 +319,7 @@ class TeacherStore:
     Raises: DistillError if the store is not there, not whole or damaged.
     """
 
-    def __init__(self, folder, verify=True, name=None):
+    def __init__(self, folder: Path | str, verify: bool = True, name: Callable[..., Any] | None = None) -> None:
         self._safetensors = require("safetensors", extra="imagenet")
         self._store = _Folder.of(folder)
         self._verify, self._name = verify, name
@@ -330,16 +332,16 @@ class TeacherStore:
             )
 
     @property
-    def contents(self):
+    def contents(self) -> "Contents":
         """The `Contents`."""
         return self._store.contents
 
-    def check(self, **expected):
+    def check(self, **expected: Any) -> None:
         """Raise a DistillError that names every field of `contents` that is not as `expected`, with both values."""
         if differences := self.contents.differences(expected):
             raise DistillError(f"{self._store.folder} does not fit: it has {'; '.join(differences)}")
 
-    def logits(self, index, augmentation):
+    def logits(self, index: Tensor | int | list[int], augmentation: int) -> "TopK | Tensor":
         """The teacher's logits of images `index` (B,) in `augmentation`: (B, classes), or a `TopK`; on the CPU.
 
         Raises: IndexError for an image or augmentation that the store does not have; DistillError for a damaged shard
@@ -369,7 +371,7 @@ class TeacherStore:
             )
         return contents.decode(batch)
 
-    def verify(self):
+    def verify(self) -> None:
         """Compare every shard with its checksum; a DistillError names the first that is damaged."""
         for shard in self._store.shards():
             self._load(shard, verify=True)

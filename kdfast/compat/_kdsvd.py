@@ -6,6 +6,7 @@ The student's vectors take the sign that fits the teacher's, so the loss is the 
 """
 
 import torch
+from torch import Tensor
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
@@ -51,7 +52,7 @@ def _vectors(x, count):
     return torch.where(largest < 0, -v, v), torch.nn.functional.normalize(s[:, :count])
 
 
-def aligned(student, teacher):
+def aligned(student: Tensor, teacher: Tensor) -> Tensor:
     """For each of the teacher's vectors the student's that is nearest to it or to its opposite, turned towards it."""
     cosines = student.detach().mT @ teacher
     nearest = cosines.abs() == cosines.abs().amax(1, keepdim=True)
@@ -63,7 +64,7 @@ def _relations(late, early):
     return torch.exp((late[:, :, None] - early[:, None]).square() / -8)
 
 
-def kdsvd(student, teacher, count):
+def kdsvd(student: list[Tensor], teacher: list[Tensor], count: int) -> list[Tensor]:
     """One loss for each two consecutive layers, of matrices [B, N, D] of which rows are samples of D features.
 
     The sum of the squared differences between both networks' relations among the entries of two layers' vectors, over
@@ -84,7 +85,7 @@ def kdsvd(student, teacher, count):
     return relation_errors(sides)
 
 
-def relation_errors(sides):
+def relation_errors(sides: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The loss of each two consecutive layers, whose vectors (student's, teacher's) [B, D, count] are `sides`."""
     losses = []
     for early, late in zip(sides, sides[1:], strict=False):

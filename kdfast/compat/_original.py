@@ -3,8 +3,11 @@
 import functools
 import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import kdfast
@@ -15,18 +18,18 @@ from kdfast.ops.pool import to_smaller_square
 
 
 # ---- attributes and methods ------------------------------------------------------------------------------------------
-def alias(name):
+def alias(name: str) -> Any:
     """An attribute that is the attribute `name` of its module."""
     return property(lambda self: getattr(self, name), lambda self, value: setattr(self, name, value))
 
 
-def replaced(module, cls, *names):
+def replaced(module: Any, cls, *names: Any) -> bool:
     """Whether a subclass of `cls`, or the instance, has other methods of these names, which then have to act."""
     return any(name in vars(module) or getattr(type(module), name) is not getattr(cls, name) for name in names)
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
-def shortened(student, teacher):
+def shortened(student: list[Any], teacher: list[Any]) -> tuple[Any, ...]:
     """Two lists of layers, of which the longer loses its last ones, as zip leaves them out; with a warning, once."""
     if not all(isinstance(x, (list, tuple)) for x in (student, teacher)) or len(student) == len(teacher):
         return student, teacher
@@ -44,35 +47,35 @@ def _warn(student, teacher):
     )
 
 
-def layers(g_s, g_t, each):
+def layers(g_s: list[Any], g_t: list[Any], each: Callable[..., Any]) -> list[tuple[Tensor, Tensor]]:
     """`check.layers` of lists that are shortened first."""
     return check.layers(*shortened(g_s, g_t), each)
 
 
-def of_each(loss, g_s, g_t):
+def of_each(loss: Callable[..., Any], g_s: list[Any], g_t: list[Any]) -> list[Tensor]:
     """[loss(s, t) for each layer]."""
     return [loss(s, t) for s, t in layers(g_s, g_t, check.embeddings)]
 
 
 # ---- formulas --------------------------------------------------------------------------------------------------------
-def mean(x):
+def mean(x: Tensor) -> Tensor:
     """Of all entries, (B, ...)."""
     return fixed_sum(fixed_sum(x.flatten(1))) / max(x.numel(), 1)
 
 
-def power(name, p):
+def power(name: str, p: float | str) -> float:
     """A number above 0, which is an int where it is whole."""
     check.positive(name, p)
     return int(p) if p == int(p) else p
 
 
-def attention_map(x, p):
+def attention_map(x: Tensor, p: float) -> Tensor:
     """``m / |m|`` [B, N] of maps (B, C, H, W) with ``m = mean_c x_c^p``; for a p that is not whole, of x >= 0."""
     check.maps("f", x)
     return F.normalize(x.to(accumulator(x)).pow(power("p", p)).mean(1).flatten(1))
 
 
-def attention_error(f_s, f_t, p):
+def attention_error(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
     """:class:`kdfast.AT` of two maps, for any p above 0."""
     s, t = maps_of_one_size(f_s, f_t)
     p = power("p", p)
@@ -81,43 +84,43 @@ def attention_error(f_s, f_t, p):
     return mean((attention_map(s, p) - attention_map(t, p)).square())
 
 
-def maps_of_one_size(f_s, f_t):
+def maps_of_one_size(f_s: Tensor, f_t: Tensor) -> tuple[Tensor, Tensor]:
     """Two maps (B, C, H, W), of which the larger is pooled as RepDistiller does it."""
     ((s, t),) = check.layers([f_s], [f_t], check.maps)
     return to_smaller_square(s, t)
 
 
-def wide(*tensors):
+def wide(*tensors: Any) -> list[Tensor]:
     """The tensors in the accumulation type."""
     return [x.to(accumulator(*tensors)) for x in tensors]
 
 
-def pdist(e, squared=False, eps=1e-12):
+def pdist(e: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
     """Distances among the rows of e [B, B], whose squares are at least `eps`, and 0 on the diagonal."""
     check.positive("eps", eps)
     d = ops.pairwise_distance(e, squared=True).clamp(min=eps)
     return (d if squared else d.sqrt()) * (1 - torch.eye(len(e), device=d.device, dtype=d.dtype))
 
 
-def distance_error(d_s, d_t):
+def distance_error(d_s: Tensor, d_t: Tensor) -> Tensor:
     """``mean h(D / mean D - D' / mean D')`` of two matrices of distances, h the Huber function, D' a constant."""
     return mean(F.smooth_l1_loss(over_mean(d_s), over_mean(d_t.detach()), reduction="none"))
 
 
-def over_mean(d):
+def over_mean(d: Tensor) -> Tensor:
     """Distances over the mean of those above 0."""
     above = d > 0
     average = fixed_sum(fixed_sum(torch.where(above, d, 0.0))) / above.sum().clamp(min=1)
     return d / torch.where(average > 0, average, 1.0)
 
 
-def poly_kernel(a, b):
+def poly_kernel(a: Tensor, b: Tensor) -> Tensor:
     """Squared products of channels (B, C, N) and (B, C', N): [B, C', C]."""
     return (b @ a.mT).square()
 
 
 # ---- CRD -------------------------------------------------------------------------------------------------------------
-def make_crd(module, *arguments, embeddings, bank_dtype):
+def make_crd(module: Any, *arguments: Any, embeddings: bool, bank_dtype: str | torch.dtype | None) -> None:
     """`kdfast.CRD.__init__` whose draws, made on the CPU, are the originals': embeddings, if any, then both banks.
 
     The seed of kdfast's own negatives is a draw more, after which the generator goes on as after the original's.

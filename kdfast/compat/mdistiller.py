@@ -3,7 +3,11 @@
 Student first, arguments in the original's order; 0-d, but for sp_loss, which is of shape (1,) as there.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+from torch import Tensor
 
 import kdfast
 from kdfast import ops
@@ -33,12 +37,14 @@ __all__ = [
 ]
 
 
-def kd_loss(logits_student, logits_teacher, temperature):
+def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:
     """:func:`kdfast.ops.softmax_kl` of logits (B, C)."""
     return ops.softmax_kl(logits_student, logits_teacher, temperature)
 
 
-def dkd_loss(logits_student, logits_teacher, target, alpha, beta, temperature):
+def dkd_loss(
+    logits_student: Tensor, logits_teacher: Tensor, target: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
     """:func:`kdfast.ops.dkd` of logits (B, C) and labels.
 
     Finite where the original is not: at T = 1 for logits of standard deviation 50, for a target 1000 above the rest,
@@ -47,42 +53,49 @@ def dkd_loss(logits_student, logits_teacher, target, alpha, beta, temperature):
     return ops.dkd(logits_student, logits_teacher, target.reshape(-1), temperature, alpha=alpha, beta=beta)
 
 
-def at_loss(g_s, g_t, p):
+def at_loss(g_s: list[Tensor], g_t: list[Tensor], p: float) -> Tensor:
     """:class:`kdfast.AT` of lists of maps; p is any number above 0, as in RepDistiller's Attention."""
     return total(of_each(lambda s, t: attention_error(s, t, p), g_s, g_t))
 
 
-def single_stage_at_loss(f_s, f_t, p):
+def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: int) -> Tensor:
     """:func:`at_loss` of one layer."""
     return attention_error(f_s, f_t, p)
 
 
-def nst_loss(g_s, g_t):
+def nst_loss(g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
     """:class:`kdfast.NST` of lists of maps."""
     return kdfast.NST()(*shortened(g_s, g_t))
 
 
-def single_stage_nst_loss(f_s, f_t):
+def single_stage_nst_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     """:func:`nst_loss` of one layer."""
     return kdfast.NST()(f_s, f_t)
 
 
-def pkt_loss(f_s, f_t, eps=1e-7):
+def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
     """:class:`kdfast.PKT` of embeddings (B, D)."""
     return kdfast.PKT(eps)(f_s, f_t)
 
 
-def sp_loss(g_s, g_t):
+def sp_loss(g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
     """:class:`kdfast.SP` of lists of maps, of shape (1,)."""
     return kdfast.SP()(*shortened(g_s, g_t)).view(1)
 
 
-def similarity_loss(f_s, f_t):
+def similarity_loss(f_s: Tensor, f_t: Tensor) -> Tensor:
     """:func:`sp_loss` of one layer."""
     return kdfast.SP()(f_s, f_t).view(1)
 
 
-def rkd_loss(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weight=50):
+def rkd_loss(
+    f_s: Tensor,
+    f_t: Tensor,
+    squared: bool = False,
+    eps: float = 1e-12,
+    distance_weight: int = 25,
+    angle_weight: int = 50,
+) -> Tensor:
     """:class:`kdfast.RKD` of embeddings (B, ...); with `squared` the distance term compares squared distances.
 
     `eps` is the least squared distance of two samples. One sample gives 0, not NaN.
@@ -93,7 +106,7 @@ def rkd_loss(f_s, f_t, squared=False, eps=1e-12, distance_weight=25, angle_weigh
     return distance_weight * distance_error(*distances) + ops.rkd(f_s, f_t, 0.0, angle_weight)
 
 
-def vid_loss(regressor, log_scale, f_s, f_t, eps=1e-5):
+def vid_loss(regressor: Callable[..., Any], log_scale: Tensor, f_s: Tensor, f_t: Tensor, eps: float = 1e-5) -> Tensor:
     """The formula of :class:`kdfast.VID`, of maps (B, C, H, W), with the caller's regressor and variances (C',).
 
     mdistiller never trains log_scale, which no optimizer sees there; :class:`kdfast.VID` does.
@@ -104,7 +117,7 @@ def vid_loss(regressor, log_scale, f_s, f_t, eps=1e-5):
     return gaussian_error(mean, f_t, variance_of(log_scale.to(mean.device, accumulator(mean, f_t)), eps))
 
 
-def kdsvd_loss(g_s, g_t, k):
+def kdsvd_loss(g_s: list[Tensor], g_t: list[Tensor], k: int) -> Tensor:
     """:class:`kdfast.compat.repdistiller.KDSVD` of other matrices: (C H, W) of each map, as the original has them.
 
     That was the layout of a code for maps (H, W, C): the vectors here have an entry for each column of a map, so both
@@ -116,12 +129,12 @@ def kdsvd_loss(g_s, g_t, k):
     return total(kdsvd(*([x.flatten(1, 2) for x in maps] for maps in zip(*pairs, strict=True)), k))
 
 
-def hcl_loss(fstudent, fteacher):
+def hcl_loss(fstudent: list[Tensor], fteacher: list[Tensor]) -> Tensor:
     """:class:`kdfast.HCL` of lists of maps."""
     return kdfast.HCL()(*shortened(fstudent, fteacher))
 
 
-def feat_loss(source, target, margin):
+def feat_loss(source: Tensor, target: Tensor, margin: Tensor) -> Tensor:
     """:class:`kdfast.OFD` over the batch size: pre-activations (B, C, H, W), margin (1, C, 1, 1), at most 0."""
     margin = margin.to(source)
     if target.requires_grad:  # where it equals the margin OFD gives it half of the gradient, the original none

@@ -4,8 +4,10 @@ Criteria on lists of layers return one loss for each, as there: sum them. The la
 Paraphraser, Translator, LinearEmbed) stay what they are.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kdfast
@@ -57,10 +59,10 @@ class DistillKL(kdfast.KD):
 
     T = alias("temperature")
 
-    def __init__(self, T):
+    def __init__(self, T: float) -> None:
         super().__init__(temperature=T)
 
-    def forward(self, y_s, y_t):
+    def forward(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         return super().forward(y_s, y_t)
 
 
@@ -70,11 +72,11 @@ class HintLoss(nn.Module):
     It is the module ``crit``.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self.crit = kdfast.FitNets()
+        self.crit: kdfast.FitNets = kdfast.FitNets()
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         return self.crit(f_s, f_t)
 
 
@@ -85,26 +87,26 @@ class Attention(nn.Module):
     ``at`` of a subclass, run in plain PyTorch.
     """
 
-    def __init__(self, p=2):
+    def __init__(self, p: float = 2) -> None:
         super().__init__()
         power("p", p)
         self.p = p
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: list[Any], g_t: list[Any]) -> list[Tensor]:
         return of_each(self.at_loss, g_s, g_t)
 
-    def at_loss(self, f_s, f_t):
+    def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """Of one layer."""
         if not replaced(self, Attention, "at"):
             return attention_error(f_s, f_t, self.p)
         q_s, q_t = (self.at(x) for x in wide(*maps_of_one_size(f_s, f_t)))
         return mean((q_s - q_t).square())
 
-    def at(self, f):
+    def at(self, f: Tensor) -> Tensor:
         """The attention map of a unit length [B, N]."""
         return attention_map(f, self.p)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"p={self.p}"
 
 
@@ -114,10 +116,10 @@ class Similarity(kdfast.SP):
     Takes channels_last maps, too, at which the original raises.
     """
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
         return of_each(self.similarity_loss, g_s, g_t)
 
-    def similarity_loss(self, f_s, f_t):
+    def similarity_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """Of one layer."""
         return super().forward(f_s, f_t).view(1)
 
@@ -129,7 +131,7 @@ class Correlation(nn.Module):
     where every second sample is matched. One sample has no successor: 0 (original: NaN). 0-d. Plain PyTorch.
     """
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         check.embeddings("f_s", f_s)
         check.same_shape("f_t", f_t, f_s, of="f_s")
         dtype = accumulator(f_s, f_t)
@@ -144,10 +146,17 @@ class VIDLoss(kdfast.VID):
     Parameters, their start and their names in a state_dict are the original's, whose softplus overflows at 89.
     """
 
-    def __init__(self, num_input_channels, num_mid_channel, num_target_channels, init_pred_var=5.0, eps=1e-5):
+    def __init__(
+        self,
+        num_input_channels: int,
+        num_mid_channel: int,
+        num_target_channels: int,
+        init_pred_var: float = 5.0,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__(num_input_channels, num_mid_channel, num_target_channels, init_pred_var, eps)
 
-    def forward(self, input, target):
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return super().forward(input, target)
 
 
@@ -160,10 +169,10 @@ class RKDLoss(kdfast.RKD):
     w_d = alias("distance_weight")
     w_a = alias("angle_weight")
 
-    def __init__(self, w_d=25, w_a=50):
+    def __init__(self, w_d: float = 25, w_a: float = 50) -> None:
         super().__init__(w_d, w_a)
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         if not replaced(self, RKDLoss, "pdist"):
             return super().forward(f_s, f_t)
         check.embeddings("f_s", f_s)
@@ -172,7 +181,7 @@ class RKDLoss(kdfast.RKD):
         return self.w_d * distance_error(*distances) + ops.rkd(f_s, f_t, 0.0, self.w_a)
 
     @staticmethod
-    def pdist(e, squared=False, eps=1e-12):
+    def pdist(e: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
         """Distances among the rows of e [B, B], whose squares are at least eps, and 0 on the diagonal."""
         return pdist(e, squared, eps)
 
@@ -180,16 +189,16 @@ class RKDLoss(kdfast.RKD):
 class PKT(kdfast.PKT):
     """``PKT()(f_s, f_t)``: :class:`kdfast.PKT` of embeddings (B, D); 0-d."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         if replaced(self, PKT, "cosine_similarity_loss"):
             return self.cosine_similarity_loss(f_s, f_t)
         return self.cosine_similarity_loss(f_s, f_t, self.eps)
 
     @staticmethod
-    def cosine_similarity_loss(output_net, target_net, eps=1e-7):
+    def cosine_similarity_loss(output_net: Tensor, target_net: Tensor, eps: float = 1e-7) -> Tensor:
         """The loss, with another eps."""
         return gram_distance(output_net, target_net, "distribution", eps=eps)
 
@@ -201,23 +210,23 @@ class ABLoss(nn.Module):
     are the layers' powers of 2; layers beyond them are left out.
     """
 
-    def __init__(self, feat_num, margin=1.0):
+    def __init__(self, feat_num: int | str, margin: float = 1.0) -> None:
         super().__init__()
         check.count("feat_num", feat_num)
         check.number("margin", margin)
-        self.w = [2 ** (i - feat_num + 1) for i in range(feat_num)]
+        self.w: list[Any | Any] = [2 ** (i - feat_num + 1) for i in range(feat_num)]
         self.margin = margin
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
         losses = of_each(self.criterion_alternative_l2, g_s, g_t)
         losses, weights = shortened(losses, self.w)
         return [w * loss / max(len(g_s[0]), 1) / 1000 * 3 for w, loss in zip(weights, losses, strict=True)]
 
-    def criterion_alternative_l2(self, source, target):
+    def criterion_alternative_l2(self, source: Tensor, target: Tensor) -> Tensor:
         """The sum over one layer."""
         return ops.activation_boundary(source, target, self.margin)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"w={self.w}, margin={self.margin}"
 
 
@@ -230,17 +239,17 @@ class FactorTransfer(nn.Module):
     average-pooled to a square of the smaller one.
     """
 
-    def __init__(self, p1=2, p2=1):
+    def __init__(self, p1: float = 2, p2: float = 1) -> None:
         super().__init__()
         power("p1", p1)
         self._whole(p2)
         self.p1 = p1
         self.p2 = p2
 
-    def forward(self, f_s, f_t):
+    def forward(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         return self.factor_loss(f_s, f_t)
 
-    def factor_loss(self, f_s, f_t):
+    def factor_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """The loss."""
         p2 = self._whole(self.p2)
         own = replaced(self, FactorTransfer, "factor")
@@ -252,7 +261,7 @@ class FactorTransfer(nn.Module):
         gap = self.factor(s) - self.factor(t)
         return mean(gap.abs() if p2 == 1 else gap.pow(p2))
 
-    def factor(self, f):
+    def factor(self, f: Tensor) -> Tensor:
         """The attention map of a unit length [B, N]."""
         return attention_map(f, self.p1)
 
@@ -262,7 +271,7 @@ class FactorTransfer(nn.Module):
             raise ValueError(f"p2 must be a whole number, for differences have signs, got {p2}")
         return int(p2)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"p1={self.p1}, p2={self.p2}"
 
 
@@ -278,12 +287,12 @@ class KDSVD(nn.Module):
     original's formula of these methods. Plain PyTorch.
     """
 
-    def __init__(self, k=1):
+    def __init__(self, k: int = 1) -> None:
         super().__init__()
         check.count("k", k)
         self.k = k
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
         pairs = layers(g_s, g_t, check.maps)
         if replaced(self, KDSVD, "svd", "removenan", "align_rsv"):
             return _kdsvd.relation_errors([self._vectors(s, t.detach()) for s, t in pairs])
@@ -294,23 +303,23 @@ class KDSVD(nn.Module):
         v_s, v_t = self.align_rsv(self.svd(s, self.k + 3)[2], v_t)
         return v_s * shares[:, None], v_t * shares[:, None]
 
-    def svd(self, feat, n=1):
+    def svd(self, feat: Tensor, n: int = 1) -> tuple[Tensor, Tensor, Tensor]:
         """u [B, N, n], s [B, n], v [B, C, n] of maps (B, C, H, W), each of unit length; of n = 0 all, as they are."""
         u, s, vh = torch.linalg.svd(feat.flatten(2).mT, full_matrices=False)
         u, s, v = (self.removenan(x) for x in (u, s, vh.mT))
         return tuple(F.normalize(x[..., :n], dim=1) for x in (u, s, v)) if n > 0 else (u, s, v)
 
     @staticmethod
-    def removenan(x):
+    def removenan(x: Tensor) -> Tensor:
         """x with 0 for what is not finite."""
         return torch.where(x.isfinite(), x, 0.0)
 
     @staticmethod
-    def align_rsv(a, b):
+    def align_rsv(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """For each vector of b that of a which is nearest to it, of its sign; and b."""
         return _kdsvd.aligned(a, b), b
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"k={self.k}"
 
 
@@ -320,13 +329,13 @@ class FSP(kdfast.FSP):
     The shapes of the layers, as ``[f.shape for f in feats]``, are only checked: as many channels in both networks.
     """
 
-    def __init__(self, s_shapes, t_shapes):
+    def __init__(self, s_shapes: list[Any], t_shapes: list[Any]) -> None:
         super().__init__()
         channels = [[shape[1] for shape in shapes] for shapes in (s_shapes, t_shapes)]
         if channels[0] != channels[1]:
             raise ValueError(f"t_shapes must have the channels of s_shapes, {channels[0]}, got {channels[1]}")
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
         loss, pairs = super().forward, layers(g_s, g_t, check.maps)
         if replaced(self, FSP, "compute_fsp", "compute_loss"):
             flows = (self.compute_fsp(list(maps)) for maps in zip(*pairs, strict=True))
@@ -334,12 +343,12 @@ class FSP(kdfast.FSP):
         return [loss(*map(list, zip(*two, strict=True))) for two in zip(pairs, pairs[1:], strict=False)]
 
     @staticmethod
-    def compute_fsp(g):
+    def compute_fsp(g: list[Tensor]) -> list[Tensor]:
         """The flow from each layer to the next, [B, C_next, C]."""
         return [kdfast.FSP.flow(bottom, top) for bottom, top in zip(g, g[1:], strict=False)]
 
     @staticmethod
-    def compute_loss(s, t):
+    def compute_loss(s: Tensor, t: Tensor) -> Tensor:
         """The mean squared difference of two flows."""
         return mean((s - t).square())
 
@@ -350,17 +359,17 @@ class NSTLoss(kdfast.NST):
     With a ``poly_kernel`` of a subclass's own it is the original's formula of it, in plain PyTorch.
     """
 
-    def forward(self, g_s, g_t):
+    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
         return of_each(self.nst_loss, g_s, g_t)
 
-    def nst_loss(self, f_s, f_t):
+    def nst_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
         """Of one layer."""
         if not replaced(self, NSTLoss, "poly_kernel"):
             return super().forward(f_s, f_t)
         s, t = (F.normalize(x.flatten(2), dim=2) for x in wide(*maps_of_one_size(f_s, f_t)))
         return mean(self.poly_kernel(t, t)).detach() + mean(self.poly_kernel(s, s)) - 2 * mean(self.poly_kernel(s, t))
 
-    def poly_kernel(self, a, b):
+    def poly_kernel(self, a: Tensor, b: Tensor) -> Tensor:
         """Squared products of channels (B, C, N) and (B, C', N): [B, C', C]."""
         return poly_kernel(a, b)
 
@@ -379,14 +388,14 @@ class CRDLoss(kdfast.CRD):
     ``kdfast.load_repdistiller_crd``.
     """
 
-    def __init__(self, opt, bank_dtype=None):
+    def __init__(self, opt: Any, bank_dtype: str | torch.dtype | None = None) -> None:
         sizes = opt.s_dim, opt.t_dim, opt.n_data, opt.feat_dim, opt.nce_k, opt.nce_t, opt.nce_m
         make_crd(self, *sizes, embeddings=True, bank_dtype=bank_dtype)
 
     embed_s = alias("embed_student")
     embed_t = alias("embed_teacher")
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         name = {"embed_s": "embed_student", "embed_t": "embed_teacher"}.get(name, name)
         if name in ("contrast", "criterion_s", "criterion_t"):
             raise AttributeError(
@@ -397,5 +406,5 @@ class CRDLoss(kdfast.CRD):
             raise TypeError(f"{name} must be a linear layer, got {type(value).__name__}")
         super().__setattr__(name, value)
 
-    def forward(self, f_s, f_t, idx, contrast_idx=None):
+    def forward(self, f_s: Tensor, f_t: Tensor, idx: Tensor, contrast_idx: Tensor | None = None) -> Tensor:
         return super().forward(f_s, f_t, idx, contrast_idx).view(1)

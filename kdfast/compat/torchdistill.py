@@ -16,9 +16,10 @@ KDLoss, FTLoss with p = 1, RKDLoss with one factor, HierarchicalContextLoss of o
 """
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kdfast
@@ -113,16 +114,16 @@ class KDLoss(_OfTwoModules):
 
     def __init__(
         self,
-        student_module_path,
-        student_module_io,
-        teacher_module_path,
-        teacher_module_io,
-        temperature,
-        alpha=None,
-        beta=None,
-        reduction="batchmean",
-        **kwargs,
-    ):
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        temperature: float,
+        alpha: float | None = None,
+        beta: float | None = None,
+        reduction: str = "batchmean",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         check.positive("temperature", temperature)
         check.one_of("reduction", reduction, ("batchmean", "mean", "sum", "none"))
@@ -134,7 +135,14 @@ class KDLoss(_OfTwoModules):
             reduction="mean" if reduction == "batchmean" else reduction, **kwargs
         )
 
-    def forward(self, student_io_dict, teacher_io_dict, targets=None, *args, **kwargs):
+    def forward(
+        self,
+        student_io_dict: dict[str, Any],
+        teacher_io_dict: dict[str, Any],
+        targets: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_shape("teacher", teacher, student)
@@ -187,14 +195,18 @@ class FSPLoss(_OfPairs):
 
     fsp_pairs = alias("feature_pairs")
 
-    def __init__(self, fsp_pairs, **kwargs):
+    def __init__(self, fsp_pairs: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(fsp_pairs)
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         roles = ("student_first", "student_second", "teacher_first", "teacher_second")
         return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict, roles)
 
-    def of_pair(self, student_first, student_second, teacher_first, teacher_second):
+    def of_pair(
+        self, student_first: Tensor, student_second: Tensor, teacher_first: Tensor, teacher_second: Tensor
+    ) -> Tensor:
         """The loss of one pair."""
         flow = self.compute_fsp_matrix
         gap = flow(student_first, student_second) - flow(teacher_first, teacher_second)
@@ -202,7 +214,7 @@ class FSPLoss(_OfPairs):
         return fixed_sum(fixed_sum(norms)) / max(len(gap), 1)
 
     @staticmethod
-    def compute_fsp_matrix(first_feature_map, second_feature_map):
+    def compute_fsp_matrix(first_feature_map: Tensor, second_feature_map: Tensor) -> Tensor:
         """Products of the channels of two maps over their positions [B, C, C'], averaged."""
         ((first, second),) = check.layers([first_feature_map], [second_feature_map], check.maps)
         height, width = (min(sizes) for sizes in zip(first.shape[2:], second.shape[2:], strict=True))
@@ -219,24 +231,26 @@ class ATLoss(_OfPairs):
 
     at_pairs = alias("feature_pairs")
 
-    def __init__(self, at_pairs, mode="code", **kwargs):
+    def __init__(self, at_pairs: dict[str, Any], mode: str = "code", **kwargs: Any) -> None:
         super().__init__(at_pairs)
         check.one_of("mode", mode, ("code", "paper"))
         self.mode = mode
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         check.one_of("mode", self.mode, ("code", "paper"))
         loss = self.compute_at_loss if self.mode == "code" else self._of_paper
         return self.weighted_sum(loss, student_io_dict, teacher_io_dict)
 
-    def compute_at_loss(self, student_feature_map, teacher_feature_map):
+    def compute_at_loss(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
         """Mode "code" of one pair."""
         if not replaced(self, ATLoss, "attention_transfer"):
             return kdfast.AT()(student_feature_map, teacher_feature_map)
         q_s, q_t = (self.attention_transfer(x) for x in (student_feature_map, teacher_feature_map))
         return mean((q_s - q_t).square())
 
-    def compute_at_loss_paper(self, student_feature_map, teacher_feature_map):
+    def compute_at_loss_paper(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
         """Mode "paper" of one pair, times B."""
         check.layers([student_feature_map], [teacher_feature_map], check.maps)
         q_s, q_t = (self.attention_transfer_paper(x) for x in (student_feature_map, teacher_feature_map))
@@ -246,12 +260,12 @@ class ATLoss(_OfPairs):
         return self.compute_at_loss_paper(student, teacher) / max(len(student), 1)
 
     @staticmethod
-    def attention_transfer(feature_map):
+    def attention_transfer(feature_map: Any) -> Any:
         """``m / |m|`` [B, N] with ``m = mean_c x^2``."""
         return attention_map(feature_map, 2)
 
     @staticmethod
-    def attention_transfer_paper(feature_map):
+    def attention_transfer_paper(feature_map: Tensor) -> Tensor:
         """``m / |m|`` [B, N] with ``m = sum_c x^2``."""
         check.maps("feature_map", feature_map)
         return F.normalize(feature_map.to(accumulator(feature_map)).square().sum(1).flatten(1))
@@ -261,15 +275,24 @@ class ATLoss(_OfPairs):
 class PKTLoss(_OfTwoModules):
     """:class:`kdfast.PKT` of embeddings (B, D)."""
 
-    def __init__(self, student_module_path, student_module_io, teacher_module_path, teacher_module_io, eps=1e-7):
+    def __init__(
+        self,
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        eps: float = 1e-7,
+    ) -> None:
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         check.positive("eps", eps)
         self.eps = eps
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         return self.cosine_similarity_loss(*self.read(student_io_dict, teacher_io_dict))
 
-    def cosine_similarity_loss(self, student_outputs, teacher_outputs):
+    def cosine_similarity_loss(self, student_outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
         """The loss."""
         return kdfast.PKT(self.eps)(student_outputs, teacher_outputs)
 
@@ -285,14 +308,23 @@ class FTLoss(_OfOutputs):
     translator_path = alias("student_module_path")
     paraphraser_path = alias("teacher_module_path")
 
-    def __init__(self, p=1, reduction="mean", paraphraser_path="paraphraser", translator_path="translator", **kwargs):
+    def __init__(
+        self,
+        p: int = 1,
+        reduction: str = "mean",
+        paraphraser_path: str = "paraphraser",
+        translator_path: str = "translator",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(translator_path, paraphraser_path)
         check.number("p", p, low=1)
         check.one_of("reduction", reduction, ("mean", "sum", "none"))
         self.norm_p = p
         self.reduction = reduction
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         check.number("norm_p", self.norm_p, low=1)
         check.one_of("reduction", self.reduction, ("mean", "sum", "none"))
         student, teacher = self.read(student_io_dict, teacher_io_dict)
@@ -311,13 +343,15 @@ class FTLoss(_OfOutputs):
 class AltActTransferLoss(_OfPairs):
     """:class:`kdfast.AB`; "mean" divides the sum by B, any other reduction does not. No gradient to the teacher."""
 
-    def __init__(self, feature_pairs, margin, reduction, **kwargs):
+    def __init__(self, feature_pairs: dict[str, Any], margin: float, reduction: str, **kwargs: Any) -> None:
         super().__init__(feature_pairs)
         check.number("margin", margin)
         self.margin = margin
         self.reduction = reduction
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         return self.weighted_sum(self._of_pair, student_io_dict, teacher_io_dict)
 
     def _of_pair(self, student, teacher):
@@ -325,7 +359,7 @@ class AltActTransferLoss(_OfPairs):
         return loss / max(len(student), 1) if self.reduction == "mean" else loss
 
     @staticmethod
-    def compute_alt_act_transfer_loss(source, target, margin):
+    def compute_alt_act_transfer_loss(source: Tensor, target: Tensor, margin: float) -> Tensor:
         """The sum of one pair."""
         return ops.activation_boundary(source, target, margin)
 
@@ -341,14 +375,24 @@ class RKDLoss(_OfOutputs):
     student_output_path = alias("student_module_path")
     teacher_output_path = alias("teacher_module_path")
 
-    def __init__(self, student_output_path, teacher_output_path, dist_factor, angle_factor, reduction, **kwargs):
+    def __init__(
+        self,
+        student_output_path: str,
+        teacher_output_path: str,
+        dist_factor: float | None,
+        angle_factor: float | None,
+        reduction: str,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(student_output_path, teacher_output_path)
         check.one_of("reduction", reduction, ("mean", "sum", "none"))
         self.dist_factor = dist_factor
         self.angle_factor = angle_factor
         self.smooth_l1_loss = nn.SmoothL1Loss(reduction=reduction)
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
@@ -363,18 +407,18 @@ class RKDLoss(_OfOutputs):
         return dist_factor * self.compute_rkd_distance_loss(*flat) + angle_factor * self.compute_rkd_angle_loss(*flat)
 
     @staticmethod
-    def pdist(e, squared=False, eps=1e-12):
+    def pdist(e: Tensor, squared: bool = False, eps: float = 1e-12) -> Tensor:
         """Distances among the rows of e [B, B], whose squares are at least eps, and 0 on the diagonal."""
         return pdist(e, squared, eps)
 
-    def compute_rkd_distance_loss(self, teacher_flat_outputs, student_flat_outputs):
+    def compute_rkd_distance_loss(self, teacher_flat_outputs: Tensor, student_flat_outputs: Tensor) -> Tensor:
         """The distance term, without its factor; 0 where that is 0."""
         if not self.dist_factor:
             return 0
         d_t, d_s = (over_mean(self.pdist(x)) for x in (teacher_flat_outputs.detach(), student_flat_outputs))
         return self.smooth_l1_loss(d_s, d_t)
 
-    def compute_rkd_angle_loss(self, teacher_flat_outputs, student_flat_outputs):
+    def compute_rkd_angle_loss(self, teacher_flat_outputs: Tensor, student_flat_outputs: Tensor) -> Tensor | int:
         """The angle term, without its factor; 0 where that is 0."""
         if not self.angle_factor:
             return 0
@@ -389,14 +433,16 @@ class RKDLoss(_OfOutputs):
 class VIDLoss(_OfPairs):
     """The formula of :class:`kdfast.VID`; the student's module puts out (mean, variance), the variance per channel."""
 
-    def __init__(self, feature_pairs, **kwargs):
+    def __init__(self, feature_pairs: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(feature_pairs)
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict)
 
     @staticmethod
-    def of_pair(student, teacher):
+    def of_pair(student: tuple[Tensor, Tensor], teacher: Tensor) -> Tensor:
         mean, variance = student
         check.same_shape("teacher", teacher, mean, of="the predicted mean")
         check.channel_values("variance", variance, teacher)
@@ -414,7 +460,14 @@ class CCKDLoss(_OfOutputs):
     student_linear_path = alias("student_module_path")
     teacher_linear_path = alias("teacher_module_path")
 
-    def __init__(self, student_linear_path, teacher_linear_path, kernel_config, reduction, **kwargs):
+    def __init__(
+        self,
+        student_linear_path: str,
+        teacher_linear_path: str,
+        kernel_config: dict[str, str],
+        reduction: str,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(student_linear_path, teacher_linear_path)
         self.kernel_type = kernel_config["type"]
         check.one_of("kernel_config['type']", self.kernel_type, ("bilinear", "gaussian"))
@@ -424,7 +477,9 @@ class CCKDLoss(_OfOutputs):
             check.count("kernel_config['max_p']", self.max_p)
         self.reduction = reduction
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
@@ -436,11 +491,11 @@ class CCKDLoss(_OfOutputs):
         return norm / (max(len(gap), 1) ** 2 if self.reduction == "batchmean" else 1)
 
     @staticmethod
-    def compute_cc_mat_by_bilinear_pool(linear_outputs):
+    def compute_cc_mat_by_bilinear_pool(linear_outputs: Tensor) -> Tensor:
         """K [B, B], bilinear."""
         return _products(linear_outputs)
 
-    def compute_cc_mat_by_gaussian_rbf(self, linear_outputs):
+    def compute_cc_mat_by_gaussian_rbf(self, linear_outputs: Tensor) -> Tensor:
         """K [B, B], gaussian."""
         g = 2 * self.gamma
         products = _products(linear_outputs)
@@ -466,22 +521,24 @@ class SPKDLoss(_OfOutputs):
     student_output_path = alias("student_module_path")
     teacher_output_path = alias("teacher_module_path")
 
-    def __init__(self, student_output_path, teacher_output_path, reduction, **kwargs):
+    def __init__(self, student_output_path: str, teacher_output_path: str, reduction: str, **kwargs: Any) -> None:
         super().__init__(student_output_path, teacher_output_path)
         self.reduction = reduction
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         loss = self.compute_spkd_loss(teacher, student)
         return loss / (max(len(student), 1) ** 2 if self.reduction == "batchmean" else 1)
 
-    def matmul_and_normalize(self, z):
+    def matmul_and_normalize(self, z: Tensor) -> Tensor:
         """q [B, B]."""
         return F.normalize(_products(z), p=1)
 
-    def compute_spkd_loss(self, teacher_outputs, student_outputs):
+    def compute_spkd_loss(self, teacher_outputs: Tensor, student_outputs: Tensor) -> Tensor:
         """The loss, without the B^2."""
         gap = self.matmul_and_normalize(student_outputs) - self.matmul_and_normalize(teacher_outputs)
         return fixed_sum(fixed_sum(gap.square()))
@@ -504,18 +561,18 @@ class CRDLoss(kdfast.CRD):
 
     def __init__(
         self,
-        student_norm_module_path,
-        student_empty_module_path,
-        teacher_norm_module_path,
-        input_size,
-        output_size,
-        num_negative_samples,
-        num_samples,
-        temperature=0.07,
-        momentum=0.5,
-        eps=1e-7,
-        bank_dtype=None,
-    ):
+        student_norm_module_path: str,
+        student_empty_module_path: str,
+        teacher_norm_module_path: str,
+        input_size: int,
+        output_size: int,
+        num_negative_samples: int,
+        num_samples: int,
+        temperature: float = 0.07,
+        momentum: float = 0.5,
+        eps: float = 1e-7,
+        bank_dtype: torch.dtype | None = None,
+    ) -> None:
         if num_samples != output_size:
             raise ValueError(f"num_samples must be output_size={output_size}, got {num_samples}")
         if eps != 1e-7:
@@ -527,13 +584,13 @@ class CRDLoss(kdfast.CRD):
         self.student_empty_module_path = student_empty_module_path
         self.teacher_norm_module_path = teacher_norm_module_path
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("contrast_memory", "compute_contrast_loss", "draw", "init_prob_alias"):
             if hasattr(cls, name):
                 raise TypeError(f"{cls.__name__}.{name} would never be called: it is part of a kernel here")
 
-    def __setattr__(self, name, value):
+    def __setattr__(self, name: str, value: Any) -> None:
         if name in ("eps", "num_samples", "params", "unigrams", "probs", "alias"):
             raise AttributeError(
                 f"{name} cannot be set, for it would change nothing; temperature, momentum, num_negative_samples, "
@@ -542,11 +599,13 @@ class CRDLoss(kdfast.CRD):
         super().__setattr__(name, value)
 
     @property
-    def num_samples(self):
+    def num_samples(self) -> int:
         """The number of samples of the data set."""
         return self.n_data
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         student = student_io_dict[self.student_norm_module_path]["output"]
         teacher = teacher_io_dict[self.teacher_norm_module_path]["output"]
         supplement = student_io_dict[self.student_empty_module_path]["input"]
@@ -569,20 +628,22 @@ class HierarchicalContextLoss(_OfTwoModules):
 
     def __init__(
         self,
-        student_module_path,
-        student_module_io,
-        teacher_module_path,
-        teacher_module_io,
-        reduction="mean",
-        output_sizes=None,
-        **kwargs,
-    ):
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        reduction: str = "mean",
+        output_sizes: list[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         check.one_of("reduction", reduction, ("mean", "sum", "none"))
         self.criteria = nn.MSELoss(reduction=reduction)
         self.output_sizes = [4, 2, 1] if output_sizes is None else list(output_sizes)
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         (student, _), teacher = self.read(student_io_dict, teacher_io_dict)
         usual = type(self.criteria) is nn.MSELoss and self.criteria.reduction == "mean"
         if usual and list(self.output_sizes) == [4, 2, 1]:
@@ -594,7 +655,7 @@ class HierarchicalContextLoss(_OfTwoModules):
         weights = [0.5**k for k in range(len(levels))]
         return total(w * self.error(*maps) for w, maps in zip(weights, levels, strict=True)) / sum(weights)
 
-    def error(self, student, teacher):
+    def error(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The error of one level."""
         if type(self.criteria) is not nn.MSELoss or self.criteria.reduction not in ("mean", "sum"):
             return self.criteria(student, teacher)
@@ -611,16 +672,16 @@ class DISTLoss(_OfTwoModules):
 
     def __init__(
         self,
-        student_module_path,
-        student_module_io,
-        teacher_module_path,
-        teacher_module_io,
-        beta=1.0,
-        gamma=1.0,
-        tau=1.0,
-        eps=1e-8,
-        **kwargs,
-    ):
+        student_module_path: str,
+        student_module_io: str,
+        teacher_module_path: str,
+        teacher_module_io: str,
+        beta: float = 1.0,
+        gamma: float = 1.0,
+        tau: float = 1.0,
+        eps: float = 1e-8,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(student_module_path, student_module_io, teacher_module_path, teacher_module_io)
         check.positive("tau", tau)
         self.beta = beta
@@ -628,7 +689,9 @@ class DISTLoss(_OfTwoModules):
         self.tau = tau
         self.eps = eps
 
-    def forward(self, student_io_dict, teacher_io_dict, *args, **kwargs):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.pair(student, teacher)
         check.positive("tau", self.tau)
@@ -638,15 +701,15 @@ class DISTLoss(_OfTwoModules):
         return self.tau**2 * (self.beta * inter + self.gamma * intra)
 
     @staticmethod
-    def pearson_correlation(y_s, y_t, eps):
+    def pearson_correlation(y_s: Tensor, y_t: Tensor, eps: float) -> Tensor:
         """The correlation of each row (B,)."""
         return F.cosine_similarity(*(x - x.mean(1, keepdim=True) for x in (y_s, y_t)), eps=eps)
 
-    def inter_class_relation(self, y_s, y_t):
+    def inter_class_relation(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         """1 less the mean correlation of the rows."""
         correlations = self.pearson_correlation(y_s, y_t, self.eps)
         return 1 - fixed_sum(correlations) / max(len(correlations), 1)
 
-    def intra_class_relation(self, y_s, y_t):
+    def intra_class_relation(self, y_s: Tensor, y_t: Tensor) -> Tensor:
         """1 less the mean correlation of the columns."""
         return self.inter_class_relation(y_s.t(), y_t.t())

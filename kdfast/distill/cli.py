@@ -3,8 +3,11 @@
 With ``--student`` the run is that of `kdfast.imagenet`, which also stops on a SIGTERM, with 143.
 """
 
+import argparse
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from kdfast._extras import MissingExtra
 from kdfast._text import printable
@@ -16,7 +19,7 @@ from kdfast.imagenet import settings as imagenet
 __all__ = ["add_arguments", "answer", "run"]
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kdfast distill`; one that is not given is None, so that --resume can tell."""
     losses = "; ".join(f"{row.name}: {row.summary}" for row in ROWS.values())
 
@@ -46,7 +49,7 @@ def add_arguments(parser):
     imagenet.add_arguments(parser)
 
 
-def run(options) -> int:
+def run(options: argparse.Namespace) -> int:
     """Train, compare and report as `options` say; returns the exit code."""
     # Imported here: `kdfast --help` needs none of it.
     from kdfast.distill import pipeline
@@ -64,7 +67,7 @@ def run(options) -> int:
     return answer(pipeline.COMMAND, folder, lambda folder: pipeline.distill(options, folder))
 
 
-def answer(command, output_folder, work):
+def answer(command: str, output_folder: Callable[..., Any], work: Callable[..., Any] | None) -> int:
     """``work(output_folder())`` -> the exit code of `command`, with one line on stderr where it is not 0."""
     folder = None
     try:

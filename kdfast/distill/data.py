@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kdfast._extras import require
 from kdfast._text import printable
@@ -36,11 +37,11 @@ class Data:
     test_labels: torch.Tensor
 
     @property
-    def tensors(self):
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The four tensors, training set first."""
         return self.train_images, self.train_labels, self.test_images, self.test_labels
 
-    def fingerprint(self):
+    def fingerprint(self) -> str:
         """A digest of every image, label and class name: equal only for equal data."""
         digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
         for tensor in self.tensors:
@@ -48,12 +49,12 @@ class Data:
             digest.update(np.ascontiguousarray(tensor.numpy()))
         return digest.hexdigest()
 
-    def to(self, device):
+    def to(self, device: str) -> "Data":
         """The same data on `device`."""
         return Data(self.name, self.classes, *(tensor.to(device) for tensor in self.tensors))
 
 
-def load(name, image_size):
+def load(name: str, image_size: int | None) -> "Data":
     """`DIGITS`, or the images under the folder `name`, resized to `image_size` squares."""
     try:
         return _digits() if name == DIGITS else _folder(Path(name), image_size)

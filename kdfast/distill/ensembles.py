@@ -3,11 +3,18 @@
 The first student is the one that is tested: it is as large as any other row's, and starts from the same weights.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import kdfast
+
+if TYPE_CHECKING:
+    from kdfast.distill.train import Example
+
 
 __all__ = ["Apart", "Branches", "Codistillation", "Cooperation", "Fusion", "Leader", "Mutual", "One"]
 
@@ -16,11 +23,11 @@ __all__ = ["Apart", "Branches", "Codistillation", "Cooperation", "Fusion", "Lead
 class Apart(nn.Module):
     """`count` students, each made by `make`, that share nothing: images -> a list of logits (B, classes)."""
 
-    def __init__(self, make, count):
+    def __init__(self, make: Callable[..., Any], count: int) -> None:
         super().__init__()
-        self.networks = nn.ModuleList(make() for _ in range(count))
+        self.networks: nn.ModuleList = nn.ModuleList(make() for _ in range(count))
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, channels, H, W) -> the logits of each student."""
         return [network(images) for network in self.networks]
 
@@ -31,14 +38,14 @@ class Branches(Apart):
     With `rescale` the gradient that reaches the common stages is the mean of the branches', not their sum.
     """
 
-    def __init__(self, make, count, rescale=False):
+    def __init__(self, make: Callable[..., Any], count: int, rescale: bool = False) -> None:
         super().__init__(make, count)
         self.rescale = rescale
         for network in self.networks[1:]:
             for number, stage in enumerate(self.networks[0].stages[:-1]):
                 network.stages[number] = stage
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> list[Tensor]:
         """Images (B, channels, H, W) -> the logits of each student."""
         for stage in self.networks[0].stages[:-1]:
             images = stage(images)
@@ -56,11 +63,11 @@ def _with_others(logits):
 class Mutual(nn.Module):
     """DML of each student with all others, summed: all are updated in the same step."""
 
-    def __init__(self, example):
+    def __init__(self, example: "Example") -> None:
         super().__init__()
-        self.loss = kdfast.DML()
+        self.loss: kdfast.DML = kdfast.DML()
 
-    def forward(self, logits, labels):
+    def forward(self, logits: list[Tensor], labels: Tensor) -> Tensor:
         """The sum over the students; it contains their cross-entropies."""
         return sum(self.loss(own, others, labels) for own, others in _with_others(logits))
 
@@ -68,11 +75,11 @@ class Mutual(nn.Module):
 class Codistillation(nn.Module):
     """Each student's cross-entropy and codistillation with all others, summed."""
 
-    def __init__(self, example, **arguments):
+    def __init__(self, example: "Example", **arguments: Any) -> None:
         super().__init__()
-        self.loss = kdfast.Codistillation(**arguments)
+        self.loss: Codistillation = kdfast.Codistillation(**arguments)
 
-    def forward(self, logits, labels, epoch):
+    def forward(self, logits: list[Tensor], labels: Tensor, epoch: int) -> Tensor:
         """The sum over the students."""
         return sum(F.cross_entropy(own, labels) + self.loss(own, others, epoch) for own, others in _with_others(logits))
 
@@ -80,12 +87,12 @@ class Codistillation(nn.Module):
 class One(nn.Module):
     """ONE on branches, whose gate reads the last common map."""
 
-    def __init__(self, example, **arguments):
+    def __init__(self, example: "Example", **arguments: Any) -> None:
         super().__init__()
-        self.loss = kdfast.ONE(**arguments)
-        self.gate = kdfast.ONEGate(example.student.maps[-2].shape[1], len(example.students))
+        self.loss: kdfast.ONE = kdfast.ONE(**arguments)
+        self.gate: kdfast.ONEGate = kdfast.ONEGate(example.student.maps[-2].shape[1], len(example.students))
 
-    def forward(self, logits, maps, labels, epoch):
+    def forward(self, logits: list[Tensor], maps: list[Tensor], labels: Tensor, epoch: int) -> Tensor:
         """The loss of all branches and their ensemble."""
         return self.loss(logits, self.gate(maps[-2].mean(dim=(2, 3))), labels, epoch)
 
@@ -93,12 +100,12 @@ class One(nn.Module):
 class Leader(nn.Module):
     """OKDDip: the first student is the leader, which the others, the peers, teach."""
 
-    def __init__(self, example, **arguments):
+    def __init__(self, example: "Example", **arguments: Any) -> None:
         super().__init__()
-        self.loss = kdfast.OKDDip(**arguments)
-        self.attention = kdfast.OKDDipAttention(example.student.embedding.shape[1])
+        self.loss: kdfast.OKDDip = kdfast.OKDDip(**arguments)
+        self.attention: kdfast.OKDDipAttention = kdfast.OKDDipAttention(example.student.embedding.shape[1])
 
-    def forward(self, logits, embeddings, labels, epoch):
+    def forward(self, logits: list[Tensor], embeddings: list[Tensor], labels: Tensor, epoch: int) -> Tensor:
         """The loss of leader and peers."""
         leader, *peers = logits
         return self.loss(peers, leader, self.attention(torch.stack(embeddings[1:], 1)), labels, epoch)
@@ -107,13 +114,13 @@ class Leader(nn.Module):
 class Fusion(nn.Module):
     """FFL: two students and the classifier that fuses their last maps."""
 
-    def __init__(self, example, **arguments):
+    def __init__(self, example: "Example", **arguments: Any) -> None:
         super().__init__()
-        self.loss = kdfast.FFL(**arguments)
+        self.loss: kdfast.FFL = kdfast.FFL(**arguments)
         channels, _, side = example.student.maps[-1].shape[1:]
-        self.fusion = kdfast.FusionModule(channels, example.student.logits.shape[1], side)
+        self.fusion: kdfast.FusionModule = kdfast.FusionModule(channels, example.student.logits.shape[1], side)
 
-    def forward(self, logits, maps, labels, epoch):
+    def forward(self, logits: list[Tensor], maps: list[list[Tensor]], labels: Tensor, epoch: int) -> Tensor:
         """The loss of both students and the fused classifier."""
         return self.loss(logits, self.fusion([each[-1] for each in maps]), labels, epoch)
 
@@ -121,10 +128,10 @@ class Fusion(nn.Module):
 class Cooperation(nn.Module):
     """Diversity with Cooperation, `weight` times, beside the students' own cross-entropies."""
 
-    def __init__(self, example, weight, **arguments):
+    def __init__(self, example: "Example", weight: float, **arguments: Any) -> None:
         super().__init__()
         self.weight, self.loss = weight, kdfast.DiversityCooperation(**arguments)
 
-    def forward(self, logits, labels):
+    def forward(self, logits: list[Tensor], labels: Tensor) -> Tensor:
         """The sum over the students and their relations."""
         return sum(F.cross_entropy(z, labels) for z in logits) + self.weight * self.loss(logits, labels)

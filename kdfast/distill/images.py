@@ -2,6 +2,8 @@
 
 import os
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,14 +15,14 @@ __all__ = ["SUFFIXES", "class_files", "eight_bits", "names", "said_of", "same_cl
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
-def subfolders(folder):
+def subfolders(folder: Path) -> list[Any]:
     """The names of the folders in `folder` that are not hidden, sorted; none where it is no folder."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def class_files(root, classes):
+def class_files(root: Path, classes: list[str]) -> tuple[dict[str, Any], Any]:
     """-> class -> the image files anywhere below its folder in `root`; and a Counter of the other files' suffixes.
 
     Hidden files and folders do not count. A DistillError names the classes without images.
@@ -42,7 +44,7 @@ def class_files(root, classes):
     return files, others
 
 
-def said_of(others):
+def said_of(others: Any) -> str | None:
     """A line about the files that `class_files` has left out, or None."""
     if not others:
         return None
@@ -50,21 +52,21 @@ def said_of(others):
     return f"left out {others.total()} files in class folders whose suffixes are not those of images: {kinds}"
 
 
-def same_classes(train, test, ours, theirs):
+def same_classes(train: Path, test: Path, ours: dict[str, int] | list[str], theirs: dict[str, int] | list[str]) -> None:
     """Raise a DistillError with the class folders that only one of the folders `train` and `test` has."""
     missing = {test: set(ours) - set(theirs), train: set(theirs) - set(ours)}
     if parts := [f"{folder} has no {names(missed)}" for folder, missed in missing.items() if missed]:
         raise DistillError(f"--data: {' and '.join(parts)}; expected the same class folders in both")
 
 
-def names(values, most=5):
+def names(values: list[str] | set[int] | set[str], most: int = 5) -> str:
     """Some values for a message, and how many more there are."""
     values = sorted(values)
     more = f" and {len(values) - most} more" if len(values) > most else ""
     return ", ".join(repr(value) for value in values[:most]) + more
 
 
-def eight_bits(image):
+def eight_bits(image: Any) -> Any:
     """A Pillow image as gray ("L") or colour ("RGB") of 8 bits, decoded to its last byte."""
     if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's own conversion would clip at 255
         pixels = (np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)

@@ -56,37 +56,37 @@ class LossRow:
     jacobians: bool = False
 
     @property
-    def reads_student(self):
+    def reads_student(self) -> bool:
         """Whether the students have to run in each step."""
         return bool(self.cross_entropy) or any(name.startswith(("student.", "students.")) for name in self.reads)
 
     @property
-    def reads_teacher(self):
+    def reads_teacher(self) -> bool:
         """Whether the teacher has to run in each step."""
         return any(name.startswith("teacher.") for name in self.reads)
 
     @property
-    def teachers(self):
+    def teachers(self) -> int:
         """How many teachers run beside that one: those of `teachers.logits`, if one of its stages reads them."""
         return TEACHERS if any(name.startswith("teachers.") for stage in self.stages for name in stage.reads) else 0
 
     @property
-    def stages(self):
+    def stages(self) -> list[LossRow]:
         """The rows that are trained, in their order."""
         return [self] if self.pre_stage is None else [self.pre_stage, self]
 
     @property
-    def taught(self):
+    def taught(self) -> bool:
         """Whether one of its stages reads the teacher."""
         return any(stage.reads_teacher for stage in self.stages)
 
     @property
-    def observes_teacher(self):
+    def observes_teacher(self) -> bool:
         """Whether one of its stages reads layers of the teacher, and not its last one alone."""
         layers_read = ("teacher.embedding", "teacher.maps", "teacher.preactivations")
         return any(name in layers_read for stage in self.stages for name in stage.reads)
 
-    def pre_stage_epochs(self, epochs):
+    def pre_stage_epochs(self, epochs: int) -> int:
         """How many epochs the pre-stage has before `epochs` of this row: RepDistiller's share, 30 before 240."""
         return 0 if self.pre_stage is None else -(-epochs // 8)
 
@@ -420,7 +420,7 @@ _TABLE += [
 ROWS = {row.name: row for row in _TABLE}
 
 
-def needed(names):
+def needed(names: list[str]) -> list[LossRow]:
     """The rows of these names, each after the rows whose students teach it."""
     rows = {}
     for name in names:

@@ -1,11 +1,13 @@
 """The whole of `kdfast distill`: settings, data, the runs in their order, the report."""
 
+import argparse
 import os
 import re
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ COMMAND = "kdfast distill"
 DEFAULT_ROOT = Path("runs")
 
 
-def distill(options, folder):
+def distill(options: argparse.Namespace, folder: Path) -> None:
     """Do what the parsed `options` ask for, in `folder`."""
     settings_file = folder / "settings.json"
     stored = settings.read(settings_file) if options.resume and settings_file.exists() else None
@@ -47,7 +49,7 @@ def distill(options, folder):
 
 
 # ---- before the training ---------------------------------------------------------------------------------------------
-def output_folder(options, command=COMMAND, files=report.FILES):
+def output_folder(options: argparse.Namespace, command: str = COMMAND, files: tuple[Any, ...] = report.FILES) -> Path:
     """The folder of a run of `command`, which writes `files`: a new one, or with --resume the one to continue."""
     stem = command.removeprefix("kdfast ").replace(" ", "-")
     if options.out is not None and not options.out:
@@ -69,7 +71,7 @@ def output_folder(options, command=COMMAND, files=report.FILES):
     return folder
 
 
-def begin(folder, content):
+def begin(folder: Path, content: bytes) -> None:
     """Start a run in the locked `folder`: its settings.json with these bytes, and a folder for checkpoints."""
     if (folder / "settings.json").exists():  # since the check of `output_folder`
         raise _taken(folder)
@@ -119,7 +121,7 @@ def _require_kernels(device):
         raise DistillError(f"--device {device}: it has no kernels, and KDFAST_REQUIRE_KERNELS is 1: {library.reason}")
 
 
-def environment():
+def environment() -> dict[str, str]:
     """What decides the bits of the results besides the settings and the images."""
     loaded = [name for name, library in _kernels.status().items() if library.loaded]
     return {

@@ -10,10 +10,16 @@ import csv
 import io
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from kdfast._extras import require
 from kdfast._text import printable
 from kdfast.distill.storage import write_atomically
+
+if TYPE_CHECKING:
+    from kdfast.distill.train import Run
+
 
 __all__ = [
     "FILES",
@@ -40,16 +46,16 @@ class Result:
 
     name: str
     seed: int
-    history: list
-    times: dict
+    history: list[tuple[Any, ...]]
+    times: dict[str, Any]
 
     @property
-    def accuracy(self):
+    def accuracy(self) -> float:
         """Test accuracy in percent after the last epoch; never the best one, which would be chosen on the test set."""
         return self.history[-1][1]
 
 
-def by_name(results):
+def by_name(results: "list[Result]") -> dict[str, Any]:
     """Name -> its results over the seeds, in the order of training."""
     groups = {}
     for result in results:
@@ -64,9 +70,10 @@ class Progress:
     It goes to stderr, so that stdout holds the table alone.
     """
 
-    def __init__(self, total, unit, done=0):
-        self.total, self.done = total, done
-        self.console = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
+    def __init__(self, total: int, unit: str, done: int = 0) -> None:
+        self.total = total
+        self.done = done
+        self.console: Any = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
         self.bar = None
         if self.console.is_terminal:
             progress = require("rich.progress", extra="distill")
@@ -76,24 +83,24 @@ class Progress:
                 progress.TextColumn("{task.fields[done]}/{task.total} " + unit),
                 progress.TimeRemainingColumn(),
             )
-            self.bar = progress.Progress(*columns, console=self.console, transient=True)
+            self.bar: None = progress.Progress(*columns, console=self.console, transient=True)
 
-    def __enter__(self):
+    def __enter__(self) -> "Progress | RunProgress":
         if self.bar:
             self.bar.start()
-            self.task = self.bar.add_task("starting", total=self.total, completed=self.done, done=self.done)
+            self.task: Any = self.bar.add_task("starting", total=self.total, completed=self.done, done=self.done)
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         if self.bar:
             self.bar.stop()
 
-    def at(self, completed, description):
+    def at(self, completed: float, description: str) -> None:
         """Move the bar."""
         if self.bar:
             self.bar.update(self.task, completed=completed, done=int(completed), description=description)
 
-    def line(self, text):
+    def line(self, text: str) -> None:
         """What stands in place of a bar."""
         if not self.bar:
             self.console.print(printable(text), markup=False, soft_wrap=True)
@@ -102,16 +109,16 @@ class Progress:
 class RunProgress(Progress):
     """Of `runs` trainings, of `epochs` together."""
 
-    def __init__(self, runs, epochs):
+    def __init__(self, runs: int, epochs: int) -> None:
         super().__init__(epochs, "epochs")
         self.runs = runs
         self.finished = self.behind = 0  # trainings, and their epochs
 
-    def epoch(self, run, done):
+    def epoch(self, run: "Run", done: int) -> None:
         """`run` has `done` epochs behind it."""
         self.at(self.behind + done, f"{LABELS.get(run.name, run.name)}, seed {run.seed}")
 
-    def run(self, result, epochs):
+    def run(self, result: "Result", epochs: int) -> None:
         """One training, of so many epochs, is finished."""
         self.finished += 1
         self.behind += epochs
@@ -120,7 +127,9 @@ class RunProgress(Progress):
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
-def print_table(titles, rows, notes, sections=()):
+def print_table(
+    titles: list[str], rows: list[list[str]], notes: list[Any], sections: list[Any] | tuple[Any, ...] = ()
+) -> None:
     """Print rows of text, numbers to the right, and the lines `notes` below them, to stdout.
 
     A line is drawn below the rows whose first cell is in `sections`.
@@ -143,13 +152,13 @@ def print_table(titles, rows, notes, sections=()):
         console.print(printable(note), markup=False, soft_wrap=True)
 
 
-def mean_and_spread(values, digits=2):
+def mean_and_spread(values: list[float], digits: int = 2) -> str:
     """The mean of `values` and, of more than one, their standard deviation, as text."""
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def write_table(results, notes):
+def write_table(results: "list[Result]", notes: list[Any]) -> None:
     """Print the table, one row per loss, and the lines `notes` below it, to stdout."""
     rows = [[LABELS.get(name, name), *_cells(group)] for name, group in by_name(results).items()]
     titles = ["loss", "accuracy %", "ms a step", "in the loss", "fused : fallback ms"]
@@ -173,14 +182,14 @@ def _median(group, key):
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-def write_files(folder, results, title):
+def write_files(folder: Path, results: "list[Result]", title: str) -> None:
     """Write `FILES` into `folder`."""
     write_atomically(folder / "results.csv", _results_csv(results))
     write_atomically(folder / "history.csv", _history_csv(results))
     write_atomically(folder / "curves.png", _curves_png(results, title))
 
 
-def csv_bytes(header, rows):
+def csv_bytes(header: list[str], rows: list[list[str]]) -> bytes:
     """A CSV file of these rows."""
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([header, *rows])
@@ -259,7 +268,7 @@ def _limits(results):
     return low - margin, min(high + margin, 100 + margin)
 
 
-def png_bytes(figure):
+def png_bytes(figure: Any) -> bytes:
     """A PNG file of this figure."""
     require("matplotlib.backends.backend_agg", extra="distill").FigureCanvasAgg(figure)
     buffer = io.BytesIO()

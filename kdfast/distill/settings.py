@@ -1,8 +1,13 @@
 """What a run was asked for: checking the arguments, storing them, and comparing them on --resume."""
 
+import argparse
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
@@ -10,7 +15,7 @@ from kdfast.distill.losses import ROWS
 __all__ = ["DEFAULTS", "DIGITS", "Settings", "device", "differences", "read", "record", "resolve", "whole"]
 
 DIGITS = "digits"  # the bundled data, where --data is not given
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "data": DIGITS,
     "image_size": 32,
     "loss": "kd,dkd,at,ofd,sp,rkd,crd,one",  # one of each kind, so that a first look takes a minute or two
@@ -39,12 +44,12 @@ class Settings:
     threads: int
 
     @property
-    def losses(self):
+    def losses(self) -> list[str]:
         """The chosen loss names, in order."""
         return self.loss.split(",")
 
 
-def resolve(options, stored=None):
+def resolve(options: argparse.Namespace, stored: dict[str, Any] | None = None) -> "Settings":
     """Settings from the parsed `options`; what was not given comes from the `stored` run's, else from DEFAULTS."""
     defaults = DEFAULTS if stored is None else stored["settings"]
     if options.image_size is not None and options.data is None and defaults["data"] == DIGITS:
@@ -56,7 +61,7 @@ def resolve(options, stored=None):
     return Settings(**values)
 
 
-def whole(minimum, maximum=None):
+def whole(minimum: int, maximum: int | None = None) -> Callable[..., Any]:
     """-> check(argument, text) -> int, which refuses anything but a whole number from `minimum` to `maximum`."""
     expected = f"a whole number of at least {minimum}" + (f" and at most {maximum}" if maximum else "")
 
@@ -89,9 +94,8 @@ def _path(argument, text):
     return str(Path(text).resolve())
 
 
-def device(argument, text):
+def device(argument: str, text: str) -> str:
     """`text` as the name of a device that is there: cpu or cuda."""
-    import torch
 
     expected = "expected cpu or cuda (or cuda:0, cuda:1, ...)"
     try:
@@ -121,13 +125,13 @@ _CHECKS = {
 
 
 # ---- the stored run --------------------------------------------------------------------------------------------------
-def record(settings, fingerprint, environment):
+def record(settings: Any, fingerprint: str, environment: dict[str, str]) -> bytes:
     """The bytes of settings.json."""
     content = {"settings": asdict(settings), "data": fingerprint, "environment": environment}
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def read(path, names=DEFAULTS, checks=None):
+def read(path: Path, names: dict[str, Any] = DEFAULTS, checks: dict[str, Any] | None = None) -> dict[str, Any]:
     """The dict of a settings.json, whose settings have these `names`, and values that ``checks[name]`` leaves alone."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -142,7 +146,7 @@ def read(path, names=DEFAULTS, checks=None):
         raise DistillError(f"{path} is damaged; the run cannot be resumed, train anew with another --out") from error
 
 
-def differences(stored, settings, fingerprint, environment):
+def differences(stored: dict[str, Any], settings: Any, fingerprint: str, environment: dict[str, str]) -> list[Any]:
     """Sentences that name what differs between a stored run and this one; empty if nothing does."""
     found = [
         f"--{name.replace('_', '-')} was {stored['settings'][name]} and is {value}"

@@ -5,6 +5,9 @@ import io
 import os
 import secrets
 import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -21,7 +24,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder, option="--out"):
+def locked(folder: Path, option: str = "--out") -> Iterator[Any]:
     """Inside, `folder`, which is made if it is not there, is this process's alone; a DistillError if it is another's.
 
     The system frees the lock of a process that ends, in whichever way; what that has left half written is removed.
@@ -53,7 +56,7 @@ def _lock(descriptor, refusal):
         pass  # a file system without locks
 
 
-def write_atomically(path, content, then="--resume continues"):
+def write_atomically(path: Path, content: bytes, then: str = "--resume continues") -> None:
     """Write the bytes `content` so that a kill or a full disk leaves the old file or the new one, never a part.
 
     `then` is what the message of a failure says of going on.
@@ -82,14 +85,14 @@ def _remove(path):
         pass  # the write's own error is the one to report
 
 
-def save_checkpoint(path, state):
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Save the dict `state` atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
 
 
-def load_checkpoint(path):
+def load_checkpoint(path: Path) -> dict[str, Any]:
     """The dict that `save_checkpoint` stored, its tensors on the CPU; a DistillError names a damaged file."""
     try:
         content = path.read_bytes()
@@ -102,6 +105,6 @@ def load_checkpoint(path):
         raise damaged(path) from error
 
 
-def damaged(path):
+def damaged(path: Path) -> "DistillError":
     """The error for a checkpoint that cannot be used."""
     return DistillError(f"{path} is damaged; delete it and --resume trains this part again from its start")

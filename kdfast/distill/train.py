@@ -5,15 +5,21 @@ import dataclasses
 import math
 import operator
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.distill.losses import LossRow
 from kdfast.distill.models import STUDENT, TEACHER, ConvNet, Observed, Outputs, Together
+
+if TYPE_CHECKING:
+    from kdfast.distill.data import Data
+
 
 __all__ = ["Batch", "Example", "Objective", "Run", "Trainer", "derived_seed", "reproducible"]
 
@@ -32,7 +38,7 @@ class Run:
     seed: int
 
     @property
-    def file_name(self):
+    def file_name(self) -> str:
         """The name of its checkpoint."""
         return f"{self.name}-seed{self.seed}.pt"
 
@@ -50,7 +56,7 @@ class Batch:
     epoch: int  # how many epochs the row has behind it, without its pre-stage's
 
     @property
-    def student(self):
+    def student(self) -> "Outputs":
         """The first of the students: the only one, unless several learn together."""
         return self.students[0]
 
@@ -68,21 +74,21 @@ class Example(Batch):
 class Objective(nn.Module):
     """A row's loss and the cross-entropy beside it, and the objective of its pre-stage, if it has one."""
 
-    def __init__(self, row, example):
+    def __init__(self, row: "LossRow", example: "Example") -> None:
         super().__init__()
         self.row = row
         self.pre_stage = None
         if row.pre_stage is not None:
-            self.pre_stage = Objective(row.pre_stage, example)
+            self.pre_stage: None = Objective(row.pre_stage, example)
             example = dataclasses.replace(example, pre_stage=self.pre_stage.loss)
         self.loss = row.build(example)
         self._read = [operator.attrgetter(name) for name in row.reads]
 
-    def distillation(self, batch):
+    def distillation(self, batch: "Batch | Example") -> Tensor:
         """The row's loss alone."""
         return self.loss(*[read(batch) for read in self._read])
 
-    def forward(self, batch):
+    def forward(self, batch: "Batch | Example") -> Tensor:
         """The weighted sum that a step minimises."""
         value = self.row.weight * self.distillation(batch)
         if self.row.cross_entropy:
@@ -91,7 +97,7 @@ class Objective(nn.Module):
 
 
 @contextlib.contextmanager
-def reproducible(threads, warn_only=False):
+def reproducible(threads: int, warn_only: bool = False) -> Iterator[Any]:
     """Inside, the same inputs give the same bits: deterministic algorithms and a fixed number of threads.
 
     An operation that has no such algorithm on its device is an error, or with `warn_only` a warning.
@@ -113,7 +119,7 @@ def reproducible(threads, warn_only=False):
         deterministic.fill_uninitialized_memory = before_fill
 
 
-def derived_seed(*parts):
+def derived_seed(*parts: Any) -> int:
     """One seed from several numbers: seed 0, epoch 1 has nothing in common with seed 1, epoch 0."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
@@ -126,11 +132,22 @@ class Trainer:
     than its logits.
     """
 
-    def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
-        self.run, self.data, self.epochs = run, data, epochs
-        self.pre_stage_epochs = run.row.pre_stage_epochs(epochs)
-        self.device, self.samples = data.train_labels.device, len(data.train_labels)
-        self.batch_size = min(batch_size, self.samples)
+    def __init__(
+        self,
+        run: "Run",
+        data: "Data",
+        epochs: int,
+        batch_size: int,
+        teacher: "ConvNet | None",
+        teachers: list[Any] | tuple[Any, ...] = (),
+    ) -> None:
+        self.run = run
+        self.data = data
+        self.epochs = epochs
+        self.pre_stage_epochs: int = run.row.pre_stage_epochs(epochs)
+        self.device: torch.device = data.train_labels.device
+        self.samples: int = len(data.train_labels)
+        self.batch_size: int = min(batch_size, self.samples)
         self.pre_stage_losses = []  # mean training loss of each epoch of the pre-stage
         self.history = []  # (mean training loss, test accuracy) of each epoch
         widths = TEACHER if run.network == "teacher" else STUDENT
@@ -138,22 +155,23 @@ class Trainer:
         self.network = run.row.layout(
             lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths), run.row.students
         ).to(self.device)
-        self.teacher, self.teachers = teacher, teachers
-        self.observed = Observed(self.network)
-        self.observed_teacher = Observed(teacher) if run.row.observes_teacher else None
-        self.objective = Objective(run.row, self._example()).to(self.device)
+        self.teacher = teacher
+        self.teachers = teachers
+        self.observed: Observed = Observed(self.network)
+        self.observed_teacher: Observed | None = Observed(teacher) if run.row.observes_teacher else None
+        self.objective: Objective = Objective(run.row, self._example()).to(self.device)
         self.optimizer = self._new_optimizer()
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self.observed.remove()
         if self.observed_teacher is not None:
             self.observed_teacher.remove()
 
     @property
-    def student(self):
+    def student(self) -> "ConvNet":
         """The network that is tested and may teach others: the first, if several learn together."""
         return self.network.networks[0]
 
@@ -178,7 +196,7 @@ class Trainer:
             return None, several
         return self.observed_teacher(images)[0] if self.observed_teacher else Outputs(self.teacher(images)), several
 
-    def batch(self, index, row):
+    def batch(self, index: Tensor, row: "LossRow") -> "Batch":
         """The training images at `index` (B,) and what the networks that `row` reads say about them."""
         images = self.data.train_images[index].requires_grad_(row.jacobians)
         with torch.set_grad_enabled(row.jacobians):
@@ -187,7 +205,7 @@ class Trainer:
         labels = self.data.train_labels[index]
         return Batch(students, teacher, teachers, images, labels, index, len(self.history))
 
-    def step(self, index, objective):
+    def step(self, index: Tensor, objective: "Objective") -> Tensor:
         """One optimizer step of `objective` on the training images at `index`; returns the detached loss."""
         value = objective(self.batch(index, objective.row))
         self.optimizer.zero_grad()
@@ -197,16 +215,16 @@ class Trainer:
 
     # ---- epochs ----------------------------------------------------------------------------------------------------
     @property
-    def epochs_done(self):
+    def epochs_done(self) -> int:
         """Epochs behind it, with those of the pre-stage."""
         return len(self.pre_stage_losses) + len(self.history)
 
     @property
-    def all_epochs(self):
+    def all_epochs(self) -> int:
         """Epochs of the whole run, with those of the pre-stage."""
         return self.pre_stage_epochs + self.epochs
 
-    def train_epoch(self):
+    def train_epoch(self) -> None:
         """Train the next epoch, of the pre-stage or, with a test at its end, of the row itself."""
         if len(self.pre_stage_losses) < self.pre_stage_epochs:
             done = len(self.pre_stage_losses)
@@ -214,7 +232,7 @@ class Trainer:
             loss = self._train(self.objective.pre_stage, done, self.pre_stage_epochs, order=self.epochs + done)
             self.pre_stage_losses.append(loss)
             if len(self.pre_stage_losses) == self.pre_stage_epochs:
-                self.optimizer = self._new_optimizer()
+                self.optimizer: torch.optim.Optimizer = self._new_optimizer()
         else:
             done = len(self.history)
             loss = self._train(self.objective, done, self.epochs, order=done)
@@ -240,7 +258,7 @@ class Trainer:
         return samples[:full].split(self.batch_size)
 
     @torch.no_grad()
-    def accuracy(self):
+    def accuracy(self) -> float:
         """The share of test images that the (first) student classifies correctly, in percent."""
         self.network.eval()
         batches = self.data.test_images.split(EVALUATION_BATCH)
@@ -249,7 +267,7 @@ class Trainer:
         return 100.0 * correct.item() / len(self.data.test_labels)
 
     # ---- checkpoints -----------------------------------------------------------------------------------------------
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """All that the rest of the training depends on."""
         return {
             "network": self.network.state_dict(),
@@ -262,13 +280,13 @@ class Trainer:
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
 
-    def load(self, state):
+    def load(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self.network.load_state_dict(state["network"])
         self.objective.load_state_dict(state["objective"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.pre_stage_losses = list(state["pre_stage_losses"])
-        self.history = [tuple(epoch) for epoch in state["history"]]
+        self.pre_stage_losses: list[Any] = list(state["pre_stage_losses"])
+        self.history: list[tuple[Any, ...]] = [tuple(epoch) for epoch in state["history"]]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"], self.device)

@@ -1,5 +1,6 @@
 """`kdfast distill --student`: exit codes, and one line for what goes wrong, from whichever process."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -15,7 +16,7 @@ COMMAND = "kdfast distill"
 NEEDED = ("timm", "timm.task", "torchvision", "tensorboard", "rich.console")
 
 
-def run(options) -> int:
+def run(options: argparse.Namespace) -> int:
     """Train and report as `options` say; returns the exit code."""
     try:
         return answer(COMMAND, lambda: _folder(options), lambda folder: _run(options, folder))

@@ -7,7 +7,8 @@ an augmented image can be made again later: ``Images(...)[augmentation, index]``
 import contextlib
 import random
 import signal
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +19,11 @@ from kdfast.distill import DistillError
 from kdfast.distill.images import eight_bits
 from kdfast.distill.train import derived_seed
 from kdfast.imagenet.ranks import end_with_parent
+
+if TYPE_CHECKING:
+    from kdfast.imagenet.ranks import Ranks
+    from kdfast.imagenet.readers import ClassFolders, IndexedShards
+
 
 __all__ = ["Batch", "Images", "Steps", "Unread", "loading", "seeded"]
 
@@ -31,11 +37,11 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # (B,) int64; -1 for a validation image that could not be read
     index: torch.Tensor  # (B,) int64, places in the data set of the images that were read
     augmentation: int
-    unread: list  # (index, message) of the images that could not be read
+    unread: list[tuple[int, str]]  # (index, message) of the images that could not be read
 
 
 @contextlib.contextmanager
-def seeded(seed):
+def seeded(seed: int) -> Iterator[Any]:
     """Inside, the random numbers of Python, numpy and torch's CPU are those of `seed`; afterwards as if nothing was.
 
     But not in a process of a DataLoader, where nothing else draws any, and numpy's state takes long to copy.
@@ -54,20 +60,23 @@ def seeded(seed):
             torch.random.default_generator.set_state(states[2])
 
 
-class Images(Dataset):
+class Images(Dataset[Any]):
     """The images of a timm reader by (augmentation, index): the same pair gives the same bytes in every process.
 
     An item is ``(image (3, H, W) uint8, label, augmentation, index, unread)``. An image that cannot be read is replaced
     by the next one that can (`replace`), else by zeros with the label -1; `unread` lists (index, message) of those.
     """
 
-    def __init__(self, reader, transform, seed, replace):
-        self.reader, self.transform, self.seed, self.replace = reader, transform, seed, replace
+    def __init__(self, reader: Any, transform: Any, seed: int, replace: bool) -> None:
+        self.reader = reader
+        self.transform = transform
+        self.seed = seed
+        self.replace = replace
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         augmentation, index = key
         unread = []
         while True:
@@ -100,7 +109,16 @@ class Steps:
     epoch, or counts from 0 to `augmentations` - 1 again and again.
     """
 
-    def __init__(self, samples, batch_size, accumulate, ranks, seed, epochs, augmentations=None):
+    def __init__(
+        self,
+        samples: int,
+        batch_size: int,
+        accumulate: int,
+        ranks: "Ranks",
+        seed: int,
+        epochs: int,
+        augmentations: int | None = None,
+    ) -> None:
         if samples < batch_size:
             raise DistillError(f"--batch-size: got {batch_size}, expected at most the {samples} training images")
         if batch_size % (accumulate * ranks.size):
@@ -111,17 +129,21 @@ class Steps:
                 f"--accumulate: got {accumulate}, which leaves 1 of the {batch_size} images of --batch-size to a "
                 f"micro-batch on {ranks.size} processes; expected at least 2, for batch statistics and relations"
             )
-        self.samples, self.batch_size, self.seed = samples, batch_size, seed
-        self.accumulate, self.rank, self.ranks = accumulate, ranks.rank, ranks.size
-        self.augmentations = augmentations or epochs
-        self.an_epoch = samples // batch_size
-        self.total = self.an_epoch * epochs
+        self.samples = samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.accumulate = accumulate
+        self.rank: int = ranks.rank
+        self.ranks: int = ranks.size
+        self.augmentations: int = augmentations or epochs
+        self.an_epoch: int = samples // batch_size
+        self.total: int = self.an_epoch * epochs
         self.start = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return (self.total - self.start) * self.accumulate
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         order = None
         for step in range(self.start, self.total):
             epoch, position = divmod(step, self.an_epoch)
@@ -134,7 +156,7 @@ class Steps:
 
 
 @contextlib.contextmanager
-def loading(images, keys, workers, pin_memory):
+def loading(images: "Images", keys: "Steps | list[list[Any]]", workers: int, pin_memory: bool) -> Iterator[Any]:
     """Inside, an iterator of `Batch`es, one for each list of keys in `keys`; its processes end with the block.
 
     However the block ends: at the interpreter's end, processes that ignore its SIGTERM would be waited for without end.
@@ -185,11 +207,12 @@ def _collate(items):
 class Unread:
     """The images that could not be read: ``say(line)`` names each once; where `strict`, the first ends the run."""
 
-    def __init__(self, strict, say):
-        self.strict, self.say = strict, say
-        self.names = set()
+    def __init__(self, strict: bool, say: Callable[..., Any]) -> None:
+        self.strict = strict
+        self.say = say
+        self.names: set[Any] = set()
 
-    def note(self, batch, reader):
+    def note(self, batch: "Batch", reader: "ClassFolders | IndexedShards") -> None:
         """Look at a `batch` of images from `reader`."""
         for index, message in batch.unread:
             name = reader.filename(index, absolute=True)
@@ -199,7 +222,7 @@ class Unread:
                 self.names.add(name)
                 self.say(f"cannot read {name}, skipped ({len(self.names)} so far): {message}")
 
-    def refuse_gaps(self, batch):
+    def refuse_gaps(self, batch: "Batch") -> None:
         """Raise a DistillError if a training image was not replaced, because too many in a row cannot be read."""
         if (batch.labels < 0).any():
             raise DistillError(f"--data: {UNREADABLE_IN_A_ROW} images in a row cannot be read, see the lines above")

@@ -9,6 +9,8 @@ import contextlib
 import csv
 import math
 import time
+from pathlib import Path
+from typing import Any
 
 from kdfast._extras import require
 from kdfast._text import printable
@@ -23,27 +25,29 @@ DIGITS = 6  # of a number in a CSV file, but for the losses
 class Log:
     """The log in `folder` of a training of `total` steps, of which `start` are done: later rows are removed."""
 
-    def __init__(self, folder, start, total, an_epoch):
-        self.start, self.total, self.an_epoch = start, total, an_epoch
+    def __init__(self, folder: Path, start: int, total: int, an_epoch: int) -> None:
+        self.start = start
+        self.total = total
+        self.an_epoch = an_epoch
         self.train, self.epochs = (_Rows(folder / name, start) for name in FILES)
         writer = require("torch.utils.tensorboard", extra="imagenet").SummaryWriter
-        self.board = writer(str(folder / "tensorboard"), purge_step=start)
+        self.board: Any = writer(str(folder / "tensorboard"), purge_step=start)
         self.progress = report.Progress(total, "steps", done=start)
         self.clock = time.perf_counter(), start
 
-    def __enter__(self):
+    def __enter__(self) -> "Log":
         self.progress.__enter__()
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         self.progress.__exit__(*exception)
         self.board.close()
 
-    def restart_clock(self, step):
+    def restart_clock(self, step: int) -> None:
         """What comes next is training: a validation or a checkpoint does not count as time of images."""
-        self.clock = time.perf_counter(), step
+        self.clock: tuple[float, int] = time.perf_counter(), step
 
-    def steps(self, step, batch_size, learning_rate, losses):
+    def steps(self, step: int, batch_size: int, learning_rate: float, losses: dict[str, float]) -> None:
         """`losses`: name -> mean of the steps since the last call, of which `step` is the last."""
         seconds = max(time.perf_counter() - self.clock[0], 1e-9)
         a_step = seconds / (step - self.clock[1])
@@ -59,7 +63,7 @@ class Log:
         left = _clock((self.total - step) * a_step)
         self.progress.line(f"{text}, step {step}/{self.total}, {speed:.0f} images/s, {left} to go")
 
-    def epoch(self, step, results):
+    def epoch(self, step: int, results: dict[str, float]) -> None:
         """`results`: name -> value on the validation images after the epoch that `step` ends."""
         self.epochs.write({"epoch": self._epoch(step), "step": step, **{n: repr(v) for n, v in results.items()}})
         for name, value in results.items():
@@ -68,11 +72,11 @@ class Log:
         shown = ", ".join(f"{name} {results[name]:.2f} %" for name in results if "top" in name)
         self.say(f"epoch {self._epoch(step)}/{self.total // self.an_epoch}: {shown}")
 
-    def evaluated(self, step):
+    def evaluated(self, step: int) -> bool:
         """Whether the epoch that `step` ends has its row."""
         return any(row["step"] == str(step) for row in self.epochs.rows)
 
-    def say(self, text):
+    def say(self, text: str) -> None:
         """A line above the bar."""
         self.progress.console.print(printable(text), markup=False, soft_wrap=True)
 
@@ -80,19 +84,19 @@ class Log:
         return math.ceil(step / self.an_epoch)
 
 
-class Silent(contextlib.AbstractContextManager):
+class Silent(contextlib.AbstractContextManager[Any]):
     """The log of a process that writes none."""
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         pass
 
-    def restart_clock(self, step):
+    def restart_clock(self, step: Any) -> Any:
         """Nothing."""
 
-    def steps(self, step, batch_size, learning_rate, losses):
+    def steps(self, step: Any, batch_size: Any, learning_rate: Any, losses: Any) -> Any:
         """Nothing."""
 
-    def epoch(self, step, results):
+    def epoch(self, step: Any, results: Any) -> Any:
         """Nothing."""
 
 

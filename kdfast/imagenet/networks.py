@@ -1,9 +1,11 @@
 """Student and teacher: timm models, with errors that say what to do."""
 
 import difflib
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from torch import Tensor, nn
 
 from kdfast.distill import DistillError
 from kdfast.distill.train import derived_seed
@@ -11,10 +13,14 @@ from kdfast.integrations.presets import PRESETS, recipe
 from kdfast.integrations.terms import Objective
 from kdfast.integrations.timm import DistillationTask
 
+if TYPE_CHECKING:
+    from kdfast.imagenet.settings import Settings
+
+
 __all__ = ["student", "task", "teacher"]
 
 
-def student(chosen, classes):
+def student(chosen: "Settings | type[Any]", classes: int) -> nn.Module:
     """The student that `chosen` names, for `classes` classes, from random weights that depend on the seed alone."""
     torch.manual_seed(derived_seed(chosen.seed))
     try:
@@ -27,7 +33,7 @@ def student(chosen, classes):
     return timm.layers.convert_sync_batchnorm(model) if chosen.sync_bn else model
 
 
-def teacher(chosen, classes, image_size):
+def teacher(chosen: "Settings", classes: int, image_size: int) -> nn.Module:
     """The teacher that `chosen` names, with its weights, for images of `image_size` pixels."""
     name, file = chosen.teacher, chosen.teacher_weights
     try:
@@ -50,7 +56,14 @@ def teacher(chosen, classes, image_size):
     return _sized(model, image_size)
 
 
-def task(chosen, student, teacher, labels, image_size, device):
+def task(
+    chosen: "Settings",
+    student: nn.Module,
+    teacher: nn.Module | None,
+    labels: Tensor,
+    image_size: int,
+    device: torch.device,
+) -> "DistillationTask":
     """The DistillationTask of both models with the chosen preset, on `device`; `labels` are the training set's.
 
     Without a teacher (None) it takes stored logits.

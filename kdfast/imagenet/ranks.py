@@ -3,7 +3,9 @@
 import gc
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -11,13 +13,17 @@ import torch.distributed as dist
 from kdfast import distributed
 from kdfast.distill import DistillError
 
+if TYPE_CHECKING:
+    pass
+
+
 __all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "by_torchrun", "end_with_parent", "join", "leave"]
 
 
 class OtherRankFailed(Exception):
     """Another process says what is wrong; this one ends silently, with the exit code `code`."""
 
-    def __init__(self, code=2):
+    def __init__(self, code: Any = 2) -> None:
         super().__init__(code)
         self.code = code
 
@@ -25,7 +31,7 @@ class OtherRankFailed(Exception):
 class Stopped(KeyboardInterrupt):
     """The run was asked to stop, and its checkpoint is written; `hint` says how it goes on, where --resume does not."""
 
-    def __init__(self, number, hint=None):
+    def __init__(self, number: int, hint: str | None = None) -> None:
         super().__init__(f"signal {number}")
         self.signal = number
         self.hint = hint
@@ -40,11 +46,11 @@ class Ranks:
     device: torch.device
 
     @property
-    def first(self):
+    def first(self) -> bool:
         """Whether this process writes files and reports."""
         return self.rank == 0
 
-    def together(self, work):
+    def together(self, work: Callable[..., Any]) -> Any:
         """``work()``, if no process fails in it; else the first that does raises its error, and the others another."""
         error = result = None
         try:
@@ -61,14 +67,14 @@ class Ranks:
         finally:
             del error  # its traceback has this frame: a cycle, which would keep what all frames hold
 
-    def on_first(self, work):
+    def on_first(self, work: Callable[..., Any]) -> Any:
         """``work()`` of rank 0, for every rank."""
         result = [self.together(lambda: work() if self.first else None)]
         if self.size > 1:
             dist.broadcast_object_list(result, 0, device=torch.device("cpu"))
         return result[0]
 
-    def gather(self, value):
+    def gather(self, value: bool | set[Any] | set[str]) -> list[Any]:
         """The `value` of every rank, in order."""
         values = [value] * self.size
         if self.size > 1:
@@ -76,7 +82,7 @@ class Ranks:
         return values
 
 
-def join(device):
+def join(device: str) -> "Ranks":
     """-> the `Ranks` of this process on the device named `device`; under torchrun in a process group, until `leave`."""
     if not by_torchrun():
         return Ranks(0, 1, _device(device, 0))
@@ -91,7 +97,7 @@ def join(device):
     return Ranks(rank, size, here)
 
 
-def leave():
+def leave() -> None:
     """End the process group of `join`, after everything that used it.
 
     A group that something still holds keeps its threads, and one that outlives the interpreter may abort the process.
@@ -101,7 +107,7 @@ def leave():
         dist.destroy_process_group()
 
 
-def by_torchrun():
+def by_torchrun() -> bool:
     """Whether torchrun, or what does the same, has started this process: one variable alone may be left of a shell."""
     return {"LOCAL_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
@@ -121,7 +127,7 @@ def _device(name, local):
 
 
 # ---- stopping --------------------------------------------------------------------------------------------------------
-def end_with_parent(_worker):
+def end_with_parent(_worker: Any) -> Any:
     """For the processes that load images: they ignore signals, and die when the process that trains dies.
 
     An orphan would keep its parent's sockets and pipes open, and the other ranks would wait for one that is gone.
@@ -137,23 +143,23 @@ class Stop:
     Torchrun passes on a signal that the processes have got already, and ends those that take more than 30 seconds.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.signal = 0
 
-    def __enter__(self):
+    def __enter__(self) -> "Stop":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def _note(self, number, frame):
         if number == self.signal == signal.SIGINT and not by_torchrun():
             raise KeyboardInterrupt
-        self.signal = self.signal or number
+        self.signal: int = self.signal or number
 
-    def agreed(self):
+    def agreed(self) -> int:
         """The number of a signal that some rank has got, or 0; the same on every rank, which all have to call it."""
         if distributed.world_size() == 1:
             return self.signal

@@ -5,7 +5,9 @@ import hashlib
 import io
 import os
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from timm.data import create_dataset
 from timm.data.readers.reader import Reader
@@ -23,7 +25,9 @@ VALIDATION_FOLDERS = ("val", "valid", "validation", "eval")
 SAMPLED = 1024  # files whose bytes a fingerprint has
 
 
-def open_readers(data, train_split, val_split, classes, say=print):
+def open_readers(
+    data: str, train_split: str | None, val_split: str | None, classes: int | None, say: Callable[..., Any] = print
+) -> tuple[Any, ...]:
     """-> a training and a validation reader of `data`, and the number of classes.
 
     `data` is a folder, or ``wds/`` before a folder of shards whose splits are named as timm names them. `classes` is
@@ -45,7 +49,7 @@ def open_readers(data, train_split, val_split, classes, say=print):
     return train, val, classes
 
 
-def fingerprint(reader):
+def fingerprint(reader: "ClassFolders | IndexedShards") -> str:
     """A digest of every file's name, label and size in their order, and of the bytes of up to 1,024 files among them.
 
     All bytes of a large data set would take hours to read.
@@ -86,23 +90,23 @@ def _child(root, expected):
 class ClassFolders(Reader):
     """The images of class folders: labels and order of timm's reader, files and classes of `kdfast.distill.images`."""
 
-    def __init__(self, root):
+    def __init__(self, root: Path) -> None:
         super().__init__()
         self.root = root
         classes = sorted(subfolders(root), key=natural_key)
-        self.class_to_idx = {name: label for label, name in enumerate(classes)}
+        self.class_to_idx: dict[Any, int] = {name: label for label, name in enumerate(classes)}
         found, self.others = class_files(root, classes)
         samples = [(file, self.class_to_idx[name]) for name, files in found.items() for file in files]
-        self.samples = sorted(samples, key=lambda sample: natural_key(sample[0]))
+        self.samples: list[tuple[Any, int]] = sorted(samples, key=lambda sample: natural_key(sample[0]))
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         path, label = self.samples[index]
         return open(path, "rb"), label
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def size(self, index):
+    def size(self, index: int) -> int:
         """Bytes of the file, None where there is none."""
         with contextlib.suppress(OSError):
             return os.stat(self.samples[index][0]).st_size
@@ -120,9 +124,11 @@ class IndexedShards(Reader):
     ``train-{0000..0099}.tar``. All headers are read once at the start. A sample has an image and a ``.cls``.
     """
 
-    def __init__(self, root, split):
+    def __init__(self, root: str, split: str) -> None:
         super().__init__()
-        self.root, self.split, self.paths = Path(root), split, _shards(root, split)
+        self.root: Path = Path(root)
+        self.split: str = split
+        self.paths: list[Any] = _shards(root, split)
         self.samples = []  # (shard, label, offset, bytes, key)
         for number, path in enumerate(self.paths):
             self._index(number, path)
@@ -146,7 +152,7 @@ class IndexedShards(Reader):
             raise DistillError(f"--data: {path} has no .cls beside the image {min(lonely)!r}")
         self.samples += [(number, labels[key], *place, key) for key, place in images.items()]
 
-    def check_labels(self, classes):
+    def check_labels(self, classes: int) -> None:
         """Raise a DistillError that names a label outside of 0 .. classes - 1, or a class without images."""
         for index, (_, label, *_) in enumerate(self.samples):
             if not 0 <= label < classes:
@@ -155,16 +161,16 @@ class IndexedShards(Reader):
         if missing := set(range(classes)) - {label for _, label, *_ in self.samples}:
             raise DistillError(f"--data: split {self.split!r} of {self.root} has no image of class {names(missing)}")
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         number, label, offset, size, _ = self.samples[index]
         with open(self.paths[number], "rb") as file:
             file.seek(offset)
             return io.BytesIO(file.read(size)), label
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.samples)
 
-    def size(self, index):
+    def size(self, index: int) -> int:
         """Bytes of the image."""
         return self.samples[index][3]
 

@@ -1,9 +1,11 @@
 """The whole of the trainer of timm models: settings, processes, data, networks, the loop, the report."""
 
+import argparse
 import contextlib
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import timm
 import torch
@@ -23,12 +25,17 @@ from kdfast.imagenet.readers import fingerprint, open_readers
 from kdfast.imagenet.train import Trainer
 from kdfast.teacher_store import TeacherStoreWriter, refuse_others
 
+if TYPE_CHECKING:
+    from kdfast.imagenet.ranks import Ranks
+    from kdfast.imagenet.settings import Settings
+
+
 __all__ = ["train"]
 
 STUDENT, AVERAGE = "student.pt", "student-ema.pt"  # as timm.create_model(checkpoint_path=...) reads them
 
 
-def train(chosen, options, folder, here):
+def train(chosen: "Settings", options: argparse.Namespace, folder: Path, here: "Ranks") -> None:
     """Train as `chosen` says, or store the teacher; among the processes `here`, `options` of the command line."""
     if not chosen.store_teacher:
         here.on_first(lambda: pipeline.output_folder(options, files=(STUDENT, AVERAGE, *FILES)))

@@ -1,9 +1,11 @@
 """The options of the trainer of timm models, their checks, and the run that they make."""
 
+import argparse
 import json
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from kdfast.distill import DistillError
 from kdfast.distill import settings as stored_runs
@@ -61,7 +63,7 @@ SHARED = ("data", "image_size", "epochs", "batch_size", "seed", "device", "threa
 OWN = tuple(name for name in DEFAULTS if name not in SHARED)
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that the other trainer does not have; one that is not given is None."""
     group = parser.add_argument_group(
         "timm models (--student and --teacher; needs --data and --out, runs under torchrun, too)",
@@ -105,7 +107,7 @@ def add_arguments(parser):
     add("--log-every", "N", "steps between lines of the log")
 
 
-def asked_for(options):
+def asked_for(options: argparse.Namespace) -> bool:
     """Whether `options` are for this trainer: they name a network, or resume a run that has one."""
     if options.student is not None or options.teacher is not None:
         return True
@@ -117,20 +119,20 @@ def asked_for(options):
         return False  # the other trainer will say what is wrong
 
 
-def read(path):
+def read(path: Path) -> dict[str, Any]:
     """The dict of a settings.json of this trainer."""
     # Whether a file is there is asked where it is read: another one may be given on --resume.
     return stored_runs.read(path, DEFAULTS, {name: check for name, check in _CHECKS.items() if check is not _file})
 
 
-def refuse(options, names, why):
+def refuse(options: argparse.Namespace, names: tuple[Any, ...], why: str) -> None:
     """Raise a DistillError if one of the options `names` is given."""
     for name in names:
         if getattr(options, name) is not None:
             raise DistillError(f"--{name.replace('_', '-')}: {why}")
 
 
-def resolve(options, stored=None):
+def resolve(options: argparse.Namespace, stored: dict[str, Any] | None = None) -> "Settings":
     """Settings from the parsed `options`; what was not given comes from the `stored` run's, else from the defaults."""
     refuse(options, ("loss", "seeds"), "does not go with --student and --teacher; expected --preset and --seed")
     values = {}

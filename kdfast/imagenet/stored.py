@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,22 +11,36 @@ from kdfast.distill import DistillError
 from kdfast.integrations.terms import LOGITS
 from kdfast.teacher_store import Contents, TeacherStore
 
+if TYPE_CHECKING:
+    from kdfast.imagenet.readers import ClassFolders
+    from kdfast.imagenet.settings import Settings
+    from kdfast.integrations.terms import Term
+
+
 __all__ = ["check_terms", "check_transform", "contents", "is_store", "opened"]
 
 
-def is_store(teacher):
+def is_store(teacher: str) -> bool:
     """Whether --teacher names a store, and no model."""
     return Path(teacher).is_absolute()  # settings.py makes folders absolute
 
 
-def opened(chosen, reader, classes, data):
+def opened(chosen: "Settings", reader: "ClassFolders", classes: int, data: str) -> "TeacherStore":
     """The store that --teacher names, for the training images of `reader`, whose fingerprint is `data`."""
     store = TeacherStore(chosen.teacher, name=lambda index: reader.filename(index, absolute=True))
     store.check(classes=classes, samples=len(reader), data=data)
     return store
 
 
-def contents(chosen, reader, data, transform, classes, teacher, terms):
+def contents(
+    chosen: "Settings",
+    reader: "ClassFolders",
+    data: str,
+    transform: Any,
+    classes: int,
+    teacher: Any,
+    terms: "tuple[Term]",
+) -> "Contents":
     """What the store of a `teacher` holds that is written as `chosen` says; `terms` are those of the preset."""
     weights = hashlib.sha256()
     for name, value in teacher.state_dict().items():
@@ -49,12 +64,12 @@ def contents(chosen, reader, data, transform, classes, teacher, terms):
         raise DistillError(f"--store-top-k: {error}") from error
 
 
-def check_transform(store, transform):
+def check_transform(store: "TeacherStore", transform: Any) -> None:
     """Raise a DistillError if the stored teacher saw images of another transform."""
     store.check(transform=_words(transform))
 
 
-def check_terms(store, preset, terms):
+def check_terms(store: "TeacherStore", preset: str, terms: "tuple[Term]") -> None:
     """Raise a DistillError if the preset's terms read what the store does not have."""
     if store.contents.top_k is None:
         return

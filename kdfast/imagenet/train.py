@@ -5,15 +5,25 @@ step: with `Steps` they need no state. What has one is in `state`.
 """
 
 import contextlib
+from typing import TYPE_CHECKING, Any
 
 import timm.optim
 import timm.scheduler
 import timm.utils
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from kdfast.distill import DistillError
 from kdfast.distill.train import derived_seed
+
+if TYPE_CHECKING:
+    from kdfast.imagenet.data import Batch
+    from kdfast.imagenet.ranks import Ranks
+    from kdfast.imagenet.settings import Settings
+    from kdfast.integrations.timm import DistillationTask
+    from kdfast.teacher_store import TeacherStore
+
 
 __all__ = ["Trainer"]
 
@@ -27,13 +37,25 @@ class Trainer:
     TeacherStore that has the teacher's logits, where the task has no teacher.
     """
 
-    def __init__(self, chosen, ranks, task, an_epoch, normalization, store=None):
-        self.chosen, self.ranks, self.an_epoch, self.store = chosen, ranks, an_epoch, store
+    def __init__(
+        self,
+        chosen: "Settings",
+        ranks: "Ranks",
+        task: "DistillationTask",
+        an_epoch: int,
+        normalization: tuple[tuple[float, float, float], tuple[float, float, float]],
+        store: "TeacherStore | None" = None,
+    ) -> None:
+        self.chosen = chosen
+        self.ranks = ranks
+        self.an_epoch = an_epoch
+        self.store = store
         self.steps = 0
         self.sums, self.summed = {}, 0  # of the losses since they were last read
-        self.layout = torch.channels_last if chosen.channels_last else torch.contiguous_format
+        self.layout: torch.memory_format = torch.channels_last if chosen.channels_last else torch.contiguous_format
         mean, std = (torch.tensor(values).view(1, -1, 1, 1) * 255 for values in normalization)
-        self.mean, self.std = mean.to(ranks.device), std.to(ranks.device)
+        self.mean: Tensor = mean.to(ranks.device)
+        self.std: Tensor = std.to(ranks.device)
         self.task = self._prepared(task)
         self.optimizer = self._optimizer()
         self.scheduler, _ = timm.scheduler.create_scheduler_v2(
@@ -62,7 +84,7 @@ class Trainer:
         sizes = {"lr": chosen.lr, "weight_decay": chosen.weight_decay, "momentum": MOMENTUM}
         return timm.optim.create_optimizer_v2(self.task.get_trainable_module(), chosen.optimizer, **sizes)
 
-    def warm_up(self, shape):
+    def warm_up(self, shape: Any) -> Any:
         """Run the task once, on gray images of `shape` (B, 3, H, W); a `state` has to be loaded after it.
 
         After its first backward, DistributedDataParallel puts the gradients into other buckets, and sums over three or
@@ -82,7 +104,7 @@ class Trainer:
         self.optimizer.zero_grad()
 
     # ---- a step ------------------------------------------------------------------------------------------------------
-    def step(self, batches):
+    def step(self, batches: "list[Batch]") -> None:
         """One optimizer step on the micro-batches `batches` of this rank."""
         self.task.train()
         torch.manual_seed(derived_seed(self.chosen.seed, self.steps, self.ranks.rank))
@@ -109,7 +131,7 @@ class Trainer:
             return {}
         return {"teacher_logits": self.store.logits(index, augmentation).to(self.ranks.device, non_blocking=True)}
 
-    def teacher_logits(self, batch):
+    def teacher_logits(self, batch: "Batch") -> Tensor:
         """What the teacher says about a batch in a step."""
         with self._autocast():
             return self.task.taught(self._images(batch.images))["teacher.logits"]
@@ -125,11 +147,11 @@ class Trainer:
         return torch.autocast(self.ranks.device.type, torch.bfloat16, enabled=self.chosen.amp)
 
     @property
-    def learning_rate(self):
+    def learning_rate(self) -> float:
         """That of the last step."""
         return max(group["lr"] for group in self.optimizer.param_groups)
 
-    def losses(self):
+    def losses(self) -> dict[str, float]:
         """Name -> mean over the steps since the last call and over the ranks; all ranks have to call it."""
         self._share_sums()
         losses = {name: value.item() / self.summed for name, value in self.sums.items()}
@@ -153,7 +175,7 @@ class Trainer:
 
     # ---- a test ------------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def evaluate(self, batches):
+    def evaluate(self, batches: Any) -> dict[str, float]:
         """Name -> value of the student, and of its average, on the `batches` of all ranks; top-1, top-5 in percent."""
         self.task.eval()
         names = {"": False} | ({"ema_": True} if self.task.has_ema() else {})
@@ -183,22 +205,22 @@ class Trainer:
         return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "loss": loss / images}
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
-    def state(self):
+    def state(self) -> dict[str, int]:
         """All that the rest of the training depends on, beside the settings; all ranks have to call it."""
         self._share_sums()
         average = self.task.get_checkpoint_state(ema=True) if self.task.has_ema() else {}
         own = {"steps": self.steps, "sums": self.sums, "summed": self.summed, "optimizer": self.optimizer.state_dict()}
         return own | self.task.get_checkpoint_state() | average
 
-    def load(self, state):
+    def load(self, state: dict[str, int]) -> None:
         """Continue from a `state`."""
         self.task.load_checkpoint_state(state["state_dict"], state.get("task_state"))
         if self.task.has_ema():
             self.task.load_checkpoint_state(state["state_dict_ema"], ema=True)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps = state["steps"]
-        self.sums = {name: value.to(self.ranks.device) for name, value in state["sums"].items()}
-        self.summed = state["summed"]
+        self.steps: int = state["steps"]
+        self.sums: dict[Any, Tensor] = {name: value.to(self.ranks.device) for name, value in state["sums"].items()}
+        self.summed: int = state["summed"]
 
 
 def _totals(logits, labels):

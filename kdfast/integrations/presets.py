@@ -7,13 +7,18 @@ preset is a new row of the table.
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kdfast
 from kdfast.distill import layers
 from kdfast.integrations.terms import LOGITS, Term, of_layers
+
+if TYPE_CHECKING:
+    from kdfast.distill.layers import Hints, Overhaul
+
 
 __all__ = ["PRESETS", "AsMaps", "Pair", "Preset", "Recipe", "embedding", "preactivation", "recipe", "stages"]
 
@@ -22,7 +27,7 @@ __all__ = ["PRESETS", "AsMaps", "Pair", "Preset", "Recipe", "embedding", "preact
 class Recipe:
     """The terms of an objective, and the weight of the labels' loss beside them."""
 
-    terms: list
+    terms: list[Any]
     task_loss_weight: float
 
 
@@ -32,11 +37,19 @@ class Preset:
 
     name: str
     source: str
-    terms: Callable
+    terms: Callable[..., Any]
     task_loss_weight: float = 1.0
 
 
-def recipe(name, student, teacher, *, n_data=None, labels=None, image_size=None):
+def recipe(
+    name: str,
+    student: nn.Module,
+    teacher: nn.Module | str,
+    *,
+    n_data: int | None = None,
+    labels: Tensor | None = None,
+    image_size: tuple[int, int, int] | None = None,
+) -> "Recipe":
     """The terms of the preset `name` for two timm models.
 
     Example::
@@ -61,7 +74,7 @@ def recipe(name, student, teacher, *, n_data=None, labels=None, image_size=None)
 
 
 # ---- layers by what they are -----------------------------------------------------------------------------------------
-def stages(model):
+def stages(model: nn.Module) -> dict[int, str]:
     """Stride -> the layer of a timm model that ends its stage of this stride, from 4 on: {4: "layer1", 8: ...}.
 
     Raises ValueError, with the layers that the model has, where timm lists no such stages.
@@ -78,7 +91,7 @@ def _stage_rows(model):
     return [row for row in getattr(info, "info", info) if row["reduction"] >= 4]
 
 
-def embedding(model):
+def embedding(model: nn.Module) -> str:
     """The layer of a timm model that the classifier reads: "fc:input"."""
     classifier = getattr(model, "pretrained_cfg", {}).get("classifier")
     classifier = classifier[0] if isinstance(classifier, (list, tuple)) else classifier
@@ -87,7 +100,7 @@ def embedding(model):
     return f"{classifier}:input"
 
 
-def preactivation(model, stage):
+def preactivation(model: nn.Module, stage: str) -> tuple[str, nn.Module]:
     """Of a ResNet's stage the layer before its last ReLU and the batch norm before it: "layer4.1.act2:input", norm."""
     blocks = model.get_submodule(stage)
     block = blocks[-1] if isinstance(blocks, nn.Sequential) and len(blocks) else None
@@ -115,9 +128,9 @@ class Pair:
     teacher: nn.Module
     n_data: int | None = None
     labels: torch.Tensor | None = None
-    image_size: tuple | None = None
+    image_size: tuple[int, ...] | None = None
 
-    def stages(self):
+    def stages(self) -> tuple[list[str], list[str]]:
         """The layers of the student and of the teacher that end stages of equal strides, as two lists."""
         student, teacher = stages(self.student), stages(self.teacher)
         both = [stride for stride in student if stride in teacher]
@@ -128,18 +141,18 @@ class Pair:
             )
         return [student[stride] for stride in both], [teacher[stride] for stride in both]
 
-    def embeddings(self):
+    def embeddings(self) -> tuple[str, str]:
         """The layers of both embeddings."""
         return embedding(self.student), embedding(self.teacher)
 
-    def example(self, student, teacher):
+    def example(self, student: list[str], teacher: list[str] | tuple[str, ...]) -> Any:
         """What these layers, of the student and of the teacher, return for one image: zeros of these shapes."""
         size = self.image_size or getattr(self.student, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
         names = {"student": student, "teacher": teacher}
         maps = {network: _shapes(getattr(self, network), names[network], size) for network in names}
         return SimpleNamespace(**{network: SimpleNamespace(maps=maps[network]) for network in names})
 
-    def maps(self, student, teacher):
+    def maps(self, student: list[str], teacher: list[str]) -> tuple[Any, dict[str, Any]]:
         """These stages' maps (B, C, H, W) for one image, as `example` has them, and how the layers lay them out.
 
         Raises ValueError for stages that return no maps.
@@ -151,7 +164,7 @@ class Pair:
             outputs.maps = [_as_map(*pair) for pair in zip(outputs.maps, layouts[network], strict=True)]
         return example, layouts
 
-    def in_its_type(self, loss):
+    def in_its_type(self, loss: "Hints | Overhaul") -> "Hints | Overhaul":
         """The loss with convolutions in the student's type, as they read its maps: torch multiplies no two types."""
         return loss.to(next(self.student.parameters()).dtype)
 
@@ -197,7 +210,9 @@ class AsMaps(nn.Module):
         Term(AsMaps(kdfast.AT(), student=(14, 14), teacher="NHWC"), 1000.0, ("student.blocks.11", "teacher.layers.2"))
     """
 
-    def __init__(self, loss, student="NCHW", teacher="NCHW"):
+    def __init__(
+        self, loss: Any, student: list[Any] | str | tuple[int, int] = "NCHW", teacher: list[str] | str = "NCHW"
+    ) -> None:
         super().__init__()
         for name, layouts in (("student", student), ("teacher", teacher)):
             for layout in layouts if isinstance(layouts, list) else [layouts]:
@@ -205,9 +220,11 @@ class AsMaps(nn.Module):
                     raise ValueError(
                         f"{name} must be NCHW, NHWC or the map's (H, W), or a list of these, got {layout!r}"
                     )
-        self.loss, self.student, self.teacher = loss, student, teacher
+        self.loss = loss
+        self.student = student
+        self.teacher = teacher
 
-    def forward(self, student, teacher):
+    def forward(self, student: Tensor | list[Tensor], teacher: Tensor | list[Tensor]) -> Tensor:
         """The loss of the maps."""
         return self.loss(self._maps("student", student), self._maps("teacher", teacher))
 

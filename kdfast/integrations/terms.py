@@ -4,12 +4,17 @@ import inspect
 import math
 from dataclasses import dataclass
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kdfast
 from kdfast import distributed
+
+if TYPE_CHECKING:
+    from kdfast.losses.softmax_kl import KD
+
 
 __all__ = ["LOGITS", "Objective", "Term", "of_layers"]
 
@@ -58,11 +63,11 @@ class Term:
 
     loss: nn.Module
     weight: float = 1.0
-    reads: tuple = LOGITS
+    reads: tuple[Any, ...] = LOGITS
     name: str | None = None
     gather: bool | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.loss, nn.Module):
             raise TypeError(f"loss must be an nn.Module, got {type(self.loss).__name__}")
         object.__setattr__(self, "weight", finite("weight", self.weight))
@@ -86,12 +91,12 @@ class Term:
             object.__setattr__(self, "gather", any(map(_is_relational, self.loss.modules())))
 
     @property
-    def names(self):
+    def names(self) -> list[str]:
         """All that it reads, without lists."""
         return [name for read in self.reads for name in ([read] if isinstance(read, str) else read)]
 
 
-def finite(name, value):
+def finite(name: str, value: Any) -> float:
     """`value` as a float, where it is a finite number of Python or NumPy."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -100,7 +105,7 @@ def finite(name, value):
     return float(value)
 
 
-def of_layers(student, teacher=None):
+def of_layers(student: list[str], teacher: list[str] | tuple[str, ...] | None = None) -> tuple[list[str], list[str]]:
     """The reads of a loss of lists: these layers of the student and of the teacher, by default of the same names."""
     teacher = student if teacher is None else teacher
     return [f"student.{name}" for name in student], [f"teacher.{name}" for name in teacher]
@@ -122,9 +127,9 @@ def _check_arguments(loss, reads):
 class Objective(nn.Module):
     """The losses of `terms`, computed from the values of all names that they read."""
 
-    def __init__(self, terms):
+    def __init__(self, terms: "KD | list[Any]") -> None:
         super().__init__()
-        self.terms = tuple(terms) if hasattr(terms, "__iter__") else (terms,)
+        self.terms: tuple[Any, ...] | tuple[KD | list[Any]] = tuple(terms) if hasattr(terms, "__iter__") else (terms,)
         for term in self.terms:
             if not isinstance(term, Term):
                 raise TypeError(f"terms must be Terms, got {type(term).__name__}; a recipe has them in .terms")
@@ -139,17 +144,17 @@ class Objective(nn.Module):
         for term in self.terms:
             self.add_module(term.name, term.loss)
 
-    def layers(self, network):
+    def layers(self, network: str) -> list[Any]:
         """The layers of "student" or "teacher" that are read, in their order."""
         read = dict.fromkeys(name for term in self.terms for name in term.names)
         layers = [name.partition(".")[2] for name in read if name.startswith(f"{network}.")]
         return [layer for layer in layers if layer != "logits"]
 
-    def readers(self, name):
+    def readers(self, name: str) -> list[Any]:
         """The names of the terms that read `name`."""
         return [term.name for term in self.terms if name in term.names]
 
-    def forward(self, values):
+    def forward(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Name of a term -> its loss without the weight. `values`: name -> tensor."""
         gathered = {}
         if distributed.world_size() > 1:

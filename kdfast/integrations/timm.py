@@ -1,7 +1,10 @@
 """Distillation as a training task of timm: any kdfast losses in timm's training loop, with its checkpoints."""
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdfast import distributed
@@ -9,6 +12,10 @@ from kdfast._extras import require
 from kdfast.capture import capture
 from kdfast.integrations.terms import LOGITS, Objective, Term, finite, of_layers
 from kdfast.ops.accumulate import weighted, weighted_sum
+
+if TYPE_CHECKING:
+    from kdfast.ops.softmax_kl import TopK
+
 
 __all__ = ["LOGITS", "DistillationTask", "Term", "of_layers"]
 
@@ -63,21 +70,30 @@ class DistillationTask(_task.TrainingTask):
     """
 
     def __init__(
-        self, student, teacher, terms, *, criterion=None, task_loss_weight=1.0, device=None, dtype=None, verbose=True
-    ):
+        self,
+        student: nn.Module | str,
+        teacher: Any,
+        terms: list[Any],
+        *,
+        criterion: Callable[..., Any] | nn.Module | None = None,
+        task_loss_weight: float = 1.0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        verbose: bool = True,
+    ) -> None:
         if not isinstance(student, nn.Module):
             raise TypeError(f"student must be an nn.Module, got {type(student).__name__}")
         device = next(student.parameters()).device if device is None else torch.device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         objective = Objective(terms).to(device)
-        self.teacher = None if teacher is None else _teacher(teacher, student, device, dtype)
+        self.teacher: Any | Any | None = None if teacher is None else _teacher(teacher, student, device, dtype)
         self.trainable_module = Trainable(student, objective)
         layers = objective.layers("teacher")
         if layers and teacher is None:
             raise ValueError(f"teacher must be a model, whose layers {', '.join(layers)} the terms read, got None")
         self._teacher_features = capture(self.teacher.model, layers) if layers else {}
-        self.criterion = nn.CrossEntropyLoss() if criterion is None else criterion
-        self.task_loss_weight = finite("task_loss_weight", task_loss_weight)
+        self.criterion: Callable[..., Any] = nn.CrossEntropyLoss() if criterion is None else criterion
+        self.task_loss_weight: float = finite("task_loss_weight", task_loss_weight)
         self.weights = {term.name: term.weight for term in objective.terms}
         if "task" in self.weights:
             raise ValueError("terms must not be named 'task', whose loss is the criterion's")
@@ -98,7 +114,9 @@ class DistillationTask(_task.TrainingTask):
             self.register_buffer(name, x.to(device=self.device, dtype=self.dtype), persistent=False)
 
     # ---- a step ------------------------------------------------------------------------------------------------------
-    def forward(self, input, target, index=None, teacher_logits=None):
+    def forward(
+        self, input: Tensor, target: Tensor, index: Tensor | None = None, teacher_logits: "TopK | Tensor | None" = None
+    ) -> dict[str, Tensor]:
         """Losses and logits of a batch: input (B, C, H, W), target (B,) or as the criterion takes it, index (B,)."""
         labels, index = self._targets(target, index)
         if teacher_logits is not None and self._teacher_features:
@@ -131,7 +149,7 @@ class DistillationTask(_task.TrainingTask):
         return target, index
 
     @torch.no_grad()
-    def taught(self, input):
+    def taught(self, input: Tensor) -> dict[str, Tensor]:
         """Name -> what the teacher says about the images: ``teacher.logits`` and the layers that terms read."""
         if self.teacher is None:
             raise ValueError("teacher_logits must be given with each batch: the task has no teacher")
@@ -139,20 +157,22 @@ class DistillationTask(_task.TrainingTask):
         return values | {f"teacher.{name}": value for name, value in self._teacher_features.items()}
 
     # ---- timm's interface --------------------------------------------------------------------------------------------
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> Any:
         """The student's and the losses' mode; the teacher stays in eval mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
-    def prepare_distributed(self, device_ids=None, **ddp_kwargs):
+    def prepare_distributed(self, device_ids: Any = None, **ddp_kwargs: Any) -> Any:
         """Wrap student and losses in DistributedDataParallel; banks are left to their losses, the teacher is not in."""
         module = distributed.ignore_banks(self.trainable_module)
-        self.trainable_module = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
+        self.trainable_module: Trainable = DistributedDataParallel(module, device_ids=device_ids, **ddp_kwargs)
         return self
 
-    def compile(self, backend="inductor", mode=None, **compile_kwargs):
+    def compile(
+        self, backend: Callable[..., Any] | str = "inductor", mode: Any = None, **compile_kwargs: Any
+    ) -> nn.Module:
         """Compile student and teacher, each in place; returns the student."""
         student = self._trainable().student
         student.compile(backend=backend, mode=mode, **compile_kwargs)
@@ -163,37 +183,39 @@ class DistillationTask(_task.TrainingTask):
     def _trainable(self):
         return _utils.unwrap_model(self.trainable_module)
 
-    def get_eval_model(self, module=None, ema=False):
+    def get_eval_model(self, module: Any = None, ema: bool = False) -> Any:
         """The student, or its moving average."""
         resolved = super().get_eval_model(module=module, ema=ema)
         inner = None if resolved is None else _utils.unwrap_model(resolved)
         return inner.student if isinstance(inner, Trainable) else resolved
 
-    def setup_ema(self, decay=0.9999, use_warmup=False, device=None, **kwargs):
+    def setup_ema(self, decay: float = 0.9999, use_warmup: bool = False, device: Any = None, **kwargs: Any) -> Any:
         """Start a moving average of the student."""
         student = self._trainable().student
-        self.trainable_module_ema = _utils.ModelEmaV3(
+        self.trainable_module_ema: Any = _utils.ModelEmaV3(
             student, decay=decay, use_warmup=use_warmup, device=device, **kwargs
         )
         return self.trainable_module_ema
 
-    def update_ema(self, step=None):
+    def update_ema(self, step: int | None = None) -> None:
         """Move the average towards the student."""
         if self.has_ema():
             self.trainable_module_ema.update(self._trainable().student, step=step)
 
-    def get_clip_parameters(self, exclude_head=False):
+    def get_clip_parameters(self, exclude_head: bool = False) -> list[Tensor]:
         """The parameters whose gradients are clipped; without those of the student's classifier, if excluded."""
         trainable = self._trainable()
         student = list(trainable.student.parameters())
         return [*(student[:-2] if exclude_head else student), *trainable.objective.parameters()]
 
-    def get_task_state(self, module=None, ema=False):
+    def get_task_state(self, module: Any = None, ema: bool = False) -> dict[str, Any]:
         """The state of the losses: their layers, variances and banks."""
         losses = {} if ema else self._trainable().objective.state_dict()
         return {"losses": losses} if losses else {}
 
-    def load_task_state(self, state, strict=True, module=None, ema=False):
+    def load_task_state(
+        self, state: dict[str, Any] | None, strict: bool = True, module: Any = None, ema: bool = False
+    ) -> None:
         """Load the losses' state; RuntimeError if it is not there, or another's, unless strict is False."""
         objective = self._trainable().objective
         if ema or not (state or (strict and objective.state_dict())):
@@ -209,25 +231,25 @@ class DistillationTask(_task.TrainingTask):
 class Trainable(nn.Module):
     """All that is trained: the student and the losses with their layers, in one forward, which DDP wraps."""
 
-    def __init__(self, student, objective):
+    def __init__(self, student: nn.Module, objective: "Objective") -> None:
         super().__init__()
         self.student = student
         self.objective = objective
         layers = objective.layers("student")
         self._features = capture(student, layers) if layers else {}
 
-    def forward(self, input, values):
+    def forward(self, input: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """-> the student's logits and the losses by their names. `values`: of the other names that they read."""
         logits = self.student(input)
         features = {f"student.{name}": value for name, value in self._features.items()}
         return logits, self.objective({"student.logits": logits, **features, **values})
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> set[Any] | set[str]:
         """The names of parameters that the student wants without weight decay, which timm's optimizers ask for."""
         names = getattr(_utils.unwrap_model(self.student), "no_weight_decay", set)()
         return {f"student.{name}" for name in names}
 
-    def group_matcher(self, coarse=False):
+    def group_matcher(self, coarse: bool = False) -> Callable[..., Any]:
         """timm's grouping of parameters into layers, for a decay of learning rates: losses go with the last layer."""
         student = _utils.unwrap_model(self.student)
         groups = _models.group_parameters(student, student.group_matcher(coarse=coarse), reverse=True)

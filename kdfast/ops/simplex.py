@@ -20,7 +20,7 @@ TOLERANCE = 1e-13  # of a slope that is scaled alike
 STEPS = 60  # at most, of KDCL's linear rule; logits of 1e2 take 30
 
 
-@op("simplex", lambda slope, **_: shapes.gradient(slope))
+@op("teachers", lambda slope, **_: shapes.gradient(slope))
 def simplex_minimum(
     gram: Tensor,
     slope: Tensor,
@@ -70,7 +70,7 @@ def simplex_minimum(
 
 
 # An op without kernels of its own, so that a compiled graph does not unroll it.
-@op("simplex", lambda networks, **_: networks[0].new_empty(len(networks), dtype=torch.float64), has_kernels=False)
+@op("teachers", lambda networks, **_: networks[0].new_empty(len(networks), dtype=torch.float64), has_kernels=False)
 def best_mixture(
     networks: list[Tensor],
     labels: Tensor,

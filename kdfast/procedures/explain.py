@@ -1,9 +1,11 @@
 """What a network knows about its input: the information that it keeps of each pixel, and when it learned to."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kdfast.ops import check
@@ -24,17 +26,17 @@ class NoiseSigma(nn.Module):
     0-d. As in the official code each forward first clamps the parameter itself to [0.001, 1].
     """
 
-    def __init__(self, sigma, image_size):
+    def __init__(self, sigma: Tensor | list[float], image_size: float) -> None:
         super().__init__()
         check.tensor("sigma", sigma)
         check.floating("sigma", sigma)
         check.count("image_size", image_size)
         if sigma.dim() != 4 or sigma.shape[:2] != (1, 1) or sigma.shape[2] != sigma.shape[3] or not sigma.numel():
             raise ValueError(f"sigma must be (1, 1, size, size), got shape {tuple(sigma.shape)}")
-        self.sigma = nn.Parameter(sigma.detach().clone())
+        self.sigma: nn.Parameter = nn.Parameter(sigma.detach().clone())
         self.image_size = image_size
 
-    def forward(self, image, unit_noise):
+    def forward(self, image: Tensor, unit_noise: Tensor) -> tuple[Tensor, Tensor]:
         for name, x in (("image", image), ("unit_noise", unit_noise)):
             check.maps(name, x)
             if x.shape[2:] != (self.image_size, self.image_size):
@@ -46,16 +48,25 @@ class NoiseSigma(nn.Module):
         noise = F.interpolate(sigma, size=unit_noise.shape[2:], mode="nearest") * unit_noise
         return image + noise, sigma.log().mean() + math.log(2 * math.pi) / 2 + 0.5
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"size={self.sigma.shape[2]}, image_size={self.image_size}"
 
 
-def pixel_entropy(sigma):
+def pixel_entropy(sigma: Tensor) -> Tensor:
     """``log sigma + log(2 pi e) / 2``: the entropy in nats of what a pixel may be without the network noticing."""
     return sigma.log() + (math.log(2 * math.pi) + 1) / 2
 
 
-def learn_sigma(features, images, size, penalty=-2.8, noises=32, steps=80, rate=3e-3, generator=None):
+def learn_sigma(
+    features: Callable[..., Any] | nn.Module,
+    images: Tensor,
+    size: int,
+    penalty: float = -2.8,
+    noises: int = 32,
+    steps: int = 80,
+    rate: float = 3e-3,
+    generator: torch.Generator | None = None,
+) -> Tensor:
     """The noise that each image bears before a network's features change: a :class:`NoiseSigma` trained for each.
 
     Of each image ``E (f(noisy) - f(image))^2 / s - weight penalty(sigma)`` is minimised, s the same mean square under
@@ -113,7 +124,13 @@ def _with_noise(sigma, image, unit_noise):
     return sigma(image[None], unit_noise)
 
 
-def quantify_knowledge(sigma, weight_distance, checkpoints, foreground=None, threshold=0.2):
+def quantify_knowledge(
+    sigma: Tensor,
+    weight_distance: Tensor | list[float],
+    checkpoints: Tensor | list[Any],
+    foreground: Tensor | list[list[bool]] | None = None,
+    threshold: float = 0.2,
+) -> dict[str, Tensor]:
     """Visual concepts of a network, and how it came to them (Cheng et al., CVPR 2020).
 
     A pixel is a concept where its entropy is more than `threshold` nats below the mean over the background. An image's

@@ -59,12 +59,12 @@ def _objective(network, teacher, loss) -> Objective:
 class Ensemble(nn.Module):
     """The mean of the networks' probabilities: inputs -> its logarithms (B, C), which are logits as any others."""
 
-    def __init__(self, networks: Sequence[nn.Module]):
+    def __init__(self, networks: Sequence[nn.Module]) -> None:
         super().__init__()
         if not networks:
             raise ValueError("networks must have at least one network, got none")
-        self.networks = nn.ModuleList(networks)
+        self.networks: nn.ModuleList = nn.ModuleList(networks)
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         log_p = torch.stack([network(inputs).log_softmax(1) for network in self.networks])
         return log_p.logsumexp(0) - math.log(len(self.networks))

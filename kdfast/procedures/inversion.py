@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,11 +67,23 @@ class Augment:
         generator: of the draws, on the CPU.
     """
 
-    def __init__(self, flip=True, jitter=2, contrast=0.1, brightness=0.1, erase=0, generator=None):
+    def __init__(
+        self,
+        flip: bool = True,
+        jitter: int = 2,
+        contrast: float = 0.1,
+        brightness: float = 0.1,
+        erase: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> None:
         for name, value in (("jitter", jitter), ("contrast", contrast), ("brightness", brightness), ("erase", erase)):
             check.number(name, value, 0)
-        self.flip, self.jitter, self.contrast, self.brightness = flip, jitter, contrast, brightness
-        self.erase, self.generator = erase, generator
+        self.flip = flip
+        self.jitter = jitter
+        self.contrast = contrast
+        self.brightness = brightness
+        self.erase = erase
+        self.generator = generator
 
     def draw(self, side: int) -> Change:
         """A change of images with `side` pixels."""
@@ -91,7 +103,9 @@ class Augment:
 
 
 # ---- which boxes a detector is to find -------------------------------------------------------------------------------
-def random_boxes(count, classes, side, smallest, largest, generator=None):
+def random_boxes(
+    count: int, classes: int, side: int, smallest: int, largest: int, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
     """-> boxes (count, 1, 4), left, top, right, bottom in pixels, inside of the image, and labels (count, 1).
 
     DIODE starts every image with one object, of a random class, place, and width and height from `smallest` to
@@ -116,7 +130,9 @@ def box_overlap(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(union > 0, common / torch.where(union > 0, union, 1.0), 0.0)
 
 
-def add_boxes(boxes, labels, found, most=3, overlap=0.2):
+def add_boxes(
+    boxes: Tensor, labels: Tensor, found: list[tuple[Tensor, Tensor]], most: int = 3, overlap: float = 0.2
+) -> tuple[Tensor, Tensor]:
     """DIODE's false-positive sampler: what the detector sees beside the asked objects becomes an object asked for.
 
     -> boxes (B, N + 1, 4) and labels (B, N + 1): of each image the first detection that overlaps none of its boxes by
@@ -152,7 +168,7 @@ class ImagePrior:
     variation_l2: float = 1e-3
     norm: float = 0.0
 
-    def __call__(self, images, norms, inputs):
+    def __call__(self, images: Tensor, norms: list[nn.Module], inputs: list[Tensor]) -> Tensor:
         value = 0.0
         if self.statistics:
             for i, (layer, x) in enumerate(zip(norms, inputs, strict=True)):
@@ -167,7 +183,7 @@ class ImagePrior:
 
 
 @contextlib.contextmanager
-def norm_inputs(norms: Sequence[nn.Module]):
+def norm_inputs(norms: Sequence[nn.Module]) -> Iterator[Any]:
     """-> a list that after each forward holds the inputs of these batch norms, in their order."""
     inputs: list[Any] = [None] * len(norms)
 

@@ -1,6 +1,7 @@
 """Deep mutual learning: networks that teach each other in every step."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,14 @@ class MutualLearning:
         networks: Sequence[nn.Module],
         optimizers: Sequence[torch.optim.Optimizer],
         loss: Callable[[Tensor, list[Tensor], Tensor], Tensor] | None = None,
-    ):
+    ) -> None:
         if len(networks) < 2:
             raise ValueError(f"networks must be at least 2, got {len(networks)}")
         if len(optimizers) != len(networks):
             raise ValueError(f"optimizers must be one per network, {len(networks)}, got {len(optimizers)}")
         self.networks = list(networks)
-        self.optimizers = list(optimizers)
-        self.loss = DML() if loss is None else loss
+        self.optimizers: list[torch.optim.Optimizer] = list(optimizers)
+        self.loss: Callable[..., Any] = DML() if loss is None else loss
 
     def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Update every network once on a batch; -> their losses (N,), each before its own update."""

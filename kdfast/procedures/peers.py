@@ -52,13 +52,13 @@ class PeerExchange:
     def __init__(
         self,
         network: nn.Module,
-        folder: str | os.PathLike,
+        folder: str | os.PathLike[str],
         *,
         every: int = 50,
         timeout: float = 600.0,
         peer: int | None = None,
         peers: int | None = None,
-    ):
+    ) -> None:
         check.count("every", every)
         check.positive("timeout", timeout)
         if peer is None or peers is None:
@@ -68,8 +68,11 @@ class PeerExchange:
         check.count("peers", peers)
         if not 0 <= peer < peers:
             raise ValueError(f"peer must be from 0 to {peers - 1}, got {peer}")
-        self.network, self.folder = network, Path(folder)
-        self.every, self.timeout, self.peer = every, timeout, peer
+        self.network: nn.Module = network
+        self.folder: Path = Path(folder)
+        self.every = every
+        self.timeout = timeout
+        self.peer = peer
         self.steps = 0
         self.folder.mkdir(parents=True, exist_ok=True)
         self._others = [_Peer(i, self._path(i)) for i in range(peers) if i != peer]
@@ -117,8 +120,10 @@ class _Peer:
     """Another process as seen from here: its file, its network once it has been heard from, and when that was."""
 
     def __init__(self, number, path):
-        self.number, self.path = number, path
-        self.network, self.step = None, None
+        self.number = number
+        self.path = path
+        self.network = None
+        self.step = None
         self._seen, self._heard, self._warned = None, time.monotonic(), False
 
     def read(self, network):

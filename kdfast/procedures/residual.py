@@ -36,7 +36,7 @@ class JointPaths(nn.Module):
     first trains its teacher on the joint paths, too, in its stage "JOINT".) Deploy ``nn.Sequential(*paths.student)``.
     """
 
-    def __init__(self, student: Sequence[nn.Module], teacher: Sequence[nn.Module], cuts: Sequence[int]):
+    def __init__(self, student: Sequence[nn.Module], teacher: Sequence[nn.Module], cuts: Sequence[int]) -> None:
         super().__init__()
         if len(student) != len(teacher) or len(student) < 2:
             raise ValueError(
@@ -45,16 +45,16 @@ class JointPaths(nn.Module):
             )
         for cut in cuts:
             check.count("cuts", cut)
-        self.cuts = list(cuts)
+        self.cuts: list[int] = list(cuts)
         if self.cuts != sorted(set(self.cuts)) or not all(cut < len(student) for cut in self.cuts):
             raise ValueError(
                 f"cuts must be rising numbers of stages from 1 to {len(student) - 1} that the student runs before the "
                 f"teacher goes on, got {self.cuts}"
             )
-        self.student = nn.ModuleList(student)
-        self.teacher = nn.ModuleList(frozen(stage) for stage in teacher)
+        self.student: nn.ModuleList = nn.ModuleList(student)
+        self.teacher: nn.ModuleList = nn.ModuleList(frozen(stage) for stage in teacher)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> "JointPaths":
         super().train(mode)
         self.teacher.eval()
         return self

@@ -1,8 +1,10 @@
 """Distillation in wide networks: what a soft label asks for, and how much data it takes."""
 
 import math
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from kdfast.ops import check
@@ -68,7 +70,9 @@ class _EffectiveLogit(torch.autograd.Function):
         return (grad * slope).to(ctx.dtype), None, None, None
 
 
-def effective_logit(teacher_logit, label, soft_ratio, temperature):
+def effective_logit(
+    teacher_logit: Tensor | float, label: Tensor | int, soft_ratio: float, temperature: float
+) -> Tensor:
     """The logit that a student reaches if it can fit anything: Knowledge Distillation in Wide Neural Networks: Risk
     Bound, Data Efficiency and Imperfect Teacher (Ji and Zhu, NeurIPS 2020).
 
@@ -95,7 +99,7 @@ def effective_logit(teacher_logit, label, soft_ratio, temperature):
     return _EffectiveLogit.apply(teacher_logit, label, soft_ratio, temperature)
 
 
-def data_inefficiency(sizes, weight_changes):
+def data_inefficiency(sizes: list[int] | tuple[int, int], weight_changes: Tensor | list[Any]) -> Tensor:
     """How the student's weights still move as the training set grows (Ji and Zhu, NeurIPS 2020).
 
     ``d ln E|dw_n| / d ln n`` between neighbouring sizes n, with dw_n the change of the student's weights by training on

@@ -34,7 +34,7 @@ class Findings:
 
     titles: list[str]
     rows: list[list[str]]
-    records: list[dict]
+    records: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
     pictures: dict[str, Any] = field(default_factory=dict)
     sections: list[str] = field(default_factory=list)

@@ -1,5 +1,6 @@
 """The arguments of `kdfast study`; its exit codes are those of `kdfast distill`."""
 
+import argparse
 import importlib
 
 __all__ = ["add_arguments", "run"]
@@ -12,7 +13,7 @@ STUDIES = {
 }
 
 
-def add_arguments(parser):
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kdfast study`; one that is not given is None, so that --resume can tell."""
     studies = "; ".join(f"{name}: {summary}" for name, summary in STUDIES.items())
     parser.add_argument("study", metavar="STUDY", nargs="?", help=studies)
@@ -29,7 +30,7 @@ def add_arguments(parser):
     )
 
 
-def run(options) -> int:
+def run(options: argparse.Namespace) -> int:
     """Run the study and report; returns the exit code."""
     # Imported here: `kdfast --help` needs none of it.
     from kdfast.distill import pipeline

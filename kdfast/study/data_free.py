@@ -7,6 +7,7 @@ of the images made where student and teacher disagree, too (adaptive DeepInversi
 """
 
 import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,6 +19,10 @@ from kdfast.ops import cross_entropy
 from kdfast.procedures import Augment, ImagePrior, add_boxes, random_boxes, synthesize
 from kdfast.procedures.generations import frozen
 from kdfast.study import Findings, Step, digits, scenes
+
+if TYPE_CHECKING:
+    from kdfast.study.run import Settings
+
 
 __all__ = ["DEFAULTS", "PICTURES", "findings", "steps"]
 
@@ -40,7 +45,7 @@ DIGIT_PRIOR = ImagePrior(statistics=1.0, first=1.0, p=2, variation_l2=1e-3)
 COMPETITION = 2.0  # weight of the adaptive term
 
 
-def steps(settings):
+def steps(settings: "Settings") -> "list[Step]":
     """First the detectors, then the digits."""
     seed = settings.seed
 
@@ -117,7 +122,7 @@ def _make_scenes(seed, number, results, progress):
     return {"images": images}
 
 
-SCENE_SOURCES = {
+SCENE_SOURCES: dict[str, Any] = {
     "real scenes": lambda seed, results: _training_scenes(seed)[0],
     "synthetic scenes": lambda seed, results: torch.cat([results[f"scenes {i}"]["images"] for i in range(BATCHES)]),
     "noise": lambda seed, results: digits.seeded(
@@ -184,7 +189,7 @@ def _make_digits(seed, student, number, results, progress):
     return {"images": synthesize(teacher, norms, loss, start, DIGIT_STEPS, DIGIT_PRIOR, 0.1, augment, limits)}
 
 
-DIGIT_SOURCES = {  # name -> the steps whose images it has; none: the training set, or noise
+DIGIT_SOURCES: dict[str, Any] = {  # name -> the steps whose images it has; none: the training set, or noise
     "training set": (),
     "noise": None,
     "all digits": ("digits", "more digits"),
@@ -226,7 +231,7 @@ def _rows(results):
         yield f"digits: student, {label}", result["images"], result["score"]
 
 
-def findings(settings, results):
+def findings(settings: "Settings", results: dict[str, Any]) -> "Findings":
     """Scores of teachers and students, and pictures of what the students have learnt on."""
     rows = list(_rows(results))
     records = [

@@ -2,6 +2,8 @@
 
 import functools
 import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -10,24 +12,37 @@ from kdfast.distill import data
 from kdfast.distill.settings import DIGITS
 from kdfast.distill.train import derived_seed
 
+if TYPE_CHECKING:
+    from kdfast.distill.data import Data
+
+
 __all__ = ["accuracy", "fit", "load", "seeded"]
 
 BATCH = 64
 
 
 @functools.cache
-def load():
+def load() -> "Data":
     """The digits, :class:`kdfast.distill.data.Data`: 8 x 8 pixels, half of them for testing."""
     return data.load(DIGITS, image_size=None)
 
 
-def seeded(make, *parts):
+def seeded(make: Callable[..., Any], *parts: Any) -> Any:
     """``make()`` after seeding torch with these numbers: what one training draws does not depend on the others."""
     torch.manual_seed(derived_seed(*parts))
     return make()
 
 
-def fit(network, objective, epochs, rate, seed, after=None, samples=None, batch=BATCH):
+def fit(
+    network: Any,
+    objective: Callable[..., Any],
+    epochs: int,
+    rate: float,
+    seed: int,
+    after: Callable[..., Any] | None = None,
+    samples: tuple[Any, ...] | None = None,
+    batch: int = BATCH,
+) -> None:
     """Train the parameters of `network` that need gradients with ``objective(*samples of a batch, epoch)``.
 
     `samples` are equally long tensors, by default images and labels of the training set. Adam, from `rate` along a
@@ -50,7 +65,7 @@ def fit(network, objective, epochs, rate, seed, after=None, samples=None, batch=
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module):
+def accuracy(network: nn.Module) -> float:
     """The share of test images that `network`, images -> logits, classifies correctly, in percent."""
     network.eval()
     answers = network(load().test_images).argmax(1)

@@ -6,8 +6,10 @@ learns all from the labels. The foreground is the ink of the digit.
 """
 
 import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from kdfast._extras import require
 from kdfast.distill.models import ConvNet
@@ -17,6 +19,10 @@ from kdfast.ops import cross_entropy
 from kdfast.procedures import learn_sigma, pixel_entropy, quantify_knowledge
 from kdfast.procedures.generations import frozen
 from kdfast.study import Findings, Step, digits
+
+if TYPE_CHECKING:
+    from kdfast.study.run import Settings
+
 
 __all__ = ["DEFAULTS", "PICTURES", "findings", "steps"]
 
@@ -32,7 +38,7 @@ NOISE = {"noises": 32, "steps": 80}
 THRESHOLD = 0.2  # nats below the background, from which a pixel is a concept
 
 
-def steps(settings):
+def steps(settings: "Settings") -> "list[Step]":
     """For each seed: teacher, student alone and student with teacher, each with its noise at the checkpoints."""
     return [
         Step(f"{name} seed {seed}", functools.partial(_train, settings, name, seed))
@@ -41,13 +47,13 @@ def steps(settings):
     ]
 
 
-def checkpoints(epochs):
+def checkpoints(epochs: int) -> list[int]:
     """The epochs, counted from 0, after which the network is looked at."""
     shares = torch.linspace(0, 1, CHECKPOINTS, dtype=torch.float64)
     return sorted({round(float(epochs**share)) - 1 for share in shares})
 
 
-def pictured():
+def pictured() -> tuple[Tensor, Tensor]:
     """-> the images, (IMAGES, 1, 8, 8), and where their ink is, (IMAGES, 8, 8)."""
     images = digits.load().test_images
     images = images[torch.linspace(0, len(images) - 1, IMAGES).long()]  # of every class: they lie in their order
@@ -113,7 +119,7 @@ def _from_features(network, teacher):
 
 
 # ---- what they show --------------------------------------------------------------------------------------------------
-def concepts(sigma):
+def concepts(sigma: Tensor) -> tuple[Tensor, Tensor]:
     """-> which pixels are concepts, as `quantify_knowledge` has them, (images, checkpoints, 8, 8), and the ink."""
     ink = pictured()[1]
     entropy = pixel_entropy(sigma)
@@ -128,7 +134,7 @@ COLUMNS = {  # of the table: title -> key of `quantify_knowledge`
 }
 
 
-def findings(settings, results):
+def findings(settings: "Settings", results: dict[str, Any]) -> "Findings":
     """Knowledge of the three networks, over the seeds."""
     looks = checkpoints(settings.epochs)
     records, curves = [], {}

@@ -6,9 +6,10 @@ hardly reaches the first stages. Student and teacher are equal but for the short
 
 import functools
 import statistics
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast._extras import require
 from kdfast.distill.report import mean_and_spread
@@ -17,6 +18,11 @@ from kdfast.ops import cross_entropy
 from kdfast.procedures import JointPaths
 from kdfast.procedures.generations import frozen
 from kdfast.study import Findings, Step, digits
+
+if TYPE_CHECKING:
+    from kdfast.losses.residual import JointLoss
+    from kdfast.study.run import Settings
+
 
 __all__ = ["DEFAULTS", "PICTURES", "findings", "steps"]
 
@@ -45,17 +51,17 @@ def _norm_conv(channels, width, side, stride=1):
 class Block(nn.Module):
     """ReLU, convolution, ReLU, convolution, and the shortcut if there is one: maps before their ReLU, in and out."""
 
-    def __init__(self, channels, width, stride, shortcut):
+    def __init__(self, channels: int, width: int, stride: int, shortcut: bool) -> None:
         super().__init__()
-        self.first = _norm_conv(channels, width, 3, stride)
-        self.second = _norm_conv(width, width, 3)
+        self.first: nn.Sequential = _norm_conv(channels, width, 3, stride)
+        self.second: nn.Sequential = _norm_conv(width, width, 3)
         self.shortcut = None
         if shortcut:
-            self.shortcut = (
+            self.shortcut: None = (
                 nn.Identity() if (channels, stride) == (width, 1) else _norm_conv(channels, width, 1, stride)
             )
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x.relu()
         y = self.second(self.first(x).relu())
         return y if self.shortcut is None else y + self.shortcut(x)
@@ -64,15 +70,15 @@ class Block(nn.Module):
 class Head(nn.Module):
     """Maps before their ReLU -> logits."""
 
-    def __init__(self, channels, classes):
+    def __init__(self, channels: int, classes: int) -> None:
         super().__init__()
-        self.classifier = nn.Linear(channels, classes)
+        self.classifier: nn.Linear = nn.Linear(channels, classes)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.classifier(x.relu().mean((2, 3)))
 
 
-def stages(shortcut):
+def stages(shortcut: bool) -> list[nn.Module]:
     """The network as a list: a convolution, the blocks, the head."""
     listed, channels = [_norm_conv(1, WIDTHS[0], 3)], WIDTHS[0]
     for number, width in enumerate(WIDTHS):
@@ -83,13 +89,13 @@ def stages(shortcut):
     return [*listed, Head(channels, classes=10)]
 
 
-def cuts():
+def cuts() -> list[int]:
     """After each width's last block: one joint path from there into the teacher."""
     return [1 + BLOCKS * (number + 1) for number in range(len(WIDTHS))]
 
 
 # ---- the trainings ---------------------------------------------------------------------------------------------------
-def steps(settings):
+def steps(settings: "Settings") -> "list[Step]":
     """One training for each row and seed; the teacher of a seed comes before its students."""
     return [
         Step(f"{name} seed {seed}", functools.partial(_train, settings, name, seed))
@@ -139,14 +145,18 @@ def _from_logits(network, teacher):
 class Residual(nn.Module):
     """All that learns in residual distillation: the student, and for each path a connector to the teacher's maps."""
 
-    def __init__(self, student, teacher, loss):
+    def __init__(self, student: nn.Module, teacher: list[nn.Module], loss: "JointLoss") -> None:
         super().__init__()
-        self.paths = JointPaths(list(student), teacher, cuts())
-        self.connectors = nn.ModuleList(OFDConnector(WIDTHS[-1], WIDTHS[-1]) for _ in range(len(cuts()) + 1))
+        self.paths: JointPaths = JointPaths(list(student), teacher, cuts())
+        self.connectors: nn.ModuleList = nn.ModuleList(
+            OFDConnector(WIDTHS[-1], WIDTHS[-1]) for _ in range(len(cuts()) + 1)
+        )
         self.loss = loss
-        self.norm = [module for module in self.paths.teacher.modules() if isinstance(module, nn.BatchNorm2d)][-1]
+        self.norm: nn.BatchNorm2d = [
+            module for module in self.paths.teacher.modules() if isinstance(module, nn.BatchNorm2d)
+        ][-1]
 
-    def objective(self, images, labels, epoch):
+    def objective(self, images: Tensor, labels: Tensor, epoch: int) -> Tensor:
         """The loss of a batch."""
         logits, features = self.paths(images)
         (target,) = self.paths.targets(images).features
@@ -158,7 +168,7 @@ class Residual(nn.Module):
 
 
 # ---- what they show --------------------------------------------------------------------------------------------------
-def findings(settings, results):
+def findings(settings: "Settings", results: dict[str, Any]) -> "Findings":
     """Accuracies by row, and their curves."""
     histories = {name: [results[f"{name} seed {seed}"]["history"] for seed in settings.every_seed] for name in ROWS}
     last = {name: [history[-1] for history in group] for name, group in histories.items()}

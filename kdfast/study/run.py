@@ -1,7 +1,10 @@
 """A study in its folder: settings, the steps in their order, each stored when it is done, then table and pictures."""
 
+import argparse
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import kdfast
 from kdfast._extras import require
@@ -33,22 +36,22 @@ class Settings:
     threads: int
 
     @property
-    def every_seed(self):
+    def every_seed(self) -> Any:
         """The seeds in order."""
         return range(self.seed, self.seed + self.seeds)
 
 
-def refuse(message):
+def refuse(message: str) -> None:
     """Raise the error of a problem that the user can solve."""
     raise DistillError(message)
 
 
-def files(study):
+def files(study: Any) -> tuple[Any, ...]:
     """The names of what `study` writes beside its checkpoints."""
     return RESULTS, *study.PICTURES
 
 
-def resolve(study, options, stored=None):
+def resolve(study: Any, options: argparse.Namespace, stored: dict[str, Any] | None = None) -> "Settings":
     """Settings from the parsed `options`; what was not given comes from the `stored` run, else from the study."""
     defaults = {"epochs": None, "seed": None, "seeds": None, "threads": 1, **study.DEFAULTS}
     values = {}
@@ -61,7 +64,7 @@ def resolve(study, options, stored=None):
     return Settings(options.study, **values)
 
 
-def run(study, options, folder):
+def run(study: Any, options: argparse.Namespace, folder: Path) -> None:
     """Do the steps of the module `study` that are not done yet in `folder`, and show what they found."""
     settings_file = folder / "settings.json"
     names = Settings.__dataclass_fields__
@@ -107,7 +110,9 @@ class _Share:
     """``share(x)`` moves the bar to x of the step with this number."""
 
     def __init__(self, progress, number, name):
-        self.progress, self.number, self.name = progress, number, name
+        self.progress = progress
+        self.number = number
+        self.name = name
 
     def __call__(self, share):
         self.progress.at(self.number + share, self.name)

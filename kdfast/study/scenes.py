@@ -1,8 +1,10 @@
 """Generated scenes of shapes, a small one-stage detector for them, its loss and its mean average precision."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast.distill.train import derived_seed
 from kdfast.procedures import box_overlap
@@ -17,7 +19,7 @@ CELL = 4  # pixels of a cell along a side; an object belongs to the cell of its 
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------------
-def scenes(count, *seed):
+def scenes(count: int, *seed: Any) -> tuple[Tensor, Tensor, Tensor]:
     """-> images (count, 3, SIDE, SIDE) in 0..1, boxes (count, MOST, 4) in pixels, labels (count, MOST), -1 for none.
 
     One to three shapes that do not overlap, each of one bright colour, on a dark slope of a colour with noise.
@@ -68,26 +70,26 @@ class Detector(nn.Module):
     logarithms of width and height in cells; logits of the classes.
     """
 
-    def __init__(self, width):
+    def __init__(self, width: int) -> None:
         super().__init__()
         layers, channels = [], 3
         for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (4 * width, 2), (4 * width, 1), (4 * width, 1)):
             convolution = nn.Conv2d(channels, out, 3, stride, padding=1, bias=False)
             layers += [convolution, nn.BatchNorm2d(out), nn.ReLU()]
             channels = out
-        self.body = nn.Sequential(*layers)
-        self.head = nn.Conv2d(channels, 5 + len(CLASSES), 1)
+        self.body: nn.Sequential = nn.Sequential(*layers)
+        self.head: nn.Conv2d = nn.Conv2d(channels, 5 + len(CLASSES), 1)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         return self.head(self.body(images))
 
     @property
-    def norms(self):
+    def norms(self) -> list[nn.Module]:
         """The batch norms in the order of their use."""
         return [layer for layer in self.body if isinstance(layer, nn.BatchNorm2d)]
 
 
-def detection_loss(raw, boxes, labels):
+def detection_loss(raw: Tensor, boxes: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of objects and classes and mean distance of places and sizes, as in YOLO's first version."""
     image, number = (labels >= 0).nonzero(as_tuple=True)
     box, label = boxes[image, number], labels[image, number]
@@ -103,7 +105,7 @@ def detection_loss(raw, boxes, labels):
 
 
 @torch.no_grad()
-def decode(raw, threshold=0.05, overlap=0.4):
+def decode(raw: Tensor, threshold: float = 0.05, overlap: float = 0.4) -> list[tuple[Tensor, Tensor, Tensor]]:
     """-> of each image (boxes (K, 4), labels (K,), scores (K,)), best first, without those that overlap a better one
     of their class."""
     found = []
@@ -126,7 +128,9 @@ def decode(raw, threshold=0.05, overlap=0.4):
     return found
 
 
-def mean_average_precision(found, boxes, labels, overlap=0.5):
+def mean_average_precision(
+    found: list[tuple[Tensor, Tensor, Tensor]], boxes: Tensor, labels: Tensor, overlap: float = 0.5
+) -> float:
     """Of detections as :func:`decode` gives them, in percent: the area below precision over recall, meaned over
     the classes.
 

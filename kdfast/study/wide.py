@@ -8,16 +8,21 @@ whether a digit is odd; the teachers have been stopped at different times.
 
 import functools
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from kdfast._extras import require
 from kdfast.distill.report import mean_and_spread
 from kdfast.distill.train import derived_seed
 from kdfast.procedures import data_inefficiency, effective_logit
 from kdfast.study import Findings, Step, digits
+
+if TYPE_CHECKING:
+    from kdfast.study.run import Settings
+
 
 __all__ = ["DEFAULTS", "PICTURES", "findings", "soft_ratio_loss", "steps"]
 
@@ -30,10 +35,10 @@ SOFT_RATIOS = (1.0, 0.99, 0.9, 0.5, 0.1, 0.01)
 TEMPERATURE = 2.0
 TEACHER_STEPS = {"teacher": 2000, "stopped early": 60, "stopped earlier": 20}
 # The network that is trained in earnest, by gradient descent, to compare.
-CHECK = {"width": 4096, "samples": 64, "soft_ratio": 0.5, "steps": 4000, "rate": 4.0}
+CHECK: dict[str, Any] = {"width": 4096, "samples": 64, "soft_ratio": 0.5, "steps": 4000, "rate": 4.0}
 
 
-def soft_ratio_loss(student, teacher, labels, soft_ratio, temperature):
+def soft_ratio_loss(student: Tensor, teacher: Tensor, labels: Tensor, soft_ratio: float, temperature: float) -> Tensor:
     """``rho H(sigma(t / T), sigma(s / T)) + (1 - rho) H(y, sigma(s))``, H the binary cross-entropy, meaned; rho =
     soft_ratio. Its derivative in s is 0 at the effective logit. Shapes: (B,) logits, labels 0 or 1; 0-d.
     """
@@ -64,7 +69,7 @@ def _student(inputs, hidden, last):
     return active @ last / math.sqrt(len(last)), active
 
 
-def kernel(inputs, hidden, last):
+def kernel(inputs: Tensor, hidden: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """-> the kernel of the student's gradients, of each pair of inputs (N, N), and its logits (N,)."""
     logits, active = _student(inputs, hidden, last)
     slopes = (active > 0) * last
@@ -89,14 +94,14 @@ def _teacher(count, seed, results, progress):
 
 
 # ---- the measurement -------------------------------------------------------------------------------------------------
-def steps(settings):
+def steps(settings: "Settings") -> "list[Step]":
     """The teachers, a linearised student from each seed, and one student that is trained in earnest."""
     teachers = [Step(name, functools.partial(_teacher, count, settings.seed)) for name, count in TEACHER_STEPS.items()]
     students = [Step(f"student seed {seed}", functools.partial(_measure, seed)) for seed in settings.every_seed]
     return [*teachers, *students, Step("trained student", functools.partial(_train, settings.seed))]
 
 
-def fitted(kernel, start, target, index):
+def fitted(kernel: Tensor, start: Tensor, target: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The linearised student that has learnt `target` on the samples `index`: -> |dw|, logits of all samples (N,)."""
     lacking = (target - start)[index, None]
     share = torch.cholesky_solve(lacking, torch.linalg.cholesky(kernel[index][:, index]))
@@ -149,7 +154,7 @@ def _train(seed, results, progress):
 
 
 # ---- what they show --------------------------------------------------------------------------------------------------
-def findings(settings, results):
+def findings(settings: "Settings", results: dict[str, Any]) -> "Findings":
     """Data inefficiency and accuracy by teacher and soft ratio."""
     students = [results[f"student seed {seed}"] for seed in settings.every_seed]
     lengths, accuracies = (torch.stack([s[key] for s in students]) for key in ("lengths", "accuracies"))
