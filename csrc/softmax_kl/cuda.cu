@@ -102,22 +102,24 @@ __device__ void near_mixture_row(const Matrix& student, const Matrix& teacher, i
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) softmax_kl_forward_kernel(Inputs<A> in, Shares<A> shares) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
+                              Shares<A> shares, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
-  if (row >= in.rows) return;
-  const A rate = in.temperature.rate(row);
-  const Matrix &p = shares.reverse ? in.student : in.teacher, &q = shares.reverse ? in.teacher : in.student;
-  const State<A> s = kl_sweep<kThreads>(p, q, row, in.cols, -1, rate);
+  if (row >= rows) return;
+  const A rate = temperature.rate(row);
+  const Matrix &p = shares.reverse ? student : teacher, &q = shares.reverse ? teacher : student;
+  const State<A> s = kl_sweep<kThreads>(p, q, row, cols, -1, rate);
   const Softmax<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
   A kl_s = 0, kl_t = 0;
   if (!shares.mixed) {
-    (shares.reverse ? kl_s : kl_t) = row_kl<kThreads>(s, p, q, row, in.cols, -1, rate);
+    (shares.reverse ? kl_s : kl_t) = row_kl<kThreads>(s, p, q, row, cols, -1, rate);
   } else {
     const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
-    for_steps<kThreads>(0, in.cols, [&](int64_t col) {
+    for_steps<kThreads>(0, cols, [&](int64_t col) {
       A z_s[kStep], z_t[kStep];
-      read(in.student, row, col, in.cols, -infinity<A>(), z_s);
-      read(in.teacher, row, col, in.cols, -infinity<A>(), z_t);
+      read(student, row, col, cols, -infinity<A>(), z_s);
+      read(teacher, row, col, cols, -infinity<A>(), z_t);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), shares.p, shares.q);
@@ -129,16 +131,16 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks) softmax_kl_forward_kernel(
     kl_s = A(kLn2) * group_reduce<kThreads>(kl_s, Add{});
     if (kl_s < A(kNear) || kl_t < A(kNear)) {  // next to 0 and 1 a mixture is near one of them
       A near_s = 0, near_t = 0;
-      near_mixture_row<kThreads>(in.student, in.teacher, row, in.cols, log_s, log_t, shares, near_s, near_t);
+      near_mixture_row<kThreads>(student, teacher, row, cols, log_s, log_t, shares, near_s, near_t);
       if (kl_s < A(kNear)) kl_s = near_s;
       if (kl_t < A(kNear)) kl_t = near_t;
     }
   }
   if (is_leader<kThreads>()) {
-    in.stats.set_softmax(kStudent, row, side_s);
-    in.stats.set_softmax(kTeacher, row, side_t);
-    in.stats[kStudent + kKl][row] = kl_s;
-    in.stats[kTeacher + kKl][row] = kl_t;
+    stats.set_softmax(kStudent, row, side_s);
+    stats.set_softmax(kTeacher, row, side_t);
+    stats[kStudent + kKl][row] = kl_s;
+    stats[kTeacher + kKl][row] = kl_t;
   }
 }
 
@@ -523,7 +525,7 @@ struct Cuda : DeviceBackend {
   template <class A>
   void softmax_kl(const Inputs<A>& in, const Shares<A>& shares) const {
     launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, in.rows, in.cols, 1,
-                in, shares);
+                in.student, in.teacher, in.rows, in.cols, in.temperature, shares, in.stats);
   }
 
   template <class A>
