@@ -12,6 +12,8 @@ namespace kdfast {
 namespace attention {
 namespace {
 
+constexpr int64_t kElementGrain = 16384;  // elements that are worth a thread: fewer take less time than to wake one
+
 // One sample of x [B, C, N] as a matrix of channels, or (`last`) of positions.
 Matrix sample(const Tensor& x, int64_t b, bool last) {
   const int64_t offset = b * x.stride(0) * static_cast<int64_t>(x.element_size());
@@ -33,13 +35,13 @@ void copy(const Matrix& m, int64_t row, int64_t col, int64_t n, A* to) {
   });
 }
 
-// ---- maps. A task is one sample's piece of positions, whose sums stay in the first-level cache over all channels.
-constexpr int64_t kAbreast = 4;  // long channels that are added to the sums at once; short ones are read as they lie
+// ---- maps. A task is one sample's piece of positions, whose sums stay in the L1 cache over all channels.
+constexpr int64_t kUnroll = 4;  // long channels that are added to the sums together; short ones one by one
 
 template <int P, class A>
 KD_MULTIVERSION void add_channels(const A* x, int64_t stride, int64_t channels, int64_t n, int64_t p, A* sum) {
   int64_t c = 0;
-  for (; n >= kChunk && c + kAbreast <= channels; c += kAbreast, x += kAbreast * stride) {
+  for (; n >= kChunk && c + kUnroll <= channels; c += kUnroll, x += kUnroll * stride) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       sum[i] += (power<P>(x[i], p) + power<P>(x[stride + i], p)) +
@@ -64,11 +66,11 @@ void add_rows(const Matrix& m, int64_t channels, int64_t begin, int64_t end, int
     const A* x = static_cast<const A*>(m.data) + begin;
     return add_channels<P>(x, m.row_stride, channels, end - begin, p, sum + begin);
   }
-  alignas(64) A buffer[kAbreast * kChunk];
+  alignas(64) A buffer[kUnroll * kChunk];
   for (int64_t at = begin; at < end; at += kChunk) {
     const int64_t n = std::min(kChunk, end - at);
-    for (int64_t c = 0; c < channels; c += kAbreast) {
-      const int64_t rows = std::min(kAbreast, channels - c);
+    for (int64_t c = 0; c < channels; c += kUnroll) {
+      const int64_t rows = std::min(kUnroll, channels - c);
       for (int64_t r = 0; r < rows; ++r) copy(m, c + r, at, n, buffer + r * kChunk);
       add_channels<P>(buffer, kChunk, rows, n, p, sum + at);
     }
@@ -94,7 +96,7 @@ template <class A>
 void write_maps(const Tensor& x, int64_t p, A* sums) {
   const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
   const bool last = is_channels_last(x);
-  const int64_t piece = last ? std::max<int64_t>(1, 16384 / channels) : 4 * kChunk;
+  const int64_t piece = last ? std::max<int64_t>(1, kElementGrain / channels) : 4 * kChunk;
   const int64_t pieces = (positions + piece - 1) / piece;
   for_each(batch * pieces, 1, [&](int64_t task) {
     const int64_t b = task / pieces, begin = task % pieces * piece, end = std::min(begin + piece, positions);
@@ -164,8 +166,8 @@ KD_MULTIVERSION void scale_positions(const A* x, int64_t stride, int64_t rows, i
   }
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void transfer(const Tensor& student, const Tensor& teacher, int64_t p, bool need_student, bool need_teacher, A* s,
@@ -175,7 +177,7 @@ struct Cpu {
     write_maps(teacher, p, t);
     const double entries = std::max<double>(1, static_cast<double>(batch) * static_cast<double>(positions));
     std::vector<double> of_sample(batch);
-    for_each(batch, std::max<int64_t>(1, 16384 / positions), [&](int64_t b) {
+    for_each(batch, std::max<int64_t>(1, kElementGrain / positions), [&](int64_t b) {
       A *m_s = s + b * positions, *m_t = t + b * positions;
       const Norms<A> norms(sum_squares(m_s, positions), sum_squares(m_t, positions), student.size(1), teacher.size(1));
       const GapSums sums = sum_gaps(m_s, m_t, positions, norms);
@@ -201,7 +203,7 @@ struct Cpu {
         (last ? scale_positions<kP, A> : scale_channels<kP, A>)(from, stride, count, n, slopes, p - 1, upstream, to);
       });
     };
-    for_ranges(x.size(0) * rows, std::max<int64_t>(1, 16384 / cols), [&](int64_t begin, int64_t end) {
+    for_ranges(x.size(0) * rows, std::max<int64_t>(1, kElementGrain / cols), [&](int64_t begin, int64_t end) {
       alignas(64) A buffer[kChunk], result[kChunk];
       for (int64_t row = begin, count; row < end; row += count) {
         const int64_t b = row / rows, r = row % rows;

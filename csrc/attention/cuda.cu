@@ -6,8 +6,7 @@ namespace kdfast {
 namespace attention {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-constexpr int kWide = kWarp * kStep;  // neighbours in memory that a warp reads at once
+constexpr int kWide = kWarp * kStep;  // contiguous elements that a warp reads in one access
 
 // A tensor x [B, C, N].
 struct Maps {
@@ -39,7 +38,7 @@ struct Maps {
 
 // sums [B, N] = sum over channels of x^p. A block has kWide positions, its warps take turns on the channels.
 template <int P, class A>
-__global__ void __launch_bounds__(kThreads, 1) sum_channels_kernel(Maps x, int64_t p, A* sums) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) sum_channels_kernel(Maps x, int64_t p, A* sums) {
   const int64_t pieces = (x.positions + kWide - 1) / kWide, b = blockIdx.x / pieces;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t n = blockIdx.x % pieces * kWide + lane * kStep;
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kThreads, 1) sum_channels_kernel(Maps x, int64
 
 // The same where channels are neighbours: a warp has a position.
 template <int P, class A>
-__global__ void __launch_bounds__(kThreads, 1) sum_neighbours_kernel(Maps x, int64_t p, A* sums) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) sum_neighbours_kernel(Maps x, int64_t p, A* sums) {
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (row >= x.batch * x.positions) return;
   A sum = 0;
@@ -87,39 +86,39 @@ void write_maps(const OnDevice& device, const Tensor& tensor, int64_t p, A* sums
   dispatch_power(p, [&](auto exponent) {
     constexpr int kP = decltype(exponent)::value;
     if (is_channels_last(tensor)) {
-      launch(device, {blocks_for(x.batch * x.positions, kWarps), kThreads}, sum_neighbours_kernel<kP, A>, x, p, sums);
+      launch(device, {blocks_for(x.batch * x.positions, kWarps), kBlock}, sum_neighbours_kernel<kP, A>, x, p, sums);
     } else {
-      launch(device, {x.batch * blocks_for(x.positions, kWide), kThreads}, sum_channels_kernel<kP, A>, x, p, sums);
+      launch(device, {x.batch * blocks_for(x.positions, kWide), kBlock}, sum_channels_kernel<kP, A>, x, p, sums);
     }
   });
 }
 
 // The loss of one sample, a block's, and its slopes in place of the maps.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     compare_kernel(A* maps_s, A* maps_t, int64_t positions, int64_t channels_s, int64_t channels_t, A factor,
                    bool need_student, bool need_teacher, double* losses) {
   A *m_s = maps_s + blockIdx.x * positions, *m_t = maps_t + blockIdx.x * positions;
   double square_s = 0, square_t = 0;
-  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+  for (int64_t n = threadIdx.x; n < positions; n += kBlock) {
     square_s += static_cast<double>(m_s[n]) * m_s[n];
     square_t += static_cast<double>(m_t[n]) * m_t[n];
   }
-  square_s = group_reduce<kThreads>(square_s, Add{});
-  square_t = group_reduce<kThreads>(square_t, Add{});
+  square_s = group_reduce<kBlock>(square_s, Add{});
+  square_t = group_reduce<kBlock>(square_t, Add{});
   const Norms<A> norms(square_s, square_t, channels_s, channels_t);
   double loss = 0, along_s = 0, along_t = 0;
-  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+  for (int64_t n = threadIdx.x; n < positions; n += kBlock) {
     const double gap = norms.gap(m_s[n], m_t[n]);
     loss += gap * gap;
     along_s += gap * (m_s[n] * norms.inverse_s);
     along_t += gap * (m_t[n] * norms.inverse_t);
   }
-  loss = group_reduce<kThreads>(loss, Add{});
-  along_s = norms.floored_s ? 0 : group_reduce<kThreads>(along_s, Add{});
-  along_t = norms.floored_t ? 0 : group_reduce<kThreads>(along_t, Add{});
+  loss = group_reduce<kBlock>(loss, Add{});
+  along_s = norms.floored_s ? 0 : group_reduce<kBlock>(along_s, Add{});
+  along_t = norms.floored_t ? 0 : group_reduce<kBlock>(along_t, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
-  for (int64_t n = threadIdx.x; n < positions; n += kThreads) {
+  for (int64_t n = threadIdx.x; n < positions; n += kBlock) {
     const A gap = norms.gap(m_s[n], m_t[n]), q_s = m_s[n] * norms.inverse_s, q_t = m_t[n] * norms.inverse_t;
     if (need_student) m_s[n] = factor * slope(q_s, gap, static_cast<A>(along_s), norms.inverse_s);
     if (need_teacher) m_t[n] = -factor * slope(q_t, gap, static_cast<A>(along_t), norms.inverse_t);
@@ -133,10 +132,10 @@ __global__ void loss_kernel(const double* sum, double entries, A* loss) {
 
 // slope_n x_cn^(p-1). A thread has kStep neighbours in memory; out [B, rows, cols] lies as x does.
 template <int P, class A>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     gradient_kernel(Maps x, Column grad, const A* slopes, int64_t p, bool last, Matrix out) {
   const int64_t rows = last ? x.positions : x.channels, cols = last ? x.channels : x.positions;
-  const int64_t pieces = (cols + kStep - 1) / kStep, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t pieces = (cols + kStep - 1) / kStep, at = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (at >= x.batch * rows * pieces) return;
   const int64_t row = at / pieces, col = at % pieces * kStep, b = row / rows, r = row % rows;
   const A upstream = read<A>(grad, 0);
@@ -151,10 +150,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   write(out, row, col, cols, value);
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void transfer(const Tensor& student, const Tensor& teacher, int64_t p, bool need_student, bool need_teacher, A* s,
@@ -168,7 +165,7 @@ struct Cuda {
     write_maps(device, teacher, p, t);
     DeviceMemory<double> losses(student, batch + 1);
     const double entries = static_cast<double>(batch) * static_cast<double>(positions);
-    launch(device, {batch, kThreads}, compare_kernel<A>, s, t, positions, student.size(1), teacher.size(1),
+    launch(device, {batch, kBlock}, compare_kernel<A>, s, t, positions, student.size(1), teacher.size(1),
            static_cast<A>(2.0 * static_cast<double>(p) / entries), need_student, need_teacher, losses.data());
     sum_of(device, student, Partial{losses.data()}, batch, losses.data() + batch);
     launch(device, {1, 1}, loss_kernel<A>, losses.data() + batch, entries, data<A>(loss));
@@ -179,11 +176,11 @@ struct Cuda {
     const Maps maps(x);
     const bool last = is_channels_last(x);
     const int64_t rows = last ? maps.positions : maps.channels, cols = last ? maps.channels : maps.positions;
-    const int64_t blocks = blocks_for(maps.batch * rows * blocks_for(cols, kStep), kThreads);
+    const int64_t blocks = blocks_for(maps.batch * rows * blocks_for(cols, kStep), kBlock);
     if (blocks == 0) return;
     dispatch_power(p - 1, [&](auto exponent) {
       constexpr int kP = decltype(exponent)::value;
-      launch(device, {blocks, kThreads}, gradient_kernel<kP, A>, maps, grad, slopes, p - 1, last, out);
+      launch(device, {blocks, kBlock}, gradient_kernel<kP, A>, maps, grad, slopes, p - 1, last, out);
     });
   }
 };

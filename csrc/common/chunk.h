@@ -1,4 +1,4 @@
-// Rows read and written by pieces that stay in the first-level cache, as the accumulation type A, on the CPU.
+// Rows read and written in pieces that fit into the L1 cache, as the accumulation type A, on the CPU.
 #pragma once
 
 #include "common/tensor.h"
@@ -62,9 +62,8 @@ const A* read(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* buffer)
   return buffer;
 }
 
-// Asks the second-level cache for a row of up to kChunk elements while the one before it is worked on, if there is such
-// a row and it is read in place. Every row begins on another page, where the machine's own prefetching starts anew. Not
-// inlined, it would be left out: GCC sees no effect.
+// Prefetches a row of up to kChunk elements into L2, if it exists and is read in place. Rows begin on different pages,
+// where the hardware prefetcher has to start anew. Always inlined: GCC drops calls of a function without side effects.
 template <class A>
 KD_INLINED inline void prefetch(const Matrix& m, int64_t row, int64_t rows, int64_t cols) {
 #if defined(__GNUC__)

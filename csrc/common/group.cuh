@@ -7,7 +7,10 @@
 namespace kdfast {
 
 constexpr int kWarp = 32;
-constexpr int kStep = 8;  // consecutive elements that a thread handles at once: 16-byte accesses for every dtype
+constexpr int kBlock = 256;    // threads
+constexpr int kMinBlocks = 1;  // per multiprocessor: without it, ptxas spills registers to fit more blocks
+constexpr int kWarps = kBlock / kWarp;
+constexpr int kStep = 8;  // consecutive elements of a thread: 16-byte accesses for every dtype
 
 struct Add {
   template <class A>
@@ -50,7 +53,7 @@ __device__ bool is_packed(const T* at, int64_t stride, int64_t left) {
 }
 
 template <class T, class A>
-__device__ void read_step(const T* from, int64_t stride, int64_t left, A absent, A (&to)[kStep]) {
+__device__ void read_step(const T* from, int64_t stride, int64_t left, A fill, A (&to)[kStep]) {
   if (is_packed(from, stride, left)) {
     const Packed<T>* packs = reinterpret_cast<const Packed<T>*>(from);
 #pragma unroll
@@ -61,7 +64,7 @@ __device__ void read_step(const T* from, int64_t stride, int64_t left, A absent,
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < kStep; ++i) to[i] = i < left ? static_cast<A>(from[i * stride]) : absent;
+    for (int i = 0; i < kStep; ++i) to[i] = i < left ? static_cast<A>(from[i * stride]) : fill;
   }
 }
 
@@ -84,18 +87,17 @@ __device__ void write_step(T* to, int64_t left, const A (&from)[kStep]) {
   }
 }
 
-// Elements [col, col + kStep) of a row; `absent` beyond its end. The dtype is the same for all threads, so the switch
+// Elements [col, col + kStep) of a row; `fill` beyond its end. The dtype is the same for all threads, so the switch
 // costs no divergence, and one kernel serves every pair of dtypes.
 template <class A>
-__device__ void read(const Matrix& m, int64_t row, int64_t col, int64_t cols, A absent, A (&to)[kStep]) {
+__device__ void read(const Matrix& m, int64_t row, int64_t col, int64_t cols, A fill, A (&to)[kStep]) {
   const int64_t offset = row * m.row_stride + col * m.col_stride, left = cols - col;
   switch (m.dtype) {
-    case ScalarType::Float:
-      return read_step(static_cast<const float*>(m.data) + offset, m.col_stride, left, absent, to);
+    case ScalarType::Float: return read_step(static_cast<const float*>(m.data) + offset, m.col_stride, left, fill, to);
     case ScalarType::Double:
-      return read_step(static_cast<const double*>(m.data) + offset, m.col_stride, left, absent, to);
-    case ScalarType::Half: return read_step(static_cast<const Half*>(m.data) + offset, m.col_stride, left, absent, to);
-    default: return read_step(static_cast<const BFloat16*>(m.data) + offset, m.col_stride, left, absent, to);
+      return read_step(static_cast<const double*>(m.data) + offset, m.col_stride, left, fill, to);
+    case ScalarType::Half: return read_step(static_cast<const Half*>(m.data) + offset, m.col_stride, left, fill, to);
+    default: return read_step(static_cast<const BFloat16*>(m.data) + offset, m.col_stride, left, fill, to);
   }
 }
 

@@ -57,4 +57,12 @@ class HostMemory {
   std::vector<T> values_;
 };
 
+// Base of the backends in cpu.cpp; those in cuda.cu have DeviceBackend (launch.cuh).
+struct HostBackend {
+  template <class T>
+  using Memory = HostMemory<T>;
+
+  explicit HostBackend(const Tensor&) {}
+};
+
 }  // namespace kdfast

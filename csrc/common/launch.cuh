@@ -91,4 +91,13 @@ void launch(const OnDevice& device, Grid grid, void (*kernel)(P...), Q... args) 
 
 #endif
 
+// Base of the backends in cuda.cu: on the device and the stream of a tensor.
+struct DeviceBackend {
+  template <class T>
+  using Memory = DeviceMemory<T>;
+  OnDevice device;
+
+  explicit DeviceBackend(const Tensor& x) : device(x) {}
+};
+
 }  // namespace kdfast

@@ -15,7 +15,7 @@ namespace kdfast {
 
 // ---- rows
 
-// Logits that are worth a thread: some 10 microseconds of exponentials, several times what it takes to wake one.
+// Logits that are worth a thread: fewer take less time than to wake one.
 constexpr int64_t kLogitGrain = 16384;
 
 // Rows that are worth a thread.

@@ -9,7 +9,8 @@
 #define KD_HD inline
 #endif
 
-// Of a function on the host, and of a lambda, behind its parameters: a caller's instruction set is theirs only then.
+// always_inline for host functions and lambdas (after the parameter list). Without it the callee is compiled for the
+// baseline instruction set, not for that of the target_clones version which calls it.
 #if defined(__GNUC__)
 #define KD_INLINED __attribute__((always_inline))
 #else

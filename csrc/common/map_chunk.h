@@ -1,4 +1,4 @@
-// Maps read and written by pieces that stay in the first-level cache, as the accumulation type A, on the CPU.
+// Maps read and written in pieces that fit into the L1 cache, as the accumulation type A, on the CPU.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 
 namespace kdfast {
 
-constexpr int64_t kLeast = 32 * 1024;  // elements that are worth a thread
+constexpr int64_t kMapGrain = 32 * 1024;  // elements that are worth a thread: fewer take less time than to wake one
 
-inline int64_t grain_for(int64_t elements) { return std::max<int64_t>(1, kLeast / std::max<int64_t>(elements, 1)); }
+inline int64_t grain_for(int64_t elements) { return std::max<int64_t>(1, kMapGrain / std::max<int64_t>(elements, 1)); }
 
 // Elements [begin, begin + n) of a sample in the given order: in place where that is possible, else copied.
 template <class A>

@@ -6,9 +6,7 @@
 
 namespace kdfast {
 
-constexpr int kBlock = 256;
-constexpr int kBlocksAtOnce = 1;     // on a multiprocessor: without a number, ptxas spills registers to fit more
-constexpr int64_t kShortRow = 2048;  // up to here a warp reads a row, above it a block
+constexpr int64_t kShortRow = 2048;             // up to here a warp reads a row, above it a block
 constexpr int64_t kPiece = 8 * kBlock * kStep;  // elements of a long row that a block differentiates
 
 template <int kThreads>

@@ -118,8 +118,8 @@ KD_HD double small_excess(double d) {
 // p (e^-d - 1 + d), d = log(p / q).
 template <class A>
 KD_HD A near_term(A p, A q, A d) {
-  const A far = (q - p) + p * d;
-  return p == 0 ? q : fabs(d) <= A(0.25) ? p * small_excess(d) : far;
+  const A plain = (q - p) + p * d;
+  return p == 0 ? q : fabs(d) <= A(0.25) ? p * small_excess(d) : plain;
 }
 
 // z_p - z_q of a class less that of the maxima. The difference of near logits is exact; beside an offset between the

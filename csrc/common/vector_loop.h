@@ -1,5 +1,5 @@
-// Loops over a piece of a row that stay vectorised to its end. What is left after the last whole vector is done in one
-// more vector that ends with the piece: its first elements are done twice, written the same and added up once.
+// Vectorised loops over a piece of a row. Tail: the remainder is processed by one overlapping vector that ends at n.
+// Overlapped lanes are recomputed: their stores are idempotent, and they are masked out of reductions.
 #pragma once
 
 #include <cstdint>
@@ -10,13 +10,13 @@ namespace kdfast {
 
 constexpr int64_t kLanes = 16;  // floats in the widest vector
 
-// How many of n elements come before the last vector. Doubles are not worth one: their exponentials are calls.
+// Elements before the tail. Loops over doubles have no vector tail: their exponentials are scalar calls.
 template <class A>
 KD_INLINED inline int64_t whole_vectors(int64_t n) {
   return sizeof(A) == 4 && n >= kLanes ? n / kLanes * kLanes : n;
 }
 
-// f(i) for the n elements; it may be called twice, and then does the same twice.
+// f(i) for the n elements. It is called twice for overlapped lanes, so it has to be idempotent.
 template <class A, class F>
 KD_INLINED inline void for_elements(int64_t n, const F& f) {
   const int64_t whole = whole_vectors<A>(n), last = n - kLanes;
@@ -40,17 +40,17 @@ KD_INLINED inline void update_elements(A* x, int64_t n, const F& f) {
   for (int64_t i = 0; i < kLanes; ++i) x[last + i] = f(last + i, old[i]);
 }
 
-// Up to five terms, of sums or maxima, or these.
+// Up to five terms, or their reductions.
 template <class A>
 struct Terms {
   A a = 0, b = 0, c = 0, d = 0, e = 0;
 };
 
-// x, or 0 where the mask is; see exp2.
+// x, or 0 where the mask is 0; see exp2.
 KD_INLINED inline float masked(float x, uint32_t mask) { return bits<float>(bits<uint32_t>(x) & mask); }
 KD_INLINED inline double masked(double x, uint32_t mask) { return mask ? x : 0; }
 
-// How terms are folded: where they start, two of them, and one that has been folded before where the mask is 0.
+// A reduction: its identity, its operation, and an overlapped lane (mask 0), which must not count twice.
 template <class A>
 struct Sum {
   KD_INLINED static A start() { return 0; }
@@ -76,9 +76,9 @@ KD_INLINED inline A fold_lanes(const A* lanes) {
   return Fold::of(Fold::of(quarter[0], quarter[2]), Fold::of(quarter[1], quarter[3]));
 }
 
-// Folds the first kTerms terms of f(i) -> Terms over the n elements; like `for_elements`. Every lane folds its own, of
-// which there are as many on any machine: GCC would end a simd reduction one lane after another, which takes as long as
-// hundreds of elements.
+// Reduces the first kTerms terms of f(i) -> Terms over the n elements; see `for_elements`. Each lane accumulates its
+// own terms, and there are as many lanes on every machine, so the order of sums is fixed. GCC would end a simd
+// reduction one lane after another, which takes as long as hundreds of elements.
 template <int kTerms, class Fold, class A, class F>
 KD_INLINED inline Terms<A> fold_elements(int64_t n, const F& f) {
   alignas(64) A a[kLanes], b[kLanes], c[kLanes], d[kLanes], e[kLanes];

@@ -20,7 +20,7 @@ int64_t pieces_of(int64_t n) { return (n + kPiece - 1) / kPiece; }
 
 // One number per channel for elements [begin, begin + n) of a sample; null if there are none.
 template <class A>
-const A* spread(const std::vector<A>& channels, const Order& order, int64_t begin, int64_t n, A* buffer) {
+const A* broadcast(const std::vector<A>& channels, const Order& order, int64_t begin, int64_t n, A* buffer) {
   if (channels.empty()) return nullptr;
   int64_t outer = begin / order.inner, inner = begin % order.inner;
   if (order.by_channel && inner + n <= order.inner) return channels.data() + inner;
@@ -47,9 +47,9 @@ std::vector<A> values_of(const Tensor& x, double factor) {
 // ---- loops over a chunk
 
 template <class A, class Kind>
-KD_MULTIVERSION Terms<A> add_terms(const A* s, const A* t, const A* m, int64_t n, Kind kind) {
+KD_MULTIVERSION ErrorTerms<A> add_terms(const A* s, const A* t, const A* m, int64_t n, Kind kind) {
   const auto sums = sum_elements<Kind::kSums, A>(n, [&](int64_t i) KD_INLINED {
-    const Terms<A> each = kind.terms(s[i], t[i], Kind::kPerChannel ? m[i] : A(0));
+    const ErrorTerms<A> each = kind.terms(s[i], t[i], Kind::kPerChannel ? m[i] : A(0));
     return kdfast::Terms<A>{each.x, each.y, each.z};
   });
   return {sums.a, sums.b, sums.c};
@@ -75,12 +75,12 @@ KD_MULTIVERSION void add_squares(const A* s, const A* t, int64_t n, A* sums) {
 
 // ---- both maps, piece by piece
 
-struct Pair {
+struct MapPair {
   Map student, teacher;
   Order order;  // the student's: elements are counted as they lie in its memory
   int64_t batch;
 
-  Pair(const Tensor& s, const Tensor& t) : order(s), batch(s.size(0)) {
+  MapPair(const Tensor& s, const Tensor& t) : order(s), batch(s.size(0)) {
     student = map(s, order);
     teacher = map(t, order);
   }
@@ -103,14 +103,14 @@ struct Pair {
     const int64_t pieces = pieces_of(size());
     std::vector<double> partial((to - from) * pieces * Kind::kSums);
     for_pieces(from, to, [&](int64_t b, int64_t begin, int64_t n) {
-      alignas(64) A own[kChunk], other[kChunk], spreaded[kChunk];
+      alignas(64) A own[kChunk], other[kChunk], broadcasted[kChunk];
       double* total = partial.data() + ((b - from) * pieces + begin / kPiece) * Kind::kSums;
       const Kind kind = make(b);
       for (int64_t at = begin; at < begin + n; at += kChunk) {
         const int64_t width = std::min(kChunk, begin + n - at);
         const A *s = read(student, order, b, at, width, own), *t = read(teacher, order, b, at, width, other);
-        const A* m = Kind::kPerChannel ? spread(channels, order, at, width, spreaded) : nullptr;
-        const Terms<A> terms = add_terms<A>(s, t, m, width, kind);
+        const A* m = Kind::kPerChannel ? broadcast(channels, order, at, width, broadcasted) : nullptr;
+        const ErrorTerms<A> terms = add_terms<A>(s, t, m, width, kind);
         total[0] += terms.x;
         if constexpr (Kind::kSums > 1) total[1] += terms.y;
         if constexpr (Kind::kSums > 2) total[2] += terms.z;
@@ -131,12 +131,12 @@ struct Pair {
               const MapGrad& to_t) const {
     using Kind = decltype(make(0));
     for_pieces(0, batch, [&](int64_t b, int64_t begin, int64_t n) {
-      alignas(64) A own[kChunk], other[kChunk], spreaded[kChunk], own_slopes[kChunk], other_slopes[kChunk];
+      alignas(64) A own[kChunk], other[kChunk], broadcasted[kChunk], own_slopes[kChunk], other_slopes[kChunk];
       const Kind kind = make(b);
       for (int64_t at = begin; at < begin + n; at += kChunk) {
         const int64_t width = std::min(kChunk, begin + n - at), out = b * size() + at;
         const A *s = read(student, order, b, at, width, own), *t = read(teacher, order, b, at, width, other);
-        const A* m = Kind::kPerChannel ? spread(channels, order, at, width, spreaded) : nullptr;
+        const A* m = Kind::kPerChannel ? broadcast(channels, order, at, width, broadcasted) : nullptr;
         A* slope_s = target(to_s, out, own_slopes);
         if (to_t.data) {
           A* slope_t = target(to_t, out, other_slopes);
@@ -155,7 +155,7 @@ struct Pair {
 
 // -> the sum of (s - t)^2 over the samples and positions of each channel.
 template <class A>
-std::vector<double> channel_squares(const Pair& maps) {
+std::vector<double> channel_squares(const MapPair& maps) {
   const Order& order = maps.order;
   const int64_t channels = order.by_channel ? order.inner : order.outer;
   constexpr int64_t kRows = 64;  // of a task: positions with all their channels, or channels with all their positions
@@ -360,11 +360,11 @@ struct PyramidMaps {
 // the gradient reads them twice.
 template <class A>
 struct Planes : PyramidMaps {
-  static constexpr int64_t kMostVectors = 1;
+  static constexpr int64_t kMaxVectors = 1;
   int64_t size, block, blocks;
 
   Planes(const Tensor& s, const Tensor& t) : PyramidMaps(s, t), size(height * width) {
-    block = std::clamp<int64_t>(kLeast / size, 1, kLanesOf<A>);
+    block = std::clamp<int64_t>(kMapGrain / size, 1, kLanesOf<A>);
     blocks = (channels + block - 1) / block;
   }
   int64_t elements() const { return block * size; }  // of a task
@@ -416,7 +416,7 @@ struct Planes : PyramidMaps {
 // Maps read position after position (channels_last). A task is up to kBlock channels of a sample.
 template <class A>
 struct Positions : PyramidMaps {
-  static constexpr int64_t kBlock = 128, kMostVectors = kBlock / kLanesOf<A>;
+  static constexpr int64_t kBlock = 128, kMaxVectors = kBlock / kLanesOf<A>;
   int64_t blocks;
 
   Positions(const Tensor& s, const Tensor& t) : PyramidMaps(s, t), blocks((channels + kBlock - 1) / kBlock) {}
@@ -508,14 +508,14 @@ void dispatch_power(int64_t power, const F& f) {
   }
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void error(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& margin,
              const ErrorSettings& settings, A* out) const {
     const int64_t batch = student.size(0);
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     const auto put = [&](const std::vector<double>& sums) {
       for (double sum : sums) *out++ = static_cast<A>(settings.scale * sum);
     };
@@ -534,7 +534,7 @@ struct Cpu {
   void error_backward(const Tensor& grad, const Tensor& student, const Tensor& teacher,
                       const std::optional<Tensor>& margin, const ErrorSettings& settings, const MapGrads& grads) const {
     const bool per_channel = settings.over == kChannel, per_sample = settings.over == kSample;
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     const std::vector<A> factors = values_of<A>(grad, settings.scale);
     // Per channel it is the upstream gradient that the terms take, else the margin.
     const std::vector<A> channels = per_channel ? factors : margin ? values_of<A>(*margin, 1) : std::vector<A>();
@@ -547,7 +547,7 @@ struct Cpu {
   template <class A>
   void normalized(const Tensor& student, const Tensor& teacher, int64_t power, A* to, A* loss) const {
     const int64_t batch = student.size(0);
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     std::vector<double> norms(2 * batch), sums(3 * batch);
     // A few samples at a time, which are still in a cache when they are read again.
     const int64_t group = std::max<int64_t>(1, (int64_t(1) << 18) / std::max<int64_t>(maps.size(), 1));
@@ -574,7 +574,7 @@ struct Cpu {
   template <class A>
   void normalized_backward(const Column& grad, const Tensor& student, const Tensor& teacher, const A* x, int64_t power,
                            const MapGrads& grads) const {
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     const int64_t n = maps.batch;
     const double elements = std::max<double>(1, double(n) * maps.size());
     const A factor = static_cast<A>(read<A>(grad, 0) / elements);
@@ -591,7 +591,7 @@ struct Cpu {
     dispatch_order<A>(student, teacher, [&](const auto& maps) {
       std::vector<double> losses(maps.batch * maps.blocks);
       for_each(losses.size(), grain_for(maps.elements()), [&](int64_t task) {
-        Lanes<A> cells[kMostCells * std::decay_t<decltype(maps)>::kMostVectors];
+        Lanes<A> cells[kMaxCells * std::decay_t<decltype(maps)>::kMaxVectors];
         const int64_t vectors = maps.vectors(task);
         std::fill_n(cells, maps.pyramid.cells() * vectors, Lanes<A>{});
         const double squares = maps.sum(task, cells);
@@ -607,7 +607,7 @@ struct Cpu {
     const A factor = read<A>(grad, 0);
     dispatch_order<A>(student, teacher, [&](const auto& maps) {
       for_each(maps.batch * maps.blocks, grain_for(maps.elements()), [&](int64_t task) {
-        Lanes<A> cells[kMostCells * std::decay_t<decltype(maps)>::kMostVectors];
+        Lanes<A> cells[kMaxCells * std::decay_t<decltype(maps)>::kMaxVectors];
         const int64_t vectors = maps.vectors(task);
         std::fill_n(cells, maps.pyramid.cells() * vectors, Lanes<A>{});
         maps.sum(task, cells);

@@ -6,18 +6,15 @@ namespace kdfast {
 namespace feature {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksAtOnce = 1;  // on a multiprocessor: without a number, ptxas spills registers to fit more
-constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kPiece = 4 * kThreads * kStep;  // elements of a sample that one block works on
+constexpr int64_t kPiece = 4 * kBlock * kStep;  // elements of a sample that one block works on
 
 // What a kernel needs of two maps. Gradients are dense in their order.
-struct Pair {
+struct MapPair {
   Map student, teacher;
   Order order;
   int64_t batch, pieces;
 
-  Pair(const Tensor& s, const Tensor& t)
+  MapPair(const Tensor& s, const Tensor& t)
       : student(map(s, Order(s))),
         teacher(map(t, Order(s))),
         order(s),
@@ -66,14 +63,14 @@ struct OfSample {
 
 // sums [kSums, batch, pieces]: those of each piece.
 template <class A, class Make>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    sum_kernel(Pair maps, Make make, Channels<A> channels, double* sums) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    sum_kernel(MapPair maps, Make make, Channels<A> channels, double* sums) {
   using Kind = decltype(make(0));
   const int64_t b = blockIdx.x / maps.pieces, begin = blockIdx.x % maps.pieces * kPiece, size = maps.order.size();
   const int64_t end = begin + kPiece < size ? begin + kPiece : size;
   const Kind kind = make(b);
   A x = 0, y = 0, z = 0;
-  for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kThreads * kStep) {
+  for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kBlock * kStep) {
     A s[kStep], t[kStep], m[kStep] = {};
     read(maps.student, maps.order, b, at, s);
     read(maps.teacher, maps.order, b, at, t);
@@ -81,7 +78,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       if (at + i >= end) continue;
-      const Terms<A> terms = kind.terms(s[i], t[i], m[i]);
+      const ErrorTerms<A> terms = kind.terms(s[i], t[i], m[i]);
       x += terms.x;
       y += terms.y;
       z += terms.z;
@@ -90,18 +87,18 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const A each[] = {x, y, z};
 #pragma unroll
   for (int k = 0; k < Kind::kSums; ++k) {
-    const double sum = group_reduce<kThreads>(static_cast<double>(each[k]), Add{});
+    const double sum = group_reduce<kBlock>(static_cast<double>(each[k]), Add{});
     if (threadIdx.x == 0) sums[k * int64_t(gridDim.x) + blockIdx.x] = sum;
   }
 }
 
 template <class A, class Make>
-Tensor sum_pieces(const OnDevice& device, const Tensor& like, const Pair& maps, const Make& make,
+Tensor sum_pieces(const OnDevice& device, const Tensor& like, const MapPair& maps, const Make& make,
                   const Channels<A>& channels) {
   constexpr int kSums = decltype(make.operator()(0))::kSums;
   Tensor sums = empty(like, ScalarType::Double, {kSums, maps.blocks()});
   if (maps.blocks() > 0) {
-    launch(device, {maps.blocks(), kThreads}, sum_kernel<A, Make>, maps, make, channels,
+    launch(device, {maps.blocks(), kBlock}, sum_kernel<A, Make>, maps, make, channels,
            static_cast<double*>(sums.data_ptr()));
   }
   return sums;
@@ -109,18 +106,18 @@ Tensor sum_pieces(const OnDevice& device, const Tensor& like, const Pair& maps, 
 
 // out[i] = scale times the sum of `pieces` values, or its root.
 template <class A, bool kRoot>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     sample_kernel(const double* sums, int64_t pieces, double scale, A* out) {
   double sum = 0;
-  for (int64_t i = threadIdx.x; i < pieces; i += kThreads) sum += sums[blockIdx.x * pieces + i];
-  sum = group_reduce<kThreads>(sum, Add{});
+  for (int64_t i = threadIdx.x; i < pieces; i += kBlock) sum += sums[blockIdx.x * pieces + i];
+  sum = group_reduce<kBlock>(sum, Add{});
   if (threadIdx.x == 0) out[blockIdx.x] = static_cast<A>(scale * (kRoot ? std::sqrt(sum) : sum));
 }
 
 template <class A, bool kRoot>
 void sum_samples(const OnDevice& device, const double* sums, int64_t samples, int64_t pieces, double scale, A* out) {
   if (samples == 0) return;
-  launch(device, {samples, kThreads}, sample_kernel<A, kRoot>, sums, pieces, scale, out);
+  launch(device, {samples, kBlock}, sample_kernel<A, kRoot>, sums, pieces, scale, out);
 }
 
 struct Scaled {
@@ -136,14 +133,14 @@ struct Scaled {
 constexpr int64_t kTall = 256;
 
 template <class Value, class Sum>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     column_kernel(Value value, int64_t rows, int64_t cols, double scale, Sum* out) {
   const int64_t across = (cols + kWarp - 1) / kWarp, first = blockIdx.x / across * kTall;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t col = blockIdx.x % across * kWarp + lane, end = first + kTall < rows ? first + kTall : rows;
   double sum = 0;
   for (int64_t row = first + warp; row < end && col < cols; row += kWarps) sum += value(row, col);
-  KD_SHARED(double, sums, kThreads);
+  KD_SHARED(double, sums, kBlock);
   sums[threadIdx.x] = sum;
   __syncthreads();
   if (warp > 0 || col >= cols) return;
@@ -164,11 +161,11 @@ void sum_columns(const OnDevice& device, const Tensor& like, const Value& value,
                  double scale, Sum* out) {
   const int64_t down = rows > 0 ? blocks_for(rows, kTall) : 1, blocks = down * blocks_for(cols, kWarp);
   if (down == 1) {
-    return launch(device, {blocks, kThreads}, column_kernel<Value, Sum>, value, rows, cols, scale, out);
+    return launch(device, {blocks, kBlock}, column_kernel<Value, Sum>, value, rows, cols, scale, out);
   }
   Tensor partial = empty(like, ScalarType::Double, {down, cols});
   double* sums = static_cast<double*>(partial.data_ptr());
-  launch(device, {blocks, kThreads}, column_kernel<Value, double>, value, rows, cols, 1.0, sums);
+  launch(device, {blocks, kBlock}, column_kernel<Value, double>, value, rows, cols, 1.0, sums);
   sum_columns(device, like, PartialColumn{sums, cols}, down, cols, scale, out);
 }
 
@@ -189,7 +186,7 @@ struct SquareColumn {
 
 // Of maps read channel by channel: a warp adds up one channel of a sample. sums [batch, channels].
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) channel_kernel(Pair maps, double* sums) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) channel_kernel(MapPair maps, double* sums) {
   const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp, channels = maps.order.outer;
   if (row >= maps.batch * channels) return;
   const int64_t b = row / channels, channel = row % channels;
@@ -205,7 +202,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce) channel_kernel(Pair m
 }
 
 template <class A>
-void sum_channels(const OnDevice& device, const Tensor& like, const Pair& maps, double scale, A* out) {
+void sum_channels(const OnDevice& device, const Tensor& like, const MapPair& maps, double scale, A* out) {
   const int64_t outer = maps.order.outer, inner = maps.order.inner;
   if (maps.order.by_channel) {
     const SquareColumn<A> value{maps.student, maps.teacher, outer};
@@ -214,7 +211,7 @@ void sum_channels(const OnDevice& device, const Tensor& like, const Pair& maps, 
   Tensor partial = empty(like, ScalarType::Double, {maps.batch, outer});
   double* sums = static_cast<double*>(partial.data_ptr());
   if (maps.batch > 0) {
-    launch(device, {blocks_for(maps.batch * outer, kWarps), kThreads}, channel_kernel<A>, maps, sums);
+    launch(device, {blocks_for(maps.batch * outer, kWarps), kBlock}, channel_kernel<A>, maps, sums);
   }
   sum_columns(device, like, PartialColumn{sums, outer}, maps.batch, outer, scale, out);
 }
@@ -223,14 +220,14 @@ void sum_channels(const OnDevice& device, const Tensor& like, const Pair& maps, 
 
 // Gradients [batch, size], of which either may be absent: factor * grad * slope.
 template <class A, class Make>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    slope_kernel(Pair maps, Make make, Channels<A> channels, Column grad, A factor, Matrix to_s, Matrix to_t) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    slope_kernel(MapPair maps, Make make, Channels<A> channels, Column grad, A factor, Matrix to_s, Matrix to_t) {
   using Kind = decltype(make(0));
   const int64_t b = blockIdx.x / maps.pieces, begin = blockIdx.x % maps.pieces * kPiece, size = maps.order.size();
   const int64_t end = begin + kPiece < size ? begin + kPiece : size;
   const Kind kind = make(b);
   if (grad.data) factor *= read<A>(grad, b);
-  for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kThreads * kStep) {
+  for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kBlock * kStep) {
     A s[kStep], t[kStep], m[kStep] = {};
     read(maps.student, maps.order, b, at, s);
     read(maps.teacher, maps.order, b, at, t);
@@ -249,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 // ---- the pyramid
 
 // A block works on one map, its threads on consecutive elements; or (kByChannel) on 32 channels, one for each lane. A
-// warp adds up a cell, then comes the next one. cells [kMostCells, lanes]: sums of differences, then slopes.
+// warp adds up a cell, then comes the next one. cells [kMaxCells, lanes]: sums of differences, then slopes.
 struct PyramidMaps {
   struct Strides {
     int64_t sample, channel, row, column;
@@ -283,10 +280,10 @@ struct PyramidMaps {
 };
 
 template <class A, bool kGradient, bool kByChannel>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     pyramid_kernel(PyramidMaps maps, int64_t tiles, double* losses, Column grad, Matrix to_s, Matrix to_t) {
   constexpr int kLanes = kByChannel ? kWarp : 1;
-  KD_SHARED(A, cells, kMostCells * kLanes);
+  KD_SHARED(A, cells, kMaxCells * kLanes);
   const Pyramid& pyramid = maps.pyramid;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t b = blockIdx.x / tiles, c = blockIdx.x % tiles * kLanes + (kByChannel ? lane : 0);
@@ -315,7 +312,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   if (threadIdx.x < kLanes) loss += pool<kGradient>(pyramid, cells + threadIdx.x, kLanes);
   __syncthreads();
   if (!kGradient) {
-    loss = group_reduce<kThreads>(loss, Add{});
+    loss = group_reduce<kBlock>(loss, Add{});
     if (threadIdx.x == 0) losses[blockIdx.x] = loss;
     return;
   }
@@ -337,7 +334,7 @@ void run_pyramid(const OnDevice& device, const PyramidMaps& maps, double* losses
                  Matrix to_t) {
   const int64_t blocks = maps.batch * maps.tiles();
   if (blocks == 0) return;
-  launch(device, {blocks, kThreads},
+  launch(device, {blocks, kBlock},
          maps.by_channel ? pyramid_kernel<A, kGradient, true> : pyramid_kernel<A, kGradient, false>, maps, maps.tiles(),
          losses, grad, to_s, to_t);
 }
@@ -356,13 +353,13 @@ void dispatch_kind(int64_t kind, double boundary, bool per_channel, const F& f) 
   }
 }
 
-double elements_of(const Pair& maps) {
+double elements_of(const MapPair& maps) {
   const double n = static_cast<double>(maps.batch) * static_cast<double>(maps.order.size());
   return n < 1 ? 1 : n;
 }
 
 template <class A, int kPower>
-void normalized_error(const OnDevice& device, const Tensor& like, const Pair& maps, A* stats, A* loss) {
+void normalized_error(const OnDevice& device, const Tensor& like, const MapPair& maps, A* stats, A* loss) {
   const Channels<A> none{};
   {
     Tensor pieces = sum_pieces(device, like, maps, Same<Lengths<A>>{}, none);
@@ -374,15 +371,13 @@ void normalized_error(const OnDevice& device, const Tensor& like, const Pair& ma
   sum_samples<A, false>(device, sums + maps.blocks(), 2 * maps.batch, maps.pieces, 1, stats + 2 * maps.batch);
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void error(const Tensor& student, const Tensor& teacher, const std::optional<Tensor>& margin,
              const ErrorSettings& settings, A* out) const {
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     if (settings.over == kChannel) return sum_channels(device, student, maps, settings.scale, out);
     const Channels<A> channels{column(margin)};
     dispatch_kind<A>(settings.kind, settings.boundary, false, [&](const auto& make) {
@@ -405,14 +400,14 @@ struct Cuda {
     if (per_channel) channels = {column(grad), scale};
     if (!per_channel && margin) channels = {column(*margin), A(1)};
     dispatch_kind<A>(settings.kind, settings.boundary, per_channel, [&](const auto& make) {
-      write_slopes(Pair(student, teacher), make, channels, per_channel ? Column{} : column(grad),
+      write_slopes(MapPair(student, teacher), make, channels, per_channel ? Column{} : column(grad),
                    per_channel ? A(1) : scale, grads);
     });
   }
 
   template <class A>
   void normalized(const Tensor& student, const Tensor& teacher, int64_t power, A* stats, A* loss) const {
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     power == 1 ? normalized_error<A, 1>(device, student, maps, stats, loss)
                : normalized_error<A, 2>(device, student, maps, stats, loss);
   }
@@ -420,7 +415,7 @@ struct Cuda {
   template <class A>
   void normalized_backward(const Column& grad, const Tensor& student, const Tensor& teacher, const A* stats,
                            int64_t power, const MapGrads& grads) const {
-    const Pair maps(student, teacher);
+    const MapPair maps(student, teacher);
     const A factor = static_cast<A>(1 / elements_of(maps));
     const auto run = [&](const auto& make) { write_slopes(maps, make, Channels<A>{}, grad, factor, grads); };
     power == 1 ? run(OfSample<A, 1, true>{stats, maps.batch}) : run(OfSample<A, 2, true>{stats, maps.batch});
@@ -444,10 +439,10 @@ struct Cuda {
 
  private:
   template <class A, class Make>
-  void write_slopes(const Pair& maps, const Make& make, const Channels<A>& channels, const Column& grad, A factor,
+  void write_slopes(const MapPair& maps, const Make& make, const Channels<A>& channels, const Column& grad, A factor,
                     const MapGrads& grads) const {
     if (maps.blocks() == 0) return;
-    launch(device, {maps.blocks(), kThreads}, slope_kernel<A, Make>, maps, make, channels, grad, factor,
+    launch(device, {maps.blocks(), kBlock}, slope_kernel<A, Make>, maps, make, channels, grad, factor,
            grads.to_student.rows(maps.order), grads.to_teacher.rows(maps.order));
   }
 };

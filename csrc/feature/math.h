@@ -20,7 +20,7 @@ enum Kind { kSquare, kBoundary, kPartial };
 enum Over { kTotal, kSample, kChannel };
 
 template <class A>
-struct Terms {
+struct ErrorTerms {
   A x, y, z;
 };
 
@@ -35,7 +35,7 @@ struct Square {
   static constexpr int kSums = 1;
   static constexpr bool kPerChannel = true;
 
-  KD_HD Terms<A> terms(A s, A t, A) const { return {(s - t) * (s - t), A(0), A(0)}; }
+  KD_HD ErrorTerms<A> terms(A s, A t, A) const { return {(s - t) * (s - t), A(0), A(0)}; }
   KD_HD Slopes<A> slopes(A s, A t, A m) const {
     const A slope = A(2) * m * (s - t);
     return {slope, -slope};
@@ -60,7 +60,7 @@ struct Boundary {
     const A x = margin + (t > A(0) ? -s : s), held = x < A(0) ? A(0) : x;
     return t == t ? held : t;
   }
-  KD_HD Terms<A> terms(A s, A t, A) const {
+  KD_HD ErrorTerms<A> terms(A s, A t, A) const {
     const A x = gap(s, t);
     return {x * x, A(0), A(0)};
   }
@@ -80,7 +80,7 @@ struct Partial {
     const A u = (t < m ? m : t) + (m == m ? A(0) : m);  // the second part only lets a NaN through
     return (s <= u) & (u <= A(0)) ? A(0) : s - u;
   }
-  KD_HD Terms<A> terms(A s, A t, A m) const {
+  KD_HD ErrorTerms<A> terms(A s, A t, A m) const {
     const A d = gap(s, t, m);
     return {d * d, A(0), A(0)};
   }
@@ -97,7 +97,7 @@ struct Lengths {
   static constexpr int kSums = 2;
   static constexpr bool kPerChannel = false;
 
-  KD_HD Terms<A> terms(A s, A t, A) const { return {s * s, t * t, A(0)}; }
+  KD_HD ErrorTerms<A> terms(A s, A t, A) const { return {s * s, t * t, A(0)}; }
 };
 
 constexpr double kSmallestNorm = 1e-12;
@@ -129,7 +129,7 @@ struct Normalized {
     if (kPower == 2) return A(2) * d;
     return d > A(0) ? A(1) : d < A(0) ? A(-1) : d;
   }
-  KD_HD Terms<A> terms(A s, A t, A) const {
+  KD_HD ErrorTerms<A> terms(A s, A t, A) const {
     const A d = gap(s, t), v = slope(d);
     return {kPower == 2 ? d * d : v * d, v * (s * inverse_s), v * (t * inverse_t)};
   }
@@ -141,16 +141,16 @@ struct Normalized {
 
 // ---- the pyramid of averages (HCL)
 
-constexpr int kLevels = 3;        // of 4, 2 and 1 windows in each direction
-constexpr int kMostSegments = 7;  // that the windows' ends cut an axis into
-constexpr int kMostCells = kMostSegments * kMostSegments;
+constexpr int kLevels = 3;       // of 4, 2 and 1 windows in each direction
+constexpr int kMaxSegments = 7;  // that the windows' ends cut an axis into
+constexpr int kMaxCells = kMaxSegments * kMaxSegments;
 
 KD_HD int windows_of(int level) { return level == 0 ? 4 : level == 1 ? 2 : 1; }
 
 // An axis of a map, cut where a window of any level begins or ends: each window is a run of whole segments.
 struct Axis {
   int segments = 0;
-  int64_t begin[kMostSegments + 1];
+  int64_t begin[kMaxSegments + 1];
   int8_t first[kLevels][4], last[kLevels][4];  // window -> its segments [first, last)
 
   explicit Axis(int64_t size) {
@@ -230,7 +230,7 @@ struct Pyramid {
 // vector of them, with a channel in each lane.
 template <bool kGradient, class V, class A = V>
 KD_HD V pool(const Pyramid& p, V* cells, int64_t stride) {
-  V loss{}, slopes[kMostCells];
+  V loss{}, slopes[kMaxCells];
   const int across = p.columns.segments;
   if (kGradient) {
     for (int c = 0; c < p.cells(); ++c) slopes[c] = V{};

@@ -13,7 +13,7 @@ namespace kdfast {
 namespace gram {
 namespace {
 
-constexpr int64_t kTile = 4;     // rows whose sums are in registers at once
+constexpr int64_t kTile = 4;     // rows whose sums are in registers
 constexpr int64_t kVectors = 4;  // vectors of columns, likewise
 
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
@@ -143,12 +143,12 @@ void write_inner(const Tensor& x, const Tensor* y, A* out) {
 
 // ---- weighted sums of rows
 
-// Sums in memory: `fresh` ones begin at 0, whatever is there. Those that are complete are multiplied by `scale`.
+// Sums in memory, overwritten or accumulated into, and then multiplied by `scale`.
 template <class A>
 struct Sums {
   A* data;
   int64_t stride;
-  bool fresh;
+  bool overwrite;
   A scale;
 };
 
@@ -157,7 +157,7 @@ template <class A, int64_t kV>
 KD_HD void add_weighted_tile(const A* const (&w)[kTile], int64_t col_stride, const A* x, int64_t x_stride, int64_t n,
                              int64_t rows, const Sums<A>& out) {
   Lanes<A> sum[kTile][kV] = {};
-  if (!out.fresh) {
+  if (!out.overwrite) {
     for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
       for (int64_t v = 0; v < kV; ++v) sum[a][v] = load(out.data + a * out.stride + v * kLanesOf<A>);
     }
@@ -186,7 +186,7 @@ KD_MULTIVERSION void add_weighted(const A* weights, int64_t row_stride, int64_t 
     for (int64_t i = 0; i < rows; i += kTile) {
       const A* w[kTile];
       for (int64_t a = 0; a < kTile; ++a) w[a] = weights + std::min(i + a, rows - 1) * row_stride;
-      const Sums<A> to{out.data + i * out.stride + c, out.stride, out.fresh, out.scale};
+      const Sums<A> to{out.data + i * out.stride + c, out.stride, out.overwrite, out.scale};
       if (wide) {
         add_weighted_tile<A, kVectors>(w, col_stride, x + c, x_stride, n, rows - i, to);
       } else {
@@ -197,7 +197,7 @@ KD_MULTIVERSION void add_weighted(const A* weights, int64_t row_stride, int64_t 
   }
 }
 
-constexpr int64_t kTall = 64, kAcross = 256;  // rows of the result and of x, and columns, that are worked on at once
+constexpr int64_t kTall = 64, kAcross = 256;  // rows of the result and of x, and columns, of a tile
 
 template <class A>
 void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tensor& out) {
@@ -225,7 +225,7 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
 }
 
 // ---- comparisons
-constexpr int64_t kEntryGrain = 4096;  // entries that are worth a thread: each takes a division or a logarithm
+constexpr int64_t kEntryGrain = 4096;  // entries that are worth a thread, each with divisions or a logarithm
 
 template <class A>
 KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
@@ -387,7 +387,7 @@ void write_units(const Tensor& x, A eps, const Network<A>& net) {
 
 // gaps := signs; -> sum |gap|
 template <class A>
-KD_MULTIVERSION A take_signs(const A* s, const A* t, A* signs) {
+KD_MULTIVERSION A write_signs(const A* s, const A* t, A* signs) {
   return sum_each<A>(kPositions * kPositions, [&](int64_t i) KD_INLINED {
     const A gap = s[i] - t[i];
     signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
@@ -404,7 +404,7 @@ double affinity_block(const Network<A> (&nets)[2], int64_t b, int64_t i0, int64_
     add_weighted(u + i0, 1, net.padded_positions, kPositions, u + j0, net.padded_positions, net.channels, kPositions,
                  Sums<A>{products[side], kPositions, true, A(1)});
   }
-  const double loss = take_signs(products[0], products[1], signs);
+  const double loss = write_signs(products[0], products[1], signs);
   for (const Network<A>& net : nets) {
     if (!net.grad) continue;
     const int64_t width = net.padded_channels;
@@ -417,22 +417,21 @@ double affinity_block(const Network<A> (&nets)[2], int64_t b, int64_t i0, int64_
   return i0 == j0 ? loss : 2 * loss;
 }
 
-// The sum of |gap| over all pairs of positions. In each round no block is met twice (a round-robin tournament, of which
-// the diagonal is the first round), so that what is added to a block's gradient comes in one order, whatever the
-// threads.
+// The sum of |gap| over all pairs of positions. A round-robin schedule whose first round is the diagonal: in each round
+// no block appears twice, so its gradient accumulates in one order, whatever the number of threads.
 template <class A>
 double affinity_sum(const Network<A> (&nets)[2], int64_t batch) {
   const int64_t blocks = nets[0].padded_positions / kPositions, players = blocks + blocks % 2;
   std::vector<double> losses(batch * blocks * blocks);
-  const auto meet = [&](int64_t b, int64_t i, int64_t j) {
+  const auto run = [&](int64_t b, int64_t i, int64_t j) {
     losses[(b * blocks + i) * blocks + j] = affinity_block(nets, b, i * kPositions, j * kPositions);
   };
-  for_each(batch * blocks, 1, [&](int64_t task) { meet(task / blocks, task % blocks, task % blocks); });
+  for_each(batch * blocks, 1, [&](int64_t task) { run(task / blocks, task % blocks, task % blocks); });
   for (int64_t round = 0; round < players - 1; ++round) {
     for_each(batch * (players / 2), 1, [&](int64_t task) {
       const int64_t m = task % (players / 2), i = (round + m) % (players - 1);
       const int64_t j = m == 0 ? players - 1 : (round - m + players - 1) % (players - 1);
-      if (std::max(i, j) < blocks) meet(task / (players / 2), std::min(i, j), std::max(i, j));
+      if (std::max(i, j) < blocks) run(task / (players / 2), std::min(i, j), std::max(i, j));
     });
   }
   double sum = 0;
@@ -461,8 +460,8 @@ KD_MULTIVERSION void finish_positions(const A* slope, A* x, int64_t channels, in
   }
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void inner_products(const Tensor& a, const std::optional<Tensor>& b, const Tensor& out) const {

@@ -10,7 +10,6 @@ namespace kdfast {
 namespace gram {
 namespace {
 
-constexpr int kThreads = 256;
 constexpr int kTile = 64, kDepth = 16;  // a block has kTile x kTile results, a thread 4 x 4; kDepth terms at a time
 constexpr int kRow = kTile + 1;         // padded, so that a column is read without bank conflicts
 constexpr int kPer = 4, kAcross = kTile / kPer;
@@ -55,7 +54,7 @@ struct Batch {
 // to[k][r] = x[row0 + r][k0 + k] for kTile rows and kDepth columns; neighbouring threads read neighbours in memory.
 template <class A>
 __device__ void fetch(const Batch& x, int64_t z, int64_t row0, int64_t k0, A* to) {
-  for (int e = threadIdx.x; e < kTile * kDepth; e += kThreads) {
+  for (int e = threadIdx.x; e < kTile * kDepth; e += kBlock) {
     const bool along = x.col_stride <= x.row_stride;
     const int r = along ? e / kDepth : e % kTile, k = along ? e % kDepth : e / kTile;
     to[k * kRow + r] = x.get<A>(z, row0 + r, k0 + k);
@@ -96,7 +95,8 @@ __device__ void for_results(int64_t i0, int64_t j0, int64_t n, int64_t m, const 
 
 // out_ij = factor x_i . y_j, rows of each. `self`: y is x, so that tiles below the diagonal are mirrored.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 1) product_kernel(Batch x, Batch y, bool self, Column factor, Batch out) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    product_kernel(Batch x, Batch y, bool self, Column factor, Batch out) {
   const int64_t down = (x.rows + kTile - 1) / kTile, across = (y.rows + kTile - 1) / kTile;
   const int64_t z = blockIdx.x / (down * across), i0 = blockIdx.x / across % down * kTile,
                 j0 = blockIdx.x % across * kTile;
@@ -122,13 +122,13 @@ template <class A>
 void write_products(const OnDevice& device, const Batch& x, const Batch& y, bool self, const Column& factor,
                     const Tensor& out) {
   const int64_t blocks = x.count * blocks_for(x.rows, kTile) * blocks_for(y.rows, kTile);
-  if (blocks) launch(device, {blocks, kThreads}, product_kernel<A>, x, y, self, factor, Batch(out));
+  if (blocks) launch(device, {blocks, kBlock}, product_kernel<A>, x, y, self, factor, Batch(out));
 }
 
 // ---- comparisons: a block has a row
 template <class A>
 __global__ void inverse_norms_kernel(const A* student, const A* teacher, int64_t n, A eps, Stats<A> stats) {
-  const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t row = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (row >= stats.rows) return;
   stats.put(0, row, inverse_norm(student[row * n + row % n], eps));
   stats.put(1, row, inverse_norm(teacher[row * n + row % n], eps));
@@ -137,8 +137,8 @@ __global__ void inverse_norms_kernel(const A* student, const A* teacher, int64_t
 template <class F>
 __device__ double sum_over(int64_t n, const F& f) {
   double sum = 0;
-  for (int64_t j = threadIdx.x; j < n; j += kThreads) sum += f(j);
-  return group_reduce<kThreads>(sum, Add{});
+  for (int64_t j = threadIdx.x; j < n; j += kBlock) sum += f(j);
+  return group_reduce<kBlock>(sum, Add{});
 }
 
 // Each fills the statistics of row i and gives its loss, to every thread.
@@ -170,22 +170,22 @@ __device__ double compare_row(const Distribution<A>& f, const A* g, const A* h, 
   const A over_t =
       static_cast<A>(1 / sum_over(n, [&](int64_t j) { return double(f.sum_term(kTeacher, h[j], i, j, stats)); }));
   double loss = 0, along_s = 0, along_t = 0;
-  for (int64_t j = threadIdx.x; j < n; j += kThreads) {
+  for (int64_t j = threadIdx.x; j < n; j += kBlock) {
     const A p = f.sum_term(kStudent, g[j], i, j, stats) * over_s, t = f.sum_term(kTeacher, h[j], i, j, stats) * over_t;
     A slope_s, slope_t;
     loss += f.entry(p, t, slope_s, slope_t);
     along_s += slope_s * p;
     along_t += slope_t * t;
   }
-  along_s = group_reduce<kThreads>(along_s, Add{});
-  along_t = group_reduce<kThreads>(along_t, Add{});
+  along_s = group_reduce<kBlock>(along_s, Add{});
+  along_t = group_reduce<kBlock>(along_t, Add{});
   if (threadIdx.x == 0) {
     stats.put(F::kOverS, i, over_s);
     stats.put(F::kOverT, i, over_t);
     stats.put(F::kAlongS, i, static_cast<A>(along_s));
     stats.put(F::kAlongT, i, static_cast<A>(along_t));
   }
-  return group_reduce<kThreads>(loss, Add{});
+  return group_reduce<kBlock>(loss, Add{});
 }
 
 template <class A, int kTerms>
@@ -198,7 +198,7 @@ __device__ double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* 
 }
 
 template <class A, class F>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     compare_kernel(F f, const A* student, const A* teacher, int64_t n, Stats<A> stats, double* losses) {
   const int64_t row = blockIdx.x;
   stats.first = row / n * n;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 template <class A, class F>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     weigh_kernel(F f, Side side, const A* student, const A* teacher, int64_t n, Stats<A> stats, A* weights) {
   const int64_t row = blockIdx.x, i = row % n;
   stats.first = row / n * n;
@@ -229,11 +229,12 @@ __global__ void loss_kernel(const double* sum, double scale, A* loss) {
   *loss = static_cast<A>(*sum * scale);
 }
 
-// ---- affinity. A block has kTile positions i of one sample, meets all positions j, and so owns the gradients of its
-// positions: no sum crosses blocks but the loss.
+// ---- affinity. A block has kTile positions i of one sample and iterates over all positions j, so it owns the
+// gradients of its positions: only the loss is reduced across blocks.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 1) affinity_kernel(Batch student, Batch teacher, Batch grad_s, Batch grad_t,
-                                                               bool need_s, bool need_t, double* losses) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    affinity_kernel(Batch student, Batch teacher, Batch grad_s, Batch grad_t, bool need_s, bool need_t,
+                    double* losses) {
   const int64_t n = student.rows, down = (n + kTile - 1) / kTile;
   const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kTile;
   KD_SHARED(A, own, kDepth * kRow);
@@ -283,14 +284,14 @@ __global__ void __launch_bounds__(kThreads, 1) affinity_kernel(Batch student, Ba
     }
     __syncthreads();  // the signs have been used
   }
-  loss = group_reduce<kThreads>(loss, Add{});
+  loss = group_reduce<kBlock>(loss, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
 }
 
 // Unit positions [B, N, C] of x [B, C, N], contiguous; a warp has a position.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 1) unit_kernel(Batch x, A eps, A* units) {
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+__global__ void __launch_bounds__(kBlock, kMinBlocks) unit_kernel(Batch x, A eps, A* units) {
+  const int64_t row = int64_t(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
   if (row >= x.count * x.cols) return;
   const int64_t b = row / x.cols, n = row % x.cols;
   A square = 0;
@@ -305,15 +306,15 @@ __global__ void __launch_bounds__(kThreads, 1) unit_kernel(Batch x, A eps, A* un
 // slope [B, N, C] times factor: s_ij and s_ji are the same number.
 template <class A>
 __global__ void scale_kernel(A* x, int64_t n, A factor) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (i < n) x[i] *= factor;
 }
 
 // dL/dx [B, C, N] from slope = dL/du [B, N, C]; a warp has a position.
 template <class A>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     affinity_gradient_kernel(Batch x, Batch slope, A eps, Column upstream, Batch out) {
-  const int64_t row = int64_t(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
+  const int64_t row = int64_t(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
   if (row >= x.count * x.cols) return;
   const int64_t b = row / x.cols, n = row % x.cols;
   A square = 0, along = 0;
@@ -332,10 +333,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void inner_products(const Tensor& a, const std::optional<Tensor>& b, const Tensor& out) const {
@@ -359,12 +358,12 @@ struct Cuda {
     const Stats<A> stats{memory.data(), rows, 0};
     const A *g = data<const A>(student), *h = data<const A>(teacher);
     if constexpr (F::kCosines) {
-      launch(device, {blocks_for(rows, kThreads), kThreads}, inverse_norms_kernel<A>, g, h, n, f.eps, stats);
+      launch(device, {blocks_for(rows, kBlock), kBlock}, inverse_norms_kernel<A>, g, h, n, f.eps, stats);
     }
-    launch(device, {rows, kThreads}, compare_kernel<A, F>, f, g, h, n, stats, losses.data());
+    launch(device, {rows, kBlock}, compare_kernel<A, F>, f, g, h, n, stats, losses.data());
     for (const Side side : {kStudent, kTeacher}) {
       if (!weights[side]) continue;
-      launch(device, {rows, kThreads}, weigh_kernel<A, F>, f, side, g, h, n, stats, weights[side]);
+      launch(device, {rows, kBlock}, weigh_kernel<A, F>, f, side, g, h, n, stats, weights[side]);
     }
     write_loss<A>(losses, rows, 1 / static_cast<double>(student.numel()), loss);
   }
@@ -384,28 +383,28 @@ struct Cuda {
       units.emplace_back(memory.back());
       grads.push_back(units.back());
       grads.back().data = slopes[side];
-      launch(device, {blocks_for(batch * positions, kThreads / kWarp), kThreads}, unit_kernel<A>, Batch(x),
+      launch(device, {blocks_for(batch * positions, kBlock / kWarp), kBlock}, unit_kernel<A>, Batch(x),
              static_cast<A>(eps), data<A>(memory.back()));
     }
     const int64_t blocks = batch * blocks_for(positions, kTile);
     DeviceMemory<double> losses(loss, blocks + 1);
-    launch(device, {blocks, kThreads}, affinity_kernel<A>, units[0], units[1], grads[0], grads[1], slopes[0] != nullptr,
+    launch(device, {blocks, kBlock}, affinity_kernel<A>, units[0], units[1], grads[0], grads[1], slopes[0] != nullptr,
            slopes[1] != nullptr, losses.data());
     const double scale = 1 / (static_cast<double>(batch) * positions * positions);
     write_loss<A>(losses, blocks, scale, loss);
     for (int side = 0; side < 2; ++side) {
       const int64_t n = batch * positions * networks[side].size(1);
       if (!slopes[side] || n == 0) continue;
-      launch(device, {blocks_for(n, kThreads), kThreads}, scale_kernel<A>, slopes[side], n,
+      launch(device, {blocks_for(n, kBlock), kBlock}, scale_kernel<A>, slopes[side], n,
              static_cast<A>(side ? -2 * scale : 2 * scale));
     }
   }
 
   template <class A>
   void affinity_gradient(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
-    const int64_t blocks = blocks_for(x.size(0) * x.size(2), kThreads / kWarp);
+    const int64_t blocks = blocks_for(x.size(0) * x.size(2), kBlock / kWarp);
     if (blocks == 0) return;
-    launch(device, {blocks, kThreads}, affinity_gradient_kernel<A>, Batch(x), Batch(slope), eps, upstream, Batch(out));
+    launch(device, {blocks, kBlock}, affinity_gradient_kernel<A>, Batch(x), Batch(slope), eps, upstream, Batch(out));
   }
 
  private:

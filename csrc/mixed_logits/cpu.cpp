@@ -468,8 +468,8 @@ class BackwardRow {
   NetworkPieces<A> pieces_;
 };
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void forward(const MixedLogits<A>& op, const Tensor& loss) const {

@@ -159,7 +159,7 @@ __device__ void learners_of(const MixedLogits<A>& op, int64_t row, int64_t r, So
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) forward_kernel(MixedLogits<A> op, A* values) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) forward_kernel(MixedLogits<A> op, A* values) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;
   for (int64_t m = 0; m < op.networks.count; ++m) {
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) forward_kernel(MixedLog
 // Gradients of the loss in the targets' logits [targets, rows, cols], in the type of sums. Scratch in global memory:
 // too many targets to keep their gradients in registers.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     target_grad_kernel(MixedLogits<A> op, Gradients to, A* target_grads) {
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row % op.rows, r = at.row / op.rows;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 
 // Gradients in the networks: of the learners their own, plus each network's shares of the targets'.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     network_grad_kernel(MixedLogits<A> op, Gradients to, const A* target_grads) {
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row;
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 
 // Gradient in the weights: sum over the classes of the target's gradient times the network's centred logit.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     mix_grad_kernel(MixedLogits<A> op, const A* target_grads, Mix mix_grad) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;
@@ -323,10 +323,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   }
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void forward(const MixedLogits<A>& op, const Tensor& loss) const {

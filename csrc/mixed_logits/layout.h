@@ -1,4 +1,5 @@
-// What CPU and CUDA agree on: how an op is passed, and the statistics that a forward leaves for its backward.
+// Arguments and memory layouts shared by CPU and CUDA: the op, and the statistics that a forward leaves for its
+// backward.
 #pragma once
 
 #include "common/labels.h"

@@ -89,7 +89,7 @@ KD_HD A target_term(A p, A log_smoothed, A log_q, A slope) {
   return p == 0 ? A(0) : A(kLn2) * p * (log_smoothed - log_q - slope);
 }
 
-// Gradient in a network's weight: a class of its that is masked does not depend on the weight.
+// A class's term of the gradient in a network's weight. A class that is masked in the network does not count.
 template <class A>
 KD_HD A weight_term(A target_grad, A c) {
   return is_masked(c) || target_grad == 0 ? A(0) : target_grad * c;

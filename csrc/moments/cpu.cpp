@@ -11,9 +11,9 @@ namespace {
 
 // Work is cut into pieces, the same whatever the number of threads. A piece is read from memory once: what comes back
 // to it finds it in a cache.
-constexpr int64_t kPiece = 64 * kChunk;                        // positions of one channel, read chunk by chunk
-constexpr int64_t kBlock = 32 * 1024;                          // elements of all channels, position by position
-constexpr int64_t kLeastPositions = 32, kMostPositions = 256;  // few parts beside the elements; short sums
+constexpr int64_t kPiece = 64 * kChunk;                     // positions of one channel, read chunk by chunk
+constexpr int64_t kBlock = 32 * 1024;                       // elements of all channels, position by position
+constexpr int64_t kMinPositions = 32, kMaxPositions = 256;  // few parts beside the elements; short sums
 
 // ---- forward
 
@@ -117,7 +117,7 @@ Parts measure_channels(const Map& x, const Order& order, int64_t batch) {
 template <class A>
 Parts measure_positions(const Map& x, const Order& order, int64_t batch) {
   const int64_t channels = order.inner, positions = batch * order.outer;
-  const int64_t of_piece = std::clamp(kBlock / std::max<int64_t>(channels, 1), kLeastPositions, kMostPositions);
+  const int64_t of_piece = std::clamp(kBlock / std::max<int64_t>(channels, 1), kMinPositions, kMaxPositions);
   const int64_t pieces = (positions + of_piece - 1) / of_piece;
   Parts parts(pieces, channels);
   for_each(pieces, grain_for(of_piece * channels), [&](int64_t piece) {
@@ -154,8 +154,8 @@ KD_MULTIVERSION void write_slopes(const A* x, int64_t n, const A* mean, const A*
   for (int64_t i = 0; i < n; ++i) out[i] = Slope<A>{mean[i], of_mean[i], of_variance[i]}(x[i]);
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void moments(const Tensor& x, const Order& order, A* to) const {
@@ -163,10 +163,10 @@ struct Cpu {
     const Map from = map(x, order);
     Parts parts = order.by_channel ? measure_positions<A>(from, order, batch) : measure_channels<A>(from, order, batch);
     const int64_t pieces = static_cast<int64_t>(parts.parts.size()) / channels;
-    constexpr int64_t kAtOnce = 32;  // channels, whose parts are neighbours
-    for_each((channels + kAtOnce - 1) / kAtOnce, grain_for(kAtOnce * pieces), [&](int64_t task) {
-      Part<double> sums[kAtOnce] = {};
-      const int64_t first = task * kAtOnce, n = std::min(kAtOnce, channels - first);
+    constexpr int64_t kTile = 32;  // channels, whose parts are neighbours
+    for_each((channels + kTile - 1) / kTile, grain_for(kTile * pieces), [&](int64_t task) {
+      Part<double> sums[kTile] = {};
+      const int64_t first = task * kTile, n = std::min(kTile, channels - first);
       for (int64_t piece = 0; piece < pieces; ++piece) {
         for (int64_t c = 0; c < n; ++c) sums[c].add(parts.at(piece, first + c));
       }

@@ -6,11 +6,8 @@ namespace kdfast {
 namespace moments {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksAtOnce = 1;  // on a multiprocessor: without a number, ptxas spills registers to fit more
-constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kRounds = 16;                   // steps of kStep values that a thread takes
-constexpr int64_t kPiece = 4 * kThreads * kStep;  // elements of a sample whose slopes one block writes
+constexpr int64_t kRounds = 16;                 // steps of kStep values that a thread takes
+constexpr int64_t kPiece = 4 * kBlock * kStep;  // elements of a sample whose slopes one block writes
 
 // ---- forward
 
@@ -45,13 +42,13 @@ struct Running {
   __device__ Part<double> total() const { return {part.count, static_cast<double>(shift) + part.mean, part.squares}; }
 };
 
-// A block measures kThreads * kRounds steps of one channel, kStep positions each; or (kByChannel) each lane its own of
+// A block measures kBlock * kRounds steps of one channel, kStep positions each; or (kByChannel) each lane its own of
 // 32 channels, a warp kStep positions at once. What belongs to one channel lies `kApart` threads apart.
 template <bool kByChannel>
 struct Tile {
   static constexpr int kApart = kByChannel ? kWarp : 1;  // also the number of channels
-  static constexpr int kAtOnce = kThreads / kApart;
-  static constexpr int64_t kSteps = kAtOnce * kRounds;
+  static constexpr int kPerRound = kBlock / kApart;
+  static constexpr int64_t kSteps = kPerRound * kRounds;
 
   static int64_t tiles(int64_t channels) { return blocks_for(channels, kApart); }
   static int64_t steps(const Order& order, int64_t batch) {
@@ -63,7 +60,7 @@ struct Tile {
 template <int kApart>
 __device__ void merge(Part<double>* parts, const Part<double>& own) {
   parts[threadIdx.x] = own;
-  for (int half = kThreads / 2; half >= kApart; half /= 2) {
+  for (int half = kBlock / 2; half >= kApart; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) parts[threadIdx.x].add(parts[threadIdx.x + half]);
   }
@@ -71,7 +68,7 @@ __device__ void merge(Part<double>* parts, const Part<double>& own) {
 
 // out [pieces][channels]
 template <class A, bool kByChannel>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     part_kernel(Map x, Order order, int64_t batch, int64_t tiles, Part<double>* out) {
   using T = Tile<kByChannel>;
   const int64_t piece = blockIdx.x / tiles, channels = kByChannel ? order.inner : order.outer;
@@ -79,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   const int64_t steps_of_row = (order.inner + kStep - 1) / kStep, rows = batch * order.outer;
   Running<A> running;
   for (int64_t round = 0; round < kRounds && channel < channels; ++round) {
-    const int64_t step = piece * T::kSteps + round * T::kAtOnce + threadIdx.x / T::kApart;
+    const int64_t step = piece * T::kSteps + round * T::kPerRound + threadIdx.x / T::kApart;
     A values[kStep] = {};
     int64_t n;
     if (kByChannel) {
@@ -98,21 +95,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     }
     running.add(values, n < 0 ? 0 : n < kStep ? static_cast<int>(n) : kStep);
   }
-  KD_SHARED(Part<double>, parts, kThreads);
+  KD_SHARED(Part<double>, parts, kBlock);
   merge<T::kApart>(parts, running.total());
   if (threadIdx.x < T::kApart && channel < channels) out[piece * channels + channel] = parts[threadIdx.x];
 }
 
 // Of 32 channels, whose parts are neighbours. out [2][channels]
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     moments_kernel(const Part<double>* of_pieces, int64_t pieces, int64_t channels, A* out) {
   const int64_t channel = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp;
   Part<double> own{0, 0, 0};
   for (int64_t piece = threadIdx.x / kWarp; piece < pieces && channel < channels; piece += kWarps) {
     own.add(of_pieces[piece * channels + channel]);
   }
-  KD_SHARED(Part<double>, parts, kThreads);
+  KD_SHARED(Part<double>, parts, kBlock);
   merge<kWarp>(parts, own);
   if (threadIdx.x >= kWarp || channel >= channels) return;
   out[channel] = static_cast<A>(parts[threadIdx.x].mean);
@@ -127,9 +124,9 @@ void measure(const OnDevice& device, const Tensor& x, const Order& order, A* out
   Tensor memory = empty(x, ScalarType::Double, {pieces, channels, sizeof(Part<double>) / sizeof(double)});
   Part<double>* parts = static_cast<Part<double>*>(memory.data_ptr());
   if (pieces > 0) {
-    launch(device, {pieces * tiles, kThreads}, part_kernel<A, kByChannel>, map(x, order), order, batch, tiles, parts);
+    launch(device, {pieces * tiles, kBlock}, part_kernel<A, kByChannel>, map(x, order), order, batch, tiles, parts);
   }
-  launch(device, {blocks_for(channels, kWarp), kThreads}, moments_kernel<A>, parts, pieces, channels, out);
+  launch(device, {blocks_for(channels, kWarp), kBlock}, moments_kernel<A>, parts, pieces, channels, out);
 }
 
 // ---- backward
@@ -154,11 +151,11 @@ __device__ void read_channels(const Matrix& values, int64_t row, const Order& or
 
 // out [batch, size]
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     slope_kernel(Map x, Order order, int64_t pieces, Matrix moments, Matrix grad, A share, Matrix out) {
   const int64_t b = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece, size = order.size();
   const int64_t end = begin + kPiece < size ? begin + kPiece : size;
-  for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kThreads * kStep) {
+  for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kBlock * kStep) {
     A values[kStep], mean[kStep], of_mean[kStep], of_variance[kStep];
     read(x, order, b, at, values);
     read_channels(moments, 0, order, at, mean);
@@ -172,10 +169,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void moments(const Tensor& x, const Order& order, A* out) const {
@@ -188,7 +183,7 @@ struct Cuda {
     const int64_t batch = x.size(0), pieces = blocks_for(order.size(), kPiece);
     if (pieces == 0) return;
     const A share = static_cast<A>(1.0 / (static_cast<double>(batch) * static_cast<double>(positions(x))));
-    launch(device, {batch * pieces, kThreads}, slope_kernel<A>, map(x, order), order, pieces, moments, grad, share,
+    launch(device, {batch * pieces, kBlock}, slope_kernel<A>, map(x, order), order, pieces, moments, grad, share,
            Matrix{out.data_ptr(), out.scalar_type(), order.size(), 1});
   }
 };

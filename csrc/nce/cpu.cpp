@@ -14,12 +14,12 @@ namespace kdfast {
 namespace nce {
 namespace {
 
-// Rows are scored in tiles that stay in the first-level cache until they have been added to the gradient; while one
-// tile is scored, the next one is on its way. A task is one anchor with some of its rows: their number, and with it the
+// Rows are scored in tiles that stay in the L1 cache until they have been added to the gradient; while one tile is
+// scored, the next one is prefetched. A task is one anchor with some of its rows: their number, and with it the
 // order of every sum, depends on the shapes alone.
 constexpr int64_t kTile = 16;
 constexpr int64_t kPerTask = 2048;
-constexpr int64_t kLine = 64;  // bytes that come from memory at once
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // ---- one tile
 template <class A>
@@ -32,14 +32,14 @@ struct Tile {
 
 template <class A>
 KD_HD void dot_products(const Tile<A>& tile, const A* anchor, int64_t dim, int64_t bytes, A* dots) {
-  constexpr int64_t kAtOnce = 4;
-  for (int64_t r = 0; r < kTile; r += kAtOnce) {
-    Lanes<A> sum[kAtOnce] = {};
+  constexpr int64_t kUnroll = 4;
+  for (int64_t r = 0; r < kTile; r += kUnroll) {
+    Lanes<A> sum[kUnroll] = {};
     for (int64_t c = 0; c < dim; c += kLanesOf<A>) {
       const Lanes<A> a = load(anchor + c);
-      for (int64_t q = 0; q < kAtOnce; ++q) sum[q] += a * load(tile.rows[r + q] + c);
+      for (int64_t q = 0; q < kUnroll; ++q) sum[q] += a * load(tile.rows[r + q] + c);
     }
-    for (int64_t q = 0; q < kAtOnce; ++q) {
+    for (int64_t q = 0; q < kUnroll; ++q) {
       for (int64_t line = 0; line < bytes; line += kLine) __builtin_prefetch(tile.next[r + q] + line);
       dots[r + q] = lane_sum<A>(sum[q]);
     }
@@ -292,8 +292,8 @@ KD_MULTIVERSION void draw_first(const Source& source, int64_t positive, int64_t 
   }
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void score(const Inputs& in, A* loss, A* student_grad, A* teacher_grad, A* scores) const {

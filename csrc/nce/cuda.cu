@@ -6,19 +6,16 @@ namespace kdfast {
 namespace nce {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / kWarp;
-constexpr int kBlocksAtOnce = 1;   // on a multiprocessor: without a number, ptxas spills registers to fit more
 constexpr int64_t kPerTask = 256;  // bank rows that a warp scores for one anchor
 
 // One direction: anchors [batch, dim] on the rows of a bank [rows, dim] that index [batch, columns] names.
-struct Side {
+struct AnchorsOnBank {
   Matrix anchors, bank;
   Column z;
 };
 
 struct Both {
-  Side sides[2];  // the student's anchors on the teacher's bank, and the reverse
+  AnchorsOnBank sides[2];  // the student's anchors on the teacher's bank, and the reverse
   const int64_t* index;
   int64_t batch, columns, rows, dim, pieces;  // pieces: tasks of each anchor
   double temperature;
@@ -59,12 +56,12 @@ __device__ A sum_groups(A x, int lanes) {
   return x;
 }
 
-// use(column, dot, elements of the row that are the thread's) for every row of the group; several rows are on their way
-// at once. A row outside the bank has the dot product NaN. dim <= kSteps * kWarp * kStep.
+// use(column, dot, elements of the row that are the thread's) for every row of the group, with several rows in flight.
+// A row outside the bank has the dot product NaN. dim <= kSteps * kWarp * kStep.
 template <int kSteps, class A, class Use>
 __device__ void for_rows(const Both& both, const Task& task, const Use& use) {
   constexpr int kRows = 4 / kSteps;
-  const Side& side = both.sides[task.side];
+  const AnchorsOnBank& side = both.sides[task.side];
   const int64_t* index = both.index + task.anchor * both.columns;
   const int64_t stride = int64_t(kWarp) * kStep;
   A anchor[kSteps][kStep];
@@ -103,7 +100,7 @@ __device__ void for_rows(const Both& both, const Task& task, const Use& use) {
 // The same for rows of any length, which come a second time for their use: use(column, dot, bank row or -1).
 template <class A, class Use>
 __device__ void for_long_rows(const Both& both, const Task& task, const Use& use) {
-  const Side& side = both.sides[task.side];
+  const AnchorsOnBank& side = both.sides[task.side];
   for (int64_t column = task.begin; column < task.end; ++column) {
     const int64_t at = both.index[task.anchor * both.columns + column];
     const bool inside = at >= 0 && at < both.rows;
@@ -145,8 +142,7 @@ struct Scorer {
 
 // losses [2 tasks]: the sum of the terms; parts [2 tasks, dim], or null: of slope * row.
 template <class A, int kSteps>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    score_kernel(Both both, double* losses, A* parts, A* scores) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) score_kernel(Both both, double* losses, A* parts, A* scores) {
   const Task task(both);
   if (!task.exists(both)) return;
   const Scorer<A> scorer(both, task, scores);
@@ -175,7 +171,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     score_long_kernel(Both both, double* losses, A* parts, A* scores) {
   const Task task(both);
   if (!task.exists(both)) return;
@@ -199,9 +195,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 
 // grads [2][batch, dim] = scale times the sum of each anchor's parts.
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     add_parts_kernel(const A* parts, int64_t batch, int64_t pieces, int64_t dim, double scale, A* student, A* teacher) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t at = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (at >= 2 * batch * dim) return;
   const A* part = parts + at / dim * pieces * dim + at % dim;
   double sum = 0;
@@ -219,7 +215,7 @@ __device__ bool is_known(const Both& both, int side) { return read<double>(both.
 
 // sums [2 tasks]: of 2^(score in bits), where the direction's Z is unset; else nothing is read or written.
 template <class A, int kSteps>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce) log_sums_kernel(Both both, LogSum* sums) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) log_sums_kernel(Both both, LogSum* sums) {
   const Task task(both);
   if (!task.exists(both) || is_known(both, task.side)) return;
   const double rate = kLog2E / both.temperature;
@@ -249,7 +245,7 @@ __global__ void finish_log_sums_kernel(Both both, const LogSum* sums, double* ou
 
 // ---- the update of a bank: a warp to each row of the batch
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     update_bank_kernel(Matrix bank, int64_t bank_rows, Matrix rows, int64_t n, int64_t dim, const int64_t* index,
                        A momentum) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
@@ -284,9 +280,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
 }
 
 // ---- drawing: a thread to each entry of the result
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     draw_kernel(const int64_t* index, int64_t n, int64_t columns, Source source, const uint64_t* seed, int64_t* out) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t at = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (at >= n * columns) return;
   const int64_t positive = index[at / columns], column = at % columns;
   if (positive < 0 || positive >= source.rows) source.labels = nullptr;  // no class to leave out
@@ -316,10 +312,8 @@ void dispatch_steps(int64_t dim, const F& f) {
   f(std::integral_constant<int, 0>{});
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void score(const Inputs& in, A* loss, A* student_grad, A* teacher_grad, A* scores) const {
@@ -333,14 +327,14 @@ struct Cuda {
       dispatch_steps(both.dim, [&](auto steps) {
         constexpr int kSteps = decltype(steps)::value;
         if constexpr (kSteps > 0) {
-          launch(device, {blocks, kThreads}, score_kernel<A, kSteps>, both, each, part, scores);
+          launch(device, {blocks, kBlock}, score_kernel<A, kSteps>, both, each, part, scores);
         } else {
-          launch(device, {blocks, kThreads}, score_long_kernel<A>, both, each, part, scores);
+          launch(device, {blocks, kBlock}, score_long_kernel<A>, both, each, part, scores);
         }
       });
     }
     if (part && tasks > 0) {
-      launch(device, {blocks_for(2 * both.batch * both.dim, kThreads), kThreads}, add_parts_kernel<A>, part, both.batch,
+      launch(device, {blocks_for(2 * both.batch * both.dim, kBlock), kBlock}, add_parts_kernel<A>, part, both.batch,
              both.pieces, both.dim, 1 / (both.temperature * both.batch), student_grad, teacher_grad);
     }
     sum_of(device, in.index, Partial{each}, tasks, each + tasks);
@@ -358,7 +352,7 @@ struct Cuda {
     if (tasks > 0) {
       dispatch_steps(both.dim, [&](auto steps) {
         constexpr int kSteps = decltype(steps)::value;
-        launch(device, {blocks_for(tasks, kWarps), kThreads}, log_sums_kernel<A, kSteps>, both, each);
+        launch(device, {blocks_for(tasks, kWarps), kBlock}, log_sums_kernel<A, kSteps>, both, each);
       });
     }
     launch(device, {1, kWarp}, finish_log_sums_kernel, both, each, out);
@@ -368,14 +362,14 @@ struct Cuda {
   void update(const Tensor& bank, const Tensor& rows, const Tensor& index, A momentum) const {
     const int64_t n = rows.size(0);
     if (n == 0) return;
-    launch(device, {blocks_for(n, kWarps), kThreads}, update_bank_kernel<A>, matrix(bank), bank.size(0), matrix(rows),
-           n, bank.size(1), data<const int64_t>(index), momentum);
+    launch(device, {blocks_for(n, kWarps), kBlock}, update_bank_kernel<A>, matrix(bank), bank.size(0), matrix(rows), n,
+           bank.size(1), data<const int64_t>(index), momentum);
   }
 
   void draw(const Tensor& index, const Source& source, const uint64_t* seed, int64_t columns, int64_t* out) const {
     const int64_t n = index.size(0);
     if (n == 0) return;
-    launch(device, {blocks_for(n * columns, kThreads), kThreads}, draw_kernel, data<const int64_t>(index), n, columns,
+    launch(device, {blocks_for(n * columns, kBlock), kBlock}, draw_kernel, data<const int64_t>(index), n, columns,
            source, seed, out);
   }
 };

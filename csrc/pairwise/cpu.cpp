@@ -11,7 +11,7 @@ namespace kdfast {
 namespace pairwise {
 namespace {
 
-// Pairs are worked on in square blocks that stay in the first-level cache. Their number, and with it the order of every
+// Pairs are processed in square blocks that fit into the L1 cache. Their number, and with it the order of every
 // sum, depends on the batch alone.
 constexpr int64_t kBlock = 32;
 
@@ -56,7 +56,7 @@ Panel<A> panel(const Matrix& m, int64_t rows, int64_t begin, int64_t col, int64_
 // block[i][j] += sum over n columns of (x[i] - y[j])^2.
 template <class A>
 KD_MULTIVERSION void add_squares(Panel<A> x, Panel<A> y, int64_t n, A* block) {
-  constexpr int64_t kTile = 4;  // rows of each side whose sums are in registers at once
+  constexpr int64_t kTile = 4;  // rows of each side whose sums are in registers
   for (int64_t i = 0; i < kBlock; i += kTile) {
     for (int64_t j = 0; j < kBlock; j += kTile) {
       Lanes<A> sum[kTile][kTile] = {};
@@ -111,7 +111,7 @@ void write_distances(const Matrix& x, int64_t n, const Matrix* y, int64_t m, int
 }
 
 // ---- weighted differences
-constexpr int64_t kVectors = 4;  // of columns, whose sums are in registers at once
+constexpr int64_t kVectors = 4;  // vectors of columns whose sums are in registers
 
 // out[i] += sum over n rows j of weights[i][j] (x[i] - y[j]), for kBlock rows i and `width` columns.
 template <class A>
@@ -219,28 +219,30 @@ KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_
   return {sums.a, sums.b};
 }
 
-// weights += (scale h' - shift) / D^s, the share of the distance term; 0 where D is the floor.
+// grad += (scale h' - shift) / D^s, the distance term's dL/dp; 0 where D is the floor.
 template <class A>
-KD_MULTIVERSION void add_distance_weights(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio, A scale,
-                                          A shift, A* weights) {
+KD_MULTIVERSION void add_distance_grad(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio, A scale, A shift,
+                                       A* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A d_s = floored_distance(p_s[i]), x = distance_gap(d_s, floored_distance(p_t[i]), inverse_mu, ratio);
-    weights[i] += p_s[i] > A(kSmallest) ? (scale * huber_slope(x, A(1)) - shift) / d_s : A(0);
+    grad[i] += p_s[i] > A(kSmallest) ? (scale * huber_slope(x, A(1)) - shift) / d_s : A(0);
   }
 }
 
-// f(row, columns after it), summed over the rows in their order.
+constexpr int64_t kPairGrain = 16384;  // pairs that are worth a thread: fewer take less time than to wake one
+
+// The sum of f(row), each over the columns after it, in the order of the rows.
 template <class F>
 double sum_above_diagonal(int64_t rows, const F& f) {
   std::vector<double> of_row(rows);
-  for_each(rows, std::max<int64_t>(1, 16384 / rows), [&](int64_t i) { of_row[i] = f(i); });
+  for_each(rows, std::max<int64_t>(1, kPairGrain / rows), [&](int64_t i) { of_row[i] = f(i); });
   double sum = 0;
   for (double x : of_row) sum += x;
   return sum;
 }
 
-// Adds h over all pairs to the loss, and leaves what the pairs' weights need of all of them.
+// The distance term's loss, and the sums over all pairs that its gradient needs.
 template <class A>
 struct DistanceTerm {
   A inverse_mu = 0, ratio = 0, scale = 0, shift = 0;  // mu: the student's
@@ -284,36 +286,37 @@ KD_HD Squared<Lanes<A>> all_squared(const Pairs<A>& p, int64_t at) {
   return {all(p.hi[at]), all(p.lo[at])};
 }
 
-// The next corners' rows are far apart in memory, so the processor has to be told of them.
-constexpr int64_t kAhead = 4;
+// The rows of the next vertices are far apart in memory, so the hardware prefetcher does not find them.
+constexpr int64_t kPrefetchDistance = 4;  // vertices
 
 template <class A>
 KD_HD void prefetch(const A* m, int64_t at) {
   for (int64_t i = 0; m && i < kBlock; i += kLanesOf<A>) __builtin_prefetch(m + at + i);
 }
 
-// All triangles with sides from a row of block j0 to a row of block k0 of the batch, seen from every corner i; k > j.
-// -> their sum of h. For the gradient, `far` [rows, rows] gets the sum over i for the side jk, and `near` [rows,
-// stride] is added what the corner i gives to its sides ij and ik: no other call may touch its columns j0.. and k0..
+// All triangles ijk with j in block j0 and k in block k0, k > j, with the angle at every vertex i. -> their sum of h.
+// Gradients dL/dp: `grad_jk` [rows, rows] is overwritten with the sum over i for the side jk opposite the vertex;
+// `grad_ij` [rows, stride] accumulates those of the sides ij and ik: no other call may touch its columns j0.. and k0..
 // meanwhile.
 template <class A, bool kGradient, bool kDiagonal>
-KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t j0, int64_t k0, A* near, A* far) {
+KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t j0, int64_t k0, A* grad_ij,
+                                   A* grad_jk) {
   constexpr int64_t kWide = kBlock / kLanesOf<A>;
   using V = Lanes<A>;
   const V one = all(A(1)), half = all(A(0.5));
   const int64_t height = std::min(kBlock, s.rows - j0), width = std::min(kBlock, s.rows - k0);
-  alignas(64) A opposite[kBlock * kBlock] = {}, after[kBlock * kBlock];
+  alignas(64) A block_grad_jk[kBlock * kBlock] = {}, after[kBlock * kBlock];
   if (kDiagonal) {
     for (int64_t at = 0; at < kBlock * kBlock; ++at) after[at] = at % kBlock > at / kBlock;
   }
-  const A* const touched[] = {s.hi, s.lo, s.inverse, t.hi, t.lo, t.inverse, near};
+  const A* const prefetched[] = {s.hi, s.lo, s.inverse, t.hi, t.lo, t.inverse, grad_ij};
   double loss = 0;
   for (int64_t i = 0; i < s.rows; ++i) {
     Squared<V> ik_s[kWide], ik_t[kWide];
-    V d_s[kWide], d_t[kWide], slopes[kWide] = {}, turns[kWide] = {}, sum = {};
-    for (const A* m : touched) {
-      prefetch(m, (i + kAhead) * s.stride + j0);
-      prefetch(m, (i + kAhead) * s.stride + k0);
+    V d_s[kWide], d_t[kWide], slopes_ik[kWide] = {}, cos_slopes_ik[kWide] = {}, sum = {};
+    for (const A* m : prefetched) {
+      prefetch(m, (i + kPrefetchDistance) * s.stride + j0);
+      prefetch(m, (i + kPrefetchDistance) * s.stride + k0);
     }
     for (int64_t w = 0; w < kWide; ++w) {
       const int64_t at = i * s.stride + k0 + w * kLanesOf<A>;
@@ -326,7 +329,7 @@ KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t
       const int64_t ij = i * s.stride + j0 + j;
       const Squared<V> ij_s = all_squared(s, ij), ij_t = all_squared(t, ij);
       const V half_s = all(A(0.5) * s.inverse[ij]), half_t = all(A(0.5) * t.inverse[ij]);
-      V row_slope = {}, row_turn = {};
+      V slope_ij = {}, cos_slope_ij = {};
       for (int64_t w = 0; w < kWide; ++w) {
         const int64_t jk = (j0 + j) * s.stride + k0 + w * kLanesOf<A>;
         const V product_s = half_s * d_s[w], product_t = half_t * d_t[w];
@@ -338,29 +341,30 @@ KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t
         if (kDiagonal) u *= load(after + at);
         sum += huber(x, u, half);
         if (!kGradient) continue;
-        const V slope = u * product_s, turn = u * cos_s;
-        store(opposite + at, load(opposite + at) - slope);
-        slopes[w] += slope;
-        turns[w] += turn;
-        row_slope += slope;
-        row_turn += turn;
+        const V slope = u * product_s, cos_slope = u * cos_s;
+        store(block_grad_jk + at, load(block_grad_jk + at) - slope);
+        slopes_ik[w] += slope;
+        cos_slopes_ik[w] += cos_slope;
+        slope_ij += slope;
+        cos_slope_ij += cos_slope;
       }
-      if (kGradient) near[ij] += lane_sum<A>(row_slope - row_turn * (half_s * half_s * all(A(2))));
+      if (kGradient) grad_ij[ij] += lane_sum<A>(slope_ij - cos_slope_ij * (half_s * half_s * all(A(2))));
     }
     for (int64_t w = 0; kGradient && w < kWide; ++w) {
-      A* at = near + i * s.stride + k0 + w * kLanesOf<A>;
-      store(at, load(at) + (slopes[w] - turns[w] * (d_s[w] * d_s[w] * half)));
+      A* at = grad_ij + i * s.stride + k0 + w * kLanesOf<A>;
+      store(at, load(at) + (slopes_ik[w] - cos_slopes_ik[w] * (d_s[w] * d_s[w] * half)));
     }
     loss += lane_sum<A>(sum);
   }
   for (int64_t j = 0; kGradient && j < height; ++j) {
-    for (int64_t k = kDiagonal ? j + 1 : 0; k < width; ++k) far[(j0 + j) * s.rows + k0 + k] = opposite[j * kBlock + k];
+    const int64_t first = kDiagonal ? j + 1 : 0, at = (j0 + j) * s.rows + k0;
+    for (int64_t k = first; k < width; ++k) grad_jk[at + k] = block_grad_jk[j * kBlock + k];
   }
   return loss;
 }
 
-// f(j, k) for all pairs of blocks j <= k, in parallel. In each round no block is met twice: a round-robin tournament,
-// of which the diagonal is the first round. So what f adds to a block's columns is added in one order, whatever the
+// f(j, k) for all pairs of blocks j <= k, in parallel. A round-robin schedule whose first round is the diagonal: in
+// each round no block appears twice. So f accumulates into a block's columns in one order, whatever the number of
 // threads.
 template <class F>
 void for_block_pairs(int64_t blocks, const F& f) {
@@ -388,27 +392,26 @@ double degenerate_loss(const Pairs<A>& s, const Pairs<A>& t) {
   });
 }
 
-// -> the sum of h over corners i and j < k, with half of j = k.
+// -> the sum of h over vertices i and j < k, with half of j = k.
 template <class A>
-double angle_loss(const Pairs<A>& s, const Pairs<A>& t, A* near, A* far) {
+double angle_loss(const Pairs<A>& s, const Pairs<A>& t, A* grad_ij, A* grad_jk) {
   const int64_t blocks = blocks_of(s.rows);
   std::vector<double> sums(blocks * blocks);
   for_block_pairs(blocks, [&](int64_t j, int64_t k) {
     const int64_t j0 = j * kBlock, k0 = k * kBlock;
-    sums[j * blocks + k] = near     ? j == k ? angle_block<A, true, true>(s, t, j0, k0, near, far)
-                                             : angle_block<A, true, false>(s, t, j0, k0, near, far)
-                           : j == k ? angle_block<A, false, true>(s, t, j0, k0, near, far)
-                                    : angle_block<A, false, false>(s, t, j0, k0, near, far);
+    const auto block = grad_ij ? (j == k ? angle_block<A, true, true> : angle_block<A, true, false>)
+                               : (j == k ? angle_block<A, false, true> : angle_block<A, false, false>);
+    sums[j * blocks + k] = block(s, t, j0, k0, grad_ij, grad_jk);
   });
   double loss = 0;
   for (double x : sums) loss += x;
   return loss + degenerate_loss(s, t);
 }
 
-// ---- rkd: the weights, from the shares of both terms; `weights` [rows, rows] holds `far` above its diagonal
+// ---- rkd: the gradient dL/dp [rows, rows] of both terms; on entry its upper triangle is the `grad_jk` of the angles
 template <class A>
-void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>* distance, const A* near, A scale,
-                    A* weights) {
+void finish_grad(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>* distance, const A* grad_ij, A scale,
+                 A* grad) {
   const int64_t rows = s.rows, blocks = blocks_of(rows);
   for_each(blocks * blocks, 1, [&](int64_t task) {
     const int64_t j0 = task / blocks * kBlock, k0 = task % blocks * kBlock;
@@ -416,16 +419,16 @@ void finish_weights(const Pairs<A>& s, const Pairs<A>& t, const DistanceTerm<A>*
     for (int64_t j = j0; j < std::min(j0 + kBlock, rows); ++j) {
       const int64_t begin = std::max(k0, j + 1), end = std::min(k0 + kBlock, rows);
       alignas(64) A share[kBlock] = {};
-      for (int64_t k = begin; near && k < end; ++k) {
-        share[k - begin] = scale * (weights[j * rows + k] + near[j * s.stride + k] + near[k * s.stride + j]);
+      for (int64_t k = begin; grad_ij && k < end; ++k) {
+        share[k - begin] = scale * (grad[j * rows + k] + grad_ij[j * s.stride + k] + grad_ij[k * s.stride + j]);
       }
       if (distance && begin < end) {
         const int64_t at = j * s.stride + begin;
-        add_distance_weights(s.hi + at, t.hi + at, end - begin, distance->inverse_mu, distance->ratio, distance->scale,
-                             distance->shift, share);
+        add_distance_grad(s.hi + at, t.hi + at, end - begin, distance->inverse_mu, distance->ratio, distance->scale,
+                          distance->shift, share);
       }
-      for (int64_t k = begin; k < end; ++k) weights[j * rows + k] = weights[k * rows + j] = share[k - begin];
-      if (j0 == k0) weights[j * rows + j] = 0;
+      for (int64_t k = begin; k < end; ++k) grad[j * rows + k] = grad[k * rows + j] = share[k - begin];
+      if (j0 == k0) grad[j * rows + j] = 0;
     }
   });
 }
@@ -438,12 +441,12 @@ std::vector<Tensor> scratch(const Tensor& like, int64_t matrices, int64_t rows, 
 }
 
 template <class A>
-void rkd_rows(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, A* weights,
+void rkd_rows(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, A* grad,
               A* loss) {
   const int64_t rows = student.size(0), stride = blocks_of(rows) * kBlock;
   const bool angles = angle_weight != 0, single = sizeof(A) == 4;
   const int64_t each = !angles ? 1 : single ? 3 : 2;
-  const std::vector<Tensor> m = scratch<A>(student, 2 * each + (angles && weights), rows, stride);
+  const std::vector<Tensor> m = scratch<A>(student, 2 * each + (angles && grad), rows, stride);
   const auto data = [&](int64_t i) { return static_cast<A*>(m[i].data_ptr()); };
   const auto pairs = [&](int64_t i) {
     return Pairs<A>{rows, stride, data(i), angles && single ? data(i + 2) : nullptr, angles ? data(i + 1) : nullptr};
@@ -457,16 +460,16 @@ void rkd_rows(const Tensor& student, const Tensor& teacher, double distance_weig
   };
   angles ? fill(double{}) : fill(A{});
   if (distance_weight != 0) value += distance.forward(s, t, distance_weight);
-  A* near = angles && weights ? data(2 * each) : nullptr;
+  A* grad_ij = angles && grad ? data(2 * each) : nullptr;
   const double scale = angle_weight * 2 / (double(rows) * rows * rows);
-  if (near) std::fill(near, near + rows * stride, A(0));
-  if (angles) value += scale * angle_loss(s, t, near, weights);
-  if (weights) finish_weights(s, t, distance_weight != 0 ? &distance : nullptr, near, A(2 * scale), weights);
+  if (grad_ij) std::fill(grad_ij, grad_ij + rows * stride, A(0));
+  if (angles) value += scale * angle_loss(s, t, grad_ij, grad);
+  if (grad) finish_grad(s, t, distance_weight != 0 ? &distance : nullptr, grad_ij, A(2 * scale), grad);
   *loss = static_cast<A>(value);
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void distances(const Tensor& x, const std::optional<Tensor>& y, bool squared, A* out) const {
@@ -483,11 +486,11 @@ struct Cpu {
 
   template <class A>
   void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, const Tensor&,
-           A* weights, A* loss) const {
+           A* grad, A* loss) const {
     const int64_t rows = student.size(0);
-    if (rows >= 2) return rkd_rows(student, teacher, distance_weight, angle_weight, weights, loss);
+    if (rows >= 2) return rkd_rows(student, teacher, distance_weight, angle_weight, grad, loss);
     *loss = 0;  // no pair
-    if (weights) std::fill(weights, weights + rows * rows, A(0));
+    if (grad) std::fill(grad, grad + rows * rows, A(0));
   }
 };
 

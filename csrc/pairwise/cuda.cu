@@ -8,9 +8,6 @@ namespace kdfast {
 namespace pairwise {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kBlocksAtOnce = 1;  // on a multiprocessor: without a number, ptxas spills registers to fit more
-
 // ---- squared distances
 
 // A block works on 32 x 32 pairs, a thread on 2 x 2 of them; 32 columns of their rows are in shared memory at a time.
@@ -19,7 +16,7 @@ constexpr int kRow = kTile + 1;  // a row of the tile, padded so that a warp rea
 
 // The squared distance of rows i of x and j of y goes to put(i, j, p); of x with itself also to put(j, i, p).
 template <class Wide, class Put>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     squared_distances_kernel(Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, bool self, Put put) {
   const int64_t across = (m + kTile - 1) / kTile;
   const int64_t i0 = blockIdx.x / across * kTile, j0 = blockIdx.x % across * kTile;
@@ -30,7 +27,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   Wide sum[2][2] = {};
   for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
     __syncthreads();  // the previous columns have been used
-    for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+    for (int e = threadIdx.x; e < kTile * kTile; e += kBlock) {
       const int r = e / kTile, c = e % kTile;
       const bool inside = c0 + c < dim;
       rows[r * kRow + c] = inside && i0 + r < n ? read_one<Wide>(x, i0 + r, c0 + c) : Wide(0);
@@ -65,8 +62,8 @@ template <class Wide, class Put>
 void for_squared_distances(const OnDevice& device, const Matrix& x, int64_t n, const Matrix& y, int64_t m, int64_t dim,
                            bool self, const Put& put) {
   if (n == 0 || m == 0) return;
-  launch(device, {blocks_for(n, kTile) * blocks_for(m, kTile), kThreads}, squared_distances_kernel<Wide, Put>, x, n, y,
-         m, dim, self, put);
+  launch(device, {blocks_for(n, kTile) * blocks_for(m, kTile), kBlock}, squared_distances_kernel<Wide, Put>, x, n, y, m,
+         dim, self, put);
 }
 
 template <class A>
@@ -103,10 +100,10 @@ struct PutPair {
 
 // A block works on 32 rows and 64 columns of the result, a thread on 4 x 2 of them; 32 rows of y are in shared memory
 // at a time.
-constexpr int kWide = 64, kTall = kThreads / kTile;
+constexpr int kWide = 64, kTall = kBlock / kTile;
 
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     weighted_differences_kernel(Matrix weights, Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, Column factor,
                                 Matrix out) {
   const int64_t across = (dim + kWide - 1) / kWide;
@@ -125,11 +122,11 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
   }
   for (int64_t j0 = 0; j0 < m; j0 += kTile) {
     __syncthreads();  // the previous rows have been used
-    for (int e = threadIdx.x; e < kTile * kTile; e += kThreads) {
+    for (int e = threadIdx.x; e < kTile * kTile; e += kBlock) {
       const int64_t i = i0 + e / kTile, j = j0 + e % kTile;
       shares[e] = i < n && j < m ? read_one<A>(weights, i, j) : A(0);
     }
-    for (int e = threadIdx.x; e < kTile * kWide; e += kThreads) {
+    for (int e = threadIdx.x; e < kTile * kWide; e += kBlock) {
       const int64_t j = j0 + e / kWide, c = c0 + e % kWide;
       others[e] = j < m && c < dim ? read_one<A>(y, j, c) : A(0);
     }
@@ -208,11 +205,11 @@ struct SlopeValue {
   }
 };
 
-// weights (+)= what the distance term gives to each pair; `scale` is 2 weight / rows^2.
+// grad (+)= dL/dp of the distance term; `scale` is 2 distance_weight / rows^2.
 template <class A>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    distance_weights_kernel(Gap<A> gap, double scale, bool add, A* weights) {
-  const int64_t rows = gap.student.rows, at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    distance_grad_kernel(Gap<A> gap, double scale, bool add, A* grad) {
+  const int64_t rows = gap.student.rows, at = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (at >= rows * rows) return;
   A share = 0;
   if (gap.student.hi[at] > A(kSmallest)) {
@@ -222,83 +219,84 @@ __global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
     const A shift = static_cast<A>(scale * gap.sums[kSlopeSum] / (gap.sums[kStudentSum] * mu));
     share = (static_cast<A>(scale / mu) * huber_slope(x, A(1)) - shift) / d_s;
   }
-  weights[at] = add ? weights[at] + share : share;
+  grad[at] = add ? grad[at] + share : share;
 }
 
 // ---- rkd: angles
 
-// One row of the batch's pairs, as a corner i sees them: |x_i - x_j|^2 and its inverse root, of 16 rows j.
-constexpr int kSide = 16;  // a block works on 16 x 16 sides jk, a thread on one, for every corner i
+constexpr int kSide = 16;  // a block processes 16 x 16 sides jk, a thread one of them, for every vertex i
+
+// The squared distance of a pair and its inverse root.
 
 template <class A>
-struct Sight {
+struct PairEntry {
   Squared<A> p;
   A inverse;
 };
 
 template <class A>
-__device__ Sight<A> look(const Pairs<A>& pairs, int64_t i, int64_t j) {
+__device__ PairEntry<A> load_pair(const Pairs<A>& pairs, int64_t i, int64_t j) {
   if (i >= pairs.rows || j >= pairs.rows) return {{A(0), A(0)}, A(0)};
   const int64_t at = i * pairs.rows + j;
   return {{pairs.hi[at], pairs.lo ? pairs.lo[at] : A(0)}, pairs.inverse[at]};
 }
 
-// A network's triangle ijk: the cosine at the corner between sides a and b, and half the product of their inverses.
+// A network's triangle: the cosine at the vertex between sides a and b, and half the product of their inverses.
 template <class A>
-struct Corner {
+struct Vertex {
   A half_product, cos;
 
-  __device__ Corner(const Sight<A>& a, const Sight<A>& b, const Sight<A>& opposite)
+  __device__ Vertex(const PairEntry<A>& a, const PairEntry<A>& b, const PairEntry<A>& opposite)
       : half_product(A(0.5) * a.inverse * b.inverse), cos(cosine(a.p, b.p, opposite.p, half_product, A(1))) {}
 };
 
-// A thread meets every triangle of its side jk, and its three corners, so that the side's gradient is complete in one
-// register: no sum crosses threads but the loss. Blocks are numbered over the pairs of tiles (t, u) with t <= u; losses
-// [blocks]: h summed over the corners i opposite to the sides, and half of j = k (equal rows in one network only).
+// A thread processes every triangle of its side jk with all three angles, so the side's gradient accumulates in one
+// register: only the loss is reduced across threads. Blocks are numbered over the pairs of tiles (t, u) with t <= u;
+// losses [blocks]: h summed over the vertices i opposite the sides, and half of j = k (equal rows in one network only).
 template <class A, bool kGradient>
-__global__ void __launch_bounds__(kThreads, kBlocksAtOnce)
-    angle_kernel(Pairs<A> student, Pairs<A> teacher, A scale, double* losses, A* weights) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    angle_kernel(Pairs<A> student, Pairs<A> teacher, A scale, double* losses, A* grad) {
   const int64_t rows = student.rows, tiles = (rows + kSide - 1) / kSide;
   const int64_t j0 = blockIdx.x / tiles * kSide, k0 = blockIdx.x % tiles * kSide;
   double loss = 0;
   if (j0 <= k0) {
-    KD_SHARED(Sight<A>, to_j, 2 * kSide * kSide);  // student, teacher: [corner, row]
-    KD_SHARED(Sight<A>, to_k, 2 * kSide * kSide);
+    KD_SHARED(PairEntry<A>, to_j, 2 * kSide * kSide);  // student, teacher: [vertex, row]
+    KD_SHARED(PairEntry<A>, to_k, 2 * kSide * kSide);
     const int own = threadIdx.x, row = own / kSide, col = own % kSide;
     const int64_t j = j0 + row, k = k0 + col;
     const bool side = j < k && k < rows;
-    const Sight<A> jk_s = look(student, j, k), jk_t = look(teacher, j, k);
+    const PairEntry<A> jk_s = load_pair(student, j, k), jk_t = load_pair(teacher, j, k);
     A slope = 0;  // dL/dp_jk, up to the scale
     for (int64_t i0 = 0; i0 < rows; i0 += kSide) {
-      __syncthreads();  // the previous corners have been used
-      to_j[own] = look(student, i0 + row, j0 + col);
-      to_j[own + kSide * kSide] = look(teacher, i0 + row, j0 + col);
-      to_k[own] = look(student, i0 + row, k0 + col);
-      to_k[own + kSide * kSide] = look(teacher, i0 + row, k0 + col);
+      __syncthreads();  // the previous vertices have been used
+      to_j[own] = load_pair(student, i0 + row, j0 + col);
+      to_j[own + kSide * kSide] = load_pair(teacher, i0 + row, j0 + col);
+      to_k[own] = load_pair(student, i0 + row, k0 + col);
+      to_k[own + kSide * kSide] = load_pair(teacher, i0 + row, k0 + col);
       __syncthreads();
       if (!side) continue;
       A sum = 0;
       for (int c = 0; c < kSide && i0 + c < rows; ++c) {
         if (i0 + c == j || i0 + c == k) continue;
-        const Sight<A>&ij_s = to_j[c * kSide + row], &ij_t = to_j[(c + kSide) * kSide + row];
-        const Sight<A>&ik_s = to_k[c * kSide + col], &ik_t = to_k[(c + kSide) * kSide + col];
-        const Corner<A> i_s(ij_s, ik_s, jk_s);
-        const A x_i = i_s.cos - Corner<A>(ij_t, ik_t, jk_t).cos, u_i = huber_slope(x_i, A(1));
+        const PairEntry<A>&ij_s = to_j[c * kSide + row], &ij_t = to_j[(c + kSide) * kSide + row];
+        const PairEntry<A>&ik_s = to_k[c * kSide + col], &ik_t = to_k[(c + kSide) * kSide + col];
+        const Vertex<A> i_s(ij_s, ik_s, jk_s);
+        const A x_i = i_s.cos - Vertex<A>(ij_t, ik_t, jk_t).cos, u_i = huber_slope(x_i, A(1));
         sum += huber(x_i, u_i, A(0.5));
         if (!kGradient) continue;
-        const Corner<A> j_s(ij_s, jk_s, ik_s), k_s(ik_s, jk_s, ij_s);
-        const A u_j = huber_slope(j_s.cos - Corner<A>(ij_t, jk_t, ik_t).cos, A(1));
-        const A u_k = huber_slope(k_s.cos - Corner<A>(ik_t, jk_t, ij_t).cos, A(1));
+        const Vertex<A> j_s(ij_s, jk_s, ik_s), k_s(ik_s, jk_s, ij_s);
+        const A u_j = huber_slope(j_s.cos - Vertex<A>(ij_t, jk_t, ik_t).cos, A(1));
+        const A u_k = huber_slope(k_s.cos - Vertex<A>(ik_t, jk_t, ij_t).cos, A(1));
         slope += u_j * j_s.half_product + u_k * k_s.half_product - u_i * i_s.half_product;
         slope -= (u_j * j_s.cos + u_k * k_s.cos) * (A(0.5) * jk_s.inverse * jk_s.inverse);
       }
       loss += sum;
     }
     if (side && (jk_s.inverse == 0) != (jk_t.inverse == 0)) loss += 0.5;
-    if (kGradient && side) weights[j * rows + k] = weights[k * rows + j] = scale * slope;
-    if (kGradient && j == k && j < rows) weights[j * rows + j] = 0;
+    if (kGradient && side) grad[j * rows + k] = grad[k * rows + j] = scale * slope;
+    if (kGradient && j == k && j < rows) grad[j * rows + j] = 0;
   }
-  loss = group_reduce<kThreads>(loss, Add{});
+  loss = group_reduce<kBlock>(loss, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
 }
 
@@ -316,7 +314,7 @@ struct Rkd {
   const OnDevice& device;
   Pairs<A> student, teacher;
   Tensor sums;
-  A* weights;  // null: none are wanted
+  A* grad;  // dL/dp; null: not needed
 
   double* sum(Sum which) const { return static_cast<double*>(sums.data_ptr()) + which; }
 
@@ -324,8 +322,8 @@ struct Rkd {
     const int64_t tiles = blocks_for(student.rows, kSide), blocks = tiles * tiles;
     Tensor losses = empty(sums, ScalarType::Double, {blocks});
     double* each = static_cast<double*>(losses.data_ptr());
-    launch(device, {blocks, kThreads}, weights ? angle_kernel<A, true> : angle_kernel<A, false>, student, teacher,
-           static_cast<A>(2 * scale), each, weights);
+    launch(device, {blocks, kBlock}, grad ? angle_kernel<A, true> : angle_kernel<A, false>, student, teacher,
+           static_cast<A>(2 * scale), each, grad);
     sum_of(device, sums, Partial{each}, blocks, sum(kAngleSum));
   }
 
@@ -335,15 +333,15 @@ struct Rkd {
     sum_of(device, sums, DistanceValue<A>{student}, n, sum(kStudentSum));
     sum_of(device, sums, DistanceValue<A>{teacher}, n, sum(kTeacherSum));
     sum_of(device, sums, LossValue<A>{gap}, n, sum(kLossSum));
-    if (!weights) return;
+    if (!grad) return;
     sum_of(device, sums, SlopeValue<A>{gap}, n, sum(kSlopeSum));
-    launch(device, {blocks_for(n, kThreads), kThreads}, distance_weights_kernel<A>, gap, 2 * scale, add, weights);
+    launch(device, {blocks_for(n, kBlock), kBlock}, distance_grad_kernel<A>, gap, 2 * scale, add, grad);
   }
 };
 
 template <class A>
 void rkd_rows(const OnDevice& device, const Tensor& student, const Tensor& teacher, double distance_weight,
-              double angle_weight, A* weights, A* loss) {
+              double angle_weight, A* grad, A* loss) {
   const int64_t rows = student.size(0);
   const bool angles = angle_weight != 0 && rows > 1, distances = distance_weight != 0 && rows > 1;
   const bool single = sizeof(A) == 4;
@@ -353,7 +351,7 @@ void rkd_rows(const OnDevice& device, const Tensor& student, const Tensor& teach
     A* hi = static_cast<A*>(pairs.data_ptr()) + first * rows * rows;
     return Pairs<A>{rows, hi, angles && single ? hi + 2 * rows * rows : nullptr, angles ? hi + rows * rows : nullptr};
   };
-  const Rkd<A> terms{device, of(0), of(each), empty(student, ScalarType::Double, {kSums}), weights};
+  const Rkd<A> terms{device, of(0), of(each), empty(student, ScalarType::Double, {kSums}), grad};
   const auto fill = [&](auto wide, const Tensor& x, const Pairs<A>& p) {
     using Wide = decltype(wide);
     for_squared_distances<Wide>(device, matrix(x), rows, matrix(x), rows, x.size(1), true, PutPair<A, Wide>{p});
@@ -370,10 +368,8 @@ void rkd_rows(const OnDevice& device, const Tensor& student, const Tensor& teach
   launch(device, {1, 1}, loss_kernel<A>, terms.sum(kStudentSum), pairs_scale, angle_scale, loss);
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void distances(const Tensor& x, const std::optional<Tensor>& y, bool squared, A* out) const {
@@ -387,14 +383,14 @@ struct Cuda {
                             const Matrix& out) const {
     const int64_t n = weights.size(0), m = weights.size(1), blocks = blocks_for(n, kTile) * blocks_for(dim, kWide);
     if (blocks == 0) return;
-    launch(device, {blocks, kThreads}, weighted_differences_kernel<A>, matrix(weights), x, n, y, m, dim, factor, out);
+    launch(device, {blocks, kBlock}, weighted_differences_kernel<A>, matrix(weights), x, n, y, m, dim, factor, out);
   }
 
   template <class A>
-  void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, Tensor& grad,
-           A* weights, A* loss) const {
-    if (student.size(0) < 2 || (distance_weight == 0 && angle_weight == 0)) torch::stable::zero_(grad);  // no pair
-    rkd_rows(device, student, teacher, distance_weight, angle_weight, weights, loss);
+  void rkd(const Tensor& student, const Tensor& teacher, double distance_weight, double angle_weight, Tensor& memory,
+           A* grad, A* loss) const {
+    if (student.size(0) < 2 || (distance_weight == 0 && angle_weight == 0)) torch::stable::zero_(memory);  // no pair
+    rkd_rows(device, student, teacher, distance_weight, angle_weight, grad, loss);
   }
 };
 

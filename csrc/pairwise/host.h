@@ -31,18 +31,19 @@ Tensor weighted_differences(Tensor weights, Tensor x, std::optional<Tensor> y, s
   return out;
 }
 
+// -> the loss, and its gradient dL/dp [rows, rows] in the squared distances of the student, for weighted_differences.
 template <class Backend>
 TwoTensors rkd(Tensor student, Tensor teacher, double distance_weight, double angle_weight, bool need_grad) {
   const Backend backend(student);
   const int64_t rows = student.size(0);
   const ScalarType dtype = accumulator(student, teacher);
   Tensor loss = empty(student, dtype, {});
-  Tensor weights = need_grad ? empty(student, dtype, {rows, rows}) : nothing(student, dtype);
+  Tensor grad = need_grad ? empty(student, dtype, {rows, rows}) : nothing(student, dtype);
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    backend.rkd(student, teacher, distance_weight, angle_weight, weights, data<A>(weights, need_grad), data<A>(loss));
+    backend.rkd(student, teacher, distance_weight, angle_weight, grad, data<A>(grad, need_grad), data<A>(loss));
   });
-  return {loss, weights};
+  return {loss, grad};
 }
 
 template <class Backend>

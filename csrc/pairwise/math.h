@@ -2,7 +2,7 @@
 //
 // RKD compares student and teacher through h, the smooth L1 with beta 1:
 //   distance: h(D^s_ij / mu_s - D^t_ij / mu_t), with D = sqrt(max(p, 1e-12)) off the diagonal and mu its mean;
-//   angle:    h(cos^s_ijk - cos^t_ijk), the cosine at corner i of the triangle of rows i, j, k.
+//   angle:    h(cos^s_ijk - cos^t_ijk), the cosine at vertex i of the triangle of rows i, j, k.
 // By the law of cosines, with d = 1 / sqrt(p) (0 where p = 0: no direction, no gradient),
 //   cos_ijk = (p_ij + p_ik - p_jk) d_ij d_ik / 2,
 //   dcos/dp_jk = -d_ij d_ik / 2,    dcos/dp_ij = d_ij d_ik / 2 - cos d_ij^2 / 2,
@@ -17,7 +17,7 @@ namespace pairwise {
 
 constexpr double kSmallest = 1e-12;  // smallest squared distance between two rows in the distance loss
 
-// The smaller of two, NaN if the second one is: as the one instruction for it has it.
+// min(a, b) with the rule of the instruction for it: NaN if b is NaN.
 template <class V>
 KD_HD V smaller(V a, V b) {
   return a < b ? a : b;

@@ -17,7 +17,7 @@ struct KlSums {
   A p, q, dot, q_1;
 };
 
-// Without kMasked no logit is -inf, or `dot` is not finite.
+// Without kMasked no logit may be masked, else `dot` is not finite.
 template <bool kMasked, class A>
 KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
   const auto sums = sum_elements<3, A>(n, [&](int64_t i) KD_INLINED {
@@ -151,26 +151,26 @@ struct Row {
   A at(int64_t col) const { return read_one<A>(m, row, col); }
 };
 
-// f(begin, n) for the pieces of a row; without the class `hidden` if that is one.
+// f(begin, n) for the pieces of a row, without the class `skipped` if that is not negative.
 template <class F>
-void for_row_pieces(int64_t cols, int64_t hidden, const F& f) {
-  if (hidden < 0) return for_pieces(0, cols, f);
-  for_pieces(0, hidden, f);
-  for_pieces(hidden + 1, cols, f);
+void for_row_pieces(int64_t cols, int64_t skipped, const F& f) {
+  if (skipped < 0) return for_pieces(0, cols, f);
+  for_pieces(0, skipped, f);
+  for_pieces(skipped + 1, cols, f);
 }
 
 template <class A>
 using State = KlState<A, double>;
 
-// sums(p, q, n, max_p, max_q, rate) of a piece, added to the state: `fast` where no logit is -inf, else `careful`; ->
-// the piece's sum q_1.
+// Accumulates sums(p, q, n, max_p, max_q, rate) of a piece: `unmasked` unless a logit is masked, then `masked`. -> the
+// piece's sum q_1.
 template <class A, class F>
-A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& fast, const F& careful) {
+A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& unmasked, const F& masked) {
   const A top_p = max_of(p, n, s.max_p), top_q = max_of(q, n, s.max_q);
   if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
   const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
-  KlSums<A> piece = fast(p, q, n, max_p, max_q, rate);
-  if (!(piece.dot - piece.dot == 0)) piece = careful(p, q, n, max_p, max_q, rate);
+  KlSums<A> piece = unmasked(p, q, n, max_p, max_q, rate);
+  if (!(piece.dot - piece.dot == 0)) piece = masked(p, q, n, max_p, max_q, rate);
   s.sum_p += piece.p;
   s.sum_q += piece.q;
   s.dot += piece.dot;
@@ -178,9 +178,9 @@ A kl_update(State<A>& s, const A* p, const A* q, int64_t n, A rate, const F& fas
 }
 
 template <class A>
-State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
+State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t skipped, A rate) {
   State<A> s;
-  for_row_pieces(cols, hidden, [&](int64_t begin, int64_t n) {
+  for_row_pieces(cols, skipped, [&](int64_t begin, int64_t n) {
     kl_update(s, p.piece(begin, n), q.piece(begin, n), n, rate, kl_sums<false, A>, kl_sums<true, A>);
   });
   return s;
@@ -188,12 +188,12 @@ State<A> kl_sweep(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden
 
 // KL(p || q) of a row whose sums are complete.
 template <class A>
-A row_kl(const State<A>& s, const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate) {
+A row_kl(const State<A>& s, const Row<A>& p, const Row<A>& q, int64_t cols, int64_t skipped, A rate) {
   double kl = s.kl(rate);
   if (!(kl < kNear) || s.sum_p == 0) return static_cast<A>(kl);
   const NearRow<A> near = near_row(s, rate);
   kl = 0;
-  for_row_pieces(cols, hidden,
+  for_row_pieces(cols, skipped,
                  [&](int64_t begin, int64_t n) { kl += near_sum(p.piece(begin, n), q.piece(begin, n), n, near); });
   return static_cast<A>(kl);
 }
@@ -287,10 +287,10 @@ void softmax_kl_rows(const Inputs<A>& in, const Shares<A>& shares) {
 }
 
 template <class A>
-void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t hidden, A rate, A max_p, A max_q,
+void write_kl_grads(const Row<A>& p, const Row<A>& q, int64_t cols, int64_t skipped, A rate, A max_p, A max_q,
                     const KlGrad<A>& g, const Matrix& out_p, const Matrix& out_q) {
   alignas(64) A buffer[kChunk];
-  for_row_pieces(cols, hidden, [&](int64_t begin, int64_t n) {
+  for_row_pieces(cols, skipped, [&](int64_t begin, int64_t n) {
     const A *z_p = p.piece(begin, n), *z_q = q.piece(begin, n);
     if (out_q.data) {
       A* out = target(out_q, q.row, begin, buffer);
@@ -414,8 +414,8 @@ class Kept {
     }
   }
 
-  // The piece with the kept classes as -inf; notes their logits.
-  const A* hide(const A* z, int64_t begin, int64_t n, A* buffer) {
+  // The piece with the kept classes masked; copies their logits.
+  const A* mask(const A* z, int64_t begin, int64_t n, A* buffer) {
     if (first_[begin / kChunk] < 0) return z;
     if (z != buffer) std::copy(z, z + n, buffer);
     for_piece(begin, n, [&](int64_t i, int64_t at) {
@@ -443,7 +443,7 @@ Softmax<A> rest_sweep(const Row<A>& s, int64_t cols, A rate, Kept<A>& kept) {
   A max = -infinity<A>();
   double sum = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
-    const A* z = kept.hide(s.piece(begin, n), begin, n, s.buffer);
+    const A* z = kept.mask(s.piece(begin, n), begin, n, s.buffer);
     const A top = max_of(z, n, max);
     if (top > max) sum *= exp2((double(max) - top) * rate);
     max = top;
@@ -526,7 +526,7 @@ template <class A>
 void check_masses(const Inputs<A>& in, A smoothing) {
   for (int64_t row = 0; row < in.rows; ++row) {
     const double mass = (in.stats[kMass][row] - smoothing) / (smoothing < 1 ? 1 - smoothing : A(1));
-    if (!(mass < kLeastMass)) continue;
+    if (!(mass < kMinMass)) continue;
     char number[32];
     std::snprintf(number, sizeof(number), "%.6g", mass);
     throw std::invalid_argument("labels[" + std::to_string(row) + "] are probabilities that sum to " + number +
@@ -676,11 +676,8 @@ void dkd_grad_rows(const Inputs<A>& in, const Labels& labels, A alpha, A beta, A
   });
 }
 
-struct Cpu {
-  template <class T>
-  using Memory = HostMemory<T>;
-
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void softmax_kl(const Inputs<A>& in, const Shares<A>& shares) const {

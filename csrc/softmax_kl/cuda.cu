@@ -6,11 +6,11 @@ namespace kdfast {
 namespace softmax_kl {
 namespace {
 
-// Reads a step of a row, with the class `hidden` as -inf.
+// Reads a step of a row, with the class `skipped` masked.
 template <class A>
-__device__ void read_hiding(const Matrix& m, int64_t row, int64_t col, int64_t cols, int64_t hidden, A (&z)[kStep]) {
+__device__ void read_skipping(const Matrix& m, int64_t row, int64_t col, int64_t cols, int64_t skipped, A (&z)[kStep]) {
   read(m, row, col, cols, -infinity<A>(), z);
-  const int64_t at = hidden - col;
+  const int64_t at = skipped - col;
   if (at < 0 || at >= kStep) return;
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
@@ -47,12 +47,12 @@ __device__ void merge(State<A>& s, A rate) {
 }
 
 template <int kThreads, class A>
-__device__ State<A> kl_sweep(const Matrix& p, const Matrix& q, int64_t row, int64_t cols, int64_t hidden, A rate) {
+__device__ State<A> kl_sweep(const Matrix& p, const Matrix& q, int64_t row, int64_t cols, int64_t skipped, A rate) {
   State<A> s;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_p[kStep], z_q[kStep];
-    read_hiding(p, row, col, cols, hidden, z_p);
-    read_hiding(q, row, col, cols, hidden, z_q);
+    read_skipping(p, row, col, cols, skipped, z_p);
+    read_skipping(q, row, col, cols, skipped, z_q);
     kl_update(s, z_p, z_q, rate);
   });
   merge<kThreads>(s, rate);
@@ -61,7 +61,7 @@ __device__ State<A> kl_sweep(const Matrix& p, const Matrix& q, int64_t row, int6
 
 // KL(p || q) of a row whose sums are complete; every thread gets it.
 template <int kThreads, class A>
-__device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t row, int64_t cols, int64_t hidden,
+__device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t row, int64_t cols, int64_t skipped,
                     A rate) {
   const A kl = s.kl(rate);
   if (!(kl < A(kNear)) || s.sum_p == 0) return kl;
@@ -69,8 +69,8 @@ __device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t
   A sum = 0;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_p[kStep], z_q[kStep];
-    read_hiding(p, row, col, cols, hidden, z_p);
-    read_hiding(q, row, col, cols, hidden, z_q);
+    read_skipping(p, row, col, cols, skipped, z_p);
+    read_skipping(q, row, col, cols, skipped, z_q);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) sum += near.term(z_p[i], z_q[i]);
   });
@@ -102,7 +102,7 @@ __device__ void near_mixture_row(const Matrix& student, const Matrix& teacher, i
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
                               Shares<A> shares, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
@@ -168,25 +168,18 @@ __device__ bool mark(const TopK& teacher, int64_t row, int64_t begin, int64_t en
   return twice;
 }
 
-// A row whose indices cannot be used has the KL NaN.
-template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_topk_forward_kernel(Matrix student, TopK teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
-                                   Stats<A> stats) {
-  KD_SHARED(unsigned, all_bits, kPiece / 32);
-  const int64_t row = group_index<kThreads>();
-  if (row >= rows) return;
-  const A rate = temperature.rate(row);
-  const int lane = threadIdx.x % kThreads;
-  unsigned* bits = all_bits + threadIdx.x / kThreads * (kMarked<kThreads> / 32);
-  int wrong = 0;
+// The student's softmax over the classes that the teacher leaves out; every thread gets it. `wrong`: whether this
+// thread saw a class twice.
+template <int kThreads, class A>
+__device__ Softmax<A> rest_softmax(const Inputs<A>& in, const TopK& teacher, int64_t row, unsigned* bits, int& wrong) {
+  const A rate = in.temperature.rate(row);
   A max_r = -infinity<A>(), sum_r = 0;
-  for (int64_t begin = 0; begin < cols; begin += kMarked<kThreads>) {
-    const int64_t end = cols - begin < kMarked<kThreads> ? cols : begin + kMarked<kThreads>;
+  for (int64_t begin = 0; begin < in.cols; begin += kMarked<kThreads>) {
+    const int64_t end = in.cols - begin < kMarked<kThreads> ? in.cols : begin + kMarked<kThreads>;
     wrong |= mark<kThreads>(teacher, row, begin, end, bits);
     for_steps<kThreads>(begin, end, [&](int64_t col) {
       A z[kStep];
-      read(student, row, col, cols, -infinity<A>(), z);
+      read(in.student, row, col, in.cols, -infinity<A>(), z);
       const unsigned kept = bits[(col - begin) / 32] >> ((col - begin) % 32);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
@@ -201,35 +194,54 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     });
   }
   const A top_r = group_reduce<kThreads>(max_r, Max{});
-  sum_r = group_reduce<kThreads>(max_r == -infinity<A>() ? A(0) : sum_r * exp2((max_r - top_r) * rate), Add{});
-  const Softmax<A> rest{finite_max(top_r), sum_r};
+  sum_r = group_reduce<kThreads>(is_masked(max_r) ? A(0) : sum_r * exp2((max_r - top_r) * rate), Add{});
+  return {finite_max(top_r), sum_r};
+}
 
-  // The kept classes, once more from the cache: maxima, then sums.
-  const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
-  State<A> s;
-  s.max_p = rest_p;
-  s.max_q = top_r;
-  for (int64_t i = lane; i < teacher.count; i += kThreads) {
+// f(z_p, z_q) of the kept classes of this thread. -> whether an index is no class.
+template <int kThreads, class A, class F>
+__device__ bool for_kept(const Inputs<A>& in, const TopK& teacher, int64_t row, const F& f) {
+  bool outside = false;
+  for (int64_t i = threadIdx.x % kThreads; i < teacher.count; i += kThreads) {
     const int64_t index = teacher.at(row, i);
-    s.max_p = max(s.max_p, read_one<A>(teacher.values, row, i));
-    if (index >= 0 && index < cols) {
-      s.max_q = max(s.max_q, read_one<A>(student, row, index));
+    if (index >= 0 && index < in.cols) {
+      f(read_one<A>(teacher.values, row, i), read_one<A>(in.student, row, index));
     } else {
-      wrong = 1;
+      outside = true;
     }
   }
+  return outside;
+}
+
+// A row whose indices cannot be used has the KL NaN.
+template <class A, int kThreads>
+__global__ void __launch_bounds__(kBlock, kMinBlocks) softmax_kl_topk_forward_kernel(Inputs<A> in, TopK teacher) {
+  KD_SHARED(unsigned, all_bits, kPiece / 32);
+  const int64_t row = group_index<kThreads>();
+  if (row >= in.rows) return;
+  const A rate = in.temperature.rate(row);
+  int wrong = 0;
+  unsigned* bits = all_bits + threadIdx.x / kThreads * (kMarked<kThreads> / 32);
+  const Softmax<A> rest = rest_softmax<kThreads>(in, teacher, row, bits, wrong);
+  const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
+
+  // The kept classes, once more from the cache: maxima, then sums.
+  State<A> s;
+  s.max_p = rest_p;
+  s.max_q = rest.sum == 0 ? -infinity<A>() : rest.max;
+  wrong |= for_kept<kThreads>(in, teacher, row, [&](A z_p, A z_q) {
+    s.max_p = max(s.max_p, z_p);
+    s.max_q = max(s.max_q, z_q);
+  });
   s.max_p = group_reduce<kThreads>(s.max_p, Max{});
   s.max_q = group_reduce<kThreads>(s.max_q, Max{});
   const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
-  for (int64_t i = lane; i < teacher.count; i += kThreads) {
-    const int64_t index = teacher.at(row, i);
-    if (index < 0 || index >= cols) continue;
-    const A c_p = read_one<A>(teacher.values, row, i) - max_p, c_q = read_one<A>(student, row, index) - max_q;
-    const A e_p = exp2(c_p * rate);
+  for_kept<kThreads>(in, teacher, row, [&](A z_p, A z_q) {
+    const A c_p = z_p - max_p, c_q = z_q - max_q, e_p = exp2(c_p * rate);
     s.sum_p += e_p;
     s.sum_q += exp2(c_q * rate);
     s.dot += kl_term(e_p, c_p - c_q);
-  }
+  });
   s.sum_p = group_reduce<kThreads>(s.sum_p, Add{});
   s.sum_q = group_reduce<kThreads>(s.sum_q, Add{});
   s.dot = group_reduce<kThreads>(s.dot, Add{});
@@ -239,45 +251,40 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   if (kl < A(kNear) && s.sum_p > 0) {
     const NearRow<A> near = near_row(s, rate);
     kl = 0;
-    for (int64_t i = lane; i < teacher.count; i += kThreads) {
-      const int64_t index = teacher.at(row, i);
-      if (index < 0 || index >= cols) continue;
-      kl += near.term(read_one<A>(teacher.values, row, i), read_one<A>(student, row, index));
-    }
+    for_kept<kThreads>(in, teacher, row, [&](A z_p, A z_q) { kl += near.term(z_p, z_q); });
     kl = group_reduce<kThreads>(kl, Add{}) + near_rest_term(near, rest_p, rest);
   }
-  if (lane != 0) return;
-  stats.set_softmax(kStudent, row, s.q());
-  stats[kStudent + kKl][row] = 0;
-  stats.set_softmax(kTeacher, row, s.p());
-  stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : kl;
-  stats.set_softmax(kTopKRest, row, rest);
+  if (!is_leader<kThreads>()) return;
+  in.stats.set_softmax(kStudent, row, s.q());
+  in.stats[kStudent + kKl][row] = 0;
+  in.stats.set_softmax(kTeacher, row, s.p());
+  in.stats[kTeacher + kKl][row] = wrong ? not_a_number<A>() : kl;
+  in.stats.set_softmax(kTopKRest, row, rest);
 }
 
 // Cross-entropies go to `ce`; a label that is no class makes its row NaN.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    cross_entropy_kl_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t ignore_index, int64_t rows,
-                                    int64_t cols, Temperature<A> temperature, A smoothing, Stats<A> stats, A* ce) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    cross_entropy_kl_forward_kernel(Inputs<A> in, Labels labels, int64_t ignore_index, A smoothing, A* ce) {
   const int64_t row = group_index<kThreads>();
-  if (row >= rows) return;
-  const A rate = temperature.rate(row);
+  if (row >= in.rows) return;
+  const A rate = in.temperature.rate(row);
   State<A> s;
   CeState<A> c;
-  for_steps<kThreads>(0, cols, [&](int64_t col) {
+  for_steps<kThreads>(0, in.cols, [&](int64_t col) {
     A z[kStep], other[kStep];
-    read(student, row, col, cols, -infinity<A>(), z);
+    read(in.student, row, col, in.cols, -infinity<A>(), z);
     const A before = s.max_q;
-    if (teacher.data) {
-      read(teacher, row, col, cols, -infinity<A>(), other);
+    if (in.teacher.data) {
+      read(in.teacher, row, col, in.cols, -infinity<A>(), other);
       kl_update(s, other, z, rate);
     } else {
       s.max_q = max_of(z, s.max_q);
     }
     c.rebase(before - s.max_q, before == -infinity<A>());
-    if (!labels.index) read(labels.probabilities, row, col, cols, A(0), other);
+    if (!labels.index) read(labels.probabilities, row, col, in.cols, A(0), other);
     const A top = finite_max(s.max_q);
-    const int left = cols - col < kStep ? static_cast<int>(cols - col) : kStep;
+    const int left = in.cols - col < kStep ? static_cast<int>(in.cols - col) : kStep;
     c.seen += static_cast<A>(left);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
@@ -293,7 +300,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
   });
   const A before = s.max_q;
-  if (teacher.data) {
+  if (in.teacher.data) {
     merge<kThreads>(s, rate);
   } else {
     s.max_q = group_reduce<kThreads>(s.max_q, Max{});
@@ -303,48 +310,46 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   c.centred = group_reduce<kThreads>(c.centred, Add{});
   c.target_dot = group_reduce<kThreads>(c.target_dot, Add{});
   c.target_mass = group_reduce<kThreads>(c.target_mass, Add{});
-  const A kl = teacher.data ? row_kl<kThreads>(s, teacher, student, row, cols, -1, rate) : A(0);
+  const A kl = in.teacher.data ? row_kl<kThreads>(s, in.teacher, in.student, row, in.cols, -1, rate) : A(0);
   if (!is_leader<kThreads>()) return;
   A weight = 1;
   if (labels.index) {
     const int64_t label = labels.at(row);
-    const bool valid = labels.is_class(row, cols);
+    const bool valid = labels.is_class(row, in.cols);
     weight = label == ignore_index ? A(0) : valid ? A(1) : not_a_number<A>();
-    c.target_dot = valid ? read_one<A>(student, row, label) - s.q().max : A(0);
+    c.target_dot = valid ? read_one<A>(in.student, row, label) - s.q().max : A(0);
     c.target_mass = 1;
-  } else if (c.target_mass < A(kLeastMass)) {
+  } else if (c.target_mass < A(kMinMass)) {
     weight = not_a_number<A>();
   }
-  ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, cols);
-  stats.set_softmax(kStudent, row, s.q());
-  stats[kSum1][row] = c.sum_1;
-  stats[kCeWeight][row] = weight;
-  stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
-  stats.set_softmax(kCeTeacher, row, s.p());
-  stats[kCeKl][row] = kl;
+  ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, in.cols);
+  in.stats.set_softmax(kStudent, row, s.q());
+  in.stats[kSum1][row] = c.sum_1;
+  in.stats[kCeWeight][row] = weight;
+  in.stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
+  in.stats.set_softmax(kCeTeacher, row, s.p());
+  in.stats[kCeKl][row] = kl;
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    dkd_forward_kernel(Matrix student, Matrix teacher, Labels labels, int64_t rows, int64_t cols,
-                       Temperature<A> temperature, Stats<A> stats) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) dkd_forward_kernel(Inputs<A> in, Labels labels) {
   const int64_t row = group_index<kThreads>();
-  if (row >= rows) return;
-  const A rate = temperature.rate(row);
+  if (row >= in.rows) return;
+  const A rate = in.temperature.rate(row);
   const int64_t label = labels.at(row);
-  const State<A> s = kl_sweep<kThreads>(teacher, student, row, cols, label, rate);
-  const A kl = row_kl<kThreads>(s, teacher, student, row, cols, label, rate);
+  const State<A> s = kl_sweep<kThreads>(in.teacher, in.student, row, in.cols, label, rate);
+  const A kl = row_kl<kThreads>(s, in.teacher, in.student, row, in.cols, label, rate);
   if (!is_leader<kThreads>()) return;
-  const bool valid = labels.is_class(row, cols);
-  const A z_s = valid ? read_one<A>(student, row, label) : not_a_number<A>();
-  const A z_t = valid ? read_one<A>(teacher, row, label) : not_a_number<A>();
+  const bool valid = labels.is_class(row, in.cols);
+  const A z_s = valid ? read_one<A>(in.student, row, label) : not_a_number<A>();
+  const A z_t = valid ? read_one<A>(in.teacher, row, label) : not_a_number<A>();
   const A odds_s = log_odds(z_s, s.q(), rate), odds_t = log_odds(z_t, s.p(), rate);
-  stats.set_softmax(kStudent, row, s.q());
-  stats[kStudent + kOdds][row] = valid ? odds_s : z_s;
-  stats.set_softmax(kTeacher, row, s.p());
-  stats[kTeacher + kOdds][row] = valid ? odds_t : z_t;
-  stats[kRestKl][row] = kl;
-  stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, near_row(s, rate).log_ratio(z_t, z_s)) : z_t;
+  in.stats.set_softmax(kStudent, row, s.q());
+  in.stats[kStudent + kOdds][row] = valid ? odds_s : z_s;
+  in.stats.set_softmax(kTeacher, row, s.p());
+  in.stats[kTeacher + kOdds][row] = valid ? odds_t : z_t;
+  in.stats[kRestKl][row] = kl;
+  in.stats[kTargetKl][row] = valid ? target_kl(odds_t, odds_s, near_row(s, rate).log_ratio(z_t, z_s)) : z_t;
 }
 
 // ---- backward
@@ -370,27 +375,26 @@ __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_backward_kernel(Matrix student, Matrix teacher, Gradients to, int64_t cols, Temperature<A> temperature,
-                               Shares<A> shares, A scale, Stats<A> stats) {
-  const Part at = part<kThreads>(cols);
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    softmax_kl_backward_kernel(Inputs<A> in, Shares<A> shares, A scale, Gradients to) {
+  const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
-  if (row >= stats.rows) return;
-  const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
-  const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
-  const A factor = to.of_row(row, scale * temperature[row]);
+  if (row >= in.rows) return;
+  const Softmax<A> side_s = in.stats.softmax(kStudent, row), side_t = in.stats.softmax(kTeacher, row);
+  const A kl_s = in.stats[kStudent + kKl][row], kl_t = in.stats[kTeacher + kKl][row];
+  const A factor = to.of_row(row, scale * in.temperature[row]);
   if (factor == 0) {
     write_zeros<kThreads, A>(to.student, at);
     return write_zeros<kThreads, A>(to.teacher, at);
   }
-  const A rate = temperature.rate(row);
+  const A rate = in.temperature.rate(row);
   const KlGrad<A> g =
       shares.reverse ? kl_grad(side_s, side_t, kl_s, factor, rate) : kl_grad(side_t, side_s, kl_t, factor, rate);
   const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
-    read(student, row, col, cols, A(0), z_s);
-    read(teacher, row, col, cols, A(0), z_t);
+    read(in.student, row, col, in.cols, A(0), z_s);
+    read(in.teacher, row, col, in.cols, A(0), z_t);
     if (shares.mixed) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
@@ -411,24 +415,23 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 // First all classes of this part as if none was kept, then the kept ones. A row whose KL is NaN, because a class came
 // twice or otherwise, is NaN from the first on.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    softmax_kl_topk_backward_kernel(Matrix student, TopK teacher, Gradients to, int64_t cols,
-                                    Temperature<A> temperature, A scale, Stats<A> stats) {
-  const Part at = part<kThreads>(cols);
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    softmax_kl_topk_backward_kernel(Inputs<A> in, TopK teacher, A scale, Gradients to) {
+  const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
-  if (row >= stats.rows) return;
-  const Softmax<A> p = stats.softmax(kTeacher, row), q = stats.softmax(kStudent, row),
-                   rest = stats.softmax(kTopKRest, row);
-  const A kl = stats[kTeacher + kKl][row];
-  const A factor = to.of_row(row, scale * temperature[row]);
+  if (row >= in.rows) return;
+  const Softmax<A> p = in.stats.softmax(kTeacher, row), q = in.stats.softmax(kStudent, row),
+                   rest = in.stats.softmax(kTopKRest, row);
+  const A kl = in.stats[kTeacher + kKl][row];
+  const A factor = to.of_row(row, scale * in.temperature[row]);
   if (factor == 0) return write_zeros<kThreads, A>(to.student, at);
-  const A rate = temperature.rate(row);
+  const A rate = in.temperature.rate(row);
   const KlGrad<A> g = kl_grad(p, q, kl, kl == kl ? factor : kl, rate);
   const A rest_p = teacher.rest.data ? read<A>(teacher.rest, row) : -infinity<A>();
   const A coef = rest_grad(g, rest_p, p, q, rest, rate);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z[kStep];
-    read(student, row, col, cols, A(0), z);
+    read(in.student, row, col, in.cols, A(0), z);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) z[i] = coef * exp2((z[i] - rest.max) * rate);
     write(to.student, row, col, at.end, z);
@@ -439,29 +442,28 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     const int64_t index = teacher.at(row, i);
     if (index < at.begin || index >= at.end) continue;
     const A e_p = exp2((read_one<A>(teacher.values, row, i) - p.max) * rate);
-    write_one(to.student, row, index, kl_grad_q(g, e_p, exp2((read_one<A>(student, row, index) - q.max) * rate)));
+    write_one(to.student, row, index, kl_grad_q(g, e_p, exp2((read_one<A>(in.student, row, index) - q.max) * rate)));
   }
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    cross_entropy_kl_backward_kernel(Matrix student, Matrix teacher, Labels labels, Gradients to, int64_t cols,
-                                     Temperature<A> temperature, A kl_scale, A smoothing, Stats<A> stats) {
-  const Part at = part<kThreads>(cols);
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    cross_entropy_kl_backward_kernel(Inputs<A> in, Labels labels, A kl_scale, A smoothing, Gradients to) {
+  const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
-  if (row >= stats.rows) return;
-  const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kCeTeacher, row);
-  const A rate = temperature.rate(row);
+  if (row >= in.rows) return;
+  const Softmax<A> side_s = in.stats.softmax(kStudent, row), side_t = in.stats.softmax(kCeTeacher, row);
+  const A rate = in.temperature.rate(row);
   const CeGrad<A> g =
-      ce_grad(stats, row, cols, rate, read<A>(to.upstream, row), kl_scale * temperature[row], smoothing);
+      ce_grad(in.stats, row, in.cols, rate, read<A>(to.upstream, row), kl_scale * in.temperature[row], smoothing);
   if (!g.has_kl) write_zeros<kThreads, A>(to.teacher, at);
   if (!g.has_kl && !g.has_ce) return write_zeros<kThreads, A>(to.student, at);
   const int64_t label = labels.index ? labels.at(row) : -1;
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z[kStep], other[kStep], grad_s[kStep] = {}, grad_t[kStep];
-    read(student, row, col, cols, A(0), z);
-    if (teacher.data && g.has_kl) {
-      read(teacher, row, col, cols, A(0), other);
+    read(in.student, row, col, in.cols, A(0), z);
+    if (in.teacher.data && g.has_kl) {
+      read(in.teacher, row, col, in.cols, A(0), other);
       kl_grad_step(other, z, side_t.max, side_s.max, rate, g.kl, grad_t, grad_s);
       if (to.teacher.data) write(to.teacher, row, col, at.end, grad_t);
     }
@@ -473,7 +475,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
     }
     const int64_t here = label - col;
     if (!labels.index) {
-      read(labels.probabilities, row, col, cols, A(0), other);
+      read(labels.probabilities, row, col, in.cols, A(0), other);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) grad_s[i] -= g.target * other[i];
     } else if (here >= 0 && here < kStep) {
@@ -487,24 +489,24 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
-    dkd_backward_kernel(Matrix student, Matrix teacher, Labels labels, Gradients to, int64_t cols,
-                        Temperature<A> temperature, A alpha, A beta, A scale, Stats<A> stats) {
-  const Part at = part<kThreads>(cols);
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    dkd_backward_kernel(Inputs<A> in, Labels labels, A alpha, A beta, A scale, Gradients to) {
+  const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
-  if (row >= stats.rows) return;
+  if (row >= in.rows) return;
   const int64_t label = labels.at(row);
-  const A max_s = stats.softmax(kStudent, row).max, max_t = stats.softmax(kTeacher, row).max;
-  const A rate = temperature.rate(row);
-  const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, read<A>(to.upstream, row) * (scale * temperature[row]));
+  const A max_s = in.stats.softmax(kStudent, row).max, max_t = in.stats.softmax(kTeacher, row).max;
+  const A rate = in.temperature.rate(row);
+  const DkdGrad<A> g =
+      dkd_grad(in.stats, row, rate, alpha, beta, read<A>(to.upstream, row) * (scale * in.temperature[row]));
   if (!g.has_rest) {
     write_zeros<kThreads, A>(to.student, at);
     return write_zeros<kThreads, A>(to.teacher, at);
   }
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
-    read_hiding(student, row, col, cols, label, z_s);
-    read_hiding(teacher, row, col, cols, label, z_t);
+    read_skipping(in.student, row, col, in.cols, label, z_s);
+    read_skipping(in.teacher, row, col, in.cols, label, z_t);
     kl_grad_step(z_t, z_s, max_t, max_s, rate, g.rest, grad_t, grad_s);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
@@ -517,13 +519,8 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
   });
 }
 
-struct Cuda {
-  template <class T>
-  using Memory = DeviceMemory<T>;
-
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   template <class A>
   void softmax_kl(const Inputs<A>& in, const Shares<A>& shares) const {
@@ -534,46 +531,43 @@ struct Cuda {
   template <class A>
   void softmax_kl_backward(const Inputs<A>& in, const Shares<A>& shares, A scale, const Gradients& to) const {
     launch_rows(device, softmax_kl_backward_kernel<A, kWarp>, softmax_kl_backward_kernel<A, kBlock>, in.rows, in.cols,
-                parts(in), in.student, in.teacher, to, in.cols, in.temperature, shares, scale, in.stats);
+                parts(in), in, shares, scale, to);
   }
 
   template <class A>
   void softmax_kl_topk(const Inputs<A>& in, const TopK& teacher) const {
     launch_rows(device, softmax_kl_topk_forward_kernel<A, kWarp>, softmax_kl_topk_forward_kernel<A, kBlock>, in.rows,
-                in.cols, 1, in.student, teacher, in.rows, in.cols, in.temperature, in.stats);
+                in.cols, 1, in, teacher);
   }
 
   template <class A>
   void softmax_kl_topk_backward(const Inputs<A>& in, const TopK& teacher, A scale, const Gradients& to) const {
     launch_rows(device, softmax_kl_topk_backward_kernel<A, kWarp>, softmax_kl_topk_backward_kernel<A, kBlock>, in.rows,
-                in.cols, parts(in), in.student, teacher, to, in.cols, in.temperature, scale, in.stats);
+                in.cols, parts(in), in, teacher, scale, to);
   }
 
   template <class A>
   void cross_entropy_kl(const Inputs<A>& in, const Labels& labels, int64_t ignore_index, A smoothing, A* ce) const {
     launch_rows(device, cross_entropy_kl_forward_kernel<A, kWarp>, cross_entropy_kl_forward_kernel<A, kBlock>, in.rows,
-                in.cols, 1, in.student, in.teacher, labels, ignore_index, in.rows, in.cols, in.temperature, smoothing,
-                in.stats, ce);
+                in.cols, 1, in, labels, ignore_index, smoothing, ce);
   }
 
   template <class A>
   void cross_entropy_kl_backward(const Inputs<A>& in, const Labels& labels, A kl_scale, A smoothing,
                                  const Gradients& to) const {
     launch_rows(device, cross_entropy_kl_backward_kernel<A, kWarp>, cross_entropy_kl_backward_kernel<A, kBlock>,
-                in.rows, in.cols, parts(in), in.student, in.teacher, labels, to, in.cols, in.temperature, kl_scale,
-                smoothing, in.stats);
+                in.rows, in.cols, parts(in), in, labels, kl_scale, smoothing, to);
   }
 
   template <class A>
   void dkd(const Inputs<A>& in, const Labels& labels) const {
-    launch_rows(device, dkd_forward_kernel<A, kWarp>, dkd_forward_kernel<A, kBlock>, in.rows, in.cols, 1, in.student,
-                in.teacher, labels, in.rows, in.cols, in.temperature, in.stats);
+    launch_rows(device, dkd_forward_kernel<A, kWarp>, dkd_forward_kernel<A, kBlock>, in.rows, in.cols, 1, in, labels);
   }
 
   template <class A>
   void dkd_backward(const Inputs<A>& in, const Labels& labels, A alpha, A beta, A scale, const Gradients& to) const {
-    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, in.rows, in.cols, parts(in),
-                in.student, in.teacher, labels, to, in.cols, in.temperature, alpha, beta, scale, in.stats);
+    launch_rows(device, dkd_backward_kernel<A, kWarp>, dkd_backward_kernel<A, kBlock>, in.rows, in.cols, parts(in), in,
+                labels, alpha, beta, scale, to);
   }
 
   // The loss: the sum of the values, or each of them. Memory for partial sums is taken beside `like`.
@@ -581,7 +575,7 @@ struct Cuda {
   void reduce(const Value& value, int64_t rows, bool sum, const Tensor& like, A* out) const {
     if (sum) return sum_of(device, like, value, rows, out);
     if (rows == 0) return;
-    launch(device, {blocks_for(rows, kPerSum), kSumThreads}, sum_kernel<Value, A, A>, value, rows, out, nullptr);
+    launch(device, {blocks_for(rows, kPerSum), kBlock}, sum_kernel<Value, A, A>, value, rows, out, nullptr);
   }
 
  private:

@@ -1,4 +1,4 @@
-// What CPU and CUDA agree on: the statistics that a forward leaves for its backward.
+// Arguments and memory layouts shared by CPU and CUDA: the statistics that a forward leaves for its backward.
 #pragma once
 
 #include "common/labels.h"

@@ -79,7 +79,8 @@ KD_HD A kl_grad_p(const KlGrad<A>& g, A e_p, A log_ratio) {
 }
 
 // ---- a top-k teacher: the classes it leaves out are one more outcome, whose logit on the student's side is their
-// log-sum That logit less `max`; -inf if there is no other class.
+// log-sum.
+// That logit less `max`; -inf if there is no other class.
 template <class A>
 KD_HD A centred_log_sum(Softmax<A> rest, A max, A rate) {
   return rest.sum == 0 ? -infinity<A>() : (rest.max - max) + divide(log2(rest.sum), rate);
@@ -204,7 +205,7 @@ struct CeState {
 };
 
 // The sum of a row's target below which its entries are no probabilities, whatever rounding did.
-constexpr double kLeastMass = -1e-3;
+constexpr double kMinMass = -1e-3;
 
 // P_j z_j, where 0 * (-inf) = 0.
 template <class A>

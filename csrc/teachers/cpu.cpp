@@ -137,8 +137,8 @@ const A* read_all(const Teachers<A>& op, int64_t row, int64_t begin, int64_t n, 
 template <bool kKeep, class A>
 TeacherSums<A> all_teacher_sums(bool cross, const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
                                 A* powers) {
-  const auto fast = cross ? teacher_sums<true, kKeep, false, A> : teacher_sums<false, kKeep, false, A>;
-  const TeacherSums<A> sums = fast(z, student, n, max_p, max_q, rate, powers);
+  const auto unmasked = cross ? teacher_sums<true, kKeep, false, A> : teacher_sums<false, kKeep, false, A>;
+  const TeacherSums<A> sums = unmasked(z, student, n, max_p, max_q, rate, powers);
   if (sums.dot - sums.dot == 0) return sums;
   const auto masked = cross ? teacher_sums<true, kKeep, true, A> : teacher_sums<false, kKeep, true, A>;
   return masked(z, student, n, max_p, max_q, rate, powers);
@@ -432,8 +432,8 @@ std::vector<double> gradient_gram(const Teachers<A>& op) {
   return gram;
 }
 
-struct Cpu {
-  explicit Cpu(const Tensor&) {}
+struct Cpu : HostBackend {
+  using HostBackend::HostBackend;
 
   template <class A>
   void forward(const Teachers<A>& op, const Scales& scales, const Tensor& loss) const {

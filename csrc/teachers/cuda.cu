@@ -52,7 +52,7 @@ __device__ A near_kl(const Teachers<A>& op, int64_t row, int64_t m, const NearRo
 
 // Statistics of the rows, and their cross-entropies in `ce`.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) teachers_forward_kernel(Teachers<A> op, A* ce) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) teachers_forward_kernel(Teachers<A> op, A* ce) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;
   const A max_q = row_max<kThreads, A>(op.student, row, op.cols), rate = op.rate();
@@ -145,7 +145,7 @@ struct LossValue {
 };
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     teachers_backward_kernel(Teachers<A> op, Column grad, A scale, A ce_scale, Matrix to_student,
                              NetworkGrads to_teachers) {
   const Part at = part<kThreads>(op.cols);
@@ -201,7 +201,7 @@ constexpr int64_t kSlabs = 16;  // at most, of rows that a thread adds up
 
 // sums[slab, m, c] = sum over the slab's rows of q - p_m, one thread for each.
 template <class A>
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     difference_kernel(Teachers<A> op, int64_t slabs, int64_t per_slab, double* sums) {
   const int64_t blocks = (op.cols + kBlock - 1) / kBlock;
   const int64_t col = blockIdx.x % blocks * kBlock + threadIdx.x, m = blockIdx.x / blocks % op.teachers.count,
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
 }
 
 // Adds the slabs into the first one.
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce) add_slabs_kernel(double* sums, int64_t slabs, int64_t size) {
+__global__ void __launch_bounds__(kBlock, kMinBlocks) add_slabs_kernel(double* sums, int64_t slabs, int64_t size) {
   const int64_t i = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (i >= size) return;
   double sum = 0;
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kBlock, kBlocksAtOnce) add_slabs_kernel(double
 }
 
 // G of sums [count, cols]: a block for each entry.
-__global__ void __launch_bounds__(kBlock, kBlocksAtOnce)
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
     gram_kernel(const double* sums, int64_t count, int64_t cols, double* gram) {
   const int64_t i = blockIdx.x / count, j = blockIdx.x % count;
   double dot = 0;
@@ -253,10 +253,8 @@ __global__ void simplex_minimum_kernel(Matrix gram, Column slope, int64_t count,
   if (threadIdx.x == 0) read_and_solve(gram, slope, count, cap, memory, a);
 }
 
-struct Cuda {
-  OnDevice device;
-
-  explicit Cuda(const Tensor& x) : device(x) {}
+struct Cuda : DeviceBackend {
+  using DeviceBackend::DeviceBackend;
 
   // -> the cross-entropies of the rows.
   template <class A>
