@@ -28,7 +28,7 @@ ThreeTensors attention_transfer(Tensor student, Tensor teacher, int64_t p, bool 
 }
 
 template <class Backend>
-Tensor attention_gradient(Tensor grad, Tensor slope, Tensor x, int64_t p) {
+Tensor attention_transfer_backward(Tensor grad, Tensor slope, Tensor x, int64_t p) {
   const Backend backend(x);
   const bool last = is_channels_last(x);
   const int64_t batch = x.size(0), rows = x.size(last ? 2 : 1), cols = x.size(last ? 1 : 2);
@@ -44,7 +44,7 @@ Tensor attention_gradient(Tensor grad, Tensor slope, Tensor x, int64_t p) {
 template <class Backend>
 void register_ops(StableLibrary& m) {
   m.impl("attention_transfer", TORCH_BOX(&attention_transfer<Backend>));
-  m.impl("attention_gradient", TORCH_BOX(&attention_gradient<Backend>));
+  m.impl("attention_transfer_backward", TORCH_BOX(&attention_transfer_backward<Backend>));
 }
 
 }  // namespace attention

@@ -515,7 +515,7 @@ struct Cpu : HostBackend {
   }
 
   template <class A>
-  void affinity_gradient(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
+  void affinity_backward(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
     const int64_t batch = x.size(0), channels = x.size(1), positions = x.size(2);
     const int64_t blocks = blocks_of(positions, kPositions);
     for_each(batch * blocks, 1, [&](int64_t task) {

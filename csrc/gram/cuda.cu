@@ -313,7 +313,7 @@ __global__ void scale_kernel(A* x, int64_t n, A factor) {
 // dL/dx [B, C, N] from slope = dL/du [B, N, C]; a warp has a position.
 template <class A>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
-    affinity_gradient_kernel(Batch x, Batch slope, A eps, Column upstream, Batch out) {
+    affinity_backward_kernel(Batch x, Batch slope, A eps, Column upstream, Batch out) {
   const int64_t row = int64_t(blockIdx.x) * (kBlock / kWarp) + threadIdx.x / kWarp;
   if (row >= x.count * x.cols) return;
   const int64_t b = row / x.cols, n = row % x.cols;
@@ -401,10 +401,10 @@ struct Cuda : DeviceBackend {
   }
 
   template <class A>
-  void affinity_gradient(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
+  void affinity_backward(const Column& upstream, const Tensor& slope, const Tensor& x, A eps, const Tensor& out) const {
     const int64_t blocks = blocks_for(x.size(0) * x.size(2), kBlock / kWarp);
     if (blocks == 0) return;
-    launch(device, {blocks, kBlock}, affinity_gradient_kernel<A>, Batch(x), Batch(slope), eps, upstream, Batch(out));
+    launch(device, {blocks, kBlock}, affinity_backward_kernel<A>, Batch(x), Batch(slope), eps, upstream, Batch(out));
   }
 
  private:

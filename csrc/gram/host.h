@@ -69,12 +69,12 @@ ThreeTensors affinity(Tensor student, Tensor teacher, double eps, bool need_stud
 }
 
 template <class Backend>
-Tensor affinity_gradient(Tensor grad, Tensor slope, Tensor x, double eps) {
+Tensor affinity_backward(Tensor grad, Tensor slope, Tensor x, double eps) {
   const Backend backend(x);
   Tensor out = empty(x, x.scalar_type(), {x.size(0), x.size(1), x.size(2)});
   dispatch_accumulator(slope.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    backend.affinity_gradient(column(grad), slope, x, static_cast<A>(eps), out);
+    backend.affinity_backward(column(grad), slope, x, static_cast<A>(eps), out);
   });
   return out;
 }
@@ -85,7 +85,7 @@ void register_ops(StableLibrary& m) {
   m.impl("weighted_sums", TORCH_BOX(&weighted_sums<Backend>));
   m.impl("compare_grams", TORCH_BOX(&compare_grams<Backend>));
   m.impl("affinity", TORCH_BOX(&affinity<Backend>));
-  m.impl("affinity_gradient", TORCH_BOX(&affinity_gradient<Backend>));
+  m.impl("affinity_backward", TORCH_BOX(&affinity_backward<Backend>));
 }
 
 }  // namespace gram

@@ -70,7 +70,7 @@ def channels_last(x: Tensor) -> bool:
 
 
 @op("attention", lambda x, **_: _gradient_like(x))
-def _attention_gradient(
+def _attention_transfer_backward(
     grad: Tensor,
     slope: Tensor,
     x: Tensor,
@@ -87,7 +87,7 @@ def _transfer(student, teacher, *settings):
 
 
 def _gradient(grad, slope, x, power):
-    return _attention_gradient(grad, slope, x.flatten(2), power).unflatten(2, x.shape[2:])
+    return _attention_transfer_backward(grad, slope, x.flatten(2), power).unflatten(2, x.shape[2:])
 
 
 _attention_transfer_function = gradient_formed(_transfer, _gradient, "attention_transfer")

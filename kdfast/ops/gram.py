@@ -217,7 +217,7 @@ def unit_positions(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 @op("gram", lambda x, **_: shapes.gradient(x))
-def _affinity_gradient(
+def _affinity_backward(
     grad: Tensor,
     slope: Tensor,
     x: Tensor,
@@ -242,7 +242,7 @@ def _compare(student, teacher, *settings):
 _gram_distance_function = gradient_formed(
     _compare, lambda grad, weights, x, *_: _weighted_sums(weights, x, grad), "gram_distance"
 )
-_affinity_function = gradient_formed(_affinity, _affinity_gradient, "affinity")
+_affinity_function = gradient_formed(_affinity, _affinity_backward, "affinity")
 
 
 class _InnerProducts(torch.autograd.Function):

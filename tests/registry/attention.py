@@ -70,8 +70,8 @@ def raw_calls(device):
     return [
         ("attention_transfer", (student, teacher, 2, True, True)),
         ("attention_transfer", (student, teacher.half(), 3, False, False)),
-        ("attention_gradient", (grad, slope, student, 2)),
-        ("attention_gradient", (grad, slope, student.transpose(1, 2).contiguous().transpose(1, 2), 3)),
+        ("attention_transfer_backward", (grad, slope, student, 2)),
+        ("attention_transfer_backward", (grad, slope, student.transpose(1, 2).contiguous().transpose(1, 2), 3)),
     ]
 
 

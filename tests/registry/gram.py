@@ -156,7 +156,7 @@ def raw_calls(device):
         ("compare_grams", (gram, gram + 1, "distribution", 1e-7, [], True, True)),
         ("compare_grams", (gram, gram + 1, "polynomial", 0.0, SERIES, False, False)),
         ("affinity", (a, a[:, :2], 1e-8, True, False)),
-        ("affinity_gradient", (grad, torch.randn(2, 7, 4, device=device), a, 1e-8)),
+        ("affinity_backward", (grad, torch.randn(2, 7, 4, device=device), a, 1e-8)),
     ]
 
 
