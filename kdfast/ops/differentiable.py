@@ -45,10 +45,11 @@ def statistics_kept(forward: OpOverload, backward: OpOverload, name: str | None 
             result = forward(*tensors, *settings)
             if has_statistics:
                 result, statistics = result
-                tensors.append(statistics)
+                save(ctx, *tensors, statistics)
             elif keeps_result:
-                tensors.append(result)
-            save(ctx, *tensors)
+                save(ctx, *tensors, result)
+            else:
+                save(ctx, *tensors)
             return result
 
         @staticmethod
