@@ -293,19 +293,21 @@ def test_copies_and_default_devices(name, parameters, kinds):
 def test_two_graphs_for_every_size_and_temperature(name, parameters, kinds):
     if name == "JacobianMatching":
         pytest.skip("it differentiates twice, which no graph does")
-    torch.compiler.reset()
-    module = make(name, parameters, "cpu")
-    compiled = torch.compile(lambda *x: call(name, module, x), fullgraph=True, backend="aot_eager")
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for n in (6, 7, 8, 10):  # both at once: the second graph has to take either
-            if hasattr(module, "temperature"):
-                module.temperature = n / 4
-            arguments, leaves = with_leaves(kinds, inputs(kinds, "cpu", n))
-            loss = compiled(*arguments)
-            if name != "DKPP" or "R" in kinds:
-                torch.testing.assert_close(loss, call(name, module, arguments))
-            loss.sum().backward()
-            assert any(x.grad is not None for x in leaves)
+    varied = ["rows"] + ["temperature"] * hasattr(make(name, parameters, "cpu"), "temperature")
+    for what in varied:
+        torch.compiler.reset()
+        module = make(name, parameters, "cpu")
+        compiled = torch.compile(lambda *x, m=module: call(name, m, x), fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(recompile_limit=2):
+            for n in (6, 7, 8, 10):
+                if what == "temperature":
+                    module.temperature = n / 4
+                arguments, leaves = with_leaves(kinds, inputs(kinds, "cpu", n if what == "rows" else 6))
+                loss = compiled(*arguments)
+                if name != "DKPP" or "R" in kinds:
+                    torch.testing.assert_close(loss, call(name, module, arguments))
+                loss.sum().backward()
+                assert any(x.grad is not None for x in leaves)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
