@@ -138,6 +138,8 @@ EQUAL = [(op, shape) for op in OPS if op.equal for shape in op.group.equal_shape
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_equal_networks(implementation, op, shape, dtype):
     """Exactly 0 with exactly zero gradients: equal rows, other layouts and the same numbers in float64 included."""
+    if implementation.name == "simt" and dtype in HALVES:
+        pytest.skip("once read they are float32")
     x = op.group.inputs(implementation, shape, dtype)
     student = op.equal(x["student"])
     student[-1] = student[0]

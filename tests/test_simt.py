@@ -26,7 +26,7 @@ UNINITIALISED = r"reads byte \d+ of shared `tile`, which nothing has written\n  
 # The SIMT tests that touch memory in ways of their own, not those that repeat the calls of others.
 REPEATED = (
     *("gradcheck", "opcheck", "compile", "settings_change_nothing", "deterministic", "transforms", "double_backward"),
-    *("upstream_gradients", "gradient_paths", "inplace_change", "nan_is_seen"),
+    *("upstream_gradients", "gradient_paths", "inplace_change", "nan_is_seen", "equal_networks"),
 )
 CONTRACT = [str(path) for path in sorted((simt_library.ROOT / "tests").glob("test_ops_*.py"))]
 
