@@ -363,7 +363,7 @@ def gram_distance(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check.number("eps", eps, low=0.0)
-    if (kind == "polynomial") != bool(coefficients):
+    if (kind == "polynomial") != (len(coefficients) > 0):
         raise ValueError(f"coefficients belong to kind 'polynomial', got {coefficients!r} with kind {kind!r}")
     if len(coefficients) > MOST_TERMS:
         raise ValueError(f"coefficients must be at most {MOST_TERMS}, got {len(coefficients)}")

@@ -228,7 +228,7 @@ def _mixed_logits_kl_backward(
 
 
 def _targets(mix, networks):
-    return 1 if mix is None else mix.shape[1] + leads(mix, networks)
+    return 1 if mix is None else mix.shape[1] + (1 if leads(mix, networks) else 0)
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
