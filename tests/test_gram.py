@@ -1,5 +1,7 @@
 """Gram matrices: what the contract of every op (test_ops_*.py) does not say."""
 
+import math
+
 import behaviour
 import pytest
 import registry
@@ -7,6 +9,8 @@ import torch
 from behaviour import check_oracle
 from conftest import assert_close
 from registry.gram import LAYERWISE, gram_distance, make_maps
+
+from kdfast import ops
 
 ROWS = registry.family("gram").GROUPS[0]
 raw = torch.ops.kdfast
@@ -92,3 +96,19 @@ def test_inplace_change_raises(implementation, loss):
 def test_transforms_refused(implementation, loss):
     student, teacher = make_maps(implementation.device, 3, torch.float32)
     behaviour.check_refuses_transforms(lambda s: LAYERWISE[loss](s, teacher), student)
+
+
+@pytest.mark.parametrize("kind", ["rows", "rows_absolute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_single_rows(implementation, kind, dtype):
+    """A row is at distance 0 from every other, at distance 1 from a row that is 0, without a gradient; NaN is seen."""
+    x = torch.randn(1, 7, dtype=dtype, device=implementation.device, requires_grad=True)
+    for teacher, want in ((torch.randn(1, 4), 0.0), (torch.zeros(1, 4), 1.0), (torch.full((1, 4), math.nan), math.nan)):
+        loss = ops.gram_distance(x, teacher.to(x), kind)
+        torch.testing.assert_close(loss, x.new_tensor(want), rtol=0, atol=0, equal_nan=True)
+        (grad,) = torch.autograd.grad(loss, x)
+        assert (grad == 0).all() or math.isnan(want)
+    tiny = torch.full((1, 4), 1e-7, dtype=torch.float64, requires_grad=True)  # 4e-14 of the floor of 1e-12
+    loss = ops.gram_distance(tiny, torch.zeros(1, 4, dtype=torch.float64), "rows")
+    torch.testing.assert_close(loss, torch.tensor(0.04**2, dtype=torch.float64))
+    torch.testing.assert_close(torch.autograd.grad(loss, tiny)[0], torch.full_like(tiny, 2 * 0.04 * 2e-7 / 1e-12))

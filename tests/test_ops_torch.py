@@ -61,8 +61,6 @@ def test_dtensor_refused(dtensor, op):
     """Of any input but a ramp, named in the message."""
     x = op.group.inputs("cpu", op.group.small, torch.float32)
     for i, (label, _) in enumerate(registry.labelled(x, op.read)):
-        if label == "ramp":
-            continue
         changed = [dtensor(t) if i == j else t for j, t in enumerate(registry.tensors(x, op.read))]
         name = re.escape(label if label != "probabilities" else "labels")
         with pytest.raises(TypeError, match=rf"{name} is a DTensor.*{name}.to_local\(\)"):

@@ -193,8 +193,6 @@ def test_deterministic(implementation, group, shape, same_bits):
     def run():
         results = []
         for op in group.ops:
-            if op.by_threads and not implementation.kernel:
-                continue
             for memory_format in group.memory_formats:
                 leaves = [t.clone(memory_format=memory_format) for t in registry.tensors(x, op.leaves)]
                 leaves = [t.detach().requires_grad_() for t in leaves]

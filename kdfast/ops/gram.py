@@ -377,9 +377,20 @@ def gram_distance(
         raise ValueError(f"teacher must have the student's rows {want}, got shape {got}")
     check.same_device("teacher", teacher, student)
     s, t = (x if x.dim() == 3 else x[None] for x in (student, teacher))
-    if kind in ("rows", "rows_absolute") and s.shape[1] == 1:  # G has one entry, which over its length is 1
-        return sum(0.0 * fixed_sum(x.to(accumulator(s, t)).flatten()) for x in (s, t))
+    if kind in ("rows", "rows_absolute") and s.shape[1] == 1:
+        return _distance_of_single_rows(s, t, kind == "rows_absolute")
     return _gram_distance_function((kind, float(eps), [float(x) for x in coefficients]), s, t)
+
+
+def _distance_of_single_rows(student, teacher, absolute):
+    """Where G has one entry g: over its length exactly 1, without a gradient; g / FLOOR below the floor."""
+
+    def unit(x):
+        g = fixed_sum(x.to(accumulator(student, teacher)).square())
+        return (g / FLOOR).clamp(max=1) + 0.0 * g  # NaN where g is infinite
+
+    gap = unit(student) - unit(teacher)
+    return fixed_sum((gap.abs() if absolute else gap.square()).flatten()) / max(gap.numel(), 1)
 
 
 def selectivity(student: Tensor, teacher: Tensor) -> Tensor:

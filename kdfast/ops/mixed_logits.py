@@ -358,6 +358,7 @@ def mixed_loss(
         raise ValueError(f"eps must be 0 or from {LEAST_EPS} to 1, got {eps}")
     check.number("kl_weight", kl_weight)
     if isinstance(ramp, torch.Tensor):
+        check.tensor("ramp", ramp)
         check.floating("ramp", ramp)
         if ramp.dim() != 0:
             raise ValueError(f"ramp must be a number or a 0-d tensor, got shape {tuple(ramp.shape)}")

@@ -83,7 +83,6 @@ class Op:
     equal: Callable | None = None  # student -> a student that is at distance exactly 0 from itself
     cols: Callable | None = None  # of the value and of each gradient, where it is not the group's
     images: bool = False  # no other maps
-    by_threads: bool = False  # the fallback's last digit depends on the number of threads
     memory: Callable | None = None  # (inputs, compiled kernel) -> bytes that forward and backward may take, or None
     group: "Group" = field(default=None, repr=False)
 

@@ -24,7 +24,6 @@ def attention_transfer(power):
         lambda o, student, teacher: o.attention_transfer(student, teacher, power),
         sizes,
         equal=lambda student: student,
-        by_threads=power > 3,  # torch.pow rounds the last elements of a thread's part in another way
         memory=lambda x, kernel: x["student"].nbytes * (1 + 4 / 64) + x["teacher"].nbytes if kernel else None,
     )
 
