@@ -5,7 +5,7 @@ import importlib
 import os
 import signal
 import sys
-from typing import Any
+from collections.abc import Sequence
 
 import kdfast
 from kdfast._extras import MissingExtra
@@ -19,7 +19,7 @@ COMMANDS = {
 }
 
 
-def main(argv: list[Any] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status, 2 where an optional dependency is missing."""
     try:
         try:

@@ -5,6 +5,8 @@ The rule here: of each of the teacher's vectors the entry of largest magnitude i
 The student's vectors take the sign that fits the teacher's, so the loss is the same on every device.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,7 +66,7 @@ def _relations(late, early):
     return torch.exp((late[:, :, None] - early[:, None]).square() / -8)
 
 
-def kdsvd(student: list[Tensor], teacher: list[Tensor], count: int) -> list[Tensor]:
+def kdsvd(student: Sequence[Tensor], teacher: Sequence[Tensor], count: int) -> list[Tensor]:
     """One loss for each two consecutive layers, of matrices [B, N, D] of which rows are samples of D features.
 
     The sum of the squared differences between both networks' relations among the entries of two layers' vectors, over

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def replaced(module: Any, cls, *names: Any) -> bool:
 
 
 # ---- lists -----------------------------------------------------------------------------------------------------------
-def shortened(student: list[Any], teacher: list[Any]) -> tuple[Any, ...]:
+def shortened(student: Sequence[Any], teacher: Sequence[Any]) -> tuple[Any, ...]:
     """Two lists of layers, of which the longer loses its last ones, as zip leaves them out; with a warning, once."""
     if not all(isinstance(x, (list, tuple)) for x in (student, teacher)) or len(student) == len(teacher):
         return student, teacher
@@ -47,12 +47,12 @@ def _warn(student, teacher):
     )
 
 
-def layers(g_s: list[Any], g_t: list[Any], each: Callable[..., Any]) -> list[tuple[Tensor, Tensor]]:
+def layers(g_s: Sequence[Any], g_t: Sequence[Any], each: Callable[..., Any]) -> list[tuple[Tensor, Tensor]]:
     """`check.layers` of lists that are shortened first."""
     return check.layers(*shortened(g_s, g_t), each)
 
 
-def of_each(loss: Callable[..., Any], g_s: list[Any], g_t: list[Any]) -> list[Tensor]:
+def of_each(loss: Callable[..., Any], g_s: Sequence[Any], g_t: Sequence[Any]) -> list[Tensor]:
     """[loss(s, t) for each layer]."""
     return [loss(s, t) for s, t in layers(g_s, g_t, check.embeddings)]
 

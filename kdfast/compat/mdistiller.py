@@ -3,7 +3,7 @@
 Student first, arguments in the original's order; 0-d, but for sp_loss, which is of shape (1,) as there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -53,17 +53,17 @@ def dkd_loss(
     return ops.dkd(logits_student, logits_teacher, target.reshape(-1), temperature, alpha=alpha, beta=beta)
 
 
-def at_loss(g_s: list[Tensor], g_t: list[Tensor], p: float) -> Tensor:
+def at_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], p: float) -> Tensor:
     """:class:`kdfast.AT` of lists of maps; p is any number above 0, as in RepDistiller's Attention."""
     return total(of_each(lambda s, t: attention_error(s, t, p), g_s, g_t))
 
 
-def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: int) -> Tensor:
+def single_stage_at_loss(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:
     """:func:`at_loss` of one layer."""
     return attention_error(f_s, f_t, p)
 
 
-def nst_loss(g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
+def nst_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """:class:`kdfast.NST` of lists of maps."""
     return kdfast.NST()(*shortened(g_s, g_t))
 
@@ -78,7 +78,7 @@ def pkt_loss(f_s: Tensor, f_t: Tensor, eps: float = 1e-7) -> Tensor:
     return kdfast.PKT(eps)(f_s, f_t)
 
 
-def sp_loss(g_s: list[Tensor], g_t: list[Tensor]) -> Tensor:
+def sp_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> Tensor:
     """:class:`kdfast.SP` of lists of maps, of shape (1,)."""
     return kdfast.SP()(*shortened(g_s, g_t)).view(1)
 
@@ -93,8 +93,8 @@ def rkd_loss(
     f_t: Tensor,
     squared: bool = False,
     eps: float = 1e-12,
-    distance_weight: int = 25,
-    angle_weight: int = 50,
+    distance_weight: float = 25,
+    angle_weight: float = 50,
 ) -> Tensor:
     """:class:`kdfast.RKD` of embeddings (B, ...); with `squared` the distance term compares squared distances.
 
@@ -117,7 +117,7 @@ def vid_loss(regressor: Callable[..., Any], log_scale: Tensor, f_s: Tensor, f_t:
     return gaussian_error(mean, f_t, variance_of(log_scale.to(mean.device, accumulator(mean, f_t)), eps))
 
 
-def kdsvd_loss(g_s: list[Tensor], g_t: list[Tensor], k: int) -> Tensor:
+def kdsvd_loss(g_s: Sequence[Tensor], g_t: Sequence[Tensor], k: int) -> Tensor:
     """:class:`kdfast.compat.repdistiller.KDSVD` of other matrices: (C H, W) of each map, as the original has them.
 
     That was the layout of a code for maps (H, W, C): the vectors here have an entry for each column of a map, so both
@@ -129,7 +129,7 @@ def kdsvd_loss(g_s: list[Tensor], g_t: list[Tensor], k: int) -> Tensor:
     return total(kdsvd(*([x.flatten(1, 2) for x in maps] for maps in zip(*pairs, strict=True)), k))
 
 
-def hcl_loss(fstudent: list[Tensor], fteacher: list[Tensor]) -> Tensor:
+def hcl_loss(fstudent: Sequence[Tensor], fteacher: Sequence[Tensor]) -> Tensor:
     """:class:`kdfast.HCL` of lists of maps."""
     return kdfast.HCL()(*shortened(fstudent, fteacher))
 

@@ -4,6 +4,7 @@ Criteria on lists of layers return one loss for each, as there: sum them. The la
 Paraphraser, Translator, LinearEmbed) stay what they are.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -92,7 +93,7 @@ class Attention(nn.Module):
         power("p", p)
         self.p = p
 
-    def forward(self, g_s: list[Any], g_t: list[Any]) -> list[Tensor]:
+    def forward(self, g_s: Sequence[Any], g_t: Sequence[Any]) -> list[Tensor]:
         return of_each(self.at_loss, g_s, g_t)
 
     def at_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -116,7 +117,7 @@ class Similarity(kdfast.SP):
     Takes channels_last maps, too, at which the original raises.
     """
 
-    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
+    def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
         return of_each(self.similarity_loss, g_s, g_t)
 
     def similarity_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:
@@ -214,10 +215,10 @@ class ABLoss(nn.Module):
         super().__init__()
         check.count("feat_num", feat_num)
         check.number("margin", margin)
-        self.w: list[Any | Any] = [2 ** (i - feat_num + 1) for i in range(feat_num)]
+        self.w: list[float] = [2 ** (i - feat_num + 1) for i in range(feat_num)]
         self.margin = margin
 
-    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
+    def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
         losses = of_each(self.criterion_alternative_l2, g_s, g_t)
         losses, weights = shortened(losses, self.w)
         return [w * loss / max(len(g_s[0]), 1) / 1000 * 3 for w, loss in zip(weights, losses, strict=True)]
@@ -292,7 +293,7 @@ class KDSVD(nn.Module):
         check.count("k", k)
         self.k = k
 
-    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
+    def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
         pairs = layers(g_s, g_t, check.maps)
         if replaced(self, KDSVD, "svd", "removenan", "align_rsv"):
             return _kdsvd.relation_errors([self._vectors(s, t.detach()) for s, t in pairs])
@@ -329,13 +330,13 @@ class FSP(kdfast.FSP):
     The shapes of the layers, as ``[f.shape for f in feats]``, are only checked: as many channels in both networks.
     """
 
-    def __init__(self, s_shapes: list[Any], t_shapes: list[Any]) -> None:
+    def __init__(self, s_shapes: Sequence[Any], t_shapes: Sequence[Any]) -> None:
         super().__init__()
         channels = [[shape[1] for shape in shapes] for shapes in (s_shapes, t_shapes)]
         if channels[0] != channels[1]:
             raise ValueError(f"t_shapes must have the channels of s_shapes, {channels[0]}, got {channels[1]}")
 
-    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
+    def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
         loss, pairs = super().forward, layers(g_s, g_t, check.maps)
         if replaced(self, FSP, "compute_fsp", "compute_loss"):
             flows = (self.compute_fsp(list(maps)) for maps in zip(*pairs, strict=True))
@@ -343,7 +344,7 @@ class FSP(kdfast.FSP):
         return [loss(*map(list, zip(*two, strict=True))) for two in zip(pairs, pairs[1:], strict=False)]
 
     @staticmethod
-    def compute_fsp(g: list[Tensor]) -> list[Tensor]:
+    def compute_fsp(g: Sequence[Tensor]) -> list[Tensor]:
         """The flow from each layer to the next, [B, C_next, C]."""
         return [kdfast.FSP.flow(bottom, top) for bottom, top in zip(g, g[1:], strict=False)]
 
@@ -359,7 +360,7 @@ class NSTLoss(kdfast.NST):
     With a ``poly_kernel`` of a subclass's own it is the original's formula of it, in plain PyTorch.
     """
 
-    def forward(self, g_s: list[Tensor], g_t: list[Tensor]) -> list[Tensor]:
+    def forward(self, g_s: Sequence[Tensor], g_t: Sequence[Tensor]) -> list[Tensor]:
         return of_each(self.nst_loss, g_s, g_t)
 
     def nst_loss(self, f_s: Tensor, f_t: Tensor) -> Tensor:

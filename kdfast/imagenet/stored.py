@@ -1,6 +1,7 @@
 """What a trainer and a store of its teacher's logits have to agree on."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +40,7 @@ def contents(
     transform: Any,
     classes: int,
     teacher: Any,
-    terms: "tuple[Term]",
+    terms: "Sequence[Term]",
 ) -> "Contents":
     """What the store of a `teacher` holds that is written as `chosen` says; `terms` are those of the preset."""
     weights = hashlib.sha256()
@@ -69,7 +70,7 @@ def check_transform(store: "TeacherStore", transform: Any) -> None:
     store.check(transform=_words(transform))
 
 
-def check_terms(store: "TeacherStore", preset: str, terms: "tuple[Term]") -> None:
+def check_terms(store: "TeacherStore", preset: str, terms: "Sequence[Term]") -> None:
     """Raise a DistillError if the preset's terms read what the store does not have."""
     if store.contents.top_k is None:
         return

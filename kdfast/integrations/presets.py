@@ -4,7 +4,7 @@ The layers are found by what timm says about its models: `stages`, `preactivatio
 preset is a new row of the table.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -145,14 +145,14 @@ class Pair:
         """The layers of both embeddings."""
         return embedding(self.student), embedding(self.teacher)
 
-    def example(self, student: list[str], teacher: list[str] | tuple[str, ...]) -> Any:
+    def example(self, student: Sequence[str], teacher: Sequence[str]) -> Any:
         """What these layers, of the student and of the teacher, return for one image: zeros of these shapes."""
         size = self.image_size or getattr(self.student, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
         names = {"student": student, "teacher": teacher}
         maps = {network: _shapes(getattr(self, network), names[network], size) for network in names}
         return SimpleNamespace(**{network: SimpleNamespace(maps=maps[network]) for network in names})
 
-    def maps(self, student: list[str], teacher: list[str]) -> tuple[Any, dict[str, Any]]:
+    def maps(self, student: Sequence[str], teacher: Sequence[str]) -> tuple[Any, dict[str, Any]]:
         """These stages' maps (B, C, H, W) for one image, as `example` has them, and how the layers lay them out.
 
         Raises ValueError for stages that return no maps.
@@ -211,7 +211,7 @@ class AsMaps(nn.Module):
     """
 
     def __init__(
-        self, loss: Any, student: list[Any] | str | tuple[int, int] = "NCHW", teacher: list[str] | str = "NCHW"
+        self, loss: Any, student: Sequence[Any] | str | tuple[int, int] = "NCHW", teacher: Sequence[str] | str = "NCHW"
     ) -> None:
         super().__init__()
         for name, layouts in (("student", student), ("teacher", teacher)):
@@ -224,7 +224,7 @@ class AsMaps(nn.Module):
         self.student = student
         self.teacher = teacher
 
-    def forward(self, student: Tensor | list[Tensor], teacher: Tensor | list[Tensor]) -> Tensor:
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
         """The loss of the maps."""
         return self.loss(self._maps("student", student), self._maps("teacher", teacher))
 

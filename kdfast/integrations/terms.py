@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import kdfast
 from kdfast import distributed
 
 if TYPE_CHECKING:
-    from kdfast.losses.softmax_kl import KD
+    pass
 
 
 __all__ = ["LOGITS", "Objective", "Term", "of_layers"]
@@ -105,7 +106,7 @@ def finite(name: str, value: Any) -> float:
     return float(value)
 
 
-def of_layers(student: list[str], teacher: list[str] | tuple[str, ...] | None = None) -> tuple[list[str], list[str]]:
+def of_layers(student: Sequence[str], teacher: Sequence[str] | None = None) -> tuple[list[str], list[str]]:
     """The reads of a loss of lists: these layers of the student and of the teacher, by default of the same names."""
     teacher = student if teacher is None else teacher
     return [f"student.{name}" for name in student], [f"teacher.{name}" for name in teacher]
@@ -127,9 +128,9 @@ def _check_arguments(loss, reads):
 class Objective(nn.Module):
     """The losses of `terms`, computed from the values of all names that they read."""
 
-    def __init__(self, terms: "KD | list[Any]") -> None:
+    def __init__(self, terms: "Term | Sequence[Term]") -> None:
         super().__init__()
-        self.terms: tuple[Any, ...] | tuple[KD | list[Any]] = tuple(terms) if hasattr(terms, "__iter__") else (terms,)
+        self.terms: tuple[Term, ...] = tuple(terms) if hasattr(terms, "__iter__") else (terms,)
         for term in self.terms:
             if not isinstance(term, Term):
                 raise TypeError(f"terms must be Terms, got {type(term).__name__}; a recipe has them in .terms")

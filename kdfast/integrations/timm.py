@@ -1,6 +1,6 @@
 """Distillation as a training task of timm: any kdfast losses in timm's training loop, with its checkpoints."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,7 @@ class DistillationTask(_task.TrainingTask):
         self,
         student: nn.Module | str,
         teacher: Any,
-        terms: list[Any],
+        terms: "Term | Sequence[Term]",
         *,
         criterion: Callable[..., Any] | nn.Module | None = None,
         task_loss_weight: float = 1.0,
@@ -86,7 +86,7 @@ class DistillationTask(_task.TrainingTask):
         device = next(student.parameters()).device if device is None else torch.device(device)
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         objective = Objective(terms).to(device)
-        self.teacher: Any | Any | None = None if teacher is None else _teacher(teacher, student, device, dtype)
+        self.teacher: Any = None if teacher is None else _teacher(teacher, student, device, dtype)
         self.trainable_module = Trainable(student, objective)
         layers = objective.layers("teacher")
         if layers and teacher is None:
@@ -244,7 +244,7 @@ class Trainable(nn.Module):
         features = {f"student.{name}": value for name, value in self._features.items()}
         return logits, self.objective({"student.logits": logits, **features, **values})
 
-    def no_weight_decay(self) -> set[Any] | set[str]:
+    def no_weight_decay(self) -> set[str]:
         """The names of parameters that the student wants without weight decay, which timm's optimizers ask for."""
         names = getattr(_utils.unwrap_model(self.student), "no_weight_decay", set)()
         return {f"student.{name}" for name in names}

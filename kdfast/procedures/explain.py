@@ -1,7 +1,7 @@
 """What a network knows about its input: the information that it keeps of each pixel, and when it learned to."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class NoiseSigma(nn.Module):
     0-d. As in the official code each forward first clamps the parameter itself to [0.001, 1].
     """
 
-    def __init__(self, sigma: Tensor | list[float], image_size: float) -> None:
+    def __init__(self, sigma: Tensor | Sequence[float], image_size: float) -> None:
         super().__init__()
         check.tensor("sigma", sigma)
         check.floating("sigma", sigma)
@@ -126,9 +126,9 @@ def _with_noise(sigma, image, unit_noise):
 
 def quantify_knowledge(
     sigma: Tensor,
-    weight_distance: Tensor | list[float],
-    checkpoints: Tensor | list[Any],
-    foreground: Tensor | list[list[bool]] | None = None,
+    weight_distance: Tensor | Sequence[float],
+    checkpoints: Tensor | Sequence[Any],
+    foreground: Tensor | Sequence[Sequence[bool]] | None = None,
     threshold: float = 0.2,
 ) -> dict[str, Tensor]:
     """Visual concepts of a network, and how it came to them (Cheng et al., CVPR 2020).

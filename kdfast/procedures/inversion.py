@@ -168,7 +168,7 @@ class ImagePrior:
     variation_l2: float = 1e-3
     norm: float = 0.0
 
-    def __call__(self, images: Tensor, norms: list[nn.Module], inputs: list[Tensor]) -> Tensor:
+    def __call__(self, images: Tensor, norms: Sequence[nn.Module], inputs: Sequence[Tensor]) -> Tensor:
         value = 0.0
         if self.statistics:
             for i, (layer, x) in enumerate(zip(norms, inputs, strict=True)):

@@ -1,6 +1,7 @@
 """Distillation in wide networks: what a soft label asks for, and how much data it takes."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ def effective_logit(
     return _EffectiveLogit.apply(teacher_logit, label, soft_ratio, temperature)
 
 
-def data_inefficiency(sizes: list[int] | tuple[int, int], weight_changes: Tensor | list[Any]) -> Tensor:
+def data_inefficiency(sizes: Sequence[int], weight_changes: Tensor | Sequence[Any]) -> Tensor:
     """How the student's weights still move as the training set grows (Ji and Zhu, NeurIPS 2020).
 
     ``d ln E|dw_n| / d ln n`` between neighbouring sizes n, with dw_n the change of the student's weights by training on
