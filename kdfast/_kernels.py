@@ -67,7 +67,7 @@ def load():
 
 
 def _is_doctor():
-    """Whether this process is `kdfast doctor`, which has to live to tell."""
+    """Whether this process is `kdfast doctor`, which must not fail on load errors: it reports them."""
     program = os.path.basename(sys.argv[0]) if sys.argv else ""
     return sys.argv[1:2] == ["doctor"] and program in ("-m", "__main__.py", "kdfast", "kdfast.exe")
 

@@ -40,7 +40,7 @@ def _host_group():
 
 
 def exchange(values: Sequence[int]) -> list[list[int]]:
-    """Lists of whole numbers, one from each rank in their order; all of one length."""
+    """Lists of ints, one from each rank in their order; all of one length."""
     mine = torch.tensor(values, dtype=torch.int64, device="cpu")
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine, group=_host_group())

@@ -67,7 +67,7 @@ def _heads(logits, least=1):
     return tensors, count, tensors[0].shape[-2]
 
 
-def _and(name, x, tensors):
+def _with_heads(name, x, tensors):
     """The heads and one network more, the (B, C) logits `x`; all in one dtype."""
     first = tensors[0]
     if first.dim() == 2 and check.unlike_first([first, x]) == [0]:
@@ -209,7 +209,7 @@ class OKDDip(Loss):
             raise ValueError(f"attention must have shape ({rows}, {count}, {count}), got {tuple(attention.shape)}")
         ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         return mixed_loss(
-            _and("leader", leader, tensors),
+            _with_heads("leader", leader, tensors),
             attention,
             labels,
             self.temperature,
@@ -270,7 +270,7 @@ class FFL(Loss):
         mix[count, :count] = 1 / count
         ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         return mixed_loss(
-            _and("fused", fused, tensors),
+            _with_heads("fused", fused, tensors),
             mix.expand(rows, -1, -1),
             labels,
             self.temperature,

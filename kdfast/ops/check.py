@@ -41,7 +41,7 @@ def tensor(name: str, x: Any) -> None:
 
 
 def unlike_first(tensors: Sequence[Any]) -> list[int]:
-    """Indices of the tensors that need checks of their own, the first's first.
+    """Indices of the tensors whose type, dtype, shape or device differs from those of the first; 0 first.
 
     What passes a check of type, shape or device for the first passes for the others: plain tensors that share them.
     """
@@ -63,7 +63,7 @@ def floating(name: str, x: Any) -> None:
 
 
 def same_device(name: str, x: Any, other: Tensor, of: str = "the student") -> None:
-    """`x` is where `other` is, which messages call `of`."""
+    """`x` is on the device of `other`, which messages call `of`."""
     if x.device != other.device:
         raise ValueError(f"{name} must be on {of}'s device {other.device}, got {x.device}")
 

@@ -89,11 +89,11 @@ def with_eps(target: Tensor, log_p: Tensor, empty: Tensor, z: Tensor, eps: float
     """-> p' and log p' [rows, cols], 0 for what is no class; the mass sum_c p' [rows]."""
     p = log_p.exp()
     if eps == 0:
-        live = p > 0
-        return p, torch.where(live, log_p, 0.0), (~empty).to(p.dtype)
-    live = ((target > -INF) | (z > -INF)) & ~empty[:, None]
-    mass = (~empty).to(p.dtype) + eps * live.sum(1, dtype=p.dtype)
-    return torch.where(live, p + eps, 0.0), torch.where(live, (p + eps).log(), 0.0), mass
+        active = p > 0
+        return p, torch.where(active, log_p, 0.0), (~empty).to(p.dtype)
+    active = ((target > -INF) | (z > -INF)) & ~empty[:, None]
+    mass = (~empty).to(p.dtype) + eps * active.sum(1, dtype=p.dtype)
+    return torch.where(active, p + eps, 0.0), torch.where(active, (p + eps).log(), 0.0), mass
 
 
 def _loss_and_stats(networks, mix, learners, **_):
@@ -185,7 +185,7 @@ def _mixed_logits_kl_backward(
     through_targets: bool,
     need_mix: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> gradients [n, rows, cols] of all networks, or of the learners if nothing flows through the targets; of mix."""
+    """-> gradients [n, rows, cols] of all networks, or of the learners if nothing reaches the targets; of mix."""
     dtype, count, given = stats.dtype, len(networks), mix
     mix = completed(mix, networks)
     grad, t = grad.to(dtype), temperature_of(temperatures, temperature, dtype)
@@ -193,11 +193,13 @@ def _mixed_logits_kl_backward(
     ce_grad = grad * (ce_scale / divisor)
     tops, sums, sums_1, masses, slopes, *targets = stats.split([count, *[learners] * 4, *[_targets(mix, networks)] * 3])
     column = None if labels is None else labels.clamp(0, networks[0].shape[1] - 1)[:, None]
-    flows = through_targets or target_ce
-    grads = [torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (networks if flows else networks[:learners])]
+    target_learns = through_targets or target_ce
+    grads = [
+        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (networks if target_learns else networks[:learners])
+    ]
 
     all_logits = targets_of(networks, tops, mix, labels, dtype)
-    target_grads = [torch.zeros_like(x) for x in all_logits] if flows else []
+    target_grads = [torch.zeros_like(x) for x in all_logits] if target_learns else []
     for index, z in enumerate(networks[:learners]):
         which = index % len(all_logits)
         logits, (top, total, _) = all_logits[which], (x[which] for x in targets)

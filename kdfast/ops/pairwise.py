@@ -23,7 +23,7 @@ from kdfast.ops.layout import flat_rows
 from kdfast.ops.saved import save, saved
 
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
-LEAST = 1e-12  # squared distances of RKD's distance term are clamped from below, off the diagonal
+SMALLEST_SQUARE = 1e-12  # squared distances of RKD's distance term are clamped from below, off the diagonal
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def distance_term(p_student: Tensor, p_teacher: Tensor) -> tuple[Tensor, Tensor]
     pairs = rows * (rows - 1)
 
     def over_mean(p):
-        distance = p.clamp(min=LEAST).sqrt().fill_diagonal_(0)
+        distance = p.clamp(min=SMALLEST_SQUARE).sqrt().fill_diagonal_(0)
         mean = fixed_sum(fixed_sum(distance)) / pairs
         return distance, mean, distance / mean
 
@@ -89,7 +89,7 @@ def distance_term(p_student: Tensor, p_teacher: Tensor) -> tuple[Tensor, Tensor]
     losses, slope = huber(ratio - over_mean(p_teacher)[2])
     # The mean of the student's distances is differentiated: a common factor of all of them changes nothing.
     slope = (slope - fixed_sum(fixed_sum(slope * ratio)) / pairs) / mean
-    return fixed_sum(fixed_sum(losses)), torch.where(p_student > LEAST, slope / (2 * distance), 0.0)
+    return fixed_sum(fixed_sum(losses)), torch.where(p_student > SMALLEST_SQUARE, slope / (2 * distance), 0.0)
 
 
 def cosines(p: Tensor, inverse: Tensor, rows: slice) -> Tensor:

@@ -64,8 +64,8 @@ def simplex_minimum(
         to_free = torch.where(rise >= fall, index == low.argmin(), index == high.argmax())
         alone = ~free.any()  # at a corner: a pair
         to_free = torch.where(alone, (index == low.argmin()) | (index == high.argmax()), to_free)
-        pull = torch.where(alone, high.max() - low.min(), torch.maximum(rise, fall))
-        free = free | (to_free & ~free & ~blocked & (pull > TOLERANCE * g.abs().amax()))
+        gap = torch.where(alone, high.max() - low.min(), torch.maximum(rise, fall))
+        free = free | (to_free & ~free & ~blocked & (gap > TOLERANCE * g.abs().amax()))
     return a
 
 
