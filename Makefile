@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/kdfast distill
 
 test: .venv/installed
-	KDFAST_TEST_REQUIRE_KERNELS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	KDFAST_TEST_REQUIRE_KERNELS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 sanitize: .venv/installed
 	$(BIN)/python .ci/sanitize.py

@@ -29,6 +29,15 @@ def pytest_configure(config):
         os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
+SLOWEST = ("test_simt", "test_ops_values", "test_ops_layouts", "test_imagenet", "test_distill")  # files, in minutes
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin, so that processes that test side by side end together."""
+    ranks = {name: rank for rank, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 # ---- tolerances ------------------------------------------------------------------------------------------------------
 # An oracle gets the inputs as they are after rounding to the tested dtype and works in float64. What then differs is
 # rounding in the accumulation type (float32, or float64 if an input is float64): each term of a sum is off by a few eps
