@@ -423,6 +423,12 @@ def test_dtensor_of_aekd_refused(dtensor):
         ops.aekd(plain, [dtensor(plain)])
 
 
+def test_dtensor_as_the_epoch_refused(dtensor):
+    z = torch.randn(2, 5, 9)
+    with pytest.raises(TypeError, match="epoch is a DTensor"):
+        kdfast.FFL()(z, z[0], torch.zeros(5, dtype=torch.long), dtensor(torch.tensor(3)))
+
+
 @pytest.mark.parametrize("shape", [(4, 64, 100), (3, 2, 5000), (2, 1, 30_000), (2, 4099, 3)], ids=str)
 def test_deterministic(implementation, shape, same_bits):
     """AE-KD and KDCL at sizes that threads share."""
@@ -440,7 +446,7 @@ def test_deterministic(implementation, shape, same_bits):
             results += [kdfast.KDCL(rule=rule)(d.networks, d.labels) for rule in kdfast.KDCL.RULES]
         return [x.detach() for x in results]
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 @pytest.mark.parametrize("kind", ["int", "tensor"])

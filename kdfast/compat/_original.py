@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import kdfast
 from kdfast import ops
-from kdfast.ops import check
+from kdfast.ops import check, elementwise
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.pool import to_smaller_square
 
@@ -72,7 +72,7 @@ def power(name: str, p: float | str) -> float:
 def attention_map(x: Tensor, p: float) -> Tensor:
     """``m / |m|`` [B, N] of maps (B, C, H, W) with ``m = mean_c x_c^p``; for a p that is not whole, of x >= 0."""
     check.maps("f", x)
-    return F.normalize(x.to(accumulator(x)).pow(power("p", p)).mean(1).flatten(1))
+    return F.normalize(elementwise.power(x.to(accumulator(x)), power("p", p)).mean(1).flatten(1))
 
 
 def attention_error(f_s: Tensor, f_t: Tensor, p: float) -> Tensor:

@@ -31,7 +31,7 @@ from kdfast.compat._original import (
     shortened,
     wide,
 )
-from kdfast.ops import check, gram_distance, normalized_error
+from kdfast.ops import check, elementwise, gram_distance, normalized_error
 from kdfast.ops.accumulate import accumulator, fixed_sum
 
 __all__ = [
@@ -258,9 +258,9 @@ class FactorTransfer(nn.Module):
             return attention_error(f_s, f_t, self.p1)
         s, t = wide(*maps_of_one_size(f_s, f_t))
         if p2 == 1 and not own:
-            return normalized_error(*(x.pow(power("p1", self.p1)).mean(1) for x in (s, t)))
+            return normalized_error(*(elementwise.power(x, power("p1", self.p1)).mean(1) for x in (s, t)))
         gap = self.factor(s) - self.factor(t)
-        return mean(gap.abs() if p2 == 1 else gap.pow(p2))
+        return mean(gap.abs() if p2 == 1 else elementwise.power(gap, p2))
 
     def factor(self, f: Tensor) -> Tensor:
         """The attention map of a unit length [B, N]."""

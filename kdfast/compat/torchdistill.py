@@ -27,7 +27,7 @@ from kdfast import ops
 from kdfast._extras import require
 from kdfast.compat._original import alias, attention_map, make_crd, mean, over_mean, pdist, replaced, wide
 from kdfast.losses.feature import gaussian_error
-from kdfast.ops import check
+from kdfast.ops import check, elementwise
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.pool import average_pool, max_pool
 
@@ -335,7 +335,7 @@ class FTLoss(_OfOutputs):
         s, t = (_unit(x.flatten(1)) for x in wide(student, teacher))
         if self.norm_p == 1:
             return (s - t).abs()
-        norms = _root(fixed_sum((s - t).abs() ** self.norm_p), self.norm_p)
+        norms = _root(fixed_sum(elementwise.power((s - t).abs(), self.norm_p)), self.norm_p)
         return fixed_sum(norms) / (max(len(norms), 1) if self.reduction == "mean" else 1)
 
 

@@ -27,6 +27,7 @@ from kdfast.ops.teachers import aekd, teachers_kl, teachers_loss
 def _epoch(epoch, device):
     """An epoch as a number, or where it is a tensor or a compiled graph's symbol as a float64 tensor on `device`."""
     if isinstance(epoch, torch.Tensor):
+        check.tensor("epoch", epoch)
         if epoch.dim() != 0:
             raise ValueError(f"epoch must be an int or a 0-d tensor, got shape {tuple(epoch.shape)}")
         return epoch.to(device, torch.float64, non_blocking=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kdfast.losses.base import Loss, Settings
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total, weighted_sum
+from kdfast.ops.elementwise import power
 from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
 from kdfast.ops.pool import average_pool
 from kdfast.ops.saved import save, saved
@@ -112,7 +113,7 @@ class HardDarkRank(Loss):
         # As a comparison, so that a compiled graph has a fixed number of steps for every batch that is large enough.
         count = self.permute_len if rows > self.permute_len else max(rows - 1, 0)
         kept = order[:, 1 : count + 1]
-        scores = -self.alpha * _Take.apply(pairwise_distance(student), kept, count) ** self.beta
+        scores = -self.alpha * power(_Take.apply(pairwise_distance(student), kept, count), self.beta)
         likelihood = scores.sum(1)
         for k in range(count):
             likelihood = likelihood - scores[:, k:].logsumexp(1)

@@ -14,19 +14,12 @@ from kdfast._kernels import op
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import gradient_formed
+from kdfast.ops.elementwise import power as power_of
 
 EPS = 1e-12  # the smallest norm of the mean over channels, as in torch.nn.functional.normalize
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def integer_power(x: Tensor, power: int) -> Tensor:
-    """x^power by products. torch.pow may round the last elements of a thread's part in another way than the others."""
-    y = x if power else torch.ones_like(x)
-    for _ in range(1, power):
-        y = y * x
-    return y
-
-
 def map_slope(own: Tensor, other: Tensor, norm: Tensor, factor: float, floored: Tensor) -> Tensor:
     """dL/dm [B, N] of one side; own and other are q and q', factor is p 2 / (B N)."""
     grad = factor * (own - other)
@@ -53,7 +46,7 @@ def _attention_transfer(
     sides = []
     for x in (student, teacher):
         # Channels are added in blocks, which keeps the temporary x^p small beside x.
-        m = sum(integer_power(part.to(dtype), power).sum(1) for part in x.split(64, 1))
+        m = sum(power_of(part.to(dtype), power).sum(1) for part in x.split(64, 1))
         norm, floor = fixed_sum(m.double().square()).sqrt().to(dtype), EPS * x.shape[1]
         sides.append((m / norm.clamp(min=floor)[:, None], norm.clamp(min=floor), norm <= floor))
     (q_s, *rest_s), (q_t, *rest_t) = sides
@@ -85,7 +78,7 @@ def _attention_transfer_backward(
     power: int,
 ) -> Tensor:
     """grad slope_bn x_bcn^(p-1) in x's dtype."""
-    out = (grad * slope)[:, None] * integer_power(x.to(slope.dtype), power - 1)
+    out = (grad * slope)[:, None] * power_of(x.to(slope.dtype), power - 1)
     return _gradient_like(x).copy_(out)
 
 

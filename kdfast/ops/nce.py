@@ -22,6 +22,7 @@ from torch import Tensor
 from kdfast._kernels import op
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.elementwise import sigmoid
 from kdfast.ops.saved import save, saved
 
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
@@ -79,7 +80,7 @@ def _direction(anchors, bank, index, z, temperature, need_grad, scores):
         v = sign * (s - shift)
         total = total + fixed_sum(fixed_sum(v.clamp(min=0) + (-v.abs()).exp().log1p()).double())
         if need_grad:
-            grad += ((sign * v.sigmoid())[..., None] * rows).sum(1)
+            grad += ((sign * sigmoid(v))[..., None] * rows).sum(1)
     return total, grad / temperature
 
 

@@ -23,6 +23,7 @@ from kdfast._kernels import op
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import statistics_kept
+from kdfast.ops.elementwise import sigmoid
 from kdfast.ops.rows import (
     INF,
     batch_size,
@@ -365,7 +366,7 @@ def _split_target(logits, column, temperature, dtype):
 def _target_kl(odds_p, odds_q, gap):
     """KL of (target, rest) from log-odds; `gap`, of the same meaning as their difference, counts where it is small."""
     log_sigmoid = torch.nn.functional.logsigmoid
-    p, rest = odds_p.sigmoid(), (-odds_p).sigmoid()
+    p, rest = sigmoid(odds_p), sigmoid(-odds_p)
     far = kl_term(p, log_sigmoid(odds_p) - log_sigmoid(odds_q))
     far = far + kl_term(rest, log_sigmoid(-odds_p) - log_sigmoid(-odds_q))
     ratios = torch.log1p(rest * torch.expm1(gap)), torch.log1p(p * torch.expm1(-gap))
@@ -426,8 +427,8 @@ def _dkd_backward(
     slope_s = slope_t = torch.zeros_like(odds_s)
     student_grad, teacher_grad = torch.zeros_like(q), torch.zeros_like(p)
     if alpha:
-        slope_s = alpha * (odds_s.sigmoid() - odds_t.sigmoid())
-        spread = odds_t.sigmoid() * (-odds_t).sigmoid()
+        slope_s = alpha * (sigmoid(odds_s) - sigmoid(odds_t))
+        spread = sigmoid(odds_t) * sigmoid(-odds_t)
         slope_t = torch.where((spread != 0) & ~odds_s.isinf(), alpha * spread * (odds_t - odds_s), 0.0)
         student_grad, teacher_grad = -slope_s[:, None] * q, -slope_t[:, None] * p
     if beta:
