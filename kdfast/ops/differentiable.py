@@ -37,36 +37,33 @@ def statistics_kept(forward: OpOverload, backward: OpOverload, name: str | None 
     has_statistics = len(forward._schema.returns) > 1
     keeps_result = not has_statistics and len(read) > count
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(*args):  # without gradients, dynamo passes no ctx to a forward with as many parameters as arguments
-            ctx, settings, *tensors = args
-            ctx.settings = settings
-            result = forward(*tensors, *settings)
-            if has_statistics:
-                result, statistics = result
-                save(ctx, *tensors, statistics)
-            elif keeps_result:
-                save(ctx, *tensors, result)
-            else:
-                save(ctx, *tensors)
-            return result
+    def run(*args):
+        ctx, settings, *tensors = args
+        ctx.settings = settings
+        result = forward(*tensors, *settings)
+        if has_statistics:
+            result, statistics = result
+            save(ctx, *tensors, statistics)
+        elif keeps_result:
+            save(ctx, *tensors, result)
+        else:
+            save(ctx, *tensors)
+        return result
 
-        @staticmethod
-        def backward(ctx, grad):
-            check.first_derivative_only(name)
-            settings, needs = ctx.settings, ctx.needs_input_grad
-            flags = [needs[i] for i in needed]
-            grads = backward(grad, *saved(ctx), *[settings[i] for i in passed], *flags)
-            out = [None] * count
-            if flags:
-                for i, need, x in zip(needed, flags, grads, strict=True):
-                    out[i] = x if need else None
-            else:
-                out[1] = grads
-            return tuple(out)
+    def differentiate(ctx, grad):
+        check.first_derivative_only(name)
+        settings, needs = ctx.settings, ctx.needs_input_grad
+        flags = [needs[i] for i in needed]
+        grads = backward(grad, *saved(ctx), *[settings[i] for i in passed], *flags)
+        out = [None] * count
+        if flags:
+            for i, need, x in zip(needed, flags, grads, strict=True):
+                out[i] = x if need else None
+        else:
+            out[1] = grads
+        return tuple(out)
 
-    return Function.apply
+    return _function(name, run, differentiate).apply
 
 
 def gradient_formed(
@@ -79,31 +76,39 @@ def gradient_formed(
     finish: grad, what leads to the gradient of x, x, settings -> the gradient of x.
     """
 
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(*args):
-            ctx, settings, needs, *tensors = args
-            result, *slopes = forward(*tensors, *settings, *needs)
-            kept = [x if need else None for x, need in zip(tensors, needs, strict=False)]
-            save(ctx, *kept, *slopes)
-            ctx.settings, ctx.others = settings, len(tensors) - sides
-            return result
+    def run(*args):
+        ctx, settings, needs, *tensors = args
+        result, *slopes = forward(*tensors, *settings, *needs)
+        kept = [x if need else None for x, need in zip(tensors, needs, strict=False)]
+        save(ctx, *kept, *slopes)
+        ctx.settings, ctx.others = settings, len(tensors) - sides
+        return result
 
-        @staticmethod
-        def backward(ctx, grad):
-            check.first_derivative_only(name)
-            kept, needs = saved(ctx), ctx.needs_input_grad[2:]
-            grads = [
-                finish(grad, slope, x, *ctx.settings) if need else None
-                for x, slope, need in zip(kept[:sides], kept[sides:], needs, strict=False)
-            ]
-            return None, None, *grads, *[None] * ctx.others
+    def differentiate(ctx, grad):
+        check.first_derivative_only(name)
+        kept, needs = saved(ctx), ctx.needs_input_grad[2:]
+        grads = [
+            finish(grad, slope, x, *ctx.settings) if need else None
+            for x, slope, need in zip(kept[:sides], kept[sides:], needs, strict=False)
+        ]
+        return None, None, *grads, *[None] * ctx.others
+
+    apply = _function(name, run, differentiate).apply
 
     def function(settings, *tensors):
         recording = torch.is_grad_enabled()
-        return Function.apply(settings, [recording and x.requires_grad for x in tensors[:sides]], *tensors)
+        return apply(settings, [recording and x.requires_grad for x in tensors[:sides]], *tensors)
 
     return function
+
+
+def _function(name, forward, backward):
+    """An autograd function; its nodes in a graph are called after `name`.
+
+    forward takes ``*args``: without gradients, dynamo passes no ctx to one with as many parameters as arguments.
+    """
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(f"_{name}_", (torch.autograd.Function,), methods)
 
 
 def _arguments(op):
