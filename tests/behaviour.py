@@ -279,4 +279,4 @@ def check_loss(function, tensors, same_bits, changed=(0,)):
         loss = function(*leaves)
         return [loss, *torch.autograd.grad(loss, leaves, allow_unused=True)]
 
-    same_bits(run)
+    assert same_bits(run)

@@ -85,7 +85,7 @@ def test_deterministic(implementation, name, same_bits):
         loss = TERMS[name](kdfast, x)
         return [loss.detach(), *torch.autograd.grad(loss, x)]
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 @every_term

@@ -388,7 +388,7 @@ def test_deterministic(implementation, shape, same_bits):
         drawn = ops.draw_negatives(index, 50, shape[3], 1)
         return [loss, scores, *torch.autograd.grad(loss, leaves), sums, bank, drawn]
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 # ---- CRD -------------------------------------------------------------------------------------------------------------
@@ -608,7 +608,7 @@ def test_crd_deterministic(implementation, same_bits):
         loss.backward()
         return [loss, *(x.grad for x in (*leaves, *crd.parameters())), *crd.buffers()]
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 @pytest.mark.parametrize("implementation", ["fallback", "cpu"], indirect=True)
@@ -623,7 +623,7 @@ def test_crd_deterministic_at_usual_sizes(implementation, same_bits):
         loss.backward()
         return [loss, *(x.grad for x in (*leaves, *crd.parameters())), *crd.buffers()]
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 @pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)

@@ -126,7 +126,7 @@ def test_programs_are_deterministic(implementation, program, same_bits):
         grads = torch.autograd.grad(loss, behaviour.collecting(given), allow_unused=True)
         return [loss.detach(), *(g for g in grads if g is not None)]
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 @pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)

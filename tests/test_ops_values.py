@@ -201,7 +201,7 @@ def test_deterministic(implementation, group, shape, same_bits):
                 results += [value.detach(), *(g for g in grads if g is not None)]
         return results
 
-    same_bits(run)
+    assert same_bits(run)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
