@@ -104,7 +104,7 @@ def remedy(device: str) -> str:
     return "reinstall where there is a C++ compiler, without KDFAST_NO_EXTENSION"
 
 
-def render(report: dict[str, str]) -> str:
+def render(report: dict[str, Any]) -> str:
     """The report as aligned text."""
     lines = []
 

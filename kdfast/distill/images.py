@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def same_classes(train: Path, test: Path, ours: dict[str, int] | list[str], thei
         raise DistillError(f"--data: {' and '.join(parts)}; expected the same class folders in both")
 
 
-def names(values: list[str] | set[int] | set[str], most: int = 5) -> str:
+def names(values: Iterable[Any], most: int = 5) -> str:
     """Some values for a message, and how many more there are."""
     values = sorted(values)
     more = f" and {len(values) - most} more" if len(values) > most else ""

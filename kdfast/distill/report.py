@@ -74,7 +74,7 @@ class Progress:
         self.total = total
         self.done = done
         self.console: Any = require("rich.console", extra="distill").Console(stderr=True, highlight=False)
-        self.bar = None
+        self.bar: Any = None
         if self.console.is_terminal:
             progress = require("rich.progress", extra="distill")
             columns = (
@@ -83,7 +83,7 @@ class Progress:
                 progress.TextColumn("{task.fields[done]}/{task.total} " + unit),
                 progress.TimeRemainingColumn(),
             )
-            self.bar: None = progress.Progress(*columns, console=self.console, transient=True)
+            self.bar = progress.Progress(*columns, console=self.console, transient=True)
 
     def __enter__(self) -> "Progress | RunProgress":
         if self.bar:

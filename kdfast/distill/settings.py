@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from kdfast.distill import DistillError
 from kdfast.distill.losses import ROWS
 
@@ -96,6 +94,7 @@ def _path(argument, text):
 
 def device(argument: str, text: str) -> str:
     """`text` as the name of a device that is there: cpu or cuda."""
+    import torch
 
     expected = "expected cpu or cuda (or cuda:0, cuda:1, ...)"
     try:

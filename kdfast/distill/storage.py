@@ -24,7 +24,7 @@ LOCK = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, option: str = "--out") -> Iterator[Any]:
+def locked(folder: Path, option: str = "--out") -> Iterator[None]:
     """Inside, `folder`, which is made if it is not there, is this process's alone; a DistillError if it is another's.
 
     The system frees the lock of a process that ends, in whichever way; what that has left half written is removed.

@@ -3,7 +3,7 @@
 import statistics
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,10 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kdfast
 from kdfast import _kernels
 from kdfast.distill.models import Outputs, Together
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["measure"]
 

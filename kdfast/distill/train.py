@@ -77,9 +77,9 @@ class Objective(nn.Module):
     def __init__(self, row: "LossRow", example: "Example") -> None:
         super().__init__()
         self.row = row
-        self.pre_stage = None
+        self.pre_stage: Objective | None = None
         if row.pre_stage is not None:
-            self.pre_stage: None = Objective(row.pre_stage, example)
+            self.pre_stage = Objective(row.pre_stage, example)
             example = dataclasses.replace(example, pre_stage=self.pre_stage.loss)
         self.loss = row.build(example)
         self._read = [operator.attrgetter(name) for name in row.reads]
@@ -97,7 +97,7 @@ class Objective(nn.Module):
 
 
 @contextlib.contextmanager
-def reproducible(threads: int, warn_only: bool = False) -> Iterator[Any]:
+def reproducible(threads: int, warn_only: bool = False) -> Iterator[None]:
     """Inside, the same inputs give the same bits: deterministic algorithms and a fixed number of threads.
 
     An operation that has no such algorithm on its device is an error, or with `warn_only` a warning.

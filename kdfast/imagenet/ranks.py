@@ -5,17 +5,13 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from kdfast import distributed
 from kdfast.distill import DistillError
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["OtherRankFailed", "Ranks", "Stop", "Stopped", "by_torchrun", "end_with_parent", "join", "leave"]
 

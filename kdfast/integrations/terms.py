@@ -5,17 +5,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import kdfast
 from kdfast import distributed
-
-if TYPE_CHECKING:
-    pass
-
 
 __all__ = ["LOGITS", "Objective", "Term", "of_layers"]
 

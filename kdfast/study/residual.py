@@ -55,9 +55,9 @@ class Block(nn.Module):
         super().__init__()
         self.first: nn.Sequential = _norm_conv(channels, width, 3, stride)
         self.second: nn.Sequential = _norm_conv(width, width, 3)
-        self.shortcut = None
+        self.shortcut: nn.Module | None = None
         if shortcut:
-            self.shortcut: None = (
+            self.shortcut = (
                 nn.Identity() if (channels, stride) == (width, 1) else _norm_conv(channels, width, 1, stride)
             )
 
