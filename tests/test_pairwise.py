@@ -52,6 +52,17 @@ def test_weighted_differences(implementation, shape, dtype):
         assert_close(got, want, size, len(y), accumulator)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [(130, 70), (200, 20)], ids=["in pieces", "whole"])
+def test_large_tiles(implementation, rows, cols):
+    """Matrices of several large tiles on CUDA, whose features are cut into pieces if there are few tiles."""
+    x, y = (torch.randn(n, cols, device=implementation.device) for n in (rows, rows + 3))
+    for other in (x, y):
+        want = (x.double()[:, None] - other.double()).square().sum(2)
+        got = ops.pairwise_distance(x, None if other is x else other, squared=True)
+        assert_close(got, want, want, cols, torch.float32)
+        assert torch.equal(got, got.t()) or other is y
+
+
 @every_op
 def test_more_dimensions(implementation, op):
     """Maps are flattened, whatever their memory format; the gradient has the shape of the map."""

@@ -4,126 +4,12 @@
 
 #include "common/group.cuh"
 #include "common/sum.cuh"
+#include "common/tile.cuh"
 #include "gram/host.h"
 
 namespace kdfast {
 namespace gram {
 namespace {
-
-constexpr int kTile = 64, kDepth = 16;  // a block has kTile x kTile results, a thread 4 x 4; kDepth terms at a time
-constexpr int kRow = kTile + 1;         // padded, so that a column is read without bank conflicts
-constexpr int kPer = 4, kAcross = kTile / kPer;
-
-// A batch of matrices [Z, rows, cols] of any strides.
-struct Batch {
-  void* data;
-  ScalarType dtype;
-  int64_t count, rows, cols, batch_stride, row_stride, col_stride;
-
-  explicit Batch(const Tensor& x)
-      : data(x.data_ptr()),
-        dtype(x.scalar_type()),
-        count(x.size(0)),
-        rows(x.size(1)),
-        cols(x.size(2)),
-        batch_stride(x.stride(0)),
-        row_stride(x.stride(1)),
-        col_stride(x.stride(2)) {}
-
-  KD_HD Batch transposed() const {
-    Batch t = *this;
-    t.rows = cols;
-    t.cols = rows;
-    t.row_stride = col_stride;
-    t.col_stride = row_stride;
-    return t;
-  }
-
-  template <class A>
-  __device__ A get(int64_t z, int64_t i, int64_t j) const {
-    if (i >= rows || j >= cols) return A(0);
-    return read_one<A>(data, dtype, z * batch_stride + i * row_stride + j * col_stride);
-  }
-
-  template <class A>
-  __device__ void put(int64_t z, int64_t i, int64_t j, A value) const {
-    write_one(Matrix{data, dtype, 1, 0}, z * batch_stride + i * row_stride + j * col_stride, 0, value);
-  }
-};
-
-// to[k][r] = x[row0 + r][k0 + k] for kTile rows and kDepth columns; neighbouring threads read neighbours in memory.
-template <class A>
-__device__ void fetch(const Batch& x, int64_t z, int64_t row0, int64_t k0, A* to) {
-  for (int e = threadIdx.x; e < kTile * kDepth; e += kBlock) {
-    const bool along = x.col_stride <= x.row_stride;
-    const int r = along ? e / kDepth : e % kTile, k = along ? e % kDepth : e / kTile;
-    to[k * kRow + r] = x.get<A>(z, row0 + r, k0 + k);
-  }
-}
-
-// sum[u][v] += x_i . y_j of kDepth terms, i = a + kAcross u, j = b + kAcross v.
-template <class X, class A>
-__device__ void add_terms(const X* x, const A* y, int depth, A (&sum)[kPer][kPer]) {
-  const int a = threadIdx.x / kAcross, b = threadIdx.x % kAcross;
-#pragma unroll 4
-  for (int k = 0; k < depth; ++k) {
-    A own[kPer], other[kPer];
-#pragma unroll
-    for (int u = 0; u < kPer; ++u) own[u] = static_cast<A>(x[k * kRow + a + kAcross * u]);
-#pragma unroll
-    for (int v = 0; v < kPer; ++v) other[v] = y[k * kRow + b + kAcross * v];
-#pragma unroll
-    for (int u = 0; u < kPer; ++u) {
-#pragma unroll
-      for (int v = 0; v < kPer; ++v) sum[u][v] += own[u] * other[v];
-    }
-  }
-}
-
-// f(i, j, sum) of a thread's results that exist.
-template <class A, class F>
-__device__ void for_results(int64_t i0, int64_t j0, int64_t n, int64_t m, const A (&sum)[kPer][kPer], const F& f) {
-#pragma unroll
-  for (int u = 0; u < kPer; ++u) {
-#pragma unroll
-    for (int v = 0; v < kPer; ++v) {
-      const int64_t i = i0 + threadIdx.x / kAcross + kAcross * u, j = j0 + threadIdx.x % kAcross + kAcross * v;
-      if (i < n && j < m) f(i, j, sum[u][v]);
-    }
-  }
-}
-
-// out_ij = factor x_i . y_j, rows of each. `self`: y is x, so that tiles below the diagonal are mirrored.
-template <class A>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
-    product_kernel(Batch x, Batch y, bool self, Column factor, Batch out) {
-  const int64_t down = (x.rows + kTile - 1) / kTile, across = (y.rows + kTile - 1) / kTile;
-  const int64_t z = blockIdx.x / (down * across), i0 = blockIdx.x / across % down * kTile,
-                j0 = blockIdx.x % across * kTile;
-  if (self && j0 < i0) return;
-  KD_SHARED(A, own, kDepth * kRow);
-  KD_SHARED(A, other, kDepth * kRow);
-  A sum[kPer][kPer] = {};
-  for (int64_t k0 = 0; k0 < x.cols; k0 += kDepth) {
-    __syncthreads();  // the previous terms have been used
-    fetch(x, z, i0, k0, own);
-    fetch(y, z, j0, k0, other);
-    __syncthreads();
-    add_terms(own, other, kDepth, sum);
-  }
-  const A scale = factor.data ? read<A>(factor, 0) : A(1);
-  for_results(i0, j0, x.rows, y.rows, sum, [&](int64_t i, int64_t j, A s) {
-    out.put(z, i, j, scale * s);
-    if (self && j0 > i0) out.put(z, j, i, scale * s);
-  });
-}
-
-template <class A>
-void write_products(const OnDevice& device, const Batch& x, const Batch& y, bool self, const Column& factor,
-                    const Tensor& out) {
-  const int64_t blocks = x.count * blocks_for(x.rows, kTile) * blocks_for(y.rows, kTile);
-  if (blocks) launch(device, {blocks, kBlock}, product_kernel<A>, x, y, self, factor, Batch(out));
-}
 
 // ---- comparisons: a block has a row
 template <class A>
@@ -232,57 +118,83 @@ __global__ void loss_kernel(const double* sum, double scale, A* loss) {
 // ---- affinity. A block has kTile positions i of one sample and iterates over all positions j, so it owns the
 // gradients of its positions: only the loss is reduced across blocks.
 template <class A>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
-    affinity_kernel(Batch student, Batch teacher, Batch grad_s, Batch grad_t, bool need_s, bool need_t,
-                    double* losses) {
-  const int64_t n = student.rows, down = (n + kTile - 1) / kTile;
-  const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kTile;
-  KD_SHARED(A, own, kDepth * kRow);
-  KD_SHARED(A, other, kDepth * kRow);
-  KD_SHARED(float, signs, kTile* kRow);  // [j][i]
-  double loss = 0;
-  for (int64_t j0 = need_s || need_t ? 0 : i0; j0 < n; j0 += kTile) {
-    A products[2][kPer][kPer] = {};
+struct Affinity {
+  static constexpr int kPer = 4;
+  using Of = Tile<A, kPer>;
+  using Sums = A[kPer][kPer];
+  using Shared = Columns<A, kPer>;
+
+  // sums = u_i . u_j
+  static __device__ void products(const Operand<A>& u, int64_t b, int64_t i0, int64_t j0, Shared& shared, Sums& sums) {
+    for_columns<A, kPer>(u, u, b, i0, j0, 0, u.cols, shared,
+                         [&](int row, int col, A x, A y) { sums[row][col] += x * y; });
+  }
+
+  // grad_i (+)= sum_j sign_ij u_j of the tile's positions j; signs [j][i] in shared memory.
+  static __device__ void add_gradient(const float* signs, const Operand<A>& x, int64_t b, int64_t i0, int64_t j0,
+                                      Shared& shared, A* grad) {
+    A* const channels = shared.half(0);
+    const int64_t positions = x.rows;
+    const Operand<A> by_channel = x.transposed();
+    for (int64_t c0 = 0; c0 < x.cols; c0 += Of::kSide) {
+      Sums part = {};
+      Fetch<A, A, kPer> next(by_channel, b, c0, j0);
+      for (int k0 = 0; k0 < Of::kSide; k0 += Of::kDepth) {
+        next.load(positions - j0 - k0);
+        __syncthreads();  // signs are there; the previous terms have been used
+        next.store(channels);
+        __syncthreads();
+        for_terms<kPer>(signs + k0 * Of::kRow, channels,
+                        [&](int row, int col, float sign, A y) { part[row][col] += sign * y; });
+      }
 #pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const Batch& u = side ? teacher : student;
-      for (int64_t k0 = 0; k0 < u.cols; k0 += kDepth) {
-        __syncthreads();
-        fetch(u, b, i0, k0, own);
-        fetch(u, b, j0, k0, other);
-        __syncthreads();
-        add_terms(own, other, kDepth, products[side]);
+      for (int u = 0; u < kPer; ++u) {
+        const int64_t i = i0 + Of::at(threadIdx.x / kAcross, u);
+        if (i >= positions) continue;
+        A* const to = grad + (b * positions + i) * x.cols;
+#pragma unroll
+        for (int v = 0; v < kPer; ++v) {
+          const int64_t c = c0 + Of::at(threadIdx.x % kAcross, v);
+          if (c < x.cols) to[c] = j0 == 0 ? part[u][v] : to[c] + part[u][v];
+        }
       }
     }
+  }
+};
+
+// A null gradient is not needed.
+template <class A>
+__global__ void __launch_bounds__(kBlock, kMinBlocks)
+    affinity_kernel(Operand<A> student, Operand<A> teacher, A* grad_s, A* grad_t, double* losses) {
+  using F = Affinity<A>;
+  constexpr int kPer = F::kPer, kSide = F::Of::kSide;
+  const int64_t n = student.rows, down = (n + kSide - 1) / kSide;
+  const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kSide;
+  using Shared = Columns<A, kPer>;
+  KD_SHARED(Shared, shared, 1);
+  KD_SHARED(Neighbours<float>, signs, kSide * F::Of::kRow / kPack);  // [j][i]
+  const bool all = grad_s || grad_t;
+  double loss = 0;
+  for (int64_t j0 = all ? 0 : i0; j0 < n; j0 += kSide) {
+    A of_s[kPer][kPer] = {}, of_t[kPer][kPer] = {};
+    F::products(student, b, i0, j0, shared[0], of_s);
+    F::products(teacher, b, i0, j0, shared[0], of_t);  // its barriers come after the last use of the signs
     A sum = 0;
 #pragma unroll
-    for (int u = 0; u < kPer; ++u) {
+    for (int v = 0; v < kPer; ++v) {
+      Neighbours<float> own;
 #pragma unroll
-      for (int v = 0; v < kPer; ++v) {
-        const A gap = products[0][u][v] - products[1][u][v];
+      for (int u = 0; u < kPer; ++u) {
+        const A gap = of_s[u][v] - of_t[u][v];
         sum += std::abs(gap);
-        signs[(threadIdx.x % kAcross + kAcross * v) * kRow + threadIdx.x / kAcross + kAcross * u] =
-            static_cast<float>(sign(gap));
+        own.x[u] = static_cast<float>(sign(gap));
       }
+      const int j = F::Of::at(threadIdx.x % kAcross, v), i = F::Of::at(threadIdx.x / kAcross, 0);
+      signs[(j * F::Of::kRow + i) / kPack] = own;
     }
-    loss += need_s || need_t || j0 == i0 ? sum : 2 * sum;
-    for (int side = 0; side < 2; ++side) {
-      if (!(side ? need_t : need_s)) continue;
-      const Batch &u = side ? teacher : student, &grad = side ? grad_t : grad_s;
-      const Batch by_channel = u.transposed();
-      for (int64_t c0 = 0; c0 < u.cols; c0 += kTile) {
-        A part[kPer][kPer] = {};
-        for (int k0 = 0; k0 < kTile; k0 += kDepth) {
-          __syncthreads();  // signs are there; the previous terms have been used
-          fetch(by_channel, b, c0, j0 + k0, other);
-          __syncthreads();
-          add_terms(signs + k0 * kRow, other, kDepth, part);
-        }
-        for_results(i0, c0, n, u.cols, part,
-                    [&](int64_t i, int64_t c, A s) { grad.put(b, i, c, j0 == 0 ? s : grad.get<A>(b, i, c) + s); });
-      }
-    }
-    __syncthreads();  // the signs have been used
+    loss += all || j0 == i0 ? sum : 2 * sum;
+    if (grad_s) F::add_gradient(signs[0].x, student, b, i0, j0, shared[0], grad_s);
+    if (grad_t) F::add_gradient(signs[0].x, teacher, b, i0, j0, shared[0], grad_t);
   }
   loss = group_reduce<kBlock>(loss, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
@@ -338,12 +250,26 @@ struct Cuda : DeviceBackend {
 
   template <class A>
   void inner_products(const Tensor& a, const std::optional<Tensor>& b, const Tensor& out) const {
-    write_products<A>(device, Batch(a), Batch(b ? *b : a), !b, Column{}, out);
+    const bool same = !b || a.scalar_type() == b->scalar_type();
+    dispatch_narrow<A>(same ? a.scalar_type() : kScalarType<A>, [&](auto tag) {
+      using T = decltype(tag);
+      std::optional<Tensor> copy, other_copy;
+      const Operand<T> x = operand<T>(device, a, copy), y = b ? operand<T>(device, *b, other_copy) : x;
+      sums_of<A, Product>(device, out, x, y, !b, Write<A, A>{data<A>(out), x.rows, y.rows, Column{}});
+    });
   }
 
   template <class A>
   void weighted_sums(const Tensor& weights, const Tensor& x, const Column& factor, const Tensor& out) const {
-    write_products<A>(device, Batch(weights), Batch(x).transposed(), false, factor, out);
+    dispatch_narrow<A>(x.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      std::optional<Tensor> copy, other_copy;
+      const Operand<A> w = operand<A>(device, weights, copy);
+      const Operand<T> y = operand<T>(device, x, other_copy).transposed();
+      write_as<T>(device, out, [&](const Tensor& to) {
+        sums_of<A, Product>(device, weights, w, y, false, Write<A, T>{data<T>(to), w.rows, y.rows, factor});
+      });
+    });
   }
 
   template <class F, class A>
@@ -375,21 +301,18 @@ struct Cuda : DeviceBackend {
       torch::stable::zero_(loss);
       return;
     }
-    std::vector<Tensor> memory;  // of the unit positions
-    std::vector<Batch> units, grads;
-    for (int side = 0; side < 2; ++side) {
-      const Tensor& x = networks[side];
-      memory.push_back(empty(x, loss.scalar_type(), {batch, positions, x.size(1)}));
-      units.emplace_back(memory.back());
-      grads.push_back(units.back());
-      grads.back().data = slopes[side];
+    const auto units = [&](const Tensor& x) {
+      const int64_t channels = x.size(1);
+      Tensor memory = empty(x, loss.scalar_type(), {batch, positions, channels});
       launch(device, {blocks_for(batch * positions, kBlock / kWarp), kBlock}, unit_kernel<A>, Batch(x),
-             static_cast<A>(eps), data<A>(memory.back()));
-    }
-    const int64_t blocks = batch * blocks_for(positions, kTile);
+             static_cast<A>(eps), data<A>(memory));
+      return memory;
+    };
+    const Tensor student = units(networks[0]), teacher = units(networks[1]);
+    const int64_t blocks = batch * blocks_for(positions, Tile<A, Affinity<A>::kPer>::kSide);
     DeviceMemory<double> losses(loss, blocks + 1);
-    launch(device, {blocks, kBlock}, affinity_kernel<A>, units[0], units[1], grads[0], grads[1], slopes[0] != nullptr,
-           slopes[1] != nullptr, losses.data());
+    launch(device, {blocks, kBlock}, affinity_kernel<A>, Operand<A>(Batch(student)), Operand<A>(Batch(teacher)),
+           slopes[0], slopes[1], losses.data());
     const double scale = 1 / (static_cast<double>(batch) * positions * positions);
     write_loss<A>(losses, blocks, scale, loss);
     for (int side = 0; side < 2; ++side) {

@@ -479,9 +479,10 @@ struct Cpu : HostBackend {
   }
 
   template <class A>
-  void weighted_differences(const Tensor& weights, const Matrix& x, const Matrix& y, int64_t dim, const Column& factor,
-                            const Matrix& out) const {
-    write_weighted_differences(weights, x, y, dim, factor.data ? read<A>(factor, 0) : A(1), out);
+  void weighted_differences(const Tensor& weights, const Tensor& x, const Tensor& y, const Column& factor,
+                            const Tensor& out) const {
+    write_weighted_differences(weights, matrix(x), matrix(y), x.size(1), factor.data ? read<A>(factor, 0) : A(1),
+                               matrix(out));
   }
 
   template <class A>

@@ -2,6 +2,7 @@
 
 #include "common/group.cuh"
 #include "common/sum.cuh"
+#include "common/tile.cuh"
 #include "pairwise/host.h"
 
 namespace kdfast {
@@ -10,69 +11,15 @@ namespace {
 
 // ---- squared distances
 
-// A block works on 32 x 32 pairs, a thread on 2 x 2 of them; 32 columns of their rows are in shared memory at a time.
-constexpr int kTile = 32;
-constexpr int kRow = kTile + 1;  // a row of the tile, padded so that a warp reads a column without bank conflicts
-
-// The squared distance of rows i of x and j of y goes to put(i, j, p); of x with itself also to put(j, i, p).
-template <class Wide, class Put>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
-    squared_distances_kernel(Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, bool self, Put put) {
-  const int64_t across = (m + kTile - 1) / kTile;
-  const int64_t i0 = blockIdx.x / across * kTile, j0 = blockIdx.x % across * kTile;
-  if (self && j0 < i0) return;
-  KD_SHARED(Wide, rows, kTile * kRow);
-  KD_SHARED(Wide, others, kTile * kRow);
-  const int a = threadIdx.x / 16, b = threadIdx.x % 16;  // pairs (a, b), (a, b + 16), (a + 16, b), (a + 16, b + 16)
-  Wide sum[2][2] = {};
-  for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
-    __syncthreads();  // the previous columns have been used
-    for (int e = threadIdx.x; e < kTile * kTile; e += kBlock) {
-      const int r = e / kTile, c = e % kTile;
-      const bool inside = c0 + c < dim;
-      rows[r * kRow + c] = inside && i0 + r < n ? read_one<Wide>(x, i0 + r, c0 + c) : Wide(0);
-      others[r * kRow + c] = inside && j0 + r < m ? read_one<Wide>(y, j0 + r, c0 + c) : Wide(0);
-    }
-    __syncthreads();
-#pragma unroll 8
-    for (int c = 0; c < kTile; ++c) {
-#pragma unroll
-      for (int u = 0; u < 2; ++u) {
-#pragma unroll
-        for (int v = 0; v < 2; ++v) {
-          const Wide difference = rows[(a + 16 * u) * kRow + c] - others[(b + 16 * v) * kRow + c];
-          sum[u][v] += difference * difference;
-        }
-      }
-    }
-  }
-#pragma unroll
-  for (int u = 0; u < 2; ++u) {
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const int64_t i = i0 + a + 16 * u, j = j0 + b + 16 * v;
-      if (i >= n || j >= m) continue;
-      put(i, j, sum[u][v]);
-      if (self && i0 != j0) put(j, i, sum[u][v]);
-    }
-  }
-}
-
-template <class Wide, class Put>
-void for_squared_distances(const OnDevice& device, const Matrix& x, int64_t n, const Matrix& y, int64_t m, int64_t dim,
-                           bool self, const Put& put) {
-  if (n == 0 || m == 0) return;
-  launch(device, {blocks_for(n, kTile) * blocks_for(m, kTile), kBlock}, squared_distances_kernel<Wide, Put>, x, n, y, m,
-         dim, self, put);
-}
-
 template <class A>
 struct PutDistance {
   A* out;
   int64_t cols;
   bool squared;
 
-  __device__ void operator()(int64_t i, int64_t j, A p) const { out[i * cols + j] = squared ? p : std::sqrt(p); }
+  __device__ void operator()(int64_t, int64_t i, int64_t j, A p) const {
+    out[i * cols + j] = squared ? p : std::sqrt(p);
+  }
 };
 
 // The squared distances of one network [rows, rows]; lo and inverse (d = 1 / sqrt(p)) only for angles, lo only of a
@@ -87,7 +34,7 @@ template <class A, class Wide>
 struct PutPair {
   Pairs<A> pairs;
 
-  __device__ void operator()(int64_t i, int64_t j, Wide p) const {
+  __device__ void operator()(int64_t, int64_t i, int64_t j, Wide p) const {
     const int64_t at = i * pairs.rows + j;
     const A hi = static_cast<A>(p);
     pairs.hi[at] = hi;
@@ -96,60 +43,37 @@ struct PutPair {
   }
 };
 
+// put(0, i, j, |x_i - y_j|^2) for all pairs of rows, of x with itself without y. Rows are read as T.
+template <class Wide, class T, class Put>
+void squared_distances(const OnDevice& device, const Tensor& x, const std::optional<Tensor>& y, const Put& put) {
+  std::optional<Tensor> copy, other_copy;
+  const Operand<T> own = operand<T>(device, x, copy), other = y ? operand<T>(device, *y, other_copy) : own;
+  sums_of<Wide, SquaredDifference>(device, x, own, other, !y, put);
+}
+
 // ---- weighted differences
 
-// A block works on 32 rows and 64 columns of the result, a thread on 4 x 2 of them; 32 rows of y are in shared memory
-// at a time.
-constexpr int kWide = 64, kTall = kBlock / kTile;
-
-template <class A>
+// sum_k weights_ik (x_i - y_k), x and y by columns: rows of `y` are columns of the result.
+template <class A, class Put>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
-    weighted_differences_kernel(Matrix weights, Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, Column factor,
-                                Matrix out) {
-  const int64_t across = (dim + kWide - 1) / kWide;
-  const int64_t i0 = blockIdx.x / across * kTile, c0 = blockIdx.x % across * kWide;
-  KD_SHARED(A, shares, kTile * kTile);
-  KD_SHARED(A, others, kTile * kWide);
-  const int row = threadIdx.x / kTile, col = threadIdx.x % kTile;  // rows row + 8 u, columns col + 32 v
-  A own[4][2], sum[4][2] = {};
+    weighted_differences_kernel(Operand<A> weights, Operand<A> x, Operand<A> y, Split split, A* parts, Put put) {
+  constexpr int kPer = 4;
+  using Of = Tile<A, kPer>;
+  using Shared = Columns<A, kPer>;
+  const Place place(Of::kSide, 1, weights.rows, y.rows, weights.cols, split);
+  KD_SHARED(Shared, shared, 1);
+  A own[kPer][kPer], sum[kPer][kPer] = {};
 #pragma unroll
-  for (int u = 0; u < 4; ++u) {
+  for (int u = 0; u < kPer; ++u) {
 #pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const int64_t i = i0 + row + kTall * u, c = c0 + col + kTile * v;
-      own[u][v] = i < n && c < dim ? read_one<A>(x, i, c) : A(0);
+    for (int v = 0; v < kPer; ++v) {
+      const int64_t i = place.i0 + Of::at(threadIdx.x / kAcross, u), c = place.j0 + Of::at(threadIdx.x % kAcross, v);
+      own[u][v] = i < x.cols && c < x.rows ? x.data[c * x.row_stride + i * x.col_stride] : A(0);
     }
   }
-  for (int64_t j0 = 0; j0 < m; j0 += kTile) {
-    __syncthreads();  // the previous rows have been used
-    for (int e = threadIdx.x; e < kTile * kTile; e += kBlock) {
-      const int64_t i = i0 + e / kTile, j = j0 + e % kTile;
-      shares[e] = i < n && j < m ? read_one<A>(weights, i, j) : A(0);
-    }
-    for (int e = threadIdx.x; e < kTile * kWide; e += kBlock) {
-      const int64_t j = j0 + e / kWide, c = c0 + e % kWide;
-      others[e] = j < m && c < dim ? read_one<A>(y, j, c) : A(0);
-    }
-    __syncthreads();
-#pragma unroll 4
-    for (int j = 0; j < kTile; ++j) {
-#pragma unroll
-      for (int u = 0; u < 4; ++u) {
-        const A share = shares[(row + kTall * u) * kTile + j];
-#pragma unroll
-        for (int v = 0; v < 2; ++v) sum[u][v] += share * (own[u][v] - others[j * kWide + col + kTile * v]);
-      }
-    }
-  }
-  const A scale = factor.data ? read<A>(factor, 0) : A(1);
-#pragma unroll
-  for (int u = 0; u < 4; ++u) {
-#pragma unroll
-    for (int v = 0; v < 2; ++v) {
-      const int64_t i = i0 + row + kTall * u, c = c0 + col + kTile * v;
-      if (i < n && c < dim) write_one(out, i, c, scale * sum[u][v]);
-    }
-  }
+  for_columns<A, kPer>(weights, y, 0, place.i0, place.j0, place.begin, place.end, shared[0],
+                       [&](int u, int v, A weight, A other) { sum[u][v] += weight * (own[u][v] - other); });
+  store_sums<A, kPer>(sum, place, weights.rows, y.rows, split, parts, shared[0], put);
 }
 
 // ---- rkd: distances. Sums run over the ordered pairs, of which i = j adds nothing.
@@ -354,7 +278,7 @@ void rkd_rows(const OnDevice& device, const Tensor& student, const Tensor& teach
   const Rkd<A> terms{device, of(0), of(each), empty(student, ScalarType::Double, {kSums}), grad};
   const auto fill = [&](auto wide, const Tensor& x, const Pairs<A>& p) {
     using Wide = decltype(wide);
-    for_squared_distances<Wide>(device, matrix(x), rows, matrix(x), rows, x.size(1), true, PutPair<A, Wide>{p});
+    squared_distances<Wide, A>(device, x, {}, PutPair<A, Wide>{p});
   };
   for (int side = 0; side < 2 && (angles || distances); ++side) {
     const Tensor& x = side ? teacher : student;
@@ -373,17 +297,26 @@ struct Cuda : DeviceBackend {
 
   template <class A>
   void distances(const Tensor& x, const std::optional<Tensor>& y, bool squared, A* out) const {
-    const int64_t n = x.size(0), m = y ? y->size(0) : n;
-    for_squared_distances<A>(device, matrix(x), n, matrix(y ? *y : x), m, x.size(1), !y,
-                             PutDistance<A>{out, m, squared});
+    squared_distances<A, A>(device, x, y, PutDistance<A>{out, y ? y->size(0) : x.size(0), squared});
   }
 
   template <class A>
-  void weighted_differences(const Tensor& weights, const Matrix& x, const Matrix& y, int64_t dim, const Column& factor,
-                            const Matrix& out) const {
-    const int64_t n = weights.size(0), m = weights.size(1), blocks = blocks_for(n, kTile) * blocks_for(dim, kWide);
-    if (blocks == 0) return;
-    launch(device, {blocks, kBlock}, weighted_differences_kernel<A>, matrix(weights), x, n, y, m, dim, factor, out);
+  void weighted_differences(const Tensor& weights, const Tensor& x, const Tensor& y, const Column& factor,
+                            const Tensor& out) const {
+    std::optional<Tensor> copy, copy_x, copy_y;
+    const Operand<A> w = operand<A>(device, weights, copy), by_x = operand<A>(device, x, copy_x).transposed(),
+                     by_y = operand<A>(device, y, copy_y).transposed();
+    const Split split(1, w.rows, by_y.rows, w.cols, false, false);
+    dispatch_narrow<A>(out.scalar_type(), [&](auto tag) {
+      using T = decltype(tag);
+      using Put = Write<A, T>;
+      write_as<T>(device, out, [&](const Tensor& to) {
+        const Put put{data<T>(to), w.rows, by_y.rows, factor};
+        for_sums<A>(device, weights, 1, w.rows, by_y.rows, split, put, [&](int64_t blocks, A* parts) {
+          launch(device, {blocks, kBlock}, weighted_differences_kernel<A, Put>, w, by_x, by_y, split, parts, put);
+        });
+      });
+    });
   }
 
   template <class A>

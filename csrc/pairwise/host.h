@@ -25,8 +25,7 @@ Tensor weighted_differences(Tensor weights, Tensor x, std::optional<Tensor> y, s
   Tensor out = empty(x, x.scalar_type(), {x.size(0), x.size(1)});
   dispatch_accumulator(weights.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    backend.template weighted_differences<A>(weights, matrix(x), matrix(y ? *y : x), x.size(1), column(factor),
-                                             matrix(out));
+    backend.template weighted_differences<A>(weights, x, y ? *y : x, column(factor), out);
   });
   return out;
 }

@@ -89,6 +89,7 @@ GROUPS = [
             (67, 17),  # one tile of 64 and a bit, in rows
             (5, 67),  # and in features
             (5, 1037),  # more features than a panel of 1024
+            (130, 70),  # on CUDA large tiles, in pieces of the features
         ],
         small=(5, 9),
         tiny=(4, 5),
