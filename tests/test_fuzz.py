@@ -299,10 +299,8 @@ def draw_nce(draw):
     return Trial(of.GROUPS[0].bound(of.nce(temperature)), x, draw_upstream(draw))
 
 
-def draw_ensemble(draw):
-    """A few networks, one of them perhaps equal to another, and classes that all of them mask."""
-    of = registry.family("ensemble")
-    mixed, taught = of.GROUPS
+def draw_networks(draw):
+    """A few networks, one of them perhaps equal to another, and classes that all of them mask. -> also temperature."""
     rows = draw(st.integers(0, 5), label="rows")
     cols = draw(st.one_of(st.integers(1, 40), st.sampled_from([1023, 1024, 1025, 2049])), label="cols")
     dtype = draw_dtype(draw)
@@ -318,23 +316,32 @@ def draw_ensemble(draw):
     labels = allowed[torch.randint(len(allowed), (rows,), generator=numbers)]
     for x in networks:
         x[:, ~classes] = -INF
-    temperature = draw(st.sampled_from([1.0, 3.0, 4.0, 0.5, 20.0, 0.05]), label="temperature")
-    kind = draw(st.sampled_from(["mixed", "kl", "cross_entropy"]), label="op")
     mix = torch.randn(rows, count, count, generator=numbers).softmax(2)
-    learners = draw(st.integers(1, count), label="learners")
-    one_target = draw(st.booleans(), label="one target")
-    eps = draw(st.sampled_from([0.0, 1e-7, 1e-3]), label="eps")
     if classes.all():  # a layout may repeat one column
         networks = [lay_out(draw, x) for x in networks]
     x = Inputs(networks=networks, mix=mix, labels=labels, ramp=torch.tensor(0.6))
-    if kind == "mixed":
-        options = {"temperature": temperature, "eps": eps, "through_targets": True, "target_ce": one_target}
-        op = mixed.bound(of.mixed_logits_kl(kind, 1 if one_target else learners, learners, ramped=True, **options))
-    else:
-        x = of.taught(x)
-        if count == 1:
-            x.teachers = [x.student.clone()]
-        op = taught.bound(of.teachers_kl(kind, kind, temperature=temperature, kl_weight=1.0))
+    return x, classes, draw(st.sampled_from([1.0, 3.0, 4.0, 0.5, 20.0, 0.05]), label="temperature")
+
+
+def draw_mixed_logits(draw):
+    of = registry.family("mixed_logits")
+    x, classes, temperature = draw_networks(draw)
+    learners = draw(st.integers(1, len(x.networks)), label="learners")
+    one_target = draw(st.booleans(), label="one target")
+    options = {"temperature": temperature, "eps": draw(st.sampled_from([0.0, 1e-7, 1e-3]), label="eps")}
+    options |= {"through_targets": True, "target_ce": one_target}
+    op = of.mixed_logits_kl("mixed", 1 if one_target else learners, learners, ramped=True, **options)
+    return Trial(of.GROUPS[0].bound(op), x, draw_upstream(draw), classes=classes)
+
+
+def draw_teachers(draw):
+    of = registry.family("teachers")
+    networks, classes, temperature = draw_networks(draw)
+    kind = draw(st.sampled_from(["kl", "cross_entropy"]), label="kind")
+    x = of.taught(networks)
+    if len(networks.networks) == 1:
+        x.teachers = [x.student.clone()]
+    op = of.GROUPS[0].bound(of.teachers_kl(kind, kind, temperature=temperature, kl_weight=1.0))
     return Trial(op, x, draw_upstream(draw), classes=classes)
 
 
@@ -355,7 +362,8 @@ def draw_moments(draw):
 
 FEATURES = ("squared", "channels", "boundary", "partial", "normalized", "normalized_2", "pyramid")
 FAMILIES = {
-    "ensemble": draw_ensemble,
+    "mixed_logits": draw_mixed_logits,
+    "teachers": draw_teachers,
     "softmax_kl": draw_softmax_kl,
     "pairwise": draw_pairwise,
     "gram": draw_gram,

@@ -60,6 +60,16 @@ def widened(x):
     return mapped(x, lambda name, t: t.detach().double() if t.is_floating_point() else t)
 
 
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+SQUARED_ROUNDING = 1e-6  # of a term whose slope is 0: the square of a few roundings, over one of them, in float32
+
+
+def scaled(g, sizes):
+    """Sizes of a value and of its gradients, these for an upstream gradient g in place of 1."""
+    value, *entries = sizes
+    return value, *(g * e for e in entries)
+
+
 # ---- ops -------------------------------------------------------------------------------------------------------------
 @dataclass(eq=False)
 class Op:
