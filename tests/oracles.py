@@ -237,22 +237,9 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     return terms.sum() / max(terms.numel(), 1)
 
 
-def inner_products(a, b=None):
-    return a.double() @ (a if b is None else b).double().transpose(1, 2)
-
-
-def affinity(student, teacher, *, eps=1e-8):
-    s, t = (_cosines_of_rows(x.double().flatten(2).transpose(1, 2), eps) for x in (student, teacher))
-    return (s - t).abs().sum() / max(s.numel(), 1)
-
-
 # ---- feature maps
 def squared_error(student, teacher):
     return F.mse_loss(student.double(), teacher.double())
-
-
-def channel_squared_error(student, teacher):
-    return (student.double() - teacher.double()).square().transpose(0, 1).flatten(1).sum(1)
 
 
 def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):

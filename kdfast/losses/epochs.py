@@ -3,11 +3,12 @@
 import math
 
 import torch
+from torch import Tensor
 
 from kdfast.ops import check
 
 
-def epoch_of(epoch, device):
+def epoch_of(epoch: float | Tensor, device: torch.device) -> float | Tensor:
     """An epoch as a number, or where it is a tensor or a compiled graph's symbol as a float64 tensor on `device`."""
     if isinstance(epoch, torch.Tensor):
         check.tensor("epoch", epoch)
@@ -23,7 +24,7 @@ def epoch_of(epoch, device):
     return epoch
 
 
-def ramp_up(epoch, length, device):
+def ramp_up(epoch: float | Tensor, length: float, device: torch.device) -> float | Tensor:
     """exp(-5 (1 - min(epoch / length, 1))^2), 1 of length 0: a number, or a tensor where `epoch_of` gives one."""
     epoch = epoch_of(epoch, device)
     if not length:

@@ -7,6 +7,7 @@ tests/workload.py runs it on a GPU under compute-sanitizer, and tests/test_fuzz.
 Inputs are a dict: name -> tensor, or list of tensors. Nothing here needs pytest.
 """
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -71,11 +72,26 @@ def scaled(g, sizes):
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Bench:
+    """At which shapes `kdfast bench` measures an op against its formula, and the work that neither can avoid.
+
+    work: inputs -> of forward, of backward; by default the bytes of what is read, and once more with the gradients.
+    ceiling: what bounds it, "copy" for bytes, "matmul" for operations.
+    """
+
+    shapes: tuple
+    work: Callable | None = None
+    ceiling: str = "copy"
+
+
 @dataclass(eq=False)
 class Op:
     """A public op with its settings: a function of named inputs.
 
     call: (o, *inputs) -> value, with o = kdfast.ops or oracles; its parameters name the inputs.
+    formula: (*inputs) -> value in plain PyTorch, in the dtype of the inputs, where oracles.py has none under the name
+        that `call` takes of o.
     sizes: (g, *inputs) -> magnitudes of what is added up (conftest.py): of the value, and of the gradient in each
         tensor of the leaves, None where there is none. g [value] is the upstream gradient without signs; inputs are
         float64. Without `sizes` each term is exact up to a rounding of itself.
@@ -86,6 +102,7 @@ class Op:
     name: str
     call: Callable
     sizes: Callable | None = None
+    formula: Callable | None = None
     leaves: tuple | None = None
     unread: tuple = ()
     saved: tuple | None = None
@@ -94,6 +111,7 @@ class Op:
     cols: Callable | None = None  # of the value and of each gradient, where it is not the group's
     images: bool = False  # no other maps
     memory: Callable | None = None  # (inputs, compiled kernel) -> bytes that forward and backward may take, or None
+    bench: Bench | None = None
     group: "Group" = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -104,7 +122,8 @@ class Op:
         return f"{self.group.family}.{self.name}"
 
     def __call__(self, o, x):
-        return self.call(o, *(x[name] for name in self.inputs))
+        call = self.formula if self.formula and o is oracles else functools.partial(self.call, o)
+        return call(*(x[name] for name in self.inputs))
 
     def total(self, x):
         """One number of the value, whose upstream gradient differs from entry to entry."""

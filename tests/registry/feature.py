@@ -6,7 +6,7 @@ import torch
 import kdfast
 from kdfast import ops
 from kdfast.ops.layout import flat
-from registry import FAR, SQUARED_ROUNDING, Group, Op, Program, program_of, scaled
+from registry import FAR, SQUARED_ROUNDING, Bench, Group, Op, Program, program_of, scaled
 
 
 def make(shape):
@@ -100,7 +100,14 @@ GROUPS = [
         make,
         [
             of_pair("squared", lambda o, student, teacher: o.squared_error(student, teacher)),
-            of_pair("channels", lambda o, student, teacher: o.channel_squared_error(student, teacher)),
+            Op(
+                "channels",
+                lambda o, student, teacher: o.channel_squared_error(student, teacher),
+                formula=lambda student, teacher: (student - teacher).square().transpose(0, 1).flatten(1).sum(1),
+                equal=equal,
+                memory=gradients_only,
+                bench=Bench(((64, 256, 14, 14), (64, 256, 56, 56))),
+            ),
             boundary("boundary", 0.5),
             boundary("boundary_none", 2.0, reduction="none"),
             partial("partial"),

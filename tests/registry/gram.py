@@ -5,7 +5,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, SQUARED_ROUNDING, Group, Op, Program, program_of, scaled
+from registry import FAR, SQUARED_ROUNDING, Bench, Group, Op, Program, program_of, scaled
 
 SERIES = [0.4, 0.3, 0.2, 0.1]
 
@@ -76,6 +76,11 @@ def sizes_gram(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     return scale * value.sum(), *entries
 
 
+def affinity_formula(student, teacher, eps=1e-8):
+    s, t = (oracles._cosines_of_rows(x.flatten(2).transpose(1, 2), eps) for x in (student, teacher))
+    return (s - t).abs().sum() / max(s.numel(), 1)
+
+
 def sizes_affinity(student, teacher, *, eps=1e-8):
     rows = [x.flatten(2).transpose(1, 2) for x in (student, teacher)]
     value, *entries = sizes_gram(*rows, "absolute", eps=eps)
@@ -102,6 +107,7 @@ def affinity():
         "affinity",
         lambda o, student, teacher: o.affinity(student, teacher),
         lambda g, student, teacher: scaled(g, sizes_affinity(student, teacher)),
+        affinity_formula,
         memory=lambda x, kernel: 8 * sum(t.nbytes for t in x.values()) if kernel else None,
     )
 
@@ -110,16 +116,25 @@ def products(a, b):
     return a.abs() @ b.abs().transpose(1, 2)
 
 
+def of_products(x):
+    """Multiplications and additions of the product, and of the two of its gradients."""
+    forward = 2 * x["a"].numel() * x["b"].shape[1]
+    return forward, 2 * forward
+
+
 INNER_PRODUCTS = [
     Op(
         "products",
         lambda o, a, b: o.inner_products(a, b),
         lambda g, a, b: (products(a, b), g @ b.abs(), g.transpose(1, 2) @ a.abs()),
+        lambda a, b: a @ b.transpose(1, 2),
+        bench=Bench(((32, 64, 784), (64, 256, 784)), of_products, "matmul"),
     ),
     Op(
         "products_with_itself",
         lambda o, a: o.inner_products(a),
         lambda g, a: (products(a, a), (g + g.transpose(1, 2)) @ a.abs()),
+        lambda a: a @ a.transpose(1, 2),
     ),
 ]
 TRANSPOSED = {name: lambda t: t.transpose(1, 2).contiguous().transpose(1, 2) for name in "ab"}
