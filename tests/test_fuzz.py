@@ -1,6 +1,7 @@
 """Random shapes, strides, dtypes, parameters and extreme values through fallback and CPU kernel, against the oracles.
 
-Every run draws the same trials, of the ops of tests/registry/. A new family adds its function of a `draw` to FAMILIES.
+Every run draws the same trials, of the ops of tests/registry/: by the function of a `draw` that is written for an op's
+numbers, or else by `draw_op`.
 """
 
 import functools
@@ -12,6 +13,7 @@ import oracles
 import pytest
 import registry
 import torch
+from behaviour import LAYOUTS, MAP_LAYOUTS, laid_out
 from conftest import assert_close, require_cpu_kernels
 from registry import Inputs
 
@@ -23,10 +25,12 @@ from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 EXAMPLES = 300  # of each family: some 20 seconds
+EXAMPLES_OF_AN_OP = 60
 INF = float("inf")
 # An exponential below the smallest normal number may be 0, before temperature, log-ratio and upstream multiply it.
 UNDERFLOW = 1e-26  # as a size: 1e-33 of tolerance, beside which no gradient matters
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST = 20_000  # elements of a case that is drawn near
 
 
 @dataclass
@@ -44,11 +48,15 @@ class Trial:
 def draw_matrix(draw, rows, cols, dtype):
     """Numbers of any magnitude that the dtype can hold, some of them rows or columns of the same."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+    return scaled(draw, torch.randn(rows, cols, dtype=torch.float64, generator=generator), dtype)
+
+
+def scaled(draw, x, dtype):
+    """Numbers of any magnitude that the dtype can hold in place of those of x, which are near 1."""
     scale = draw(st.sampled_from([3.0, 1.0, 0.0, 1e-3, 40.0, 1e4, 6e4]), label="scale")
     offset = draw(st.sampled_from([0.0, 0.0, 0.0, 100.0, -1e4, 1e6]), label="offset")
-    x = torch.randn(rows, cols, dtype=torch.float64, generator=generator)
-    x = (x.sign() if scale == 6e4 else x) * scale + offset
-    if rows > 1 and draw(st.booleans(), label="equal rows"):
+    x = (x.double().sign() if scale == 6e4 else x.double()) * scale + offset
+    if len(x) > 1 and draw(st.booleans(), label="equal rows"):
         x[-1] = x[0]
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype)
@@ -360,6 +368,29 @@ def draw_moments(draw):
     return Trial(registry.family("moments").GROUPS[0]["moments"], Inputs(x=x), upstream)
 
 
+# ---- any op ----------------------------------------------------------------------------------------------------------
+def draw_op(op, draw):
+    """Near a shape of the op's group, with numbers of any magnitude in its leaves, in the layouts of the contract."""
+    group = op.group
+    shape = draw(st.sampled_from([s for s in group.cases if math.prod(s) <= LARGEST]), label="case")
+    shape = [max(1, n + draw(st.integers(-1, 1), label="more")) for n in shape]
+    shape[group.batch] *= draw(st.integers(0, 9), label="no rows if 0") > 0
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+    x = group.inputs("cpu", tuple(shape), *(draw_dtype(draw) for _ in op.inputs))
+    x = registry.mapped(x, lambda name, t: scaled(draw, t, t.dtype) if name in op.leaves else t)
+    layout = draw(st.sampled_from([None, *(MAP_LAYOUTS if group.of_maps else LAYOUTS)]), label="layout")
+    names = [name for name in op.inputs if draw(st.booleans(), label=f"layout of {name}")]
+    return Trial(op, laid_out(group, x, layout, names) if layout else x, draw_upstream(draw))
+
+
+class Names:
+    """In place of kdfast.ops: each function gives its name."""
+
+    def __getattr__(self, name):
+        return lambda *args, **options: name
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
 FEATURES = ("squared", "channels", "boundary", "partial", "normalized", "normalized_2", "pyramid")
 FAMILIES = {
     "mixed_logits": draw_mixed_logits,
@@ -371,6 +402,17 @@ FAMILIES = {
     "nce": draw_nce,
     "moments": draw_moments,
     **{f"feature-{name}": functools.partial(draw_feature, name) for name in FEATURES},
+}
+DRAWN = {  # the functions of kdfast.ops that these draw
+    *("activation_boundary", "affinity", "attention_transfer", "channel_moments", "channel_squared_error"),
+    *("cross_entropy", "cross_entropy_kl", "dkd", "gram_distance", "mixed_logits_kl", "nce", "normalized_error"),
+    *("partial_squared_error", "pyramid_error", "rkd", "rkd_angle", "rkd_distance", "softmax_kl", "squared_error"),
+    "teachers_kl",
+}
+OPS = {
+    str(op): functools.partial(draw_op, op)
+    for op in registry.every_op()
+    if op(Names(), op.group.inputs("cpu", op.group.tiny)) not in DRAWN
 }
 
 
@@ -431,12 +473,13 @@ def compare(got, want, size, cols, what):
     assert_close(*(torch.where(known, x, 0) for x in (got, want, size.expand_as(want))), cols, torch.float32, what)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OPS])
 def test_fuzz(family):
     require_cpu_kernels()
+    examples = EXAMPLES_OF_AN_OP if family in OPS else EXAMPLES // (len(FEATURES) if "feature-" in family else 1)
 
     @settings(
-        max_examples=EXAMPLES // (len(FEATURES) if family.startswith("feature") else 1),
+        max_examples=examples,
         deadline=None,
         derandomize=True,
         report_multiple_bugs=False,
@@ -445,18 +488,22 @@ def test_fuzz(family):
     )
     @given(st.data())
     def check(data):
-        trial = FAMILIES[family](data.draw)
+        trial = {**FAMILIES, **OPS}[family](data.draw)
         (value, size), *rest = expected(trial)
         with kdfast.fallback():
             results = {"fallback": run(trial.op, ops, trial.x, trial.upstream)}
         results["kernel"] = run(trial.op, ops, trial.x, trial.upstream)
         labels = [label for label, _ in registry.labelled(trial.x, trial.op.leaves)]
-        cols = max(math.prod(t.shape[1:]) for t in registry.tensors(trial.x, trial.op.leaves))
+        leaves = registry.tensors(trial.x, trial.op.leaves)
+        if family in OPS:
+            of_value, *all_cols = trial.op.cols_of(trial.x, len(leaves))
+        else:
+            of_value, *all_cols = [max(math.prod(t.shape[1:]) for t in leaves)] * (1 + len(leaves))
         for name, (got, *grads) in results.items():
             told = ~value.isnan()
             assert torch.equal((got == INF)[told], (value == INF)[told]), f"{name}: {got}, expected {value}"
-            compare(got, value, size, cols, f"{name}: value")
-            for label, grad, (want, entries) in zip(labels, grads, rest, strict=True):
+            compare(got, value, size, of_value, f"{name}: value")
+            for label, grad, (want, entries), cols in zip(labels, grads, rest, all_cols, strict=True):
                 if entries is None:
                     assert grad is None, f"{name}: a gradient in {label}"
                 else:
