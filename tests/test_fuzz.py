@@ -13,7 +13,6 @@ import oracles
 import pytest
 import registry
 import torch
-from behaviour import LAYOUTS, MAP_LAYOUTS, laid_out
 from conftest import assert_close, require_cpu_kernels
 from registry import Inputs
 
@@ -24,13 +23,12 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-EXAMPLES = 300  # of each family: some 20 seconds
-EXAMPLES_OF_AN_OP = 60
+EXAMPLES = 300  # of each family, and of each op that `draw_op` draws: some 5 to 20 seconds
 INF = float("inf")
 # An exponential below the smallest normal number may be 0, before temperature, log-ratio and upstream multiply it.
 UNDERFLOW = 1e-26  # as a size: 1e-33 of tolerance, beside which no gradient matters
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LARGEST = 20_000  # elements of a case that is drawn near
+LARGEST = 40_000  # elements of a case that is drawn near
 
 
 @dataclass
@@ -186,13 +184,6 @@ def draw_pair(draw, rows, widths):
     )
 
 
-def draw_pairwise(draw):
-    rows = draw(st.one_of(st.integers(0, 9), st.sampled_from([31, 32, 33])), label="rows")
-    x = draw_pair(draw, rows, st.one_of(st.integers(1, 20), st.sampled_from([255, 257])))
-    group = registry.family("pairwise").GROUPS[0]
-    return Trial(draw(st.sampled_from(group.ops), label="op"), x, draw_upstream(draw))
-
-
 def draw_feature(name, draw):
     """Maps that lie as rows, channel after channel or position after position."""
     of = registry.family("feature")
@@ -271,21 +262,6 @@ def draw_gram(draw):
     return Trial(of.GROUPS[0].bound(of.gram_distance(kind, **options)), x, draw_upstream(draw), unclear)
 
 
-def draw_attention(draw):
-    batch, height = draw(st.integers(0, 3), label="batch"), draw(st.integers(1, 4), label="height")
-    width = draw(st.one_of(st.integers(1, 9), st.sampled_from([255, 257])), label="width")
-    last = draw(st.booleans(), label="channels last")
-    x = Inputs()
-    for name in ("student", "teacher"):
-        channels = draw(st.one_of(st.integers(1, 9), st.sampled_from([33, 65])), label="channels")
-        sizes = (batch, height, width, channels) if last else (batch, channels, height, width)
-        t = lay_out(draw, draw_matrix(draw, math.prod(sizes[:-1]), sizes[-1], draw_dtype(draw)))
-        t = t.unflatten(0, sizes[:-1])
-        x[name] = t.movedim(-1, 1) if last else t
-    op = draw(st.sampled_from(registry.family("attention").GROUPS[0].ops), label="power")
-    return Trial(op, x, draw_upstream(draw))
-
-
 def draw_nce(draw):
     of = registry.family("nce")
     rows = draw(st.integers(0, 9), label="rows")
@@ -353,34 +329,33 @@ def draw_teachers(draw):
     return Trial(op, x, draw_upstream(draw), classes=classes)
 
 
-def draw_moments(draw):
-    """Maps as in `draw_feature`, without a height."""
-    rows = draw(st.sampled_from([2, 3, 4, 1, 0]), label="rows")
-    channels = draw(st.one_of(st.integers(1, 5), st.just(33)), label="channels")
-    positions = draw(st.one_of(st.integers(1, 70), st.sampled_from([1023, 1025, 2049])), label="positions")
-    x = lay_out(draw, draw_matrix(draw, rows, channels * positions, draw_dtype(draw)))
-    if draw(st.booleans(), label="channels_last"):
-        x = x.unflatten(1, (positions, channels)).movedim(-1, 1)
-    else:
-        x = x.unflatten(1, (channels, positions))
-    of_moments = [draw(st.sampled_from([1.0, -3.0, 0.0]), label=name) for name in ("mean", "variance")]
-    upstream = draw_upstream(draw) * torch.tensor(of_moments)[:, None]
-    return Trial(registry.family("moments").GROUPS[0]["moments"], Inputs(x=x), upstream)
-
-
 # ---- any op ----------------------------------------------------------------------------------------------------------
+def placed(draw, t):
+    """The same numbers with drawn strides: any leading dimensions as rows, channels before or after positions."""
+    channels_last = t.dim() > 2 and draw(st.booleans(), label="channels last")
+    t = t.movedim(1, -1) if channels_last else t
+    split = draw(st.integers(1, t.dim() - 1), label="dimensions of rows")
+    x = lay_out(draw, t.flatten(0, split - 1).flatten(1))
+    x = x.unflatten(0, t.shape[:split]).unflatten(-1, t.shape[split:])
+    return x.movedim(-1, 1) if channels_last else x
+
+
 def draw_op(op, draw):
-    """Near a shape of the op's group, with numbers of any magnitude in its leaves, in the layouts of the contract."""
+    """Near a shape of the op's group: numbers of any magnitude in its leaves, an upstream gradient for each entry."""
     group = op.group
     shape = draw(st.sampled_from([s for s in group.cases if math.prod(s) <= LARGEST]), label="case")
     shape = [max(1, n + draw(st.integers(-1, 1), label="more")) for n in shape]
     shape[group.batch] *= draw(st.integers(0, 9), label="no rows if 0") > 0
     torch.manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
     x = group.inputs("cpu", tuple(shape), *(draw_dtype(draw) for _ in op.inputs))
-    x = registry.mapped(x, lambda name, t: scaled(draw, t, t.dtype) if name in op.leaves else t)
-    layout = draw(st.sampled_from([None, *(MAP_LAYOUTS if group.of_maps else LAYOUTS)]), label="layout")
-    names = [name for name in op.inputs if draw(st.booleans(), label=f"layout of {name}")]
-    return Trial(op, laid_out(group, x, layout, names) if layout else x, draw_upstream(draw))
+
+    def changed(name, t):
+        t = scaled(draw, t, t.dtype) if name in op.leaves else t
+        return placed(draw, t) if name in group.layouts and t.dim() > 1 and t.is_floating_point() else t
+
+    x = registry.mapped(x, changed)
+    value = op(oracles, registry.widened(x))
+    return Trial(op, x, draw_upstream(draw) * torch.randint(-1, 3, value.shape))
 
 
 class Names:
@@ -396,18 +371,14 @@ FAMILIES = {
     "mixed_logits": draw_mixed_logits,
     "teachers": draw_teachers,
     "softmax_kl": draw_softmax_kl,
-    "pairwise": draw_pairwise,
     "gram": draw_gram,
-    "attention": draw_attention,
     "nce": draw_nce,
-    "moments": draw_moments,
     **{f"feature-{name}": functools.partial(draw_feature, name) for name in FEATURES},
 }
 DRAWN = {  # the functions of kdfast.ops that these draw
-    *("activation_boundary", "affinity", "attention_transfer", "channel_moments", "channel_squared_error"),
-    *("cross_entropy", "cross_entropy_kl", "dkd", "gram_distance", "mixed_logits_kl", "nce", "normalized_error"),
-    *("partial_squared_error", "pyramid_error", "rkd", "rkd_angle", "rkd_distance", "softmax_kl", "squared_error"),
-    "teachers_kl",
+    *("activation_boundary", "affinity", "channel_squared_error", "cross_entropy", "cross_entropy_kl", "dkd"),
+    *("gram_distance", "mixed_logits_kl", "nce", "normalized_error", "partial_squared_error", "pyramid_error"),
+    *("softmax_kl", "squared_error", "teachers_kl"),
 }
 OPS = {
     str(op): functools.partial(draw_op, op)
@@ -476,10 +447,9 @@ def compare(got, want, size, cols, what):
 @pytest.mark.parametrize("family", [*FAMILIES, *OPS])
 def test_fuzz(family):
     require_cpu_kernels()
-    examples = EXAMPLES_OF_AN_OP if family in OPS else EXAMPLES // (len(FEATURES) if "feature-" in family else 1)
 
     @settings(
-        max_examples=examples,
+        max_examples=EXAMPLES // (len(FEATURES) if "feature-" in family else 1),
         deadline=None,
         derandomize=True,
         report_multiple_bugs=False,
@@ -495,7 +465,7 @@ def test_fuzz(family):
         results["kernel"] = run(trial.op, ops, trial.x, trial.upstream)
         labels = [label for label, _ in registry.labelled(trial.x, trial.op.leaves)]
         leaves = registry.tensors(trial.x, trial.op.leaves)
-        if family in OPS:
+        if family in OPS and all(t.numel() for t in leaves):
             of_value, *all_cols = trial.op.cols_of(trial.x, len(leaves))
         else:
             of_value, *all_cols = [max(math.prod(t.shape[1:]) for t in leaves)] * (1 + len(leaves))

@@ -1,8 +1,9 @@
-"""Every op of kdfast.ops with what a test of it needs: inputs, the formula, the sizes of its terms, bad inputs.
+"""Every op of kdfast.ops with what tests of it need: inputs, the formula, the sizes of its terms, bad inputs.
 
 A file of this folder is a family. It lists `GROUPS` of ops that take the same inputs, `raw_calls` of the dispatcher's
 ops, `PROGRAMS` and `ERRORS`. From an entry on, tests/test_ops_*.py hold an op to the contract of all ops,
-tests/workload.py runs it on a GPU under compute-sanitizer, and tests/test_fuzz.py can draw it.
+tests/workload.py runs it on a GPU under compute-sanitizer, tests/test_fuzz.py draws it, and benchmarks/bench_ops.py
+measures it.
 
 Inputs are a dict: name -> tensor, or list of tensors. Nothing here needs pytest.
 """
