@@ -1,7 +1,6 @@
 """`kdfast bench`: measures the losses on this machine, prints one table and writes JSON, Markdown and a chart.
 
-The benchmarks are pytest-benchmark files. They lie in `kdfast/benchmarks` where kdfast is installed, and in
-`benchmarks` beside the package in a checkout.
+The benchmarks are pytest-benchmark files, of which each bench_FAMILY.py is a family.
 """
 
 import importlib
@@ -19,7 +18,8 @@ from kdfast._extras import install
 from kdfast.distill import DistillError
 
 PACKAGE = Path(__file__).resolve().parent
-FAMILIES = ("softmax_kl", "ensemble", "pairwise", "attention", "gram", "feature", "moments", "nce", "step", "compat")
+FOLDERS = (PACKAGE / "benchmarks", PACKAGE.parent / "benchmarks")  # in an installed package, beside one in a checkout
+FAMILIES = tuple(sorted(p.stem.removeprefix("bench_") for folder in FOLDERS for p in folder.glob("bench_*.py")))
 REQUIRED = ("pytest", "pytest_benchmark")
 NOTHING_SELECTED = 5  # pytest's exit status
 
@@ -136,8 +136,8 @@ def installed(name: Any) -> Any:
 
 
 def benchmarks_folder() -> Any:
-    """Where the bench files are: inside the installed package, else beside it in a checkout."""
-    for folder in (PACKAGE / "benchmarks", PACKAGE.parent / "benchmarks"):
+    """Where the bench files are."""
+    for folder in FOLDERS:
         if (folder / "harness.py").exists():
             return folder
     raise FileNotFoundError(f"kdfast's benchmarks are neither in {PACKAGE} nor beside it")

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items):
 # with one K for all. `size` is the magnitude of the terms *before they cancel*, from the float64 inputs: the loss of
 # nearly equal networks is the small difference of two cross-entropies, whose rounding it inherits, and the gradient
 # q - p that of two probabilities. A size taken from the result would ask for digits that no order of summation has; one
-# taken from the largest entry would let small entries be anything. The sizes are in oracles.py, beside the formulas.
+# taken from the largest entry would let small entries be anything. The sizes are in tests/registry/, beside the ops.
 # The largest error seen in these tests is at 0.7 (DIST; 0.5 in softmax-KL), in any implementation but a GPU.
 K = 2
 

@@ -1,7 +1,7 @@
 """The formulas, naive: float64, one tensor operation per symbol, differentiated by autograd. No import of kdfast.
 
-First the ops under the names and arguments of kdfast.ops, with the sizes of their terms (conftest.py: tolerances),
-then `LOSSES`: each public loss from its paper, as a function (inputs, parameters) -> value.
+First the ops under the names and arguments of kdfast.ops, then `LOSSES`: each public loss from its paper, as a function
+(inputs, parameters) -> value.
 0 log 0 = 0, and a class of probability 0 adds nothing whatever the other side says.
 """
 
@@ -237,22 +237,9 @@ def gram_distance(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     return terms.sum() / max(terms.numel(), 1)
 
 
-def inner_products(a, b=None):
-    return a.double() @ (a if b is None else b).double().transpose(1, 2)
-
-
-def affinity(student, teacher, *, eps=1e-8):
-    s, t = (_cosines_of_rows(x.double().flatten(2).transpose(1, 2), eps) for x in (student, teacher))
-    return (s - t).abs().sum() / max(s.numel(), 1)
-
-
 # ---- feature maps
 def squared_error(student, teacher):
     return F.mse_loss(student.double(), teacher.double())
-
-
-def channel_squared_error(student, teacher):
-    return (student.double() - teacher.double()).square().transpose(0, 1).flatten(1).sum(1)
 
 
 def activation_boundary(student, teacher, margin=1.0, *, reduction="sum"):
@@ -383,297 +370,11 @@ def aekd_weights(student, teachers, temperature=4.0, slack=0.6, normalize=False)
     return (a / a.sum()).to(student.device)
 
 
-def sizes_mixed_logits_kl(
-    networks,
-    mix,
-    labels=None,
-    temperature=1.0,
-    *,
-    eps=0.0,
-    kl_weight=1.0,
-    ce_weight=1.0,
-    ramp=1.0,
-    learners=None,
-    target_ce=False,
-    through_targets=False,
-):
-    """-> value; entries of the gradients [N, rows, cols]; of mix [rows, targets, N]."""
-    z = torch.stack([x.detach().double() for x in networks])
-    mix = None if mix is None else mix.detach()
-    targets = _mixtures(z, mix, labels)
-    # A mixed logit is off by the roundings of what it adds up, and so is each of its exponentials.
-    offsets = (z - z.amax(2, keepdim=True)).abs().masked_fill(z == -INF, 0)
-    spread = offsets.amax(0)[None] if mix is None else torch.einsum("brm,mbc->rbc", mix.double().abs(), offsets)
-    value, entries, target_entries = 0.0, torch.zeros_like(z), torch.zeros_like(targets)
-    kl_weight, share = abs(kl_weight * ramp), 1 / max(1, z.shape[1])
-    for i, x in enumerate(z[:learners]):
-        which = i % len(targets)
-        log_p, log_q = _log_softmax(targets[which], temperature), _log_softmax(x, temperature)
-        a, b = (torch.where(y.isinf(), 0.0, y.abs()) for y in (log_p, log_q))
-        p, q = log_p.exp(), log_q.exp()
-        off = 1 + (spread[which] + (p * spread[which]).sum(1, keepdim=True)) / temperature
-        log_eps = abs(math.log(eps)) if eps else 0.0
-        rows = 1 + (p * (a + b + off) + q * (a + b) + eps * (log_eps + b)).sum(1)
-        value = value + kl_weight * temperature**2 * rows.sum()
-        entries[i] += kl_weight * temperature * (q * (1 + b) + p * (1 + a) * off + eps)
-        if through_targets:
-            target_entries[which] += kl_weight * temperature * p * (1 + a + off) * (rows[:, None] + a + b)
-    if labels is not None:
-        cross = [(x, entries[i], torch.ones_like(x)) for i, x in enumerate(z[:learners])]
-        if target_ce:
-            each = [spread[i] + (x.softmax(1) * spread[i]).sum(1, keepdim=True) for i, x in enumerate(targets)]
-            cross += [(x, target_entries[i], 1 + each[i]) for i, x in enumerate(targets)]
-        for x, into, off in cross:
-            rows, each = sizes_ce(x, labels)
-            value = value + ce_weight * (rows * off.amax(1)).sum()
-            into += ce_weight * each * off
-    if mix is None:
-        return share * value, share * entries, None
-    entries += torch.einsum("brm,rbc->mbc", mix.double().abs(), target_entries)
-    return share * value, share * entries, share * torch.einsum("rbc,mbc->brm", target_entries, offsets)
-
-
-def sizes_teachers_kl(
-    student, teachers, labels=None, temperature=1.0, *, kind="kl", weight=None, kl_weight=1.0, ce_weight=1.0
-):
-    """-> value; entries of the gradients in the student and, [M, rows, cols], in the teachers."""
-    count, share = len(teachers), 1 / max(1, len(student))
-    factors = [1.0 if kind == "kl" else 1 / count] * count if weight is None else weight.double().abs()
-    parts = [sizes_kl(student, x, temperature) for x in teachers]
-    value = share * abs(kl_weight) * sum(a * rows.sum() for a, (rows, _) in zip(factors, parts, strict=True))
-    each = [share * abs(kl_weight) * a * entries for a, (_, entries) in zip(factors, parts, strict=True)]
-    entries = sum(each)
-    if labels is not None:
-        rows, of_labels = sizes_ce(student, labels)
-        value, entries = value + share * ce_weight * rows.sum(), entries + share * ce_weight * of_labels
-    return value, entries, torch.stack(each)
-
-
-# ---- sizes: what is added before it cancels, per row [rows] for the loss and per entry [rows, cols] for the gradients
-def _pair_sizes(log_p, log_q):
-    p, q = log_p.exp(), log_q.exp()
-    a, b = (torch.where(x.isinf(), 0.0, x.abs()) for x in (log_p, log_q))
-    rows = 1 + (p * (a + b) + q * (a + b)).sum(-1)
-    # exp(x) has |x| as many rounding errors as x.
-    # A gradient is a probability times the difference of a log-ratio, up to a + b, and the row's value.
-    return rows, (rows[:, None] + a + b) * (p * (1 + a) + q * (1 + b))
-
-
-def sizes_kl(student, teacher, temperature=1.0):
-    """Of temperature^2 times a divergence, each row counted with the factor 1."""
-    rows, entries = _pair_sizes(
-        _log_softmax(student.detach(), temperature), _log_softmax(teacher.detach(), temperature)
-    )
-    return temperature**2 * rows, temperature * entries
-
-
-def sizes_topk(student, teacher, temperature=1.0):
-    log_q, log_p, among_others = _outcomes(student.detach(), teacher, temperature)
-    rows, outcomes = _pair_sizes(log_p, log_q)
-    # What the others get as one is shared out: exp(x) has |x| as many rounding errors as x.
-    share = torch.where(among_others == -INF, 0.0, among_others.exp() * (1 + among_others.abs()))
-    entries = (outcomes[:, -1:] * share).scatter(1, teacher[1].long(), outcomes[:, :-1])
-    return temperature**2 * rows, temperature * entries
-
-
-def sizes_ce(student, labels, ignore_index=-100):
-    target, kept = _targets(labels, student.shape, ignore_index)
-    log_q = _log_softmax(student.detach())
-    size = torch.where(log_q.isinf(), 0.0, log_q.abs())
-    # Smoothing adds the mean over the classes.
-    rows = 1 + (target * size).sum(1) + size.mean(1)
-    entries = log_q.exp() * (1 + size) * (1 + target.sum(1, keepdim=True)) + target + 1 / student.shape[1]
-    return kept * rows, kept[:, None] * entries
-
-
-def sizes_dkd(student, teacher, labels, temperature=4.0):
-    target_s, rest_s = _split(student.detach(), labels, temperature)
-    target_t, rest_t = _split(teacher.detach(), labels, temperature)
-    rows_1, _ = _pair_sizes(target_t, target_s)
-    rows_2, entries_2 = _pair_sizes(rest_t, rest_s)
-    is_target = F.one_hot(labels.long(), student.shape[1]).bool()
-    entries = torch.empty(student.shape, dtype=torch.float64, device=student.device)
-    entries[~is_target] = (rows_1[:, None] * entries_2).flatten()
-    entries[is_target] = rows_1
-    return temperature**2 * (rows_1 + rows_2), temperature * entries
-
-
-def _weighted_sizes(weights, x, y):
-    """Of sum_j weights_ij (x_i - y_j) [n, D], weights without sign."""
-    return (weights[..., None] * (x.detach().double()[:, None] - y.detach().double()).abs()).sum(1)
-
-
-def sizes_distance(x, y, upstream, squared=False):
-    """-> distances [n, m], entries of the gradients in x and, where y is another set, in y."""
-    p = _squared_distances(x.detach(), (x if y is None else y).detach())
-    weights = upstream.abs().double() * (2 if squared else torch.where(p > 0, p, INF).rsqrt())
-    value = p if squared else p.sqrt()
-    if y is None:
-        return value, _weighted_sizes(weights + weights.t(), x, x)
-    return value, _weighted_sizes(weights, x, y), _weighted_sizes(weights.t(), y, x)
-
-
-SQUARED_ROUNDING = 1e-6  # of a term whose slope is 0: the square of a few roundings, over one of them, in float32
-
-
-def sizes_rkd_distance(student, teacher):
-    """A difference of distances is off by a rounding of both, and so is its slope."""
-    student, rows = student.detach(), len(student)
-    p = _squared_distances(student, student)
-    r, t = _over_mean(student), _over_mean(teacher.detach())
-    slope = (r - t).clamp(-1, 1)
-    value = (slope.abs() * (r + t)).mean() + SQUARED_ROUNDING
-    mean = _root(p, 1e-12).sum() / (rows * (rows - 1))
-    per_pair = (r + t + (slope * r).abs().mean()) * torch.where(p > 1e-12, p, INF).rsqrt() / mean
-    return value, _weighted_sizes(2 * per_pair / rows**2, student, student)
-
-
-def sizes_rkd_angle(student, teacher):
-    """A cosine is off by a rounding of 1."""
-    student, rows = student.detach(), len(student)
-    inverse = torch.where((p := _squared_distances(student, student)) > 0, p, INF).rsqrt()
-    slope = (_cosines(student) - _cosines(teacher.detach())).clamp(-1, 1)
-    # d cos_ijk / d p_jk is 1/2 of the product of both inverse lengths; in p_ij the two terms before they cancel.
-    at_vertex = inverse * inverse.sum(1, keepdim=True) + rows * inverse**2
-    weights = at_vertex + at_vertex.t() + inverse.t() @ inverse
-    return 2 * slope.abs().mean() + SQUARED_ROUNDING, _weighted_sizes(2 * weights / rows**3, student, student)
-
-
-def sizes_nce(student, teacher, bank_student, bank_teacher, contrast_index, z_student, z_teacher, temperature=0.07):
-    """-> value, entries of the gradients in student and teacher. A logit v is off by the rounding of its products."""
-    value, entries = 0.0, []
-    log_c = math.log((contrast_index.shape[1] - 1) / len(bank_student) + 1e-7)
-    for anchors, bank, z in ((student, bank_teacher, z_student), (teacher, bank_student, z_teacher)):
-        anchors, rows = anchors.detach().double(), bank.double()[contrast_index]
-        shift = z.double().log() + log_c
-        off = 1 + (anchors[:, None] * rows).abs().sum(2) / temperature + shift.abs()
-        v = _nce_scores(anchors, bank, contrast_index, temperature) - shift
-        v[:, 0] *= -1
-        slopes = v.sigmoid()
-        value = value + (F.softplus(v) + slopes * off).sum() / max(1, len(anchors))
-        entries.append(((slopes * off)[..., None] * rows.abs()).sum(1) / temperature / max(1, len(anchors)))
-    return value, *entries
-
-
-def sizes_attention(student, teacher, power=2):
-    """A map is off by a rounding of the sum of |x|^p, the terms of which cancel where p is odd."""
-    student, teacher = student.detach().double(), teacher.detach().double()
-    norms, terms, units = [], [], []
-    for x in (student, teacher):
-        norms.append(x.pow(power).sum(1).flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-12 * x.shape[1]))
-        terms.append(x.abs().pow(power).sum(1).flatten(1) / norms[-1])
-        units.append(_unit_map(x, power))
-    gap, size = (units[0] - units[1]).abs(), terms[0] + terms[1]
-    value = (2 * gap * size).mean() + SQUARED_ROUNDING * size.pow(2).mean()
-    gradients = []
-    for x, q, t, norm in zip((student, teacher), units, terms, norms, strict=True):
-        along = (q.abs() * size).sum(1, keepdim=True) + (t * gap).sum(1, keepdim=True)
-        slope = 2 * power / max(gap.numel(), 1) * (size + t * along) / norm
-        gradients.append(slope.view(len(x), 1, *x.shape[2:]) * x.abs().pow(power - 1))
-    return value, *gradients
-
-
-def sizes_gram(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
-    """-> value, entries of both gradients: a cosine is off by a rounding of 1, an entry of G by one of |x_i| |x_j|.
-
-    Where slopes are signs, an entry that rounding turns around counts as one that is off by itself.
-    """
-    pair = [x.detach().double() for x in (student, teacher)]
-    norms = [x.norm(dim=-1, keepdim=True) for x in pair]
-    scale = 1 / max(pair[0].shape[-2] * pair[0][..., 0].numel(), 1)
-    inverse = [torch.where(n > 0, 1 / (n + eps), 0.0) for n in norms]
-
-    def outer(x):
-        return x @ x.transpose(-1, -2)
-
-    if kind in ("rows", "rows_absolute"):
-        grams, sizes = [outer(x) for x in pair], [outer(n) for n in norms]
-        lengths = [g.norm(dim=-1, keepdim=True).clamp(min=1e-12) for g in grams]
-        q, of_q = ([x / n for x, n in zip(y, lengths, strict=True)] for y in (grams, sizes))
-        gap, of_gap = (q[0] - q[1]).abs(), of_q[0] + of_q[1]
-        if kind == "rows":
-            value, slope, of_slope = 2 * gap * of_gap + SQUARED_ROUNDING * of_gap**2, 2 * gap, 2 * of_gap
-        else:
-            value, slope, of_slope = of_gap, torch.ones_like(gap), torch.ones_like(gap)
-        shares = [
-            (of_slope + y * (x.abs() * of_slope + y * slope).sum(-1, keepdim=True)) / n
-            for x, y, n in zip(q, of_q, lengths, strict=True)
-        ]
-    else:
-        c, d = (_cosines_of_rows(x, eps) for x in pair)
-        if kind == "distribution":
-            totals = [(1 + x).sum(-1, keepdim=True) / 2 for x in (c, d)]
-            p, t = ((1 + x) / 2 / n for x, n in zip((c, d), totals, strict=True))
-            of_gap = 1 / totals[0] + 1 / totals[1]
-            ratio = (t - p).abs() / (p + eps)
-            value = (1 + ratio) * of_gap
-            slope = (1 + ratio) * of_gap / (p.clamp(max=t) + eps)
-            shares = [(slope + 1 + (1 + slope) * x) / (2 * n) for x, n in zip((p, t), totals, strict=True)]
-            shares = [x + x.mean(-1, keepdim=True) for x in shares]
-        elif coefficients:
-            k, k_slope = sum(abs(a) for a in coefficients), sum(i * abs(a) for i, a in enumerate(coefficients))
-            gap = (_power_series(c, coefficients) - _power_series(d, coefficients)).abs()
-            value = 2 * gap * k + SQUARED_ROUNDING * k**2
-            curve = sum(i * i * abs(a) for i, a in enumerate(coefficients))
-            shares = [2 * (k * k_slope + gap * curve)] * 2
-        else:
-            value, shares = torch.ones_like(c), [torch.ones_like(c)] * 2
-        shares = [x * outer(r) for x, r in zip(shares, inverse, strict=True)]
-    entries = []
-    for x, n, r, share in zip(pair, norms, inverse, shares, strict=True):
-        m = share + share.transpose(-1, -2)
-        entries.append(scale * (m @ x.abs() + (m @ n) * r * x.abs()))
-    return scale * value.sum(), *entries
-
-
-def sizes_affinity(student, teacher, *, eps=1e-8):
-    rows = [x.detach().flatten(2).transpose(1, 2) for x in (student, teacher)]
-    value, *entries = sizes_gram(*rows, "absolute", eps=eps)
-    return value, *(e.transpose(1, 2).unflatten(2, student.shape[2:]) for e in entries)
-
-
-def sizes_normalized(student, teacher, power=1):
-    """-> value, entries of both gradients; a unit vector's entry is off by a rounding of itself."""
-    s, t = _units(student.detach(), teacher.detach())
-    both, elements = s.abs() + t.abs(), s.numel()
-    if power == 1:
-        value, slope = both.mean(), torch.ones_like(s)
-    else:
-        value, slope = (2 * (s - t).abs() * both + both.square() * SQUARED_ROUNDING).mean(), 2 * both
-    entries = [
-        (slope + unit.abs() * (slope * unit.abs()).sum(1, keepdim=True))
-        / (x.double().flatten(1).norm(dim=1, keepdim=True) * elements)
-        for unit, x in ((s, student.detach()), (t, teacher.detach()))
-    ]
-    return value, *(e.view(x.shape) for e, x in zip(entries, (student, teacher), strict=True))
-
-
 def channel_moments(x):
     """Means and biased variances of the channels, [2, C]."""
     channels = x.double().transpose(0, 1).flatten(1)
     mean = channels.sum(1) / max(channels.shape[1], 1)
     return torch.stack([mean, (channels - mean[:, None]).square().sum(1) / max(channels.shape[1], 1)])
-
-
-def sizes_moments(x, upstream):
-    """-> values [2, C], entries of the gradient. x - mean is off by what the mean is, a sum of many terms; a variance
-    has only the square of that.
-    """
-    channels = x.detach().double().transpose(0, 1).flatten(1)
-    count = max(channels.shape[1], 1)
-    mean = channels.abs().sum(1) / count
-    variance = channel_moments(x.detach())[1] + SQUARED_ROUNDING * mean.square()
-    distance = x.detach().double().abs() + (count**0.5 * mean).view(-1, *[1] * (x.dim() - 2))
-    of_mean, of_variance = upstream.abs().double().view(2, -1, *[1] * (x.dim() - 2))
-    return torch.stack([mean, variance]), (of_mean + 2 * of_variance * distance) / count
-
-
-def sizes_pyramid(student, teacher):
-    """Averages of differences without sign, as the value and its gradient take them."""
-    leaf = (student.detach().double() - teacher.detach().double()).abs().requires_grad_()
-    value = pyramid_error(leaf, torch.zeros_like(leaf))
-    (entries,) = torch.autograd.grad(value, leaf)
-    return value.detach(), entries, entries
 
 
 # ---- the losses ------------------------------------------------------------------------------------------------------
@@ -1098,7 +799,7 @@ def kdcl_target(logits, labels, rule):
 
 
 def KDCL(logits, labels, temperature=2.0, rule="minlogit", weight=1.0):
-    """Guo et al. 2020, section 3.2. The linear rule's optimum is certified in tests/test_ensemble.py."""
+    """Guo et al. 2020, section 3.2. The linear rule's optimum is certified in tests/test_mixed_logits.py."""
     target = kdcl_target(logits, labels, rule)
     return sum(F.cross_entropy(x.double(), labels) + weight * softmax_kl(x, target, temperature) for x in logits)
 

@@ -12,8 +12,8 @@ from kdfast import bench
 
 pytest.importorskip("pytest_benchmark")
 report, harness = (bench.load(name) for name in ("report", "harness"))
-softmax_kl, pairwise, feature, step, compat = (
-    bench.load(f"bench_{family}") for family in ("softmax_kl", "pairwise", "feature", "step", "compat")
+softmax_kl, pairwise, feature, step, compat, of_ops = (
+    bench.load(f"bench_{family}") for family in ("softmax_kl", "pairwise", "feature", "step", "compat", "ops")
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -270,6 +270,7 @@ def test_columns_that_no_case_has_are_left_out(steps):
 # ---- what is compared ------------------------------------------------------------------------------------------------
 CASES = [module.case(name, 5, 16) for module in (softmax_kl, pairwise) for name in module.LOSSES]
 CASES += [feature.case(name, 3, 4, 9, 7) for name in feature.LOSSES]
+CASES += of_ops.host_cases()
 CASES += [step.alone(name, 6, 20, "cpu", rows=500) for name in step.WIDTHS]
 CASES += [step.part_of_step("AT", 3, 64, 500, "cpu"), *compat.cases(harness.Settings("cpu", quick=False), [(6, 0)])]
 

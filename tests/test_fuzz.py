@@ -1,6 +1,7 @@
 """Random shapes, strides, dtypes, parameters and extreme values through fallback and CPU kernel, against the oracles.
 
-Every run draws the same trials, of the ops of tests/registry/. A new family adds its function of a `draw` to FAMILIES.
+Every run draws the same trials, of the ops of tests/registry/: by the function of a `draw` that is written for an op's
+numbers, or else by `draw_op`.
 """
 
 import functools
@@ -22,11 +23,12 @@ pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-EXAMPLES = 300  # of each family: some 20 seconds
+EXAMPLES = 300  # of each family, and of each op that `draw_op` draws: some 5 to 20 seconds
 INF = float("inf")
 # An exponential below the smallest normal number may be 0, before temperature, log-ratio and upstream multiply it.
 UNDERFLOW = 1e-26  # as a size: 1e-33 of tolerance, beside which no gradient matters
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LARGEST = 40_000  # elements of a case that is drawn near
 
 
 @dataclass
@@ -38,17 +40,22 @@ class Trial:
     upstream: float | torch.Tensor
     unclear: Callable = lambda x, entries: entries  # sizes of gradients, infinite where they cannot be compared
     classes: torch.Tensor | None = None  # that exist: the oracle knows of no others
+    temperature: float | None = None  # of softmaxes by which a value is finite or not
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
 def draw_matrix(draw, rows, cols, dtype):
     """Numbers of any magnitude that the dtype can hold, some of them rows or columns of the same."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+    return scaled(draw, torch.randn(rows, cols, dtype=torch.float64, generator=generator), dtype)
+
+
+def scaled(draw, x, dtype):
+    """Numbers of any magnitude that the dtype can hold in place of those of x, which are near 1."""
     scale = draw(st.sampled_from([3.0, 1.0, 0.0, 1e-3, 40.0, 1e4, 6e4]), label="scale")
     offset = draw(st.sampled_from([0.0, 0.0, 0.0, 100.0, -1e4, 1e6]), label="offset")
-    x = torch.randn(rows, cols, dtype=torch.float64, generator=generator)
-    x = (x.sign() if scale == 6e4 else x) * scale + offset
-    if rows > 1 and draw(st.booleans(), label="equal rows"):
+    x = (x.double().sign() if scale == 6e4 else x.double()) * scale + offset
+    if len(x) > 1 and draw(st.booleans(), label="equal rows"):
         x[-1] = x[0]
     largest = torch.finfo(dtype).max
     return x.clamp(-largest, largest).to(dtype)
@@ -167,7 +174,8 @@ def draw_softmax_kl(draw):
             op = of.cross_entropy(kind, targets, smoothing, reduction)
         else:
             op = of.cross_entropy_kl(kind, targets, temperature, 0.7, 0.3, smoothing, reduction)
-    return Trial(logits.bound(op), x, draw_upstream(draw))
+    of_softmax = temperature if kind in ("softmax_kl", "cross_entropy_kl") else None
+    return Trial(logits.bound(op), x, draw_upstream(draw), temperature=of_softmax)
 
 
 def draw_pair(draw, rows, widths):
@@ -176,13 +184,6 @@ def draw_pair(draw, rows, widths):
         (name, lay_out(draw, draw_matrix(draw, rows, draw(widths, label="width"), draw_dtype(draw))))
         for name in ("student", "teacher")
     )
-
-
-def draw_pairwise(draw):
-    rows = draw(st.one_of(st.integers(0, 9), st.sampled_from([31, 32, 33])), label="rows")
-    x = draw_pair(draw, rows, st.one_of(st.integers(1, 20), st.sampled_from([255, 257])))
-    group = registry.family("pairwise").GROUPS[0]
-    return Trial(draw(st.sampled_from(group.ops), label="op"), x, draw_upstream(draw))
 
 
 def draw_feature(name, draw):
@@ -263,21 +264,6 @@ def draw_gram(draw):
     return Trial(of.GROUPS[0].bound(of.gram_distance(kind, **options)), x, draw_upstream(draw), unclear)
 
 
-def draw_attention(draw):
-    batch, height = draw(st.integers(0, 3), label="batch"), draw(st.integers(1, 4), label="height")
-    width = draw(st.one_of(st.integers(1, 9), st.sampled_from([255, 257])), label="width")
-    last = draw(st.booleans(), label="channels last")
-    x = Inputs()
-    for name in ("student", "teacher"):
-        channels = draw(st.one_of(st.integers(1, 9), st.sampled_from([33, 65])), label="channels")
-        sizes = (batch, height, width, channels) if last else (batch, channels, height, width)
-        t = lay_out(draw, draw_matrix(draw, math.prod(sizes[:-1]), sizes[-1], draw_dtype(draw)))
-        t = t.unflatten(0, sizes[:-1])
-        x[name] = t.movedim(-1, 1) if last else t
-    op = draw(st.sampled_from(registry.family("attention").GROUPS[0].ops), label="power")
-    return Trial(op, x, draw_upstream(draw))
-
-
 def draw_nce(draw):
     of = registry.family("nce")
     rows = draw(st.integers(0, 9), label="rows")
@@ -299,10 +285,8 @@ def draw_nce(draw):
     return Trial(of.GROUPS[0].bound(of.nce(temperature)), x, draw_upstream(draw))
 
 
-def draw_ensemble(draw):
-    """A few networks, one of them perhaps equal to another, and classes that all of them mask."""
-    of = registry.family("ensemble")
-    mixed, taught = of.GROUPS
+def draw_networks(draw):
+    """A few networks, one of them perhaps equal to another, and classes that all of them mask. -> also temperature."""
     rows = draw(st.integers(0, 5), label="rows")
     cols = draw(st.one_of(st.integers(1, 40), st.sampled_from([1023, 1024, 1025, 2049])), label="cols")
     dtype = draw_dtype(draw)
@@ -318,51 +302,90 @@ def draw_ensemble(draw):
     labels = allowed[torch.randint(len(allowed), (rows,), generator=numbers)]
     for x in networks:
         x[:, ~classes] = -INF
-    temperature = draw(st.sampled_from([1.0, 3.0, 4.0, 0.5, 20.0, 0.05]), label="temperature")
-    kind = draw(st.sampled_from(["mixed", "kl", "cross_entropy"]), label="op")
     mix = torch.randn(rows, count, count, generator=numbers).softmax(2)
-    learners = draw(st.integers(1, count), label="learners")
-    one_target = draw(st.booleans(), label="one target")
-    eps = draw(st.sampled_from([0.0, 1e-7, 1e-3]), label="eps")
     if classes.all():  # a layout may repeat one column
         networks = [lay_out(draw, x) for x in networks]
     x = Inputs(networks=networks, mix=mix, labels=labels, ramp=torch.tensor(0.6))
-    if kind == "mixed":
-        options = {"temperature": temperature, "eps": eps, "through_targets": True, "target_ce": one_target}
-        op = mixed.bound(of.mixed_logits_kl(kind, 1 if one_target else learners, learners, ramped=True, **options))
-    else:
-        x = of.taught(x)
-        if count == 1:
-            x.teachers = [x.student.clone()]
-        op = taught.bound(of.teachers_kl(kind, kind, temperature=temperature, kl_weight=1.0))
+    return x, classes, draw(st.sampled_from([1.0, 3.0, 4.0, 0.5, 20.0, 0.05]), label="temperature")
+
+
+def draw_mixed_logits(draw):
+    of = registry.family("mixed_logits")
+    x, classes, temperature = draw_networks(draw)
+    learners = draw(st.integers(1, len(x.networks)), label="learners")
+    one_target = draw(st.booleans(), label="one target")
+    options = {"temperature": temperature, "eps": draw(st.sampled_from([0.0, 1e-7, 1e-3]), label="eps")}
+    options |= {"through_targets": True, "target_ce": one_target}
+    op = of.mixed_logits_kl("mixed", 1 if one_target else learners, learners, ramped=True, **options)
+    return Trial(of.GROUPS[0].bound(op), x, draw_upstream(draw), classes=classes)
+
+
+def draw_teachers(draw):
+    of = registry.family("teachers")
+    networks, classes, temperature = draw_networks(draw)
+    kind = draw(st.sampled_from(["kl", "cross_entropy"]), label="kind")
+    x = of.taught(networks)
+    if len(networks.networks) == 1:
+        x.teachers = [x.student.clone()]
+    op = of.GROUPS[0].bound(of.teachers_kl(kind, kind, temperature=temperature, kl_weight=1.0))
     return Trial(op, x, draw_upstream(draw), classes=classes)
 
 
-def draw_moments(draw):
-    """Maps as in `draw_feature`, without a height."""
-    rows = draw(st.sampled_from([2, 3, 4, 1, 0]), label="rows")
-    channels = draw(st.one_of(st.integers(1, 5), st.just(33)), label="channels")
-    positions = draw(st.one_of(st.integers(1, 70), st.sampled_from([1023, 1025, 2049])), label="positions")
-    x = lay_out(draw, draw_matrix(draw, rows, channels * positions, draw_dtype(draw)))
-    if draw(st.booleans(), label="channels_last"):
-        x = x.unflatten(1, (positions, channels)).movedim(-1, 1)
-    else:
-        x = x.unflatten(1, (channels, positions))
-    of_moments = [draw(st.sampled_from([1.0, -3.0, 0.0]), label=name) for name in ("mean", "variance")]
-    upstream = draw_upstream(draw) * torch.tensor(of_moments)[:, None]
-    return Trial(registry.family("moments").GROUPS[0]["moments"], Inputs(x=x), upstream)
+# ---- any op ----------------------------------------------------------------------------------------------------------
+def placed(draw, t):
+    """The same numbers with drawn strides: any leading dimensions as rows, channels before or after positions."""
+    channels_last = t.dim() > 2 and draw(st.booleans(), label="channels last")
+    t = t.movedim(1, -1) if channels_last else t
+    split = draw(st.integers(1, t.dim() - 1), label="dimensions of rows")
+    x = lay_out(draw, t.flatten(0, split - 1).flatten(1))
+    x = x.unflatten(0, t.shape[:split]).unflatten(-1, t.shape[split:])
+    return x.movedim(-1, 1) if channels_last else x
 
 
+def draw_op(op, draw):
+    """Near a shape of the op's group: numbers of any magnitude in its leaves, an upstream gradient for each entry."""
+    group = op.group
+    shape = draw(st.sampled_from([s for s in group.cases if math.prod(s) <= LARGEST]), label="case")
+    shape = [max(1, n + draw(st.integers(-1, 1), label="more")) for n in shape]
+    shape[group.batch] *= draw(st.integers(0, 9), label="no rows if 0") > 0
+    torch.manual_seed(draw(st.integers(0, 2**32 - 1), label="seed"))
+    x = group.inputs("cpu", tuple(shape), *(draw_dtype(draw) for _ in op.inputs))
+
+    def changed(name, t):
+        t = scaled(draw, t, t.dtype) if name in op.leaves else t
+        return placed(draw, t) if name in group.layouts and t.dim() > 1 and t.is_floating_point() else t
+
+    x = registry.mapped(x, changed)
+    value = op(oracles, registry.widened(x))
+    return Trial(op, x, draw_upstream(draw) * torch.randint(-1, 3, value.shape))
+
+
+class Names:
+    """In place of kdfast.ops: each function gives its name."""
+
+    def __getattr__(self, name):
+        return lambda *args, **options: name
+
+
+# ---- all of them -----------------------------------------------------------------------------------------------------
 FEATURES = ("squared", "channels", "boundary", "partial", "normalized", "normalized_2", "pyramid")
 FAMILIES = {
-    "ensemble": draw_ensemble,
+    "mixed_logits": draw_mixed_logits,
+    "teachers": draw_teachers,
     "softmax_kl": draw_softmax_kl,
-    "pairwise": draw_pairwise,
     "gram": draw_gram,
-    "attention": draw_attention,
     "nce": draw_nce,
-    "moments": draw_moments,
     **{f"feature-{name}": functools.partial(draw_feature, name) for name in FEATURES},
+}
+DRAWN = {  # the functions of kdfast.ops that these draw
+    *("activation_boundary", "affinity", "channel_squared_error", "cross_entropy", "cross_entropy_kl", "dkd"),
+    *("gram_distance", "mixed_logits_kl", "nce", "normalized_error", "partial_squared_error", "pyramid_error"),
+    *("softmax_kl", "squared_error", "teachers_kl"),
+}
+OPS = {
+    str(op): functools.partial(draw_op, op)
+    for op in registry.every_op()
+    if op(Names(), op.group.inputs("cpu", op.group.tiny)) not in DRAWN
 }
 
 
@@ -411,6 +434,21 @@ def expected(trial):
     return (value, size), *rest
 
 
+def told(trial, value):
+    """Where the value is a number, and its being finite hangs on no exponential that an accumulator may have as 0."""
+    if trial.temperature is None:
+        return ~value.isnan()
+    least = math.log(torch.finfo(trial.op.accumulator(trial.x)).tiny)
+
+    def flushed(name, t):
+        if name not in ("student", "teacher"):
+            return t
+        return t.masked_fill((t - t.amax(1, keepdim=True)) / trial.temperature < least, -INF)
+
+    other = trial.op(oracles, registry.mapped(registry.widened(trial.x), flushed))
+    return ~value.isnan() & (other.isinf() == value.isinf())
+
+
 def compare(got, want, size, cols, what):
     """`got` against the oracle's `want` where that is a number, and one that the dtype of `got` can hold.
 
@@ -423,12 +461,12 @@ def compare(got, want, size, cols, what):
     assert_close(*(torch.where(known, x, 0) for x in (got, want, size.expand_as(want))), cols, torch.float32, what)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OPS])
 def test_fuzz(family):
     require_cpu_kernels()
 
     @settings(
-        max_examples=EXAMPLES // (len(FEATURES) if family.startswith("feature") else 1),
+        max_examples=EXAMPLES // (len(FEATURES) if "feature-" in family else 1),
         deadline=None,
         derandomize=True,
         report_multiple_bugs=False,
@@ -437,18 +475,22 @@ def test_fuzz(family):
     )
     @given(st.data())
     def check(data):
-        trial = FAMILIES[family](data.draw)
+        trial = {**FAMILIES, **OPS}[family](data.draw)
         (value, size), *rest = expected(trial)
         with kdfast.fallback():
             results = {"fallback": run(trial.op, ops, trial.x, trial.upstream)}
         results["kernel"] = run(trial.op, ops, trial.x, trial.upstream)
         labels = [label for label, _ in registry.labelled(trial.x, trial.op.leaves)]
-        cols = max(math.prod(t.shape[1:]) for t in registry.tensors(trial.x, trial.op.leaves))
+        leaves = registry.tensors(trial.x, trial.op.leaves)
+        if family in OPS and all(t.numel() for t in leaves):
+            of_value, *all_cols = trial.op.cols_of(trial.x, len(leaves))
+        else:
+            of_value, *all_cols = [max(math.prod(t.shape[1:]) for t in leaves)] * (1 + len(leaves))
         for name, (got, *grads) in results.items():
-            told = ~value.isnan()
-            assert torch.equal((got == INF)[told], (value == INF)[told]), f"{name}: {got}, expected {value}"
-            compare(got, value, size, cols, f"{name}: value")
-            for label, grad, (want, entries) in zip(labels, grads, rest, strict=True):
+            known = told(trial, value)
+            assert torch.equal((got == INF)[known], (value == INF)[known]), f"{name}: {got}, expected {value}"
+            compare(got, value, size, of_value, f"{name}: value")
+            for label, grad, (want, entries), cols in zip(labels, grads, rest, all_cols, strict=True):
                 if entries is None:
                     assert grad is None, f"{name}: a gradient in {label}"
                 else:

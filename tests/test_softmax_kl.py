@@ -13,7 +13,7 @@ import torch
 from behaviour import LAYOUTS, check_oracle
 from conftest import assert_close
 from registry import Op
-from registry.softmax_kl import added, dkd, of_rows, softmax_kl, top_k_of
+from registry.softmax_kl import added, dkd, of_rows, sizes_ce, sizes_kl, softmax_kl, top_k_of
 from registry.softmax_kl import top_k as top_k_op
 
 import kdfast
@@ -102,8 +102,8 @@ def ignoring(ignore_index, reduction):
         "ignoring",
         lambda o, student, teacher, labels: o.cross_entropy_kl(student, teacher, labels, 2.0, **options),
         lambda g, student, teacher, labels: added(
-            of_rows(g, oracles.sizes_kl(student, teacher, 2.0), 1.0, 2),
-            of_rows(g, oracles.sizes_ce(student, labels % 9), 1.0, 2),
+            of_rows(g, sizes_kl(student, teacher, 2.0), 1.0, 2),
+            of_rows(g, sizes_ce(student, labels % 9), 1.0, 2),
         ),
     )
     return LOGITS.bound(op)
@@ -560,7 +560,7 @@ def test_sum_over_many_rows(implementation):
     """8193 rows: one more than one block adds up, so that the sum has two levels."""
     d = make(implementation, 8193, 2, torch.float32)
     d.labels[::3] = -100  # the rows kept are summed, too
-    size = oracles.sizes_ce(d.student, d.labels)[0].sum() / (d.labels >= 0).sum()
+    size = sizes_ce(d.student, d.labels)[0].sum() / (d.labels >= 0).sum()
     assert_close(
         ops.cross_entropy(d.student, d.labels), oracles.cross_entropy(d.student, d.labels), size, 2, torch.float32
     )

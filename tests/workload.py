@@ -18,7 +18,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 ALIKE = {
     *("softmax_kl.kl_weighted", "softmax_kl.topk_no_rest", "feature.boundary_none", "feature.partial_mean"),
     *("pairwise.distance", "pairwise.squared", "pairwise.between_squared", "attention.power1", "attention.power4"),
-    *("ensemble.no_labels", "ensemble.shared_target", "ensemble.constant", "ensemble.kl_sum"),
+    *("mixed_logits.no_labels", "mixed_logits.shared_target", "mixed_logits.constant", "teachers.kl_sum"),
 }
 
 
@@ -118,27 +118,25 @@ def selectivity(device):
                 yield Call(f"selectivity, {shape}, {dtype}", ops.selectivity, leaves)
 
 
-def adaptive_ensembles(device):
+def adaptive_weights(device):
     """AE-KD, and the programme that it solves on its own."""
-    group = registry.family("ensemble").GROUPS[0]
+    group = registry.family("teachers").GROUPS[0]
     for shape in group.workload:
         for dtype in DTYPES:
-            student, *teachers = inputs_of(group, shape, dtype, torch.contiguous_format, device)["networks"]
+            x = inputs_of(group, shape, dtype, torch.contiguous_format, device)
             gram = torch.eye(shape[0], dtype=torch.float64).to(device)
 
-            def loss_of(student, teachers=teachers, gram=gram):
+            def loss_of(student, teachers=x.teachers, gram=gram):
                 loss, _ = ops.aekd(student, teachers)
                 return loss + 0 * torch.ops.kdfast.simplex_minimum(gram, gram[0], 0.9).sum().to(loss.dtype)
 
-            yield Call(f"AE-KD, {shape}, {dtype}", loss_of, [student.detach().requires_grad_()])
+            yield Call(f"AE-KD, {shape}, {dtype}", loss_of, [x.student.detach().requires_grad_()])
 
 
 def calls(device):
     """All calls of all families."""
     found = [call for group in registry.groups() for call in calls_of(group, device)]
-    return found + [
-        call for more in (many_rows, steps_of_crd, selectivity, adaptive_ensembles) for call in more(device)
-    ]
+    return found + [call for more in (many_rows, steps_of_crd, selectivity, adaptive_weights) for call in more(device)]
 
 
 def main():

@@ -5,21 +5,6 @@ from kdfast.losses.born_again import CWTM, DKPP
 from kdfast.losses.composite import DIST
 from kdfast.losses.dirichlet import EnDD, TemperatureAnnealing, ensemble_uncertainty
 from kdfast.losses.diversity import DiversityCooperation
-from kdfast.losses.ensemble import (
-    AEKD,
-    DML,
-    FFL,
-    KDCL,
-    ONE,
-    Codistillation,
-    CollaborativeLearning,
-    EnD,
-    FusionModule,
-    OKDDip,
-    OKDDipAttention,
-    ONEGate,
-    rescale_gradient,
-)
 from kdfast.losses.feature import (
     AB,
     FT,
@@ -36,10 +21,22 @@ from kdfast.losses.feature import (
 )
 from kdfast.losses.gram import CCKD, FAKD, FSP, LKD, NST, PKT, SP
 from kdfast.losses.inversion import adaptive_inversion, bn_statistics_loss, self_similarity, total_variation
+from kdfast.losses.mixed_logits import (
+    FFL,
+    KDCL,
+    ONE,
+    CollaborativeLearning,
+    FusionModule,
+    OKDDip,
+    OKDDipAttention,
+    ONEGate,
+    rescale_gradient,
+)
 from kdfast.losses.nce import CRD
 from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
 from kdfast.losses.residual import JointLoss, residual_margin_loss
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
+from kdfast.losses.teachers import AEKD, DML, Codistillation, EnD
 
 # Layers that are trained beside a loss.
 LAYERS = (FusionModule, HintRegressor, OFDConnector, OKDDipAttention, ONEGate, Paraphraser, Translator)

@@ -1,49 +1,35 @@
-"""The fused primitives as functions. Every loss of kdfast is a few lines over one of these."""
+"""The fused primitives as functions. Every loss of kdfast is a few lines over one of these.
 
-from kdfast.ops.attention import attention_transfer
-from kdfast.ops.feature import (
-    activation_boundary,
-    channel_squared_error,
-    normalized_error,
-    partial_squared_error,
-    pyramid_error,
-    squared_error,
-)
-from kdfast.ops.gram import affinity, gram_distance, inner_products, selectivity
-from kdfast.ops.mixed_logits import mixed_logits_kl
-from kdfast.ops.moments import channel_moments
-from kdfast.ops.nce import alias_table, draw_negatives, nce, update_bank
-from kdfast.ops.pairwise import pairwise_distance, rkd, rkd_angle, rkd_distance
-from kdfast.ops.softmax_kl import TopK, cross_entropy, cross_entropy_kl, dkd, softmax_kl
-from kdfast.ops.teachers import aekd, teachers_kl
+A family's functions are those of its module's `__all__`.
+"""
 
-__all__ = [
-    "TopK",
-    "activation_boundary",
-    "aekd",
-    "affinity",
-    "alias_table",
-    "attention_transfer",
-    "channel_moments",
-    "channel_squared_error",
-    "cross_entropy",
-    "cross_entropy_kl",
-    "dkd",
-    "draw_negatives",
-    "gram_distance",
-    "inner_products",
-    "mixed_logits_kl",
-    "nce",
-    "normalized_error",
-    "pairwise_distance",
-    "partial_squared_error",
-    "pyramid_error",
-    "rkd",
-    "rkd_angle",
-    "rkd_distance",
-    "selectivity",
-    "softmax_kl",
-    "squared_error",
-    "teachers_kl",
-    "update_bank",
-]
+# ruff: noqa: F403
+import kdfast.ops.attention as _attention
+import kdfast.ops.feature as _feature
+import kdfast.ops.gram as _gram
+import kdfast.ops.mixed_logits as _mixed_logits
+import kdfast.ops.moments as _moments
+import kdfast.ops.nce as _nce
+import kdfast.ops.pairwise as _pairwise
+import kdfast.ops.softmax_kl as _softmax_kl
+import kdfast.ops.teachers as _teachers
+from kdfast.ops.attention import *
+from kdfast.ops.feature import *
+from kdfast.ops.gram import *
+from kdfast.ops.mixed_logits import *
+from kdfast.ops.moments import *
+from kdfast.ops.nce import *
+from kdfast.ops.pairwise import *
+from kdfast.ops.softmax_kl import *
+from kdfast.ops.teachers import *
+
+__all__: list[str] = []
+__all__ += _attention.__all__
+__all__ += _feature.__all__
+__all__ += _gram.__all__
+__all__ += _mixed_logits.__all__
+__all__ += _moments.__all__
+__all__ += _nce.__all__
+__all__ += _pairwise.__all__
+__all__ += _softmax_kl.__all__
+__all__ += _teachers.__all__

@@ -16,6 +16,8 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import gradient_formed
 from kdfast.ops.elementwise import power as power_of
 
+__all__ = ["attention_transfer"]
+
 EPS = 1e-12  # the smallest norm of the mean over channels, as in torch.nn.functional.normalize
 
 

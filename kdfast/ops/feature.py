@@ -24,6 +24,15 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.layout import flat, gradient_memory
 
+__all__ = [
+    "activation_boundary",
+    "channel_squared_error",
+    "normalized_error",
+    "partial_squared_error",
+    "pyramid_error",
+    "squared_error",
+]
+
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
 SMALLEST = 1e-12  # norms are clamped from below

@@ -28,6 +28,8 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import gradient_formed
 from kdfast.ops.saved import save, saved
 
+__all__ = ["affinity", "gram_distance", "inner_products", "selectivity"]
+
 KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
 FLOOR = 1e-12  # smallest norm of a row of G, as in torch.nn.functional.normalize
 MOST_TERMS = 16  # of a polynomial: what a kernel holds

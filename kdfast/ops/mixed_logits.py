@@ -37,6 +37,8 @@ from kdfast.ops.rows import (
 from kdfast.ops.saved import save, saved
 from kdfast.ops.temperature import temperature_argument, temperature_of
 
+__all__ = ["mixed_logits_kl"]
+
 LEAST_EPS = 1e-30  # above 0: a normal number in float32
 
 

@@ -9,6 +9,8 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.layout import flat, gradient_memory
 
+__all__ = ["channel_moments"]
+
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
 def _per_channel(values):

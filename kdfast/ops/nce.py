@@ -25,6 +25,8 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.elementwise import sigmoid
 from kdfast.ops.saved import save, saved
 
+__all__ = ["alias_table", "draw_negatives", "nce", "update_bank"]
+
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
 EPS = 1e-7  # beside the density of the noise, as in the official code
 ATTEMPTS = 256  # draws before a negative of another class is looked for in the rows that follow the last one

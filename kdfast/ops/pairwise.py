@@ -22,6 +22,8 @@ from kdfast.ops.differentiable import gradient_formed
 from kdfast.ops.layout import flat_rows
 from kdfast.ops.saved import save, saved
 
+__all__ = ["pairwise_distance", "rkd", "rkd_angle", "rkd_distance"]
+
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
 SMALLEST_SQUARE = 1e-12  # squared distances of RKD's distance term are clamped from below, off the diagonal
 

@@ -39,6 +39,8 @@ from kdfast.ops.rows import (
 )
 from kdfast.ops.temperature import temperature_argument, temperature_of
 
+__all__ = ["TopK", "cross_entropy", "cross_entropy_kl", "dkd", "softmax_kl"]
+
 LEAST_MASS = -1e-3  # of a row of target probabilities: below, they are something else
 
 

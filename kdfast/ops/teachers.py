@@ -40,6 +40,8 @@ from kdfast.ops.saved import save, saved
 from kdfast.ops.simplex import simplex_minimum
 from kdfast.ops.temperature import temperature_argument, temperature_of
 
+__all__ = ["aekd", "teachers_kl"]
+
 KINDS = ("kl", "cross_entropy", "reverse_kl")
 
 

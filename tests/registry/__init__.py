@@ -1,12 +1,14 @@
-"""Every op of kdfast.ops with what a test of it needs: inputs, the formula, the sizes of its terms, bad inputs.
+"""Every op of kdfast.ops with what tests of it need: inputs, the formula, the sizes of its terms, bad inputs.
 
 A file of this folder is a family. It lists `GROUPS` of ops that take the same inputs, `raw_calls` of the dispatcher's
 ops, `PROGRAMS` and `ERRORS`. From an entry on, tests/test_ops_*.py hold an op to the contract of all ops,
-tests/workload.py runs it on a GPU under compute-sanitizer, and tests/test_fuzz.py can draw it.
+tests/workload.py runs it on a GPU under compute-sanitizer, tests/test_fuzz.py draws it, and benchmarks/bench_ops.py
+measures it.
 
 Inputs are a dict: name -> tensor, or list of tensors. Nothing here needs pytest.
 """
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -60,12 +62,37 @@ def widened(x):
     return mapped(x, lambda name, t: t.detach().double() if t.is_floating_point() else t)
 
 
+# ---- sizes -----------------------------------------------------------------------------------------------------------
+SQUARED_ROUNDING = 1e-6  # of a term whose slope is 0: the square of a few roundings, over one of them, in float32
+
+
+def scaled(g, sizes):
+    """Sizes of a value and of its gradients, these for an upstream gradient g in place of 1."""
+    value, *entries = sizes
+    return value, *(g * e for e in entries)
+
+
 # ---- ops -------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Bench:
+    """At which shapes `kdfast bench` measures an op against its formula, and the work that neither can avoid.
+
+    work: inputs -> of forward, of backward; by default the bytes of what is read, and once more with the gradients.
+    ceiling: what bounds it, "copy" for bytes, "matmul" for operations.
+    """
+
+    shapes: tuple
+    work: Callable | None = None
+    ceiling: str = "copy"
+
+
 @dataclass(eq=False)
 class Op:
     """A public op with its settings: a function of named inputs.
 
     call: (o, *inputs) -> value, with o = kdfast.ops or oracles; its parameters name the inputs.
+    formula: (*inputs) -> value in plain PyTorch, in the dtype of the inputs, where oracles.py has none under the name
+        that `call` takes of o.
     sizes: (g, *inputs) -> magnitudes of what is added up (conftest.py): of the value, and of the gradient in each
         tensor of the leaves, None where there is none. g [value] is the upstream gradient without signs; inputs are
         float64. Without `sizes` each term is exact up to a rounding of itself.
@@ -76,6 +103,7 @@ class Op:
     name: str
     call: Callable
     sizes: Callable | None = None
+    formula: Callable | None = None
     leaves: tuple | None = None
     unread: tuple = ()
     saved: tuple | None = None
@@ -84,6 +112,7 @@ class Op:
     cols: Callable | None = None  # of the value and of each gradient, where it is not the group's
     images: bool = False  # no other maps
     memory: Callable | None = None  # (inputs, compiled kernel) -> bytes that forward and backward may take, or None
+    bench: Bench | None = None
     group: "Group" = field(default=None, repr=False)
 
     def __post_init__(self):
@@ -94,7 +123,8 @@ class Op:
         return f"{self.group.family}.{self.name}"
 
     def __call__(self, o, x):
-        return self.call(o, *(x[name] for name in self.inputs))
+        call = self.formula if self.formula and o is oracles else functools.partial(self.call, o)
+        return call(*(x[name] for name in self.inputs))
 
     def total(self, x):
         """One number of the value, whose upstream gradient differs from entry to entry."""

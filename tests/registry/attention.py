@@ -5,7 +5,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, Group, Op, Program, program_of
+from registry import FAR, SQUARED_ROUNDING, Group, Op, Program, program_of, scaled
 
 
 def make(shape):
@@ -14,15 +14,28 @@ def make(shape):
     return {name: torch.randn(*s, dtype=torch.float64) for name, s in shapes.items()}
 
 
-def attention_transfer(power):
-    def sizes(g, student, teacher):
-        value, *entries = oracles.sizes_attention(student, teacher, power)
-        return value, *(g * e for e in entries)
+def sizes_attention(student, teacher, power=2):
+    """A map is off by a rounding of the sum of |x|^p, the terms of which cancel where p is odd."""
+    norms, terms, units = [], [], []
+    for x in (student, teacher):
+        norms.append(x.pow(power).sum(1).flatten(1).norm(dim=1, keepdim=True).clamp(min=1e-12 * x.shape[1]))
+        terms.append(x.abs().pow(power).sum(1).flatten(1) / norms[-1])
+        units.append(oracles._unit_map(x, power))
+    gap, size = (units[0] - units[1]).abs(), terms[0] + terms[1]
+    value = (2 * gap * size).mean() + SQUARED_ROUNDING * size.pow(2).mean()
+    gradients = []
+    for x, q, t, norm in zip((student, teacher), units, terms, norms, strict=True):
+        along = (q.abs() * size).sum(1, keepdim=True) + (t * gap).sum(1, keepdim=True)
+        slope = 2 * power / max(gap.numel(), 1) * (size + t * along) / norm
+        gradients.append(slope.view(len(x), 1, *x.shape[2:]) * x.abs().pow(power - 1))
+    return value, *gradients
 
+
+def attention_transfer(power):
     return Op(
         f"power{power}",
         lambda o, student, teacher: o.attention_transfer(student, teacher, power),
-        sizes,
+        lambda g, student, teacher: scaled(g, sizes_attention(student, teacher, power)),
         equal=lambda student: student,
         memory=lambda x, kernel: x["student"].nbytes * (1 + 4 / 64) + x["teacher"].nbytes if kernel else None,
     )

@@ -6,7 +6,7 @@ import torch
 import kdfast
 from kdfast import ops
 from kdfast.ops.layout import flat
-from registry import FAR, Group, Op, Program, program_of
+from registry import FAR, SQUARED_ROUNDING, Bench, Group, Op, Program, program_of, scaled
 
 
 def make(shape):
@@ -17,6 +17,30 @@ def make(shape):
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
+def sizes_normalized(student, teacher, power=1):
+    """-> value, entries of both gradients; a unit vector's entry is off by a rounding of itself."""
+    s, t = oracles._units(student, teacher)
+    both, elements = s.abs() + t.abs(), s.numel()
+    if power == 1:
+        value, slope = both.mean(), torch.ones_like(s)
+    else:
+        value, slope = (2 * (s - t).abs() * both + both.square() * SQUARED_ROUNDING).mean(), 2 * both
+    entries = [
+        (slope + unit.abs() * (slope * unit.abs()).sum(1, keepdim=True))
+        / (x.flatten(1).norm(dim=1, keepdim=True) * elements)
+        for unit, x in ((s, student), (t, teacher))
+    ]
+    return value, *(e.view(x.shape) for e, x in zip(entries, (student, teacher), strict=True))
+
+
+def sizes_pyramid(student, teacher):
+    """Averages of differences without sign, as the value and its gradient take them."""
+    leaf = (student - teacher).abs().requires_grad_()
+    value = oracles.pyramid_error(leaf, torch.zeros_like(leaf))
+    (entries,) = torch.autograd.grad(value, leaf)
+    return value.detach(), entries, entries
+
+
 def gradients_only(x, kernel):
     """Nothing of the size of a map but the gradients."""
     return sum(t.nbytes for t in (x["student"], x["teacher"])) + 4096 if kernel else None
@@ -50,28 +74,20 @@ def partial(name, reduction="sum", margin_shape=(-1,)):
 
 
 def normalized(name, power):
-    def sizes(g, student, teacher):
-        value, *entries = oracles.sizes_normalized(student, teacher, power)
-        return value, *(g * e for e in entries)
-
     return Op(
         name,
         lambda o, student, teacher: o.normalized_error(student, teacher, power),
-        sizes,
+        lambda g, student, teacher: scaled(g, sizes_normalized(student, teacher, power)),
         equal=equal,
         memory=gradients_only,
     )
 
 
 def pyramid():
-    def sizes(g, student, teacher):
-        value, *entries = oracles.sizes_pyramid(student, teacher)
-        return value, *(g * e for e in entries)
-
     return Op(
         "pyramid",
         lambda o, student, teacher: o.pyramid_error(student, teacher),
-        sizes,
+        lambda g, student, teacher: scaled(g, sizes_pyramid(student, teacher)),
         images=True,
         equal=equal,
         memory=gradients_only,
@@ -84,7 +100,14 @@ GROUPS = [
         make,
         [
             of_pair("squared", lambda o, student, teacher: o.squared_error(student, teacher)),
-            of_pair("channels", lambda o, student, teacher: o.channel_squared_error(student, teacher)),
+            Op(
+                "channels",
+                lambda o, student, teacher: o.channel_squared_error(student, teacher),
+                formula=lambda student, teacher: (student - teacher).square().transpose(0, 1).flatten(1).sum(1),
+                equal=equal,
+                memory=gradients_only,
+                bench=Bench(((64, 256, 14, 14), (64, 256, 56, 56))),
+            ),
             boundary("boundary", 0.5),
             boundary("boundary_none", 2.0, reduction="none"),
             partial("partial"),

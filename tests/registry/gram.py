@@ -5,7 +5,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, Group, Op, Program, program_of
+from registry import FAR, SQUARED_ROUNDING, Bench, Group, Op, Program, program_of, scaled
 
 SERIES = [0.4, 0.3, 0.2, 0.1]
 
@@ -23,13 +23,72 @@ def make_batches(shape):
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
+def sizes_gram(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
+    """-> value, entries of both gradients: a cosine is off by a rounding of 1, an entry of G by one of |x_i| |x_j|.
+
+    Where slopes are signs, an entry that rounding turns around counts as one that is off by itself.
+    """
+    pair = student, teacher
+    norms = [x.norm(dim=-1, keepdim=True) for x in pair]
+    scale = 1 / max(pair[0].shape[-2] * pair[0][..., 0].numel(), 1)
+    inverse = [torch.where(n > 0, 1 / (n + eps), 0.0) for n in norms]
+
+    def outer(x):
+        return x @ x.transpose(-1, -2)
+
+    if kind in ("rows", "rows_absolute"):
+        grams, sizes = [outer(x) for x in pair], [outer(n) for n in norms]
+        lengths = [g.norm(dim=-1, keepdim=True).clamp(min=1e-12) for g in grams]
+        q, of_q = ([x / n for x, n in zip(y, lengths, strict=True)] for y in (grams, sizes))
+        gap, of_gap = (q[0] - q[1]).abs(), of_q[0] + of_q[1]
+        if kind == "rows":
+            value, slope, of_slope = 2 * gap * of_gap + SQUARED_ROUNDING * of_gap**2, 2 * gap, 2 * of_gap
+        else:
+            value, slope, of_slope = of_gap, torch.ones_like(gap), torch.ones_like(gap)
+        shares = [
+            (of_slope + y * (x.abs() * of_slope + y * slope).sum(-1, keepdim=True)) / n
+            for x, y, n in zip(q, of_q, lengths, strict=True)
+        ]
+    else:
+        c, d = (oracles._cosines_of_rows(x, eps) for x in pair)
+        if kind == "distribution":
+            totals = [(1 + x).sum(-1, keepdim=True) / 2 for x in (c, d)]
+            p, t = ((1 + x) / 2 / n for x, n in zip((c, d), totals, strict=True))
+            of_gap = 1 / totals[0] + 1 / totals[1]
+            ratio = (t - p).abs() / (p + eps)
+            value = (1 + ratio) * of_gap
+            slope = (1 + ratio) * of_gap / (p.clamp(max=t) + eps)
+            shares = [(slope + 1 + (1 + slope) * x) / (2 * n) for x, n in zip((p, t), totals, strict=True)]
+            shares = [x + x.mean(-1, keepdim=True) for x in shares]
+        elif coefficients:
+            k, k_slope = sum(abs(a) for a in coefficients), sum(i * abs(a) for i, a in enumerate(coefficients))
+            gap = (oracles._power_series(c, coefficients) - oracles._power_series(d, coefficients)).abs()
+            value = 2 * gap * k + SQUARED_ROUNDING * k**2
+            curve = sum(i * i * abs(a) for i, a in enumerate(coefficients))
+            shares = [2 * (k * k_slope + gap * curve)] * 2
+        else:
+            value, shares = torch.ones_like(c), [torch.ones_like(c)] * 2
+        shares = [x * outer(r) for x, r in zip(shares, inverse, strict=True)]
+    entries = []
+    for x, n, r, share in zip(pair, norms, inverse, shares, strict=True):
+        m = share + share.transpose(-1, -2)
+        entries.append(scale * (m @ x.abs() + (m @ n) * r * x.abs()))
+    return scale * value.sum(), *entries
+
+
+def affinity_formula(student, teacher, eps=1e-8):
+    s, t = (oracles._cosines_of_rows(x.flatten(2).transpose(1, 2), eps) for x in (student, teacher))
+    return (s - t).abs().sum() / max(s.numel(), 1)
+
+
+def sizes_affinity(student, teacher, *, eps=1e-8):
+    rows = [x.flatten(2).transpose(1, 2) for x in (student, teacher)]
+    value, *entries = sizes_gram(*rows, "absolute", eps=eps)
+    return value, *(e.transpose(1, 2).unflatten(2, student.shape[2:]) for e in entries)
+
+
 def equal(student):
     return student
-
-
-def scaled(g, sizes):
-    value, *entries = sizes
-    return value, *(g * e for e in entries)
 
 
 def gram_distance(name, **options):
@@ -37,7 +96,7 @@ def gram_distance(name, **options):
     return Op(
         name,
         lambda o, student, teacher: o.gram_distance(student, teacher, **options),
-        lambda g, student, teacher: scaled(g, oracles.sizes_gram(student, teacher, **options)),
+        lambda g, student, teacher: scaled(g, sizes_gram(student, teacher, **options)),
         equal=None if name == "distribution" else equal,
     )
 
@@ -47,7 +106,8 @@ def affinity():
     return Op(
         "affinity",
         lambda o, student, teacher: o.affinity(student, teacher),
-        lambda g, student, teacher: scaled(g, oracles.sizes_affinity(student, teacher)),
+        lambda g, student, teacher: scaled(g, sizes_affinity(student, teacher)),
+        affinity_formula,
         memory=lambda x, kernel: 8 * sum(t.nbytes for t in x.values()) if kernel else None,
     )
 
@@ -56,16 +116,25 @@ def products(a, b):
     return a.abs() @ b.abs().transpose(1, 2)
 
 
+def of_products(x):
+    """Multiplications and additions of the product, and of the two of its gradients."""
+    forward = 2 * x["a"].numel() * x["b"].shape[1]
+    return forward, 2 * forward
+
+
 INNER_PRODUCTS = [
     Op(
         "products",
         lambda o, a, b: o.inner_products(a, b),
         lambda g, a, b: (products(a, b), g @ b.abs(), g.transpose(1, 2) @ a.abs()),
+        lambda a, b: a @ b.transpose(1, 2),
+        bench=Bench(((32, 64, 784), (64, 256, 784)), of_products, "matmul"),
     ),
     Op(
         "products_with_itself",
         lambda o, a: o.inner_products(a),
         lambda g, a: (products(a, a), (g + g.transpose(1, 2)) @ a.abs()),
+        lambda a: a @ a.transpose(1, 2),
     ),
 ]
 TRANSPOSED = {name: lambda t: t.transpose(1, 2).contiguous().transpose(1, 2) for name in "ab"}

@@ -1,11 +1,14 @@
 """Anchors against memory banks: noise-contrastive estimation, and what CRD's step needs beside."""
 
+import math
+
 import oracles
 import torch
+from torch.nn import functional as F
 
 import kdfast
 from kdfast import ops
-from registry import Group, Op, program_of
+from registry import Group, Op, program_of, scaled
 
 
 def make(shape):
@@ -26,11 +29,26 @@ def make(shape):
     }
 
 
+def sizes_nce(student, teacher, bank_student, bank_teacher, contrast_index, z_student, z_teacher, temperature=0.07):
+    """-> value, entries of the gradients in student and teacher. A logit v is off by the rounding of its products."""
+    value, entries = 0.0, []
+    log_c = math.log((contrast_index.shape[1] - 1) / len(bank_student) + 1e-7)
+    for anchors, bank, z in ((student, bank_teacher, z_student), (teacher, bank_student, z_teacher)):
+        rows = bank[contrast_index]
+        shift = z.log() + log_c
+        off = 1 + (anchors[:, None] * rows).abs().sum(2) / temperature + shift.abs()
+        v = oracles._nce_scores(anchors, bank, contrast_index, temperature) - shift
+        v[:, 0] *= -1
+        slopes = v.sigmoid()
+        value = value + (F.softplus(v) + slopes * off).sum() / max(1, len(anchors))
+        entries.append(((slopes * off)[..., None] * rows.abs()).sum(1) / temperature / max(1, len(anchors)))
+    return value, *entries
+
+
 def nce(temperature=0.07):
     def sizes(g, student, teacher, bank_student, bank_teacher, contrast_index, z_student, z_teacher):
         banks = bank_student, bank_teacher, contrast_index, z_student, z_teacher
-        value, *entries = oracles.sizes_nce(student, teacher, *banks, temperature)
-        return value, *(g * e for e in entries)
+        return scaled(g, sizes_nce(student, teacher, *banks, temperature))
 
     def memory(x, kernel):
         """Nothing of size B x K x D: within 2 % of the two tensors that the official code gathers."""

@@ -7,7 +7,7 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, Group, Op, Program, program_of
+from registry import FAR, SQUARED_ROUNDING, Group, Op, Program, program_of
 
 
 def make_pair(shape):
@@ -30,6 +30,44 @@ def largest(name, t):
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
+def _weighted_sizes(weights, x, y):
+    """Of sum_j weights_ij (x_i - y_j) [n, D], weights without sign."""
+    return (weights[..., None] * (x[:, None] - y).abs()).sum(1)
+
+
+def sizes_distance(x, y, upstream, squared=False):
+    """-> distances [n, m], entries of the gradients in x and, where y is another set, in y."""
+    p = oracles._squared_distances(x, (x if y is None else y))
+    weights = upstream.abs() * (2 if squared else torch.where(p > 0, p, math.inf).rsqrt())
+    value = p if squared else p.sqrt()
+    if y is None:
+        return value, _weighted_sizes(weights + weights.t(), x, x)
+    return value, _weighted_sizes(weights, x, y), _weighted_sizes(weights.t(), y, x)
+
+
+def sizes_rkd_distance(student, teacher):
+    """A difference of distances is off by a rounding of both, and so is its slope."""
+    rows = len(student)
+    p = oracles._squared_distances(student, student)
+    r, t = oracles._over_mean(student), oracles._over_mean(teacher)
+    slope = (r - t).clamp(-1, 1)
+    value = (slope.abs() * (r + t)).mean() + SQUARED_ROUNDING
+    mean = oracles._root(p, 1e-12).sum() / (rows * (rows - 1))
+    per_pair = (r + t + (slope * r).abs().mean()) * torch.where(p > 1e-12, p, math.inf).rsqrt() / mean
+    return value, _weighted_sizes(2 * per_pair / rows**2, student, student)
+
+
+def sizes_rkd_angle(student, teacher):
+    """A cosine is off by a rounding of 1."""
+    rows = len(student)
+    inverse = torch.where((p := oracles._squared_distances(student, student)) > 0, p, math.inf).rsqrt()
+    slope = (oracles._cosines(student) - oracles._cosines(teacher)).clamp(-1, 1)
+    # d cos_ijk / d p_jk is 1/2 of the product of both inverse lengths; in p_ij the two terms before they cancel.
+    at_vertex = inverse * inverse.sum(1, keepdim=True) + rows * inverse**2
+    weights = at_vertex + at_vertex.t() + inverse.t() @ inverse
+    return 2 * slope.abs().mean() + SQUARED_ROUNDING, _weighted_sizes(2 * weights / rows**3, student, student)
+
+
 def off_diagonal(value):
     """The diagonal of a distance matrix is a constant 0, but finite differences would see a kink there."""
     return value[~torch.eye(len(value), dtype=torch.bool, device=value.device)]
@@ -39,7 +77,7 @@ def distance(name, squared):
     return Op(
         name,
         lambda o, x: o.pairwise_distance(x, squared=squared),
-        lambda g, x: oracles.sizes_distance(x, None, g, squared=squared),
+        lambda g, x: sizes_distance(x, None, g, squared=squared),
         gradcheck=off_diagonal,
     )
 
@@ -48,7 +86,7 @@ def between(name, squared):
     return Op(
         name,
         lambda o, x, y: o.pairwise_distance(x, y, squared=squared),
-        lambda g, x, y: oracles.sizes_distance(x, y, g, squared=squared),
+        lambda g, x, y: sizes_distance(x, y, g, squared=squared),
     )
 
 
@@ -64,7 +102,7 @@ def rkd(name):
         return x["student"].nbytes + (8 if kernel else 40) * 4 * len(x["student"]) ** 2 if kernel or a and b else None
 
     def sizes(g, student, teacher):
-        of_distance, of_angle = (f(student, teacher) for f in (oracles.sizes_rkd_distance, oracles.sizes_rkd_angle))
+        of_distance, of_angle = (f(student, teacher) for f in (sizes_rkd_distance, sizes_rkd_angle))
         value, entries = (a * x + b * y for x, y in zip(of_distance, of_angle, strict=True))
         return value, g * entries, None
 

@@ -1,7 +1,10 @@
 """Rows of logits: softmax-KL and its relatives."""
 
+import math
+
 import oracles
 import torch
+from torch.nn import functional as F
 
 import kdfast
 from kdfast import ops
@@ -33,6 +36,52 @@ def top_k_of(x):
 
 
 # ---- ops, of which tests and fuzz draw the settings ------------------------------------------------------------------
+def _pair_sizes(log_p, log_q):
+    p, q = log_p.exp(), log_q.exp()
+    a, b = (torch.where(x.isinf(), 0.0, x.abs()) for x in (log_p, log_q))
+    rows = 1 + (p * (a + b) + q * (a + b)).sum(-1)
+    # exp(x) has |x| as many rounding errors as x.
+    # A gradient is a probability times the difference of a log-ratio, up to a + b, and the row's value.
+    return rows, (rows[:, None] + a + b) * (p * (1 + a) + q * (1 + b))
+
+
+def sizes_kl(student, teacher, temperature=1.0):
+    """Of temperature^2 times a divergence, each row counted with the factor 1."""
+    rows, entries = _pair_sizes(oracles._log_softmax(student, temperature), oracles._log_softmax(teacher, temperature))
+    return temperature**2 * rows, temperature * entries
+
+
+def sizes_topk(student, teacher, temperature=1.0):
+    log_q, log_p, among_others = oracles._outcomes(student, teacher, temperature)
+    rows, outcomes = _pair_sizes(log_p, log_q)
+    # What the others get as one is shared out: exp(x) has |x| as many rounding errors as x.
+    share = torch.where(among_others == -math.inf, 0.0, among_others.exp() * (1 + among_others.abs()))
+    entries = (outcomes[:, -1:] * share).scatter(1, teacher[1].long(), outcomes[:, :-1])
+    return temperature**2 * rows, temperature * entries
+
+
+def sizes_ce(student, labels, ignore_index=-100):
+    target, kept = oracles._targets(labels, student.shape, ignore_index)
+    log_q = oracles._log_softmax(student)
+    size = torch.where(log_q.isinf(), 0.0, log_q.abs())
+    # Smoothing adds the mean over the classes.
+    rows = 1 + (target * size).sum(1) + size.mean(1)
+    entries = log_q.exp() * (1 + size) * (1 + target.sum(1, keepdim=True)) + target + 1 / student.shape[1]
+    return kept * rows, kept[:, None] * entries
+
+
+def sizes_dkd(student, teacher, labels, temperature=4.0):
+    target_s, rest_s = oracles._split(student, labels, temperature)
+    target_t, rest_t = oracles._split(teacher, labels, temperature)
+    rows_1, _ = _pair_sizes(target_t, target_s)
+    rows_2, entries_2 = _pair_sizes(rest_t, rest_s)
+    is_target = F.one_hot(labels.long(), student.shape[1]).bool()
+    entries = torch.empty(student.shape, dtype=torch.float64, device=student.device)
+    entries[~is_target] = (rows_1[:, None] * entries_2).flatten()
+    entries[is_target] = rows_1
+    return temperature**2 * (rows_1 + rows_2), temperature * entries
+
+
 def of_rows(g, sizes, factor, sides=1):
     """Sizes of an op that counts each row `factor` times, and sums up the rows unless g has one number for each."""
     rows, entries = sizes
@@ -60,16 +109,14 @@ def softmax_kl(name, temperature=1.0, beta=0.0, weighted=False, reduction="batch
             name,
             lambda o, student, teacher, weight: o.softmax_kl(student, teacher, temperature, weight=weight, **options),
             lambda g, student, teacher, weight: of_rows(
-                g, oracles.sizes_kl(student, teacher, temperature), share(reduction, student) * weight, 2
+                g, sizes_kl(student, teacher, temperature), share(reduction, student) * weight, 2
             ),
             equal=equal,
         )
     return Op(
         name,
         lambda o, student, teacher: o.softmax_kl(student, teacher, temperature, **options),
-        lambda g, student, teacher: of_rows(
-            g, oracles.sizes_kl(student, teacher, temperature), share(reduction, student), 2
-        ),
+        lambda g, student, teacher: of_rows(g, sizes_kl(student, teacher, temperature), share(reduction, student), 2),
         equal=equal,
     )
 
@@ -79,7 +126,7 @@ def top_k(name, temperature, has_rest=True, weighted=False, reduction="batchmean
         return (values, indices, rest, temperature) if has_rest else (values, indices)
 
     def sizes(g, student, values, indices, rest, weight):
-        kl = oracles.sizes_topk(student, teacher(values, indices, rest), temperature)
+        kl = sizes_topk(student, teacher(values, indices, rest), temperature)
         return of_rows(g, kl, share(reduction, student) * (weight if weighted else 1))
 
     return Op(
@@ -114,7 +161,7 @@ def cross_entropy(name, labels="labels", label_smoothing=0.0, reduction="batchme
 def sizes_of_labels(g, student, labels, reduction, sides=1):
     kept = len(student) if labels.is_floating_point() else int((labels >= 0).sum())
     factor = 1 / max(kept, 1) if reduction in ("batchmean", "mean") else 1.0
-    return of_rows(g, oracles.sizes_ce(student, labels), factor, sides)
+    return of_rows(g, sizes_ce(student, labels), factor, sides)
 
 
 def cross_entropy_kl(
@@ -130,7 +177,7 @@ def cross_entropy_kl(
     options |= {"label_smoothing": label_smoothing, "reduction": reduction}
 
     def sizes(g, student, teacher, targets):
-        kl = of_rows(g, oracles.sizes_kl(student, teacher, temperature), kl_weight * share(reduction, student), 2)
+        kl = of_rows(g, sizes_kl(student, teacher, temperature), kl_weight * share(reduction, student), 2)
         ce = [ce_weight * x for x in sizes_of_labels(g, student, targets, reduction, 2)]
         return added(kl, ce)
 
@@ -154,7 +201,7 @@ def dkd(name, temperature=4.0, alpha=1.0, beta=2.0):
         name,
         lambda o, student, teacher, labels: o.dkd(student, teacher, labels, temperature, alpha=alpha, beta=beta),
         lambda g, student, teacher, labels: of_rows(
-            g, oracles.sizes_dkd(student, teacher, labels, temperature), max(alpha, beta) / max(len(student), 1), 2
+            g, sizes_dkd(student, teacher, labels, temperature), max(alpha, beta) / max(len(student), 1), 2
         ),
         equal=equal,
     )

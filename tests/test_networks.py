@@ -1,139 +1,26 @@
-"""Several networks at once: what the contract of every op (test_ops_*.py) does not say, and the official code."""
+"""Several networks, mixed or as teachers: what the contract of every op does not say, and the official code."""
 
-import itertools
 import json
 import math
 from pathlib import Path
 
-import behaviour
 import numpy as np
 import oracles
 import pytest
 import registry
 import torch
 from behaviour import FLOATS, check_oracle
-from conftest import assert_close
-from registry.ensemble import mixed_logits_kl, taught, teachers_kl
+from networks import MIXED, SMALL, TAUGHT, for_simt, given, gradients, make, run
+from registry.mixed_logits import mixed_logits_kl
+from registry.teachers import taught, teachers_kl
 from torch.nn import functional as F
 
 import kdfast
 from kdfast import ops
-from kdfast.ops.simplex import simplex_minimum
-from kdfast.ops.teachers import aekd_weights
 
 INF = math.inf
-GOLDEN = Path(__file__).parent / "golden" / "ensemble"
-MIXED, TAUGHT = registry.family("ensemble").GROUPS
-SMALL = MIXED.small
+GOLDEN = Path(__file__).parent / "golden" / "networks"
 every_op = pytest.mark.parametrize("op", [*MIXED.ops, *TAUGHT.ops], ids=str)
-
-
-def make(implementation, count, rows, classes, dtype=torch.float64):
-    """Logits of N networks [B, C], weights of their mixtures [B, N, N], labels."""
-    return MIXED.inputs(implementation, (count, rows, classes), dtype)
-
-
-def given(op, d):
-    """The inputs of the op: the first network is a student, the others are its teachers."""
-    return d if op.group is MIXED else taught(d)
-
-
-def gradients(op, value, x):
-    """In all leaves; None where the op has none."""
-    return torch.autograd.grad(value, registry.tensors(x, op.leaves), allow_unused=True)
-
-
-def run(op, d):
-    """-> value, gradients."""
-    x = op.collecting(given(op, d))
-    value = op(ops, x)
-    return value, gradients(op, value, x)
-
-
-def for_simt(implementation, condition):
-    """Under SIMT a thread is a fiber: what another case covers as well is left to the other implementations."""
-    if implementation.name == "simt" and not condition:
-        pytest.skip("left to the other implementations")
-
-
-# ---- AE-KD's weights -------------------------------------------------------------------------------------------------
-def taught_by(implementation, count, rows=8, classes=20, dtype=torch.float64, spread=1.0):
-    """A student, and teachers that agree with it but for `spread`."""
-    student = torch.randn(rows, classes, dtype=torch.float64) * 2
-    teachers = [student + spread * torch.randn(rows, classes, dtype=torch.float64) for _ in range(count)]
-    return [x.to(implementation.device, dtype) for x in (student, *teachers)]
-
-
-@pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("slack", [0.0, 0.2, 0.35, 0.6, 1.0])
-@pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_aekd_weights(implementation, count, slack, normalize):
-    """The optimum that trying every set of active bounds finds; gradients of any magnitude."""
-    for_simt(implementation, count == 3 and slack in (0.35, 0.6))
-    for spread in (1.0, 1e-4):
-        student, *teachers = taught_by(implementation, count, spread=spread)
-        loss, weights = ops.aekd(student, teachers, 4.0, slack=slack, normalize=normalize)
-        want = oracles.aekd_weights(student, teachers, 4.0, slack, normalize)
-        torch.testing.assert_close(weights, want, rtol=0, atol=1e-6)
-        exact = oracles.teachers_kl(student, teachers, None, 4.0, weight=weights)
-        torch.testing.assert_close(loss, exact, rtol=1e-9, atol=1e-13)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 1), (3, 9, 33), (4, 40, 1025), (2, 3, 2049)], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_aekd_matches_oracle(implementation, shape, dtype):
-    """Loss and gradient with the weights as they came; the weights as good as the optimum, to the type's precision."""
-    if implementation.name == "simt" and shape[1] > 9:
-        shape = (4, 9, 130)
-    student, *teachers = taught_by(implementation, *shape, dtype=dtype)
-    leaf = student.clone().requires_grad_()
-    loss, weights = ops.aekd(leaf, teachers, 4.0)
-    assert weights.dtype == loss.dtype and not weights.requires_grad
-    (grad,) = torch.autograd.grad(loss, leaf)
-    exact = student.double().requires_grad_()
-    value = oracles.teachers_kl(exact, teachers, None, 4.0, weight=weights)
-    (want,) = torch.autograd.grad(value, exact)
-    size, entries, _ = oracles.sizes_teachers_kl(student, teachers, None, 4.0, weight=weights)
-    assert_close(loss, value.detach(), size, shape[2], loss.dtype)
-    assert grad.dtype == dtype
-    assert_close(grad, want, entries, shape[2], loss.dtype, "gradient")
-    gram, w = oracles.aekd_gram(student, teachers, 4.0), weights.double()
-    best = oracles.aekd_weights(student, teachers, 4.0)
-    assert abs(w.sum() - 1) < 1e-6 and w.min() >= 0 and w.max() <= 0.6 + 1e-6
-    room = 1e-5 if loss.dtype == torch.float32 else 1e-12
-    assert w @ gram @ w <= best @ gram @ best + room * gram.diagonal().max()
-
-
-@pytest.mark.parametrize("count", [2, 4, 9, 24])
-def test_simplex_minimum(implementation, count):
-    """The conditions of an optimum (a common slope among the free weights, none that pulls), for any rank of G."""
-    generator = torch.Generator().manual_seed(count)
-    for rank in {1, 2, count - 1, count, 3 * count}:
-        for cap in (1.0, 0.6, 1.5 / count):
-            v = torch.randn(count, rank, dtype=torch.float64, generator=generator)
-            gram = v @ v.T
-            found = [simplex_minimum(gram.to(implementation.device), torch.zeros(count).to(gram), cap).cpu()]
-            found.append(aekd_weights(1e-9 * gram, cap, False))
-            for a in found:
-                assert abs(a.sum() - 1) < 1e-12 and a.min() >= 0 and a.max() <= max(cap, 1 / count) + 1e-12
-                slope = gram @ a
-                # No direction of the simplex goes down: the best swap of weight gains nothing.
-                rises, falls = slope[a < cap - 1e-9], slope[a > 1e-9]
-                if len(rises) and len(falls):
-                    assert falls.max() - rises.min() <= 1e-9 * gram.diagonal().max()
-
-
-def test_aekd_equal_teachers(implementation):
-    """G of rank one, or 0: weights on the simplex, a finite loss, exactly 0 where the teachers are the student."""
-    student, teacher, other = taught_by(implementation, 2)
-    for normalize in (False, True):
-        for teachers in ([teacher] * 3, [teacher, other, teacher], [student] * 3, [student, teacher, other]):
-            leaf = student.clone().requires_grad_()
-            loss, weights = ops.aekd(leaf, teachers, normalize=normalize)
-            assert abs(weights.sum() - 1) < 1e-9 and (weights >= 0).all()
-            assert loss.isfinite() and torch.autograd.grad(loss, leaf)[0].isfinite().all()
-            if all(x is student for x in teachers):
-                assert loss == 0
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -155,87 +42,12 @@ def test_stacked_networks(implementation, op):
         assert got is None if grads[f"{name}[{i}]"] is None else torch.equal(got, grads[f"{name}[{i}]"])
 
 
-def test_flat_mix(implementation):
-    """Weights (B, N) are those of one target (B, 1, N)."""
-    data = make(implementation, *SMALL, torch.float32)
-    flat, full = (MIXED["one"].collecting(data) for _ in range(2))
-    values = [
-        ops.mixed_logits_kl(d.networks, mix, d.labels, eps=1e-7, target_ce=True)
-        for d, mix in ((flat, flat.mix[:, 0]), (full, full.mix[:, :1]))
-    ]
-    assert torch.equal(*values)
-    got, want = (torch.autograd.grad(v, [*d.networks, d.mix]) for v, d in zip(values, (flat, full), strict=True))
-    assert all(map(torch.equal, got, want)) and got[-1][:, 0].any()
-    constant = ops.mixed_logits_kl(flat.networks, flat.mix[:, 0].detach(), flat.labels, eps=1e-7, target_ce=True)
-    assert all(map(torch.equal, torch.autograd.grad(constant, flat.networks), want[:-1]))
-
-
-@pytest.mark.parametrize("classes", [9, 1100], ids="classes{}".format)
-@pytest.mark.parametrize(
-    ("peers_dtype", "dtype"),
-    [(torch.float32, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.bfloat16)],
-    ids=str,
-)
-def test_okddip_is_a_mixture(implementation, peers_dtype, dtype, classes):
-    """The leader's target is the mean of the peers, a list or stacked, of its dtype or not."""
-    for_simt(implementation, classes == 9)
-    d = MIXED["one"].collecting(make(implementation, 3, 4, classes, peers_dtype))
-    *peers, leader = d.networks
-    leader = leader.detach().to(dtype).requires_grad_()
-    attention = d.mix[:, :2, :2]
-    mean = torch.full_like(attention[:, :1], 0.5)
-    mix = F.pad(torch.cat([attention, mean], 1), (0, 1))
-    want = ops.mixed_logits_kl([*peers, leader], mix, d.labels, 3.0, eps=1e-7, through_targets=True)
-    leaves = [*peers, leader, d.mix]
-    grads = torch.autograd.grad(want, leaves)
-    for heads in (peers, torch.stack(peers)):
-        loss = kdfast.OKDDip()(heads, leader, attention, d.labels, 80)
-        assert torch.equal(loss, want)
-        assert all(map(torch.equal, torch.autograd.grad(loss, leaves), grads))
-    constant = kdfast.OKDDip()(peers, leader, attention.detach(), d.labels, 80)
-    assert all(map(torch.equal, torch.autograd.grad(constant, leaves[:-1]), grads[:-1]))
-
-
-@pytest.mark.parametrize("dtypes", list(itertools.product([torch.float32, torch.bfloat16], repeat=3)), ids=str)
-def test_teachers_of_other_dtypes(implementation, dtypes):
-    """Student and teachers may differ in their types; the types of one list are widened, which changes no value."""
-    tensors = taught_by(implementation, 2, dtype=torch.bfloat16)
-    student, *teachers = (x.to(dtype).requires_grad_() for x, dtype in zip(tensors, dtypes, strict=True))
-    loss = ops.teachers_kl(student, teachers, temperature=2.0)
-    grads = torch.autograd.grad(loss, [student, *teachers])
-    assert [x.dtype for x in grads] == list(dtypes)
-    wide = [x.float().requires_grad_() for x in tensors]
-    want = ops.teachers_kl(wide[0], wide[1:], temperature=2.0)
-    assert torch.equal(loss, want)
-    for got, x in zip(grads, torch.autograd.grad(want, wide), strict=True):
-        assert torch.equal(got, x.to(got.dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8], ids=str)
 def test_label_dtypes(implementation, dtype):
     d = make(implementation, *SMALL)
     typed = registry.Inputs(d, labels=d.labels.to(dtype))
     for op in (MIXED["one"], TAUGHT["kl"]):
         assert torch.equal(op(ops, given(op, typed)), op(ops, given(op, d)))
-
-
-def test_ramp(implementation):
-    """A number, or a 0-d tensor of any type; 0 leaves the cross-entropies, also where the divergences are infinite."""
-    d = make(implementation, *SMALL)
-    d.networks[0][:, 4] = -INF
-    d.labels.fill_(2)
-    for ramp in (torch.tensor(0.0), torch.tensor(0.0, dtype=torch.float64), 0.0):
-        ramp = ramp.to(d.mix.device) if isinstance(ramp, torch.Tensor) else ramp
-        leaves = MIXED["one"].collecting(d)
-        loss = ops.mixed_logits_kl(leaves.networks, d.mix, d.labels, ramp=ramp, through_targets=True)
-        want = oracles.mixed_logits_kl(d.networks, d.mix, d.labels, kl_weight=0.0, learners=3)
-        ce = sum(F.cross_entropy(x, d.labels) for x in d.networks)
-        torch.testing.assert_close(loss, ce)
-        assert want.isnan() or torch.allclose(want, ce)
-        assert all(g.isfinite().all() for g in torch.autograd.grad(loss, leaves.networks))
-    d = make(implementation, *SMALL)
-    a, b = (ops.mixed_logits_kl(d.networks, d.mix, ramp=x) for x in (0.25, torch.tensor(0.25, device=d.mix.device)))
-    assert torch.equal(a, b)
 
 
 # ---- edges -----------------------------------------------------------------------------------------------------------
@@ -263,14 +75,6 @@ def test_edges_minus_infinity_everywhere(implementation, op, shape):
             assert not got[:, masked].any()
             got = got[:, ~masked]
         torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5 if label == "mix" else 1e-6)
-
-
-@pytest.mark.parametrize("op", [TAUGHT[name] for name in ("kl", "kl_sum", "cross_entropy")], ids=str)
-def test_edges_minus_infinity_of_the_teachers(implementation, op):
-    """A class that only teachers mask adds nothing to their divergences."""
-    data = make(implementation, *SMALL, torch.float32)
-    data.networks[1][:, 5] = -INF
-    check_oracle(op, given(op, data))
 
 
 @every_op
@@ -301,27 +105,6 @@ def test_edges_weight_zero(implementation):
     leaf = student.requires_grad_()
     loss = ops.teachers_kl(leaf, teachers, weight=weight)
     assert loss.isfinite() and torch.autograd.grad(loss, leaf)[0].isfinite().all()
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 5, 6, 9])
-@pytest.mark.parametrize("all_alike", [True, False], ids=["alike", "apart"])
-def test_edges_targets_of_some_networks(implementation, count, all_alike):
-    """Weights of 0 in all targets, or in some: what such a network holds does not matter there."""
-    for_simt(implementation, count in (2, 6))
-    data = make(implementation, count, 3, 21, torch.float32)
-    zero = torch.rand(1, 1 if all_alike else count, count, generator=torch.Generator().manual_seed(count)) < 0.4
-    data.mix *= ~zero.to(data.mix.device)
-    data.mix[1] = 0.0  # a row without a mixture
-    check_oracle(MIXED["attention"], data)
-    z = data.networks[-1].clone()
-    z[2, 5] = -INF  # where the last target alone has it
-    data.mix[:, :, -1] = 0.0
-    data.mix[2, -1] = 1.0
-    got, want = (
-        ops.mixed_logits_kl([*data.networks[:-1], x], data.mix, temperature=2.0, learners=count)
-        for x in (z, z.clamp(min=-1e30))
-    )
-    assert_close(got, want.double(), want.double(), 21, torch.float32)
 
 
 @every_op
@@ -406,29 +189,6 @@ def test_edges_labels_out_of_range(implementation):
 
 
 # ---- behaviour in PyTorch --------------------------------------------------------------------------------------------
-def test_double_backward_of_aekd_raises(implementation):
-    student, *teachers = taught_by(implementation, 3)
-    leaf = student.requires_grad_()
-    behaviour.check_refuses_second_derivative(ops.aekd(leaf, teachers)[0], leaf)
-
-
-def test_aekd_refuses(implementation):
-    student, *teachers = taught_by(implementation, 3)
-    behaviour.check_refuses_transforms(lambda x: ops.aekd(x, teachers)[0], student)
-
-
-def test_dtensor_of_aekd_refused(dtensor):
-    plain = torch.randn(5, 9)
-    with pytest.raises(TypeError, match=r"teachers\[0\] is a DTensor"):
-        ops.aekd(plain, [dtensor(plain)])
-
-
-def test_dtensor_as_the_epoch_refused(dtensor):
-    z = torch.randn(2, 5, 9)
-    with pytest.raises(TypeError, match="epoch is a DTensor"):
-        kdfast.FFL()(z, z[0], torch.zeros(5, dtype=torch.long), dtensor(torch.tensor(3)))
-
-
 @pytest.mark.parametrize("shape", [(4, 64, 100), (3, 2, 5000), (2, 1, 30_000), (2, 4099, 3)], ids=str)
 def test_deterministic(implementation, shape, same_bits):
     """AE-KD and KDCL at sizes that threads share."""
@@ -511,43 +271,6 @@ def test_gradients_stop(implementation):
     (got,) = torch.autograd.grad(kdfast.ONE()(networks, gate, y, 50), gate)
     mixed = torch.einsum("bm,mbc->bc", gate, torch.stack(networks))
     torch.testing.assert_close(got, torch.autograd.grad(F.cross_entropy(mixed, y), gate)[0])
-
-
-def test_linear_rule_is_optimal(implementation):
-    """The gap to any other point of the simplex, from the gradient: a bound on what is left to gain."""
-    for_simt(implementation, False)
-    for seed, scale, count, classes in (
-        (0, 1.0, 2, 5),
-        (1, 4.0, 4, 12),
-        (2, 30.0, 3, 13),
-        (3, 0.01, 5, 7),
-        (4, 200.0, 3, 6),
-    ):
-        torch.manual_seed(seed)
-        d = make(implementation, count, 33, classes)
-        torch.manual_seed(seed)
-        d.networks = [(scale * torch.randn(33, classes, dtype=torch.float64)).to(x) for x in d.networks]
-        z, y = torch.stack(d.networks), d.labels
-        target = kdfast.KDCL(rule="linear").target(d.networks, y)
-        assert target.dtype == torch.float64 and not target.requires_grad
-        flat = z.flatten(1).T
-        a = torch.linalg.lstsq(flat.cpu(), target.flatten()[:, None].cpu()).solution[:, 0].to(z.device)
-        torch.testing.assert_close(flat @ a, target.flatten())
-        assert a.min() > -1e-9 and abs(a.sum() - 1) < 1e-9
-        a = a.clone().requires_grad_()
-        value = F.cross_entropy((a[:, None, None] * z).sum(0), y)
-        (slope,) = torch.autograd.grad(value, a)
-        assert slope @ a - slope.min() <= 1e-9 * (1 + value), (scale, value)
-
-
-def test_fusion_module(implementation):
-    """FFL learns through it: every parameter gets a gradient."""
-    module = kdfast.FusionModule(4, 9, 3).to(implementation.device)
-    maps = [torch.randn(5, 4, 3, 3, device=implementation.device) for _ in range(2)]
-    z = [torch.randn(5, 9, device=implementation.device) for _ in range(2)]
-    y = torch.arange(5, device=implementation.device)
-    kdfast.FFL()(z, module(maps), y, 3).backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
 # ---- numbers of the official code ------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""Losses of several networks, heads or teachers, online or as an ensemble: they run on the ensemble kernels.
+"""Losses of several networks or heads that learn from mixtures of their logits, and the layers that come with them.
 
-And the layers that come with them. Several networks are a list of (B, C) tensors or one (M, B, C) tensor.
+Several networks are a list of (B, C) tensors or one (M, B, C) tensor.
 """
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from kdfast._types import Networks
 from kdfast.losses.base import SHARE, Loss, Settings, one_of, or_none
+from kdfast.losses.epochs import ramp_up
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.mixed_logits import least, mixed, mixed_loss
@@ -20,35 +20,6 @@ from kdfast.ops.networks import matrices, network_count, network_list
 from kdfast.ops.rows import INF, label_column, log_softmax, row_stats
 from kdfast.ops.simplex import RIDGE, best_mixture
 from kdfast.ops.softmax_kl import cross_entropy
-from kdfast.ops.teachers import aekd, teachers_kl, teachers_loss
-
-
-# ---- epochs ----------------------------------------------------------------------------------------------------------
-def _epoch(epoch, device):
-    """An epoch as a number, or where it is a tensor or a compiled graph's symbol as a float64 tensor on `device`."""
-    if isinstance(epoch, torch.Tensor):
-        check.tensor("epoch", epoch)
-        if epoch.dim() != 0:
-            raise ValueError(f"epoch must be an int or a 0-d tensor, got shape {tuple(epoch.shape)}")
-        return epoch.to(device, torch.float64, non_blocking=True)
-    if not isinstance(epoch, (int, float)) or isinstance(epoch, bool):
-        raise TypeError(f"epoch must be an int or a 0-d tensor, got {type(epoch).__name__}")
-    if torch.compiler.is_compiling():
-        return torch.full((), epoch, dtype=torch.float64, device=device)
-    if math.isnan(epoch):
-        raise ValueError("epoch must be a number, got nan")
-    return epoch
-
-
-def _ramp_up(epoch, length, device):
-    """exp(-5 (1 - min(epoch / length, 1))^2), 1 of length 0: a number, or a tensor where `_epoch` gives one."""
-    epoch = _epoch(epoch, device)
-    if not length:
-        return 1.0
-    if isinstance(epoch, torch.Tensor):
-        return torch.exp(-5 * (1 - epoch.clamp(0, length) / length) ** 2)
-    return math.exp(-5 * (1 - min(max(epoch, 0), length) / length) ** 2)
-
 
 # What ONE, OKDDip, FFL and collaborative learning have in common.
 SCHEDULE: Settings = {
@@ -84,42 +55,6 @@ def _zeros(like, *shape):
     return torch.zeros(shape, dtype=accumulator(like), device=like.device)
 
 
-class DML(Loss):
-    """DML - Deep Mutual Learning (Zhang et al., CVPR 2018).
-
-    ``[CE(student, labels)] + sum_j T^2 KL(p_j || q)`` of one network against its peers, averaged over the batch: a sum
-    as in the official code, where the paper divides by the number of peers.
-    Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), labels (B,) integers or None for the divergences
-    alone; 0-d, in nats. No gradient to the peers, which have losses of their own. The official TensorFlow code adds
-    1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
-    """
-
-    settings: ClassVar[Settings] = {"temperature": check.positive}
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, student: Tensor, peers: Networks, labels: Tensor | None = None) -> Tensor:
-        check.logits("student", student)
-        tensors = network_list("peers", _detached("peers", peers), student)
-        return teachers_loss(student, tensors, labels, self.temperature)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
-
-
-def _detached(name, networks):
-    """The same networks, without their graph."""
-    if isinstance(networks, torch.Tensor):
-        return networks.detach()
-    if not isinstance(networks, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got {type(networks).__name__}"
-        )
-    return [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in networks]
-
-
 class ONE(Loss):
     """ONE - Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
 
@@ -144,7 +79,7 @@ class ONE(Loss):
         check.tensor("gate", gate)
         if gate.shape != (rows, count):
             raise ValueError(f"gate must have shape ({rows}, {count}), got {tuple(gate.shape)}")
-        ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         return mixed_loss(
             tensors,
             gate,
@@ -208,7 +143,7 @@ class OKDDip(Loss):
         check.tensor("attention", attention)
         if attention.shape != (rows, count, count):
             raise ValueError(f"attention must have shape ({rows}, {count}, {count}), got {tuple(attention.shape)}")
-        ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         return mixed_loss(
             _with_heads("leader", leader, tensors),
             attention,
@@ -269,7 +204,7 @@ class FFL(Loss):
         mix = _zeros(tensors[0], count + 1, count + 1)
         mix[:count, count] = 1.0
         mix[count, :count] = 1 / count
-        ramp = _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         return mixed_loss(
             _with_heads("fused", fused, tensors),
             mix.expand(rows, -1, -1),
@@ -345,7 +280,7 @@ class CollaborativeLearning(Loss):
         tensors, count, rows = _heads(logits, least=2)
         if epoch is None and self.rampup_epochs is not None:
             raise ValueError(f"epoch must be given with rampup_epochs={self.rampup_epochs}, got None")
-        ramp = 1.0 if self.rampup_epochs is None else _ramp_up(epoch, self.rampup_epochs, tensors[0].device)
+        ramp = 1.0 if self.rampup_epochs is None else ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         mix = (1 - torch.eye(count, dtype=accumulator(tensors[0]), device=tensors[0].device)) / (count - 1)
         return mixed_loss(
             tensors,
@@ -470,89 +405,3 @@ def _least_error_mixture(networks, labels):
     mean = sum(weight * x for weight, x in zip(a.unbind(0), p, strict=True))
     masked = torch.stack([z == -INF for z in networks]).all(0)
     return torch.where(masked, -INF, mean.clamp(min=1e-30).log())
-
-
-class Codistillation(Loss):
-    """Codistillation - Large Scale Distributed Neural Network Training through Online Distillation (Anil, ICLR 2018).
-
-    By Anil et al.: "cross_entropy" ``-sum_c r log q``, or "reverse_kl" ``KL(q || r)``, the default of a public
-    implementation by others; q = softmax(student), r the mean of the peers' softmax, averaged over the batch.
-    Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), epoch an int, a 0-d tensor or None; 0-d, in nats.
-    Before epoch `burn_in` the loss and its gradient are 0; None counts as after. No gradient to the peers, which in the
-    paper are copies some steps old. There is no official code. Op: ``teachers_kl``.
-    """
-
-    MODES = ("cross_entropy", "reverse_kl")
-
-    settings: ClassVar[Settings] = {"mode": one_of(*MODES), "burn_in": partial(check.number, low=0)}
-
-    def __init__(self, mode: str = "cross_entropy", burn_in: int = 0) -> None:
-        super().__init__()
-        self.mode = mode
-        self.burn_in = burn_in
-
-    def forward(self, student: Tensor, peers: Networks, epoch: float | Tensor | None = None) -> Tensor:
-        check.logits("student", student)
-        epoch = None if epoch is None else _epoch(epoch, student.device)
-        weight = 1.0
-        if epoch is not None and not isinstance(epoch, torch.Tensor):
-            weight = 1.0 if epoch >= self.burn_in else 0.0
-        tensors = network_list("peers", _detached("peers", peers), student)
-        loss = teachers_loss(student, tensors, None, 1.0, kind=self.mode, kl_weight=weight)
-        return torch.where(epoch < self.burn_in, 0.0, loss) if isinstance(epoch, torch.Tensor) else loss
-
-    def extra_repr(self) -> str:
-        return f"mode={self.mode!r}, burn_in={self.burn_in}"
-
-
-class AEKD(Loss):
-    """AE-KD - Agree to Disagree: Adaptive Ensemble Knowledge Distillation in Gradient Space (Du et al., NeurIPS 2020).
-
-    ``sum_m a_m T^2 KL(p_m || q)`` averaged over the batch, with one weight per teacher and batch:
-    ``min a' G a, sum a = 1, 0 <= a <= slack``, G_mn = v_m . v_n, v_m the batch's mean gradient of teacher m's
-    divergence in the student's logits. With `normalize`, v_m has length 1 there and a is divided by the lengths
-    afterwards, so that a weight may exceed slack. slack <= 1 / M is the plain average.
-    Shapes: student (B, C), teachers a list of (B, C) or one (M, B, C); 0-d, in nats; `weights` (M,) after each call.
-    Gradients flow to the student; teachers and weights are constants. The weights are the optimum, found on the device
-    and without a backward per teacher; the official code's solver stops early where gradients are small, with weights
-    that depend on the teachers' order. Op: ``aekd``.
-    """
-
-    settings: ClassVar[Settings] = {"temperature": check.positive, "slack": SHARE}
-
-    def __init__(self, temperature: float = 4.0, slack: float = 0.6, normalize: bool = False) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.slack = slack
-        self.normalize: bool = bool(normalize)
-        self.weights: Tensor | None = None
-
-    def forward(self, student: Tensor, teachers: Networks) -> Tensor:
-        loss, self.weights = aekd(student, teachers, self.temperature, slack=self.slack, normalize=self.normalize)
-        return loss
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, slack={self.slack}, normalize={self.normalize}"
-
-
-class EnD(Loss):
-    """EnD - Ensemble Distribution Distillation, its baseline of mean predictions (Malinin et al., ICLR 2020).
-
-    ``-T^2 mean_bc [r log q]``, r = mean_m softmax(teacher_m / T), q = softmax(student / T): the official mean over
-    B * C, C times smaller than the usual cross-entropy.
-    Shapes: student (B, C), teachers a list of (B, C) or one (M, B, C); 0-d, in nats. Gradients flow to all.
-    The teachers are not smoothed. Op: ``teachers_kl``.
-    """
-
-    settings: ClassVar[Settings] = {"temperature": check.positive}
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-
-    def forward(self, student: Tensor, teachers: Networks) -> Tensor:
-        check.logits("student", student)
-        return teachers_kl(student, teachers, None, self.temperature, kind="cross_entropy", over_classes=True)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"

@@ -1,4 +1,4 @@
-"""Several networks at once: mixtures of their logits, and several teachers of one student."""
+"""Mixtures of several networks' logits as targets."""
 
 import math
 
@@ -7,32 +7,61 @@ import torch
 
 import kdfast
 from kdfast import ops
-from registry import FAR, Group, Inputs, Op, Program, program_of
-
-# An exponential below the smallest normal number may be 0, before a log-ratio of 1e4 multiplies it: see test_fuzz.py.
-UNDERFLOW = 1e-26
-
-
-def make(shape):
-    """Logits of N networks [B, C], weights of their mixtures [B, N, N], labels, a ramp-up that is a tensor."""
-    count, rows, classes = shape
-    return {
-        "networks": [3 * torch.randn(rows, classes, dtype=torch.float64) for _ in range(count)],
-        "mix": torch.randn(rows, count, count, dtype=torch.float64).softmax(2),
-        "labels": torch.randint(classes, (rows,)),
-        "ramp": torch.tensor(0.25 + torch.rand(()).item(), dtype=torch.float32),
-    }
-
-
-def taught(x):
-    """The first network as a student, the others as its teachers (of one alone: itself, turned over)."""
-    student, *teachers = x["networks"]
-    teachers = teachers or [student.flip(1)]
-    weight = torch.linspace(1, 2, len(teachers), dtype=x["mix"].dtype, device=student.device) / 2
-    return Inputs(student=student, teachers=teachers, weight=weight, labels=x["labels"])
+from registry import Group, Op, Program, program_of
+from registry._networks import SHARED, UNDERFLOW, make, make_logits
+from registry.softmax_kl import sizes_ce
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
+def sizes_mixed_logits_kl(
+    networks,
+    mix,
+    labels=None,
+    temperature=1.0,
+    *,
+    eps=0.0,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    ramp=1.0,
+    learners=None,
+    target_ce=False,
+    through_targets=False,
+):
+    """-> value; entries of the gradients [N, rows, cols]; of mix [rows, targets, N]."""
+    z = torch.stack(list(networks))
+    targets = oracles._mixtures(z, mix, labels)
+    # A mixed logit is off by the roundings of what it adds up, and so is each of its exponentials.
+    offsets = (z - z.amax(2, keepdim=True)).abs().masked_fill(z == -math.inf, 0)
+    spread = offsets.amax(0)[None] if mix is None else torch.einsum("brm,mbc->rbc", mix.abs(), offsets)
+    value, entries, target_entries = 0.0, torch.zeros_like(z), torch.zeros_like(targets)
+    kl_weight, share = abs(kl_weight * ramp), 1 / max(1, z.shape[1])
+    for i, x in enumerate(z[:learners]):
+        which = i % len(targets)
+        log_p, log_q = oracles._log_softmax(targets[which], temperature), oracles._log_softmax(x, temperature)
+        a, b = (torch.where(y.isinf(), 0.0, y.abs()) for y in (log_p, log_q))
+        p, q = log_p.exp(), log_q.exp()
+        off = 1 + (spread[which] + (p * spread[which]).sum(1, keepdim=True)) / temperature
+        log_eps = abs(math.log(eps)) if eps else 0.0
+        rows = 1 + (p * (a + b + off) + q * (a + b) + eps * (log_eps + b)).sum(1)
+        value = value + kl_weight * temperature**2 * rows.sum()
+        entries[i] += kl_weight * temperature * (q * (1 + b) + p * (1 + a) * off + eps)
+        if through_targets:
+            target_entries[which] += kl_weight * temperature * p * (1 + a + off) * (rows[:, None] + a + b)
+    if labels is not None:
+        cross = [(x, entries[i], torch.ones_like(x)) for i, x in enumerate(z[:learners])]
+        if target_ce:
+            each = [spread[i] + (x.softmax(1) * spread[i]).sum(1, keepdim=True) for i, x in enumerate(targets)]
+            cross += [(x, target_entries[i], 1 + each[i]) for i, x in enumerate(targets)]
+        for x, into, off in cross:
+            rows, each = sizes_ce(x, labels)
+            value = value + ce_weight * (rows * off.amax(1)).sum()
+            into += ce_weight * each * off
+    if mix is None:
+        return share * value, share * entries, None
+    entries += torch.einsum("brm,rbc->mbc", mix.abs(), target_entries)
+    return share * value, share * entries, share * torch.einsum("rbc,mbc->brm", target_entries, offsets)
+
+
 def mixed_logits_kl(
     name, targets=None, learners=None, labels=True, temperature=3.0, ramped=False, gradcheck=False, **options
 ):
@@ -52,7 +81,7 @@ def mixed_logits_kl(
 
     def sizes(g, networks, mix, labels, ramp):
         positional, named = arguments(networks, mix, labels, ramp)
-        value, entries, of_mix = oracles.sizes_mixed_logits_kl(*positional, **named)
+        value, entries, of_mix = sizes_mixed_logits_kl(*positional, **named)
         learns = len(networks) if flows else named["learners"] or len(networks)
         of_networks = [g * (e + UNDERFLOW) if i < learns else None for i, e in enumerate(entries)]
         if not flows:
@@ -70,70 +99,9 @@ def mixed_logits_kl(
     return Op(name, call, sizes, unread=tuple(unread), cols=cols, gradcheck=smooth)
 
 
-def teachers_kl(name, kind="kl", labels=True, weighted=False, temperature=4.0, kl_weight=0.7):
-    def call(o, student, teachers, weight, labels_given):
-        if kind == "reverse_kl":
-            teachers = [x.detach() for x in teachers] if isinstance(teachers, list) else teachers.detach()
-        return o.teachers_kl(
-            student,
-            teachers,
-            labels_given if labels else None,
-            temperature,
-            kind=kind,
-            weight=weight if weighted else None,
-            kl_weight=kl_weight,
-        )
-
-    def sizes(g, student, teachers, weight, labels_given):
-        value, own, each = oracles.sizes_teachers_kl(
-            student,
-            teachers,
-            labels_given if labels else None,
-            temperature,
-            kind=kind,
-            weight=weight if weighted else None,
-            kl_weight=kl_weight,
-        )
-        of_teachers = [None if kind == "reverse_kl" else g * (e + UNDERFLOW) for e in each]
-        return value, g * (own + UNDERFLOW), *of_teachers
-
-    return Op(
-        name,
-        lambda o, student, teachers, weight, labels: call(o, student, teachers, weight, labels),
-        lambda g, student, teachers, weight, labels: sizes(g, student, teachers, weight, labels),
-        unread=("weight",) * (not weighted) + ("labels",) * (not labels),
-    )
-
-
-SHARED = {
-    "cases": [  # networks, rows, classes
-        (1, 1, 1),  # one of each
-        (2, 2, 2),
-        (3, 5, 7),  # less than the eight elements that a CUDA thread reads at once
-        (5, 9, 33),  # one class more than a warp has lanes, one row more than a block has warps
-        (3, 2, 1025),  # one more than the 1024 elements that the CPU reads at a time
-        (2, 2, 2049),  # the first row that CUDA gives to a whole block
-        (17, 2, 20),  # more networks than anything is unrolled for
-    ],
-    "small": (3, 5, 9),
-    "tiny": (3, 3, 4),
-    "half": (3, 2, 45),
-    "laid_out": ((3, 3, 35),),
-    "batch": 1,
-    # Under SIMT a thread is a fiber: what another case covers as well is left to the other implementations.
-    "simt": lambda shape, dtype: dtype == torch.float32 or math.prod(shape) < 200,
-    "far": (((2, 3, 40), (FAR, 1)), ((2, 5, 3), (1, FAR))),
-    "deterministic": ((4, 64, 100), (3, 2, 5000), (2, 1, 30_000), (2, 4099, 3)),
-    "deterministic_simt": ((3, 10, 40), (2, 1, 2100)),
-    "workload": (
-        (3, 3, 7),  # less than the eight elements that a thread reads at once
-        (5, 9, 33),  # one class more than a warp has lanes, one row more than a block has warps
-        (2, 2, 2049),  # the first row that a whole block reads
-    ),
-}
 GROUPS = [
     Group(
-        "ensemble",
+        "mixed_logits",
         make,
         [
             mixed_logits_kl("one", 1, eps=1e-7, ramp=0.7, target_ce=True),
@@ -155,21 +123,6 @@ GROUPS = [
         },
         **SHARED,
     ),
-    Group(
-        "ensemble",
-        lambda shape: dict(taught(make(shape))),
-        [
-            teachers_kl("kl", weighted=True),
-            teachers_kl("kl_sum", labels=False, temperature=1.0),
-            teachers_kl("cross_entropy", "cross_entropy", labels=False, temperature=2.0),
-            teachers_kl("reverse_kl", "reverse_kl", temperature=1.0),
-        ],
-        leaves=("student", "teachers"),
-        cols=lambda x: x["student"].shape[1] + 4 * (1 + len(x["teachers"])),
-        layouts={"student": "rows", "teachers": "rows", "labels": "column"},
-        contiguous=False,
-        **SHARED,
-    ),
 ]
 
 
@@ -189,29 +142,7 @@ def raw_calls(device):
         _, stats = raw.mixed_logits_kl(*arguments)
         backward = (grad, *arguments[:5], stats, *arguments[5:], *flows)
         calls += [("mixed_logits_kl", arguments), ("mixed_logits_kl_backward", backward)]
-    student, *teachers = z
-    for kind, labels, weight, needs in (
-        ("kl", y, mix[0, 0, :2], (True, True)),
-        ("cross_entropy", None, None, (False, True)),
-        ("reverse_kl", y, None, (True, False)),
-    ):
-        arguments = (student, teachers, labels, weight, of_tensor if labels is None else None)
-        constants = (kind, 2.0, 1.0, 8, 0.5, 8)
-        _, stats = raw.teachers_kl(*arguments, *constants)
-        backward = (grad, *arguments, stats, *constants, *needs)
-        calls += [("teachers_kl", (*arguments, *constants)), ("teachers_kl_backward", backward)]
-    gram = torch.eye(3, dtype=torch.float64, device=mix.device)
-    calls.append(("aekd", (student, teachers, None, 4.0, 1.0, 8, 0.6, False)))
-    return [*calls, ("simplex_minimum", (gram, gram[0], 0.6))]
-
-
-def make_logits(device, rows, dtype):
-    x = GROUPS[0].inputs(device, GROUPS[0].rows(rows), dtype)
-    return [*x["networks"], x["labels"]]
-
-
-def aekd(student, *others):
-    return ops.aekd(student, list(others[:-1]))[0]
+    return calls
 
 
 KDCL = [kdfast.KDCL(rule=rule) for rule in kdfast.KDCL.RULES]
@@ -223,11 +154,7 @@ def kdcl(*given):
     return sum(loss(networks, labels) for loss in KDCL)
 
 
-PROGRAMS = [
-    *map(program_of, GROUPS),
-    Program("ensemble, AE-KD", aekd, make_logits),
-    Program("ensemble, KDCL", kdcl, make_logits, graph=False),
-]
+PROGRAMS = [program_of(GROUPS[0]), Program("mixed_logits, KDCL", kdcl, make_logits, graph=False)]
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
@@ -268,31 +195,6 @@ ERRORS = [
     (lambda z, m, y: ops.mixed_logits_kl(z, m, eps=1e-40), ValueError, "eps must be 0 or from 1e-30 to 1"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, ramp=m[0, 0]), ValueError, "ramp must be a number or a 0-d tensor"),
     (lambda z, m, y: ops.mixed_logits_kl(z, m, ramp="1"), TypeError, "ramp must be a number, got str"),
-    (lambda z, m, y: ops.teachers_kl(z, z), TypeError, "student must be a torch.Tensor, got list"),
-    (
-        lambda z, m, y: ops.teachers_kl(z[0], [z[1][:4]]),
-        ValueError,
-        r"teachers\[0\] must have the student's batch and classes \(5, 9\), got shape \(4, 9\)",
-    ),
-    (lambda z, m, y: ops.teachers_kl(z[0], z, kind="js"), ValueError, "kind must be one of kl, cross_entropy, rev"),
-    (lambda z, m, y: ops.teachers_kl(z[0], z, weight=m[0, 0, :2]), ValueError, r"weight must have shape \(3,\)"),
-    (
-        lambda z, m, y: ops.teachers_kl(z[0], z, kind="cross_entropy", weight=m[0, 0]),
-        ValueError,
-        "weight belongs to kind 'kl'",
-    ),
-    (
-        lambda z, m, y: ops.teachers_kl(z[0], z, weight=m[0, 0].clone().requires_grad_()),
-        ValueError,
-        "weight must not require a gradient",
-    ),
-    (
-        lambda z, m, y: ops.teachers_kl(z[0], [z[1].clone().requires_grad_()], kind="reverse_kl"),
-        ValueError,
-        "teachers must not require a gradient with kind 'reverse_kl'",
-    ),
-    (lambda z, m, y: ops.aekd(z[0], z[1:], slack=1.5), ValueError, "slack must be from 0 to 1, got 1.5"),
-    (lambda z, m, y: ops.aekd(z[0], []), ValueError, "teachers must have from 1 to 128 networks, got 0"),
     (lambda z, m, y: kdfast.ONE()(z, m[:, 0, :2], y, 0), ValueError, r"gate must have shape \(5, 3\), got \(5, 2\)"),
     (lambda z, m, y: kdfast.ONE()(z, m[:, 0], y, "0"), TypeError, "epoch must be an int or a 0-d tensor, got str"),
     (lambda z, m, y: kdfast.ONE()(z, m[:, 0], y, y), ValueError, "epoch must be an int or a 0-d tensor, got shape"),
@@ -318,7 +220,6 @@ ERRORS = [
         "epoch must be given with rampup_epochs=5",
     ),
     (lambda z, m, y: kdfast.KDCL(rule="best"), ValueError, "rule must be one of naive, linear, minlogit"),
-    (lambda z, m, y: kdfast.Codistillation("kl"), ValueError, "mode must be one of cross_entropy, reverse_kl"),
     (lambda z, m, y: kdfast.FusionModule(4, 9, 3)([m[:, :, :, None]]), TypeError, "maps must be a list of two maps"),
     (
         lambda z, m, y: kdfast.FusionModule(4, 9, 3)([m[..., None]] * 2),
