@@ -1,7 +1,8 @@
 """Builds the compiled kernels, where the machine can; metadata and settings are in pyproject.toml.
 
-kdfast._C (csrc/module.cpp and csrc/*/cpu.cpp) is a Python module; kdfast._cuda (csrc/*/cuda.cu) is a plain library
-that kdfast loads only where torch has CUDA. Both use LibTorch's stable ABI: one binary serves every torch from 2.11 on.
+kdfast._C (csrc/module.cpp) is a Python module. The kernels are plain libraries: kdfast._cpu_<set> (csrc/*/cpu.cpp) for
+each instruction set, of which one is loaded, and kdfast._cuda (csrc/*/cuda.cu), which is loaded where torch has CUDA.
+All use LibTorch's stable ABI: one binary serves every torch from 2.11 on.
 """
 
 import json
@@ -27,6 +28,7 @@ COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1
 # Functions of vectors are always inlined, so how a vector would be passed (psabi) does not matter.
 CXX_FLAGS = [*COMMON_FLAGS, "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"]
 CXX_FLAGS += ["-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+CPU_SETS = {"baseline": [], "avx2": ["-march=x86-64-v3"], "avx512": ["-march=x86-64-v4"]}  # narrowest first
 NVCC_FLAGS = [*COMMON_FLAGS, "-DUSE_CUDA", "-Xcompiler=-Wall,-fvisibility=hidden", "--threads=2"]
 CSRC, OBJECTS, STUB = os.path.abspath("csrc"), "build/objects", "build/stub"
 WAY_OUT = "KDFAST_CPU_ONLY=1 leaves out the CUDA kernels, KDFAST_NO_EXTENSION=1 all of them (plain PyTorch, slower)."
@@ -132,17 +134,33 @@ def make_plan():
     return torch, home, record
 
 
-def cpu_extension(cpp_extension, record):
-    built = [f'-DKDFAST_CUDA_VERSION="{record["cuda"] or ""}"', f'-DKDFAST_CUDA_ARCHS="{" ".join(record["archs"])}"']
-    return Extension(
-        "kdfast._C",
-        sources=["csrc/module.cpp", *sorted(map(str, Path("csrc").glob("*/cpu.cpp")))],
-        include_dirs=[CSRC, *cpp_extension.include_paths()],
-        library_dirs=cpp_extension.library_paths(),
-        libraries=["torch_cpu"],
-        extra_compile_args=[*CXX_FLAGS, *built],
-        language="c++",
-    )
+def cpu_sets():
+    """Instruction sets that kernels are compiled for here."""
+    return list(CPU_SETS) if platform.machine() in ("x86_64", "AMD64") else ["baseline"]
+
+
+def cpu_extensions(cpp_extension, record):
+    """The module, and a library of kernels for each instruction set."""
+    built = {
+        "KDFAST_CUDA_VERSION": record["cuda"] or "",
+        "KDFAST_CUDA_ARCHS": " ".join(record["archs"]),
+        "KDFAST_CPU_SETS": " ".join(cpu_sets()),
+    }
+    kernels = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
+    libraries = {"_C": (["csrc/module.cpp"], [f'-D{name}="{value}"' for name, value in built.items()])}
+    libraries |= {f"_cpu_{name}": (kernels, CPU_SETS[name]) for name in cpu_sets()}
+    return [
+        Extension(
+            f"kdfast.{name}",
+            sources=sources,
+            include_dirs=[CSRC, *cpp_extension.include_paths()],
+            library_dirs=cpp_extension.library_paths(),
+            libraries=["torch_cpu"],
+            extra_compile_args=[*CXX_FLAGS, *flags],
+            language="c++",
+        )
+        for name, (sources, flags) in libraries.items()
+    ]
 
 
 def cuda_extension(cpp_extension, record, home):
@@ -170,7 +188,7 @@ def extensions(torch, home, record):
     from torch.utils import cpp_extension
 
     cuda = [cuda_extension(cpp_extension, record, home)] if record["situation"] == "cuda" else []
-    return [cpu_extension(cpp_extension, record), *cuda]
+    return [*cpu_extensions(cpp_extension, record), *cuda]
 
 
 def commands(torch, record):
@@ -179,7 +197,7 @@ def commands(torch, record):
 
         def run(self):
             package = Path("kdfast" if self.editable_mode else f"{self.build_lib}/kdfast")
-            for library in [*package.glob("_C.*"), *package.glob("_cuda.*")]:
+            for library in [file for name in ("_C", "_cpu_*", "_cuda") for file in package.glob(f"{name}.*")]:
                 library.unlink()
             super().run()
             (package / "_build.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -201,6 +219,10 @@ def commands(torch, record):
             super().finalize_options()
             self.build_temp = OBJECTS  # an editable install would otherwise compile everything anew each time
 
+        def build_extension(self, extension):
+            self.build_temp = f"{OBJECTS}/{extension.name}"  # sets compile the same sources
+            super().build_extension(extension)
+
         def run(self):
             try:
                 if record["situation"] == "cuda":
@@ -216,7 +238,7 @@ def commands(torch, record):
             stub = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libtorch_cuda.so", "-o", f"{STUB}/libtorch_cuda.so"]
             subprocess.run([*shlex.split(record["compiler"]), *stub], check=True)
             if not torch.version.cuda:  # then cpp_extension does not track the headers of .cu files
-                for stale in Path(OBJECTS).glob("csrc/*/cuda.o"):
+                for stale in Path(OBJECTS).glob("kdfast._cuda/csrc/*/cuda.o"):
                     stale.unlink()
 
     return {"build_py": BuildPy, "build_ext": BuildKernels}

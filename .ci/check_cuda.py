@@ -25,7 +25,7 @@ ENTRY = re.compile(
 
 def build(folder, archs):
     """Build the wheel into `folder`; all that pip and the compilers said, and whether it was built."""
-    for stale in ROOT.glob(f"{setup.OBJECTS}/csrc/*/cuda.o"):  # ninja would not compile those again
+    for stale in ROOT.glob(f"{setup.OBJECTS}/kdfast._cuda/csrc/*/cuda.o"):  # ninja would not compile those again
         stale.unlink()
     flags = f"{os.environ.get('NVCC_APPEND_FLAGS', '')} -Xptxas=-v"
     settings = {"KDFAST_FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": " ".join(archs), "NVCC_APPEND_FLAGS": flags}

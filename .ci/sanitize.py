@@ -19,8 +19,10 @@ sys.path.insert(0, str(ROOT))
 import setup  # noqa: E402
 
 CXX = shlex.split(os.environ.get("CXX") or "g++")
-# KD_ONE_VERSION: see macros.h. The last two: line numbers in the report, and no minute spent on optimising.
-FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DKD_ONE_VERSION", "-g1", "-O1"]
+# The last two: line numbers in the report, and no minute spent on optimising.
+FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1"]
+CPU_SET = "baseline"
+LIBRARIES = ("kdfast._C", f"kdfast._cpu_{CPU_SET}")
 ASAN_OPTIONS = "detect_leaks=0"  # Python and torch leave much behind when they end
 
 
@@ -34,13 +36,15 @@ def start_compiling(extension, source):
 
 
 def build():
-    """A copy of the package with the sanitized kdfast._C; -> the folder to import it from."""
+    """A copy of the package with sanitized kernels, for one instruction set; -> the folder to import it from."""
     from torch.utils import cpp_extension
 
-    extension = setup.cpu_extension(cpp_extension, {"cuda": None, "archs": []})
-    extension.include_dirs.append(sysconfig.get_path("include"))
-    started = [start_compiling(extension, source) for source in extension.sources]
-    if any([process.wait() for _, process in started]):
+    extensions = setup.cpu_extensions(cpp_extension, {"cuda": None, "archs": []})
+    extensions = {extension.name: extension for extension in extensions if extension.name in LIBRARIES}
+    for extension in extensions.values():
+        extension.include_dirs.append(sysconfig.get_path("include"))
+    started = {name: [start_compiling(x, source) for source in x.sources] for name, x in extensions.items()}
+    if any([process.wait() for objects in started.values() for _, process in objects]):
         raise SystemExit("sanitize: compiling failed, see above")
     package = BUILD / "lib" / "kdfast"
     shutil.rmtree(package, ignore_errors=True)
@@ -48,10 +52,11 @@ def build():
     shutil.copytree(
         ROOT / "benchmarks", package / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__")
     )
-    libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
-    library = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = [*CXX, *FLAGS, "-shared", *(str(target) for target, _ in started), *libraries]
-    subprocess.run([*command, "-lc10", "-ltorch_python", "-o", str(library)], check=True)
+    for name, extension in extensions.items():
+        libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
+        library = package / f"{name.partition('.')[2]}{sysconfig.get_config_var('EXT_SUFFIX')}"
+        command = [*CXX, *FLAGS, "-shared", *(str(target) for target, _ in started[name]), *libraries]
+        subprocess.run([*command, "-lc10", "-ltorch_python", "-o", str(library)], check=True)
     return package.parent
 
 
@@ -71,6 +76,7 @@ def main(arguments):
     environment = {
         **os.environ,
         "ASAN_OPTIONS": ASAN_OPTIONS,
+        "KDFAST_ISA": CPU_SET,
         "PYTHONPATH": str(folder),
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libubsan.so')}",
         "KDFAST_TEST_REQUIRE_KERNELS": "1",

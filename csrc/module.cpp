@@ -1,6 +1,8 @@
-// The Python module. Importing it also runs the registrations of every csrc/*/cpu.cpp that is linked beside it.
+// The Python module: what was built, and which of the libraries beside it, one for each instruction set, runs here.
 #include <cstdint>
+#include <cstdlib>
 #include <string>
+#include <vector>
 
 // The pybind11 that comes with torch 2.11 refuses to be included where the stable ABI's version is set.
 constexpr uint64_t kTorchTarget = TORCH_TARGET_VERSION;
@@ -23,19 +25,24 @@ std::string compiler() {
 #endif
 }
 
-// The instruction sets compiled in, and the one that the loader picks on this machine: what KD_MULTIVERSION does.
-#if defined(__x86_64__) && defined(__ELF__) && defined(__GNUC__) && !defined(__clang__) && !defined(KD_ONE_VERSION)
-py::tuple cpu_sets() { return py::make_tuple("avx512", "avx2", "baseline"); }
-
+// Which library of kernels runs here: that of the widest instruction set that this processor has, or of a narrower one
+// that KDFAST_ISA names.
 std::string cpu_set() {
+  std::vector<std::string> sets{"baseline"};
+#if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
-  return __builtin_cpu_supports("x86-64-v3") ? "avx2" : "baseline";
-}
-#else
-py::tuple cpu_sets() { return py::make_tuple("baseline"); }
-std::string cpu_set() { return "baseline"; }
+  if (__builtin_cpu_supports("x86-64-v3")) sets.push_back("avx2");
+  if (__builtin_cpu_supports("x86-64-v4")) sets.push_back("avx512");
 #endif
+  const char* wanted = std::getenv("KDFAST_ISA");
+  if (!wanted || !*wanted) return sets.back();
+  std::string known;
+  for (const std::string& set : sets) {
+    if (set == wanted) return set;
+    known += (known.empty() ? "" : ", ") + set;
+  }
+  throw py::value_error("KDFAST_ISA must be one of " + known + " on this processor, got '" + wanted + "'");
+}
 
 py::dict build_info() {
   const int major = kTorchTarget >> 56, minor = (kTorchTarget >> 48) & 0xff;
@@ -45,7 +52,7 @@ py::dict build_info() {
   info["compiler"] = compiler();
   info["cuda"] = cuda.empty() ? py::object(py::none()) : py::str(cuda);
   info["cuda_archs"] = py::tuple(py::str(KDFAST_CUDA_ARCHS).attr("split")());
-  info["cpu_sets"] = cpu_sets();
+  info["cpu_sets"] = py::tuple(py::str(KDFAST_CPU_SETS).attr("split")());
   info["cpu_set"] = cpu_set();
   return info;
 }
@@ -53,7 +60,8 @@ py::dict build_info() {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("build_info", &build_info, "How this extension was built, and the instruction set it uses here.");
+  m.def("build_info", &build_info, "How the kernels were built, and the instruction set they use here.");
+  m.def("cpu_set", &cpu_set, "The instruction set whose kernels run here; ValueError if KDFAST_ISA names none.");
   m.def(
       "advise_huge_pages",
       [](uintptr_t address, size_t bytes) { kdfast::advise_huge_pages(reinterpret_cast<void*>(address), bytes); },

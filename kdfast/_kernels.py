@@ -1,7 +1,7 @@
 """The compiled kernels: loading them, defining ops, and saying which path an op takes.
 
-An op is defined once. Its pure-PyTorch form is a dispatcher kernel for every device; the libraries ``_C`` (CPU)
-and ``_cuda`` register faster kernels for theirs, which the dispatcher prefers. Nothing else chooses a path.
+An op is defined once. Its pure-PyTorch form is a dispatcher kernel for every device; the libraries ``_cpu_<set>``, one
+for each instruction set, and ``_cuda`` register faster kernels, which the dispatcher prefers. Nothing else chooses.
 """
 
 import contextlib
@@ -79,10 +79,20 @@ def _load_cpu(library):
         return
     library.path = spec.origin
     try:
-        importlib.import_module("kdfast._C")
+        library.path = _cpu_kernels(importlib.import_module("kdfast._C").cpu_set())
+        torch.ops.load_library(library.path)
         library.loaded = True
     except Exception as error:  # any failure to load is reported, never swallowed: see load()
         library.error = f"{type(error).__name__}: {error}"
+
+
+def _cpu_kernels(instruction_set):
+    """The library of kernels for an instruction set, or of a narrower one if it was not built."""
+    sets = ("baseline", "avx2", "avx512")
+    for name in reversed(sets[: sets.index(instruction_set) + 1]):
+        if found := glob.glob(os.path.join(os.path.dirname(__file__), f"_cpu_{name}.*")):
+            return found[0]
+    raise FileNotFoundError("there is no library _cpu_* beside it")
 
 
 def _unbuilt(name):

@@ -107,6 +107,22 @@ def test_broken_extension(tmp_path):
     assert "_C            FAILED: ImportError: " in report.stdout
 
 
+def test_instruction_set_by_hand():
+    """KDFAST_ISA names the kernels; one that this processor has not is an error that says which there are."""
+    if not kdfast._kernels.status()["_C"].loaded:
+        pytest.skip("no CPU kernels")
+    code = "import kdfast; print(kdfast._kernels.status()['_C'].path)"
+
+    def run(name):
+        environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "KDFAST_ISA": name}
+        return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+
+    assert "_cpu_baseline." in run("baseline").stdout
+    wrong = run("mmx")
+    assert wrong.returncode != 0
+    assert "KDFAST_ISA must be one of baseline" in wrong.stderr and "got 'mmx'" in wrong.stderr
+
+
 def command(*arguments, **more):
     """A process of the command line, which runs the package that is tested here."""
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}

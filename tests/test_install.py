@@ -16,21 +16,25 @@ ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.py").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
-# A module and an op family that compile in a second; pybind11 alone takes ten.
-TINY_MODULE = """
-#include <Python.h>
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }
-"""
-TINY_CPU = "int kdfast_tiny = TORCH_TARGET_VERSION >> 56;"
-TINY_CUDA = "#include <torch/csrc/stable/tensor.h>\n__global__ void kernel(float* x) { x[threadIdx.x] *= 2; }"
-
 
 def load_setup():
     spec = importlib.util.spec_from_file_location("kdfast_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+# A module and an op family that compile in a second; pybind11 alone takes ten.
+TINY_MODULE = """
+#include <Python.h>
+static PyObject* cpu_set(PyObject*, PyObject*) { return PyUnicode_FromString("baseline"); }
+static PyMethodDef methods[] = {{"cpu_set", cpu_set, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }
+"""
+CPU_LIBRARIES = ["_C", *sorted(f"_cpu_{name}" for name in load_setup().cpu_sets())]
+TINY_CPU = "int kdfast_tiny = TORCH_TARGET_VERSION >> 56;"
+TINY_CUDA = "#include <torch/csrc/stable/tensor.h>\n__global__ void kernel(float* x) { x[threadIdx.x] *= 2; }"
 
 
 # ---- the decision ----------------------------------------------------------------------------------------------------
@@ -144,7 +148,7 @@ def test_no_compiler(tree, tmp_path):
 @pytest.mark.install
 def test_chosen_by_hand_and_changed_later(tree):
     tree.pip(KDFAST_CPU_ONLY="1")
-    assert (tree.libraries(), tree.record()["situation"]) == (["_C"], "cpu")
+    assert (tree.libraries(), tree.record()["situation"]) == (CPU_LIBRARIES, "cpu")
     assert tree.record()["torch_target"] == "2.11"
     # The compiled library of the first install must not survive in the second.
     tree.pip(KDFAST_NO_EXTENSION="1")
@@ -157,7 +161,7 @@ def test_editable(tree, tmp_path):
     command += ["--ignore-installed", "--prefix", str(tmp_path / "prefix"), "-e", "."]
     run(command, tree.source, KDFAST_CPU_ONLY="1")
     tree.site = tree.source
-    assert (tree.libraries(), tree.record()["situation"]) == (["_C"], "cpu")
+    assert (tree.libraries(), tree.record()["situation"]) == (CPU_LIBRARIES, "cpu")
     run(command, tree.source, KDFAST_NO_EXTENSION="1")
     assert (tree.libraries(), tree.record()["situation"]) == ([], "python")
 
@@ -183,7 +187,7 @@ def test_cuda_beside_a_cpu_torch(tree):
     if not load_setup().find_nvcc()[0]:
         pytest.skip("needs nvcc")
     tree.pip(KDFAST_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
-    assert tree.libraries() == ["_C", "_cuda"]
+    assert tree.libraries() == [*CPU_LIBRARIES, "_cuda"]
     assert (tree.record()["situation"], tree.record()["archs"]) == ("cuda", ["9.0+PTX"])
     library = next((tree.site / "kdfast").glob("_cuda*.so")).read_bytes()
     assert b"libtorch_cuda.so" in library
@@ -196,6 +200,8 @@ def test_sdist_and_wheel(tmp_path):
     tree = Tree(tmp_path, tiny=False)
     for family in (tree.source / "csrc").glob("*/cpu.cpp"):
         family.unlink()  # nothing that an install does differently, and slow to compile
+    (tree.source / "csrc/tiny").mkdir()
+    (tree.source / "csrc/tiny/cpu.cpp").write_text(TINY_CPU)
     (tree.source / "kdfast/_C.stale.so").write_text("left by an editable install")
     code = "import sys; sys.modules['torch'] = None; from setuptools import build_meta; build_meta.build_sdist('dist')"
     run([sys.executable, "-c", code], tree.source)

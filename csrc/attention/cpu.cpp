@@ -39,7 +39,7 @@ void copy(const Matrix& m, int64_t row, int64_t col, int64_t n, A* to) {
 constexpr int64_t kUnroll = 4;  // long channels that are added to the sums together; short ones one by one
 
 template <int P, class A>
-KD_MULTIVERSION void add_channels(const A* x, int64_t stride, int64_t channels, int64_t n, int64_t p, A* sum) {
+void add_channels(const A* x, int64_t stride, int64_t channels, int64_t n, int64_t p, A* sum) {
   int64_t c = 0;
   for (; n >= kChunk && c + kUnroll <= channels; c += kUnroll, x += kUnroll * stride) {
 #pragma omp simd
@@ -55,7 +55,7 @@ KD_MULTIVERSION void add_channels(const A* x, int64_t stride, int64_t channels, 
 }
 
 template <int P, class A>
-KD_MULTIVERSION A sum_powers(const A* x, int64_t n, int64_t p) {
+A sum_powers(const A* x, int64_t n, int64_t p) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return power<P>(x[i], p); });
 }
 
@@ -116,7 +116,7 @@ void write_maps(const Tensor& x, int64_t p, A* sums) {
 
 // ---- the loss of one sample, and its slopes in place of the maps
 template <class A>
-KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
+double sum_squares(const A* x, int64_t n) {
   return sum_each<double>(n, [&](int64_t i) KD_INLINED {
     const double wide = x[i];
     return wide * wide;
@@ -128,7 +128,7 @@ struct GapSums {
 };
 
 template <class A>
-KD_MULTIVERSION GapSums sum_gaps(const A* m_s, const A* m_t, int64_t n, Norms<A> norms) {
+GapSums sum_gaps(const A* m_s, const A* m_t, int64_t n, Norms<A> norms) {
   const auto sums = sum_elements<3, double>(n, [&](int64_t i) KD_INLINED {
     const double gap = norms.gap(m_s[i], m_t[i]), q_s = m_s[i] * norms.inverse_s, q_t = m_t[i] * norms.inverse_t;
     return Terms<double>{gap * gap, gap * q_s, gap * q_t};
@@ -137,8 +137,8 @@ KD_MULTIVERSION GapSums sum_gaps(const A* m_s, const A* m_t, int64_t n, Norms<A>
 }
 
 template <class A>
-KD_MULTIVERSION void write_slopes(const A* m_s, const A* m_t, int64_t n, Norms<A> norms, A along_s, A along_t, A factor,
-                                  A* slope_s, A* slope_t) {
+void write_slopes(const A* m_s, const A* m_t, int64_t n, Norms<A> norms, A along_s, A along_t, A factor, A* slope_s,
+                  A* slope_t) {
   for (int64_t i = 0; i < n; ++i) {
     const A gap = norms.gap(m_s[i], m_t[i]), q_s = m_s[i] * norms.inverse_s, q_t = m_t[i] * norms.inverse_t;
     if (slope_s) slope_s[i] = factor * slope(q_s, gap, along_s, norms.inverse_s);
@@ -148,8 +148,7 @@ KD_MULTIVERSION void write_slopes(const A* m_s, const A* m_t, int64_t n, Norms<A
 
 // ---- the gradient: slope_n x_cn^(p-1), of rows of channels or (channels last) of positions. out [rows, n]
 template <int P, class A>
-KD_MULTIVERSION void scale_channels(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p,
-                                    A grad, A* out) {
+void scale_channels(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p, A grad, A* out) {
   for (int64_t r = 0; r < rows; ++r, x += stride, out += n) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) out[i] = grad * slopes[i] * power<P>(x[i], p);
@@ -157,8 +156,7 @@ KD_MULTIVERSION void scale_channels(const A* x, int64_t stride, int64_t rows, in
 }
 
 template <int P, class A>
-KD_MULTIVERSION void scale_positions(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p,
-                                     A grad, A* out) {
+void scale_positions(const A* x, int64_t stride, int64_t rows, int64_t n, const A* slopes, int64_t p, A grad, A* out) {
   for (int64_t r = 0; r < rows; ++r, x += stride, out += n) {
     const A slope = grad * slopes[r];
 #pragma omp simd

@@ -14,7 +14,7 @@ void for_pieces(int64_t from, int64_t to, const F& f) {
 }
 
 template <class T, class A>
-KD_MULTIVERSION void widen(const T* from, int64_t stride, int64_t n, A* to) {
+void widen(const T* from, int64_t stride, int64_t n, A* to) {
   if (stride == 1) {
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<A>(from[i]);
   } else {
@@ -23,13 +23,13 @@ KD_MULTIVERSION void widen(const T* from, int64_t stride, int64_t n, A* to) {
 }
 
 template <class A, class T>
-KD_MULTIVERSION void narrow(const A* from, int64_t n, T* to) {
+void narrow(const A* from, int64_t n, T* to) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
 // The largest of `start` and all z. Four parts side by side: a single one would wait for each comparison.
 template <class A>
-KD_MULTIVERSION A max_of(const A* z, int64_t n, A start) {
+A max_of(const A* z, int64_t n, A start) {
   const int64_t part = n / 64 * 16;
   const A *z_1 = z + part, *z_2 = z_1 + part, *z_3 = z_2 + part;
   A top = start, top_1 = start, top_2 = start, top_3 = start;

@@ -89,7 +89,7 @@ void reduce_rows(int64_t rows, bool reduce, A* out, const F& value) {
 
 // The sum of the exponentials at T. kKeep: also writes them to e.
 template <bool kKeep, class A>
-KD_MULTIVERSION A exponential_sum(const A* z, int64_t n, A max, A rate, A* e) {
+A exponential_sum(const A* z, int64_t n, A max, A rate, A* e) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A power = exp2((z[i] - max) * rate);
     if (kKeep) e[i] = power;
@@ -104,7 +104,7 @@ struct ExponentialSums {
 
 // The same at both temperatures.
 template <int kT, bool kKeep, class A>
-KD_MULTIVERSION ExponentialSums<A> exponential_sums(const A* z, int64_t n, A max, A rate, A* e) {
+ExponentialSums<A> exponential_sums(const A* z, int64_t n, A max, A rate, A* e) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, power = exp2(c * rate);
     if (kKeep) e[i] = power;
@@ -114,13 +114,13 @@ KD_MULTIVERSION ExponentialSums<A> exponential_sums(const A* z, int64_t n, A max
 }
 
 template <class A>
-KD_MULTIVERSION void write_exponentials(const A* z, int64_t n, A max, A rate, A* e) {
+void write_exponentials(const A* z, int64_t n, A max, A rate, A* e) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED { e[i] = exp2((z[i] - max) * rate); });
 }
 
 // KL(p || q) of near distributions, in nats.
 template <class A>
-KD_MULTIVERSION A near_sum(const A* z_p, const A* z_q, int64_t n, NearRow<A> row) {
+A near_sum(const A* z_p, const A* z_q, int64_t n, NearRow<A> row) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return row.term(z_p[i], z_q[i]); });
 }
 

@@ -38,7 +38,7 @@ struct Batch {
   }
 };
 
-__global__ inline void convert_kernel(Batch x, int64_t n, Batch to) {
+static __global__ void convert_kernel(Batch x, int64_t n, Batch to) {
   const int64_t at = int64_t(blockIdx.x) * kBlock + threadIdx.x;
   if (at >= n) return;
   const int64_t z = at / (x.rows * x.cols), i = at / x.cols % x.rows, j = at % x.cols;

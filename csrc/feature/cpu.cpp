@@ -47,7 +47,7 @@ std::vector<A> values_of(const Tensor& x, double factor) {
 // ---- loops over a chunk
 
 template <class A, class Kind>
-KD_MULTIVERSION ErrorTerms<A> add_terms(const A* s, const A* t, const A* m, int64_t n, Kind kind) {
+ErrorTerms<A> add_terms(const A* s, const A* t, const A* m, int64_t n, Kind kind) {
   const auto sums = sum_elements<Kind::kSums, A>(n, [&](int64_t i) KD_INLINED {
     const ErrorTerms<A> each = kind.terms(s[i], t[i], Kind::kPerChannel ? m[i] : A(0));
     return kdfast::Terms<A>{each.x, each.y, each.z};
@@ -56,8 +56,7 @@ KD_MULTIVERSION ErrorTerms<A> add_terms(const A* s, const A* t, const A* m, int6
 }
 
 template <class A, class Kind, bool kTeacher>
-KD_MULTIVERSION void write_slopes(const A* s, const A* t, const A* m, int64_t n, Kind kind, A factor, A* to_s,
-                                  A* to_t) {
+void write_slopes(const A* s, const A* t, const A* m, int64_t n, Kind kind, A factor, A* to_s, A* to_t) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const Slopes<A> each = kind.slopes(s[i], t[i], Kind::kPerChannel ? m[i] : A(0));
@@ -68,7 +67,7 @@ KD_MULTIVERSION void write_slopes(const A* s, const A* t, const A* m, int64_t n,
 
 // sums[c] += (s - t)^2, for the channels of one position.
 template <class A>
-KD_MULTIVERSION void add_squares(const A* s, const A* t, int64_t n, A* sums) {
+void add_squares(const A* s, const A* t, int64_t n, A* sums) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) sums[i] += (s[i] - t[i]) * (s[i] - t[i]);
 }
@@ -221,7 +220,7 @@ KD_HD Lanes<A> first_lanes(const Lanes<A>& v, int64_t n) {
 
 // Sums of s - t in each cell of a plane, rows without gaps: to cells[.][lane]. -> the sum of (s - t)^2.
 template <class A>
-KD_MULTIVERSION double sum_plane(const A* s, const A* t, const Pyramid& p, A* line, Lanes<A>* cells, int64_t lane) {
+double sum_plane(const A* s, const A* t, const Pyramid& p, A* line, Lanes<A>* cells, int64_t lane) {
   constexpr int64_t L = kLanesOf<A>;
   const int64_t size = p.height * p.width;
   double squares = 0;
@@ -250,8 +249,8 @@ KD_MULTIVERSION double sum_plane(const A* s, const A* t, const Pyramid& p, A* li
 
 // Gradients of a plane, `factor` times (own (s - t) + its cell's slope); negative in the teacher. Either may be absent.
 template <class A>
-KD_MULTIVERSION void write_plane(const A* s, const A* t, const Pyramid& p, A* line, const Lanes<A>* cells, int64_t lane,
-                                 A own, A factor, A* to_s, A* to_t) {
+void write_plane(const A* s, const A* t, const Pyramid& p, A* line, const Lanes<A>* cells, int64_t lane, A own,
+                 A factor, A* to_s, A* to_t) {
   constexpr int64_t L = kLanesOf<A>;
   const int64_t size = p.height * p.width;
   const Lanes<A> own_lanes = all(own), factor_lanes = all(factor);
@@ -282,7 +281,7 @@ struct Line {
 
 // Sums of s - t in each cell of a row of cells [columns, vectors], for n channels of a line. -> the sum of (s - t)^2.
 template <class A>
-KD_MULTIVERSION double sum_line(Line<const A> s, Line<const A> t, const Axis& columns, int64_t n, Lanes<A>* cells) {
+double sum_line(Line<const A> s, Line<const A> t, const Axis& columns, int64_t n, Lanes<A>* cells) {
   constexpr int64_t L = kLanesOf<A>;
   const int64_t vectors = (n + L - 1) / L;
   Lanes<A> sum{};
@@ -300,8 +299,8 @@ KD_MULTIVERSION double sum_line(Line<const A> s, Line<const A> t, const Axis& co
 }
 
 template <class A>
-KD_MULTIVERSION void write_line(Line<const A> s, Line<const A> t, const Axis& columns, int64_t n, const Lanes<A>* cells,
-                                A own, A factor, Line<A> to_s, Line<A> to_t) {
+void write_line(Line<const A> s, Line<const A> t, const Axis& columns, int64_t n, const Lanes<A>* cells, A own,
+                A factor, Line<A> to_s, Line<A> to_t) {
   constexpr int64_t L = kLanesOf<A>;
   const int64_t vectors = (n + L - 1) / L;
   const Lanes<A> own_lanes = all(own), factor_lanes = all(factor);
@@ -320,7 +319,7 @@ KD_MULTIVERSION void write_line(Line<const A> s, Line<const A> t, const Axis& co
 
 // The averages of as many channels as `vectors` have lanes, see `pool`. cells [cells, vectors].
 template <bool kGradient, class A>
-KD_MULTIVERSION A pool_lanes(const Pyramid& p, Lanes<A>* cells, int64_t vectors) {
+A pool_lanes(const Pyramid& p, Lanes<A>* cells, int64_t vectors) {
   Lanes<A> loss{};
   for (int64_t v = 0; v < vectors; ++v) loss += pool<kGradient, Lanes<A>, A>(p, cells + v, vectors);
   return lane_sum<A>(loss);

@@ -13,9 +13,6 @@ namespace kdfast {
 namespace gram {
 namespace {
 
-constexpr int64_t kTile = 4;     // rows whose sums are in registers
-constexpr int64_t kVectors = 4;  // vectors of columns, likewise
-
 int64_t blocks_of(int64_t n, int64_t block) { return (n + block - 1) / block; }
 
 // One matrix of a batch [Z, n, m].
@@ -36,11 +33,10 @@ bool in_place(const Matrix& m, int64_t width) {
   return m.dtype == kDtype<A> && m.col_stride == 1 && width % kLanesOf<A> == 0;
 }
 
-// Rows [row, row + height), columns [col, col + width); the buffer has `stride` columns.
+// Rows [row, row + height), columns [col, col + width) to a buffer of `stride` columns.
 template <class A>
-Panel<A> panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer) {
+void copy_panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer) {
   const int64_t offset = row * m.row_stride + col * m.col_stride;
-  if (in_place<A>(m, width)) return {static_cast<const A*>(m.data) + offset, m.row_stride};
   const int64_t end = blocks_of(width, kLanesOf<A>) * kLanesOf<A>;
   dispatch_float(m.dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -50,6 +46,14 @@ Panel<A> panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_
       std::fill(buffer + r * stride + width, buffer + r * stride + end, A(0));
     }
   });
+}
+
+template <class A>
+Panel<A> panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer) {
+  if (in_place<A>(m, width)) {
+    return {static_cast<const A*>(m.data) + row * m.row_stride + col * m.col_stride, m.row_stride};
+  }
+  copy_panel(m, row, height, col, width, stride, buffer);
   return {buffer, stride};
 }
 
@@ -59,24 +63,15 @@ constexpr int64_t kGroup = 36;                 // blocks of products that take t
 
 // block[i][j] += x[i] . y[j] over n columns, i < rows, j < cols; with `upper` only of tiles on and above the diagonal.
 template <class A>
-KD_MULTIVERSION void add_inner(Panel<A> x, Panel<A> y, int64_t rows, int64_t cols, int64_t n, bool upper, A* block) {
+KD_NOT_INLINED void add_inner(Panel<A> x, Panel<A> y, int64_t rows, int64_t cols, int64_t n, bool upper, A* block) {
   for (int64_t i = 0; i < rows; i += kTile) {
     const A* x_row[kTile];
     for (int64_t a = 0; a < kTile; ++a) x_row[a] = x.data + std::min(i + a, rows - 1) * x.stride;
     for (int64_t j = upper ? i : 0; j < cols; j += kTile) {
       const A* y_row[kTile];
       for (int64_t b = 0; b < kTile; ++b) y_row[b] = y.data + std::min(j + b, cols - 1) * y.stride;
-      Lanes<A> sum[kTile][kTile] = {};
-      for (int64_t c = 0; c < n; c += kLanesOf<A>) {
-        Lanes<A> own[kTile];
-        for (int64_t a = 0; a < kTile; ++a) own[a] = load(x_row[a] + c);
-        for (int64_t b = 0; b < kTile; ++b) {
-          const Lanes<A> other = load(y_row[b] + c);
-          for (int64_t a = 0; a < kTile; ++a) sum[a][b] += own[a] * other;
-        }
-      }
       A sums[kTile][kTile];
-      lane_sums<A, kTile * kTile>(sum[0], sums[0]);
+      tile_sums(x_row, y_row, n, [](auto sum, auto own, auto other) KD_INLINED { return sum + own * other; }, sums);
       for (int64_t a = 0; a < kTile; ++a) {
         for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
       }
@@ -152,35 +147,36 @@ struct Sums {
   A scale;
 };
 
-// out[i] += sum over n rows j of w[i][j] x[j], for `rows` of kTile rows i and kV vectors of columns.
+// out[i] += sum over n rows j of w[i][j] x[j], for `rows` of kTile rows i and kV registers of columns.
 template <class A, int64_t kV>
 KD_HD void add_weighted_tile(const A* const (&w)[kTile], int64_t col_stride, const A* x, int64_t x_stride, int64_t n,
                              int64_t rows, const Sums<A>& out) {
-  Lanes<A> sum[kTile][kV] = {};
+  constexpr int64_t kWidth = kRegisterOf<A>;
+  Register<A> sum[kTile][kV] = {};
   if (!out.overwrite) {
     for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
-      for (int64_t v = 0; v < kV; ++v) sum[a][v] = load(out.data + a * out.stride + v * kLanesOf<A>);
+      for (int64_t v = 0; v < kV; ++v) sum[a][v] = load_register(out.data + a * out.stride + v * kWidth);
     }
   }
   for (int64_t j = 0; j < n; ++j) {
-    Lanes<A> row[kV];
-    for (int64_t v = 0; v < kV; ++v) row[v] = load(x + j * x_stride + v * kLanesOf<A>);
+    Register<A> row[kV];
+    for (int64_t v = 0; v < kV; ++v) row[v] = load_register(x + j * x_stride + v * kWidth);
     for (int64_t a = 0; a < kTile; ++a) {
-      const Lanes<A> weight = all(w[a][j * col_stride]);
+      const Register<A> weight = fill_register(w[a][j * col_stride]);
       for (int64_t v = 0; v < kV; ++v) sum[a][v] += weight * row[v];
     }
   }
-  const Lanes<A> scale = all(out.scale);
+  const Register<A> scale = fill_register(out.scale);
   for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
-    for (int64_t v = 0; v < kV; ++v) store(out.data + a * out.stride + v * kLanesOf<A>, sum[a][v] * scale);
+    for (int64_t v = 0; v < kV; ++v) store_register<A>(out.data + a * out.stride + v * kWidth, sum[a][v] * scale);
   }
 }
 
-// The same for `rows` rows i and `width` columns in whole vectors.
+// The same for `rows` rows i and `width` columns in whole lanes.
 template <class A>
-KD_MULTIVERSION void add_weighted(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, const A* x,
-                                  int64_t x_stride, int64_t n, int64_t width, const Sums<A>& out) {
-  constexpr int64_t kWide = kVectors * kLanesOf<A>;
+void add_weighted(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, const A* x, int64_t x_stride,
+                  int64_t n, int64_t width, const Sums<A>& out) {
+  constexpr int64_t kV = kRegisters / 8, kWide = kV * kRegisterOf<A>;
   for (int64_t c = 0; c < width;) {
     const bool wide = c + kWide <= width;
     for (int64_t i = 0; i < rows; i += kTile) {
@@ -188,16 +184,17 @@ KD_MULTIVERSION void add_weighted(const A* weights, int64_t row_stride, int64_t 
       for (int64_t a = 0; a < kTile; ++a) w[a] = weights + std::min(i + a, rows - 1) * row_stride;
       const Sums<A> to{out.data + i * out.stride + c, out.stride, out.overwrite, out.scale};
       if (wide) {
-        add_weighted_tile<A, kVectors>(w, col_stride, x + c, x_stride, n, rows - i, to);
+        add_weighted_tile<A, kV>(w, col_stride, x + c, x_stride, n, rows - i, to);
       } else {
         add_weighted_tile<A, 1>(w, col_stride, x + c, x_stride, n, rows - i, to);
       }
     }
-    c += wide ? kWide : kLanesOf<A>;
+    c += wide ? kWide : kRegisterOf<A>;
   }
 }
 
-constexpr int64_t kTall = 64, kAcross = 256;  // rows of the result and of x, and columns, of a tile
+// Rows of the result and of x, and columns, of a tile: what the registers hold of a row, and a cache of a column.
+constexpr int64_t kTall = kRegisters == 32 ? 128 : 256, kAcross = kRegisters == 32 ? 256 : 128;
 
 template <class A>
 void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tensor& out) {
@@ -210,14 +207,14 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
     const Matrix from = matrix_of(x, z), to = matrix_of(out, z);
     const A* w = static_cast<const A*>(weights.data_ptr()) + z * weights.stride(0) + i0 * weights.stride(1);
     const bool direct = in_place<A>(to, width);
-    std::vector<A> buffer(in_place<A>(from, width) ? 0 : kTall * kAcross), held(direct ? 0 : kTall * kAcross);
+    std::vector<A> buffer(kTall * kAcross), held(direct ? 0 : kTall * kAcross);
     A* sums = direct ? static_cast<A*>(to.data) + i0 * to.row_stride + c0 : held.data();
     for (int64_t j0 = 0; j0 == 0 || j0 < m; j0 += kTall) {
       const int64_t height = std::min(kTall, m - j0);
-      const Panel<A> p = panel(from, j0, height, c0, width, kAcross, buffer.data());
+      copy_panel(from, j0, height, c0, width, kAcross, buffer.data());  // rows far apart would share a few cache sets
       const Sums<A> these{sums, direct ? to.row_stride : kAcross, j0 == 0, j0 + height == m ? factor : A(1)};
-      add_weighted(w + j0 * weights.stride(2), weights.stride(1), weights.stride(2), rows, p.data, p.stride, height,
-                   filled, these);
+      add_weighted(w + j0 * weights.stride(2), weights.stride(1), weights.stride(2), rows, buffer.data(), kAcross,
+                   height, filled, these);
     }
     if (direct) return;
     for (int64_t i = 0; i < rows; ++i) write(to, i0 + i, c0, width, sums + i * kAcross);
@@ -228,7 +225,7 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
 constexpr int64_t kEntryGrain = 4096;  // entries that are worth a thread, each with divisions or a logarithm
 
 template <class A>
-KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
+double sum_squares(const A* x, int64_t n) {
   return sum_each<double>(n, [&](int64_t j) KD_INLINED {
     const double wide = x[j];
     return wide * wide;
@@ -237,8 +234,7 @@ KD_MULTIVERSION double sum_squares(const A* x, int64_t n) {
 
 // Each fills the statistics of row i and gives its loss; g and h are the row in both matrices.
 template <class A, bool kAbsolute>
-KD_MULTIVERSION double compare_row(const Rows<A, kAbsolute>& f, const A* g, const A* h, int64_t i, int64_t n,
-                                   Stats<A> stats) {
+double compare_row(const Rows<A, kAbsolute>& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats) {
   using F = Rows<A, kAbsolute>;
   f.norms(sum_squares(g, n), sum_squares(h, n), i, stats);
   const A inverse_s = stats.get(F::kInverseS, i), inverse_t = stats.get(F::kInverseT, i);
@@ -253,8 +249,7 @@ KD_MULTIVERSION double compare_row(const Rows<A, kAbsolute>& f, const A* g, cons
 }
 
 template <class A>
-KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A* h, int64_t i, int64_t n,
-                                   Stats<A> stats) {
+double compare_row(const Distribution<A>& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats) {
   using F = Distribution<A>;
   const auto totals = sum_elements<2, double>(n, [&](int64_t j) KD_INLINED {
     return Terms<double>{f.sum_term(kStudent, g[j], i, j, stats), f.sum_term(kTeacher, h[j], i, j, stats)};
@@ -274,8 +269,7 @@ KD_MULTIVERSION double compare_row(const Distribution<A>& f, const A* g, const A
 }
 
 template <class A, int kTerms>
-KD_MULTIVERSION double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n,
-                                   Stats<A> stats) {
+double compare_row(const Cosines<A, kTerms>& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats) {
   return sum_each<double>(n, [&](int64_t j) KD_INLINED {
     A slope_s, slope_t;
     return f.entry(g[j], h[j], i, j, stats, slope_s, slope_t);
@@ -283,13 +277,13 @@ KD_MULTIVERSION double compare_row(const Cosines<A, kTerms>& f, const A* g, cons
 }
 
 template <Side kSide, class A, class F>
-KD_MULTIVERSION void weigh_row(const F& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats, A* weights) {
+void weigh_row(const F& f, const A* g, const A* h, int64_t i, int64_t n, Stats<A> stats, A* weights) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) weights[j] = f.weight(kSide, g[j], h[j], i, j, stats);
 }
 
 template <class A>
-KD_MULTIVERSION double dot(const A* x, const A* y, int64_t n) {
+double dot(const A* x, const A* y, int64_t n) {
   return sum_each<double>(n,
                           [&](int64_t j) KD_INLINED { return static_cast<double>(x[j]) * static_cast<double>(y[j]); });
 }
@@ -347,7 +341,7 @@ struct Network {
 
 // x[c] of `stride` positions each -> |x| of n of them.
 template <class A>
-KD_MULTIVERSION void position_norms(const A* x, int64_t stride, int64_t channels, int64_t n, A* norms) {
+void position_norms(const A* x, int64_t stride, int64_t channels, int64_t n, A* norms) {
   A sum[kPositions] = {};
   for (int64_t c = 0; c < channels; ++c) {
     for (int64_t i = 0; i < n; ++i) sum[i] += x[c * stride + i] * x[c * stride + i];
@@ -387,7 +381,7 @@ void write_units(const Tensor& x, A eps, const Network<A>& net) {
 
 // gaps := signs; -> sum |gap|
 template <class A>
-KD_MULTIVERSION A write_signs(const A* s, const A* t, A* signs) {
+A write_signs(const A* s, const A* t, A* signs) {
   return sum_each<A>(kPositions * kPositions, [&](int64_t i) KD_INLINED {
     const A gap = s[i] - t[i];
     signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
@@ -441,7 +435,7 @@ double affinity_sum(const Network<A> (&nets)[2], int64_t batch) {
 
 // grad / (|x| + eps) (slope - (slope . x) / ((|x| + eps) |x|) x) of n positions; x and out channel by channel.
 template <class A>
-KD_MULTIVERSION void finish_positions(const A* slope, A* x, int64_t channels, int64_t n, A eps, A grad) {
+void finish_positions(const A* slope, A* x, int64_t channels, int64_t n, A eps, A grad) {
   A norms[kPositions], along[kPositions] = {}, inverse[kPositions];
   position_norms(x, kPositions, channels, n, norms);
   for (int64_t c = 0; c < channels; ++c) {

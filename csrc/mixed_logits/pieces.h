@@ -10,7 +10,7 @@ namespace mixed_logits {
 // ---- forward
 // Mixes kM networks to kR targets: out_r = sum_m w_rm (z_m - max_m), w [kR, kMaxNetworks]; -> the largest of each.
 template <int kM, int kR, class A>
-KD_MULTIVERSION Terms<A> mix_pieces(const A* const* z, const A* max, const A* w, int64_t n, A* const* out) {
+Terms<A> mix_pieces(const A* const* z, const A* max, const A* w, int64_t n, A* const* out) {
   // All in locals: the compiler would reload them after each store, which may alias.
   constexpr int m_1 = kM > 1, m_2 = kM > 2 ? 2 : 0, m_3 = kM > 3 ? 3 : 0;
   constexpr int r_1 = kR > 1, r_2 = kR > 2 ? 2 : 0, r_3 = kR > 3 ? 3 : 0;
@@ -45,7 +45,7 @@ KD_MULTIVERSION Terms<A> mix_pieces(const A* const* z, const A* max, const A* w,
 
 // out += sum_m w_m (z_m - max_m) of kM networks.
 template <int kM, class A>
-KD_MULTIVERSION void add_mixed(const A* const* z, const A* max, const A* w, int64_t n, A* out) {
+void add_mixed(const A* const* z, const A* max, const A* w, int64_t n, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
     A sum = w[0] * (z[0][i] - max[0]);
     if (kM > 1) sum += w[1] * (z[1][i] - max[1]);
@@ -57,7 +57,7 @@ KD_MULTIVERSION void add_mixed(const A* const* z, const A* max, const A* w, int6
 
 // min_m (z_m - origin_m)
 template <class A>
-KD_MULTIVERSION void min_piece(const A* const* z, const A* origin, int64_t count, int64_t n, A* out) {
+void min_piece(const A* const* z, const A* origin, int64_t count, int64_t n, A* out) {
   for (int64_t m = 0; m < count; ++m) {
     const A *from = z[m], zero = origin[m];
     update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
@@ -78,7 +78,7 @@ struct LearnerSums {
 // A learner beside its target, whose exponentials are e_t. Without kMasked no logit may be masked; `has_masked` of the
 // result tells if one was.
 template <int kT, bool kEps, bool kMasked, class A>
-KD_MULTIVERSION LearnerSums<A> learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
+LearnerSums<A> learner_sums(const A* z, const A* t, const A* e_t, int64_t n, A max_q, A max_t, A rate) {
   const auto sums = sum_elements<kMasked ? 5
                                  : kEps  ? 4
                                          : 3,
@@ -100,7 +100,7 @@ struct OwnSums {
 
 // A learner beside a target of its own, whose exponentials are written to e_t and summed.
 template <int kT, class A>
-KD_MULTIVERSION OwnSums<A> own_sums(const A* z, const A* t, A* e_t, int64_t n, A max_q, A max_t, A rate) {
+OwnSums<A> own_sums(const A* z, const A* t, A* e_t, int64_t n, A max_q, A max_t, A rate) {
   const auto sums = sum_elements<5, A>(n, [&](int64_t i) KD_INLINED {
     const A c_q = z[i] - max_q, c_t = t[i] - max_t, e_q = exp2(c_q * rate), e = exp2(c_t * rate);
     e_t[i] = e;
@@ -110,7 +110,7 @@ KD_MULTIVERSION OwnSums<A> own_sums(const A* z, const A* t, A* e_t, int64_t n, A
 }
 
 template <bool kMasked, class A>
-KD_MULTIVERSION SmoothedTargetSums<A> smoothed_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
+SmoothedTargetSums<A> smoothed_sums(const A* t, const A* e, int64_t n, LogSoftmax<A> s, A eps) {
   const auto sums = sum_elements<kMasked ? 3 : 2, A>(n, [&](int64_t i) KD_INLINED {
     const A c = t[i] - s.max, p = e[i] * s.inverse, log_p = c * s.rate - s.log2_sum, log_smoothed = fast_log2(p + eps);
     if (!kMasked) return Terms<A>{p * (log_smoothed - log_p), log_smoothed};
@@ -123,7 +123,7 @@ KD_MULTIVERSION SmoothedTargetSums<A> smoothed_sums(const A* t, const A* e, int6
 
 // ---- gradients
 template <int kT, bool kEps, class A>
-KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
+void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
                                         LearnerGrad<A> g, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
@@ -134,7 +134,7 @@ KD_MULTIVERSION void learner_grad_piece(const A* z, const A* t, const A* e_t, in
 
 // The same plus w g_t, the network's share of the target's gradient g_t; -> sum g_t (z - max).
 template <int kT, bool kEps, class A>
-KD_MULTIVERSION A learner_and_target_grad_piece(const A* z, const A* t, const A* e_t, const A* g_t, int64_t n, A max,
+A learner_and_target_grad_piece(const A* z, const A* t, const A* e_t, const A* g_t, int64_t n, A max,
                                                 A rate, LearnerGrad<A> g, A w, A* out) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
@@ -148,7 +148,7 @@ KD_MULTIVERSION A learner_and_target_grad_piece(const A* z, const A* t, const A*
 // The gradients of a learner, and of the divergence in the target's logits: `to_target` is overwritten, or accumulated
 // into if kAdd; slope in bits.
 template <int kT, bool kEps, bool kAdd, class A>
-KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
+void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
                                       LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
   const auto grads = [&](int64_t i) KD_INLINED {
     const A c = z[i] - q.max, e = exp2(c * q.rate), p_t = e_t[i] * p.inverse;
@@ -163,7 +163,7 @@ KD_MULTIVERSION void both_grads_piece(const A* z, const A* t, const A* e_t, int6
 
 // coef exp(z - max)
 template <int kT, class A>
-KD_MULTIVERSION void ce_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
+void ce_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max;
     out[i] = coef * exp_1<kT>(kT == 0 ? A(0) : exp2(c * rate), c);
@@ -172,13 +172,13 @@ KD_MULTIVERSION void ce_piece(const A* z, int64_t n, A max, A rate, A coef, A* o
 
 // Adds coef exp(t - max).
 template <int kT, class A>
-KD_MULTIVERSION void ce_grad_piece(const A* t, const A* e_t, int64_t n, A max, A coef, A* out) {
+void ce_grad_piece(const A* t, const A* e_t, int64_t n, A max, A coef, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old + coef * exp_1<kT>(e_t[i], t[i] - max); });
 }
 
 // out += w g_t, the network's share of a target's gradient; -> sum g_t (z - max).
 template <class A>
-KD_MULTIVERSION A add_target_grad(const A* z, A max, const A* g_t, A w, int64_t n, A* out) {
+A add_target_grad(const A* z, A max, const A* g_t, A w, int64_t n, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old + w * g_t[i]; });
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return weight_term(g_t[i], z[i] - max); });
 }
@@ -186,7 +186,7 @@ KD_MULTIVERSION A add_target_grad(const A* z, A max, const A* g_t, A w, int64_t 
 // Adds a network's shares of the gradients of kR targets: out = from + sum_r w_r g_r, out of place;
 // dots_r += sum g_r (z - max).
 template <int kR, class A>
-KD_MULTIVERSION void target_grads_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, const A* from,
+void target_grads_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, const A* from,
                                         A* out, double* dots) {
   // In locals: the compiler would reload them after each store, which may alias.
   constexpr int k_1 = kR > 1, k_2 = kR > 2 ? 2 : 0, k_3 = kR > 3 ? 3 : 0, k_4 = kR > 4 ? 4 : 0;

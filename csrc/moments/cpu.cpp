@@ -25,7 +25,7 @@ KD_HD A finite_or_zero(A x) {
 // The mean of n values in one read, then their distances from it in another. The mean is that of the distances from the
 // first value, so that it is exact where all are equal.
 template <class A>
-KD_MULTIVERSION Part<double> measure(const A* x, int64_t n) {
+Part<double> measure(const A* x, int64_t n) {
   constexpr int64_t kWidth = kLanesOf<A>, kVectors = 4;
   // f(i, k) for whole vectors at i, each added to the k-th of four sums; -> where the last few values begin.
   const auto vectors = [n](const auto& f) __attribute__((always_inline)) {
@@ -64,7 +64,7 @@ KD_MULTIVERSION Part<double> measure(const A* x, int64_t n) {
 
 // The same for the n channels of each line.
 template <class A>
-KD_MULTIVERSION void measure_lines(const A* const* lines, int64_t count, int64_t n, A* shifts, A* sums, A* squares) {
+void measure_lines(const A* const* lines, int64_t count, int64_t n, A* shifts, A* sums, A* squares) {
   const A share = A(1) / static_cast<A>(count);
   A* firsts = squares;  // until they are needed
   for (int64_t i = 0; i < n; ++i) shifts[i] = firsts[i] = finite_or_zero(lines[0][i]);
@@ -141,15 +141,14 @@ Parts measure_positions(const Map& x, const Order& order, int64_t batch) {
 // ---- backward
 
 template <class A>
-KD_MULTIVERSION void write_slopes(const A* x, int64_t n, Slope<A> slope, A* out) {
+void write_slopes(const A* x, int64_t n, Slope<A> slope, A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = slope(x[i]);
 }
 
 // Each element with numbers of its own.
 template <class A>
-KD_MULTIVERSION void write_slopes(const A* x, int64_t n, const A* mean, const A* of_mean, const A* of_variance,
-                                  A* out) {
+void write_slopes(const A* x, int64_t n, const A* mean, const A* of_mean, const A* of_variance, A* out) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) out[i] = Slope<A>{mean[i], of_mean[i], of_variance[i]}(x[i]);
 }

@@ -55,21 +55,18 @@ Panel<A> panel(const Matrix& m, int64_t rows, int64_t begin, int64_t col, int64_
 
 // block[i][j] += sum over n columns of (x[i] - y[j])^2.
 template <class A>
-KD_MULTIVERSION void add_squares(Panel<A> x, Panel<A> y, int64_t n, A* block) {
-  constexpr int64_t kTile = 4;  // rows of each side whose sums are in registers
+KD_NOT_INLINED void add_squares(Panel<A> x, Panel<A> y, int64_t n, A* block) {
   for (int64_t i = 0; i < kBlock; i += kTile) {
     for (int64_t j = 0; j < kBlock; j += kTile) {
-      Lanes<A> sum[kTile][kTile] = {};
-      for (int64_t c = 0; c < n; c += kLanesOf<A>) {
-        Lanes<A> own[kTile];
-        for (int64_t a = 0; a < kTile; ++a) own[a] = load(x.data + (i + a) * x.stride + c);
-        for (int64_t b = 0; b < kTile; ++b) {
-          const Lanes<A> other = load(y.data + (j + b) * y.stride + c);
-          for (int64_t a = 0; a < kTile; ++a) sum[a][b] += (own[a] - other) * (own[a] - other);
-        }
-      }
+      const A *own[kTile], *other[kTile];
       for (int64_t a = 0; a < kTile; ++a) {
-        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += lane_sum<A>(sum[a][b]);
+        own[a] = x.data + (i + a) * x.stride;
+        other[a] = y.data + (j + a) * y.stride;
+      }
+      A sums[kTile][kTile];
+      tile_sums(own, other, n, [](auto sum, auto p, auto q) KD_INLINED { return sum + (p - q) * (p - q); }, sums);
+      for (int64_t a = 0; a < kTile; ++a) {
+        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
       }
     }
   }
@@ -111,34 +108,36 @@ void write_distances(const Matrix& x, int64_t n, const Matrix* y, int64_t m, int
 }
 
 // ---- weighted differences
-constexpr int64_t kVectors = 4;  // vectors of columns whose sums are in registers
+constexpr int64_t kVectors = kRegisters / 8;  // registers of columns whose sums are in registers
 
 // out[i] += sum over n rows j of weights[i][j] (x[i] - y[j]), for kBlock rows i and `width` columns.
 template <class A>
-KD_MULTIVERSION void add_differences(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, Panel<A> x,
-                                     Panel<A> y, int64_t n, int64_t width, A* out) {
-  constexpr int64_t kTile = 4;
-  for (int64_t c = 0; c < width; c += kVectors * kLanesOf<A>) {
+void add_differences(const A* weights, int64_t row_stride, int64_t col_stride, int64_t rows, Panel<A> x, Panel<A> y,
+                     int64_t n, int64_t width, A* out) {
+  constexpr int64_t kWidth = kRegisterOf<A>;
+  for (int64_t c = 0; c < width; c += kVectors * kWidth) {
     for (int64_t i = 0; i < rows; i += kTile) {
-      Lanes<A> own[kTile][kVectors], sum[kTile][kVectors];
+      Register<A> own[kTile][kVectors], sum[kTile][kVectors];
       const A* w[kTile];
       for (int64_t a = 0; a < kTile; ++a) {
         w[a] = weights + std::min(i + a, rows - 1) * row_stride;
         for (int64_t v = 0; v < kVectors; ++v) {
-          own[a][v] = load(x.data + (i + a) * x.stride + c + v * kLanesOf<A>);
-          sum[a][v] = load(out + (i + a) * kCopied + c + v * kLanesOf<A>);
+          own[a][v] = load_register(x.data + (i + a) * x.stride + c + v * kWidth);
+          sum[a][v] = load_register(out + (i + a) * kCopied + c + v * kWidth);
         }
       }
       for (int64_t j = 0; j < n; ++j) {
-        Lanes<A> weight[kTile];
-        for (int64_t a = 0; a < kTile; ++a) weight[a] = all(w[a][j * col_stride]);
+        Register<A> weight[kTile];
+        for (int64_t a = 0; a < kTile; ++a) weight[a] = fill_register(w[a][j * col_stride]);
         for (int64_t v = 0; v < kVectors; ++v) {
-          const Lanes<A> other = load(y.data + j * y.stride + c + v * kLanesOf<A>);
+          const Register<A> other = load_register(y.data + j * y.stride + c + v * kWidth);
           for (int64_t a = 0; a < kTile; ++a) sum[a][v] += weight[a] * (own[a][v] - other);
         }
       }
       for (int64_t a = 0; a < kTile; ++a) {
-        for (int64_t v = 0; v < kVectors; ++v) store(out + (i + a) * kCopied + c + v * kLanesOf<A>, sum[a][v]);
+        for (int64_t v = 0; v < kVectors; ++v) {
+          store_register<A>(out + (i + a) * kCopied + c + v * kWidth, sum[a][v]);
+        }
       }
     }
   }
@@ -153,7 +152,7 @@ void write_weighted_differences(const Tensor& weights, const Matrix& x, const Ma
   for_each(blocks_of(n) * pieces, 1, [&](int64_t task) {
     alignas(64) A own_buffer[kBlock * kCopied], other_buffer[kBlock * kCopied], sum[kBlock * kCopied] = {};
     const int64_t i0 = task / pieces * kBlock, col = task % pieces * kCopied, width = std::min(kCopied, dim - col);
-    const int64_t height = std::min(kBlock, n - i0), unit = kVectors * kLanesOf<A>;
+    const int64_t height = std::min(kBlock, n - i0), unit = kVectors * kRegisterOf<A>;
     const Panel<A> own = panel(x, n, i0, col, width, unit, own_buffer);
     for (int64_t j0 = 0; j0 < m; j0 += kBlock) {
       const Panel<A> other = panel(y, m, j0, col, width, unit, other_buffer);
@@ -200,7 +199,7 @@ void fill_pairs(const Matrix& x, int64_t dim, const Pairs<A>& p) {
 
 // Of n squared distances in a row: sum of D.
 template <class A>
-KD_MULTIVERSION A distance_sum(const A* p, int64_t n) {
+A distance_sum(const A* p, int64_t n) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return floored_distance(p[i]); });
 }
 
@@ -210,7 +209,7 @@ struct DistanceSums {
 };
 
 template <class A>
-KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio) {
+DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const A d_s = floored_distance(p_s[i]), x = distance_gap(d_s, floored_distance(p_t[i]), inverse_mu, ratio);
     const A u = huber_slope(x, A(1));
@@ -221,8 +220,7 @@ KD_MULTIVERSION DistanceSums<A> distance_sums(const A* p_s, const A* p_t, int64_
 
 // grad += (scale h' - shift) / D^s, the distance term's dL/dp; 0 where D is the floor.
 template <class A>
-KD_MULTIVERSION void add_distance_grad(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio, A scale, A shift,
-                                       A* grad) {
+void add_distance_grad(const A* p_s, const A* p_t, int64_t n, A inverse_mu, A ratio, A scale, A shift, A* grad) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     const A d_s = floored_distance(p_s[i]), x = distance_gap(d_s, floored_distance(p_t[i]), inverse_mu, ratio);
@@ -275,15 +273,15 @@ struct DistanceTerm {
 
 // ---- rkd: angles
 template <class A>
-KD_HD Squared<Lanes<A>> load_squared(const Pairs<A>& p, int64_t at) {
-  if constexpr (sizeof(A) == 8) return {load(p.hi + at), Lanes<A>{}};
-  return {load(p.hi + at), load(p.lo + at)};
+KD_HD Squared<Register<A>> load_squared(const Pairs<A>& p, int64_t at) {
+  if constexpr (sizeof(A) == 8) return {load_register(p.hi + at), Register<A>{}};
+  return {load_register(p.hi + at), load_register(p.lo + at)};
 }
 
 template <class A>
-KD_HD Squared<Lanes<A>> all_squared(const Pairs<A>& p, int64_t at) {
-  if constexpr (sizeof(A) == 8) return {all(p.hi[at]), Lanes<A>{}};
-  return {all(p.hi[at]), all(p.lo[at])};
+KD_HD Squared<Register<A>> all_squared(const Pairs<A>& p, int64_t at) {
+  if constexpr (sizeof(A) == 8) return {fill_register(p.hi[at]), Register<A>{}};
+  return {fill_register(p.hi[at]), fill_register(p.lo[at])};
 }
 
 // The rows of the next vertices are far apart in memory, so the hardware prefetcher does not find them.
@@ -299,11 +297,10 @@ KD_HD void prefetch(const A* m, int64_t at) {
 // `grad_ij` [rows, stride] accumulates those of the sides ij and ik: no other call may touch its columns j0.. and k0..
 // meanwhile.
 template <class A, bool kGradient, bool kDiagonal>
-KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t j0, int64_t k0, A* grad_ij,
-                                   A* grad_jk) {
-  constexpr int64_t kWide = kBlock / kLanesOf<A>;
-  using V = Lanes<A>;
-  const V one = all(A(1)), half = all(A(0.5));
+double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t j0, int64_t k0, A* grad_ij, A* grad_jk) {
+  constexpr int64_t kWidth = kRegisterOf<A>, kWide = kBlock / kWidth;
+  using V = Register<A>;
+  const V one = fill_register(A(1)), half = fill_register(A(0.5));
   const int64_t height = std::min(kBlock, s.rows - j0), width = std::min(kBlock, s.rows - k0);
   alignas(64) A block_grad_jk[kBlock * kBlock] = {}, after[kBlock * kBlock];
   if (kDiagonal) {
@@ -313,46 +310,49 @@ KD_MULTIVERSION double angle_block(const Pairs<A>& s, const Pairs<A>& t, int64_t
   double loss = 0;
   for (int64_t i = 0; i < s.rows; ++i) {
     Squared<V> ik_s[kWide], ik_t[kWide];
-    V d_s[kWide], d_t[kWide], slopes_ik[kWide] = {}, cos_slopes_ik[kWide] = {}, sum = {};
+    V d_s[kWide], d_t[kWide], slopes_ik[kWide] = {}, cos_slopes_ik[kWide] = {};
+    Lanes<A> sum = {};
     for (const A* m : prefetched) {
       prefetch(m, (i + kPrefetchDistance) * s.stride + j0);
       prefetch(m, (i + kPrefetchDistance) * s.stride + k0);
     }
     for (int64_t w = 0; w < kWide; ++w) {
-      const int64_t at = i * s.stride + k0 + w * kLanesOf<A>;
+      const int64_t at = i * s.stride + k0 + w * kWidth;
       ik_s[w] = load_squared(s, at);
       ik_t[w] = load_squared(t, at);
-      d_s[w] = load(s.inverse + at);
-      d_t[w] = load(t.inverse + at);
+      d_s[w] = load_register(s.inverse + at);
+      d_t[w] = load_register(t.inverse + at);
     }
     for (int64_t j = 0; j < height; ++j) {
       const int64_t ij = i * s.stride + j0 + j;
       const Squared<V> ij_s = all_squared(s, ij), ij_t = all_squared(t, ij);
-      const V half_s = all(A(0.5) * s.inverse[ij]), half_t = all(A(0.5) * t.inverse[ij]);
-      V slope_ij = {}, cos_slope_ij = {};
+      const V half_s = fill_register(A(0.5) * s.inverse[ij]), half_t = fill_register(A(0.5) * t.inverse[ij]);
+      Lanes<A> slope_ij = {}, cos_slope_ij = {};
+#pragma GCC unroll 8
       for (int64_t w = 0; w < kWide; ++w) {
-        const int64_t jk = (j0 + j) * s.stride + k0 + w * kLanesOf<A>;
+        const int64_t jk = (j0 + j) * s.stride + k0 + w * kWidth;
         const V product_s = half_s * d_s[w], product_t = half_t * d_t[w];
         const V cos_s = cosine(ij_s, ik_s[w], load_squared(s, jk), product_s, one);
         const V cos_t = cosine(ij_t, ik_t[w], load_squared(t, jk), product_t, one);
         const V x = cos_s - cos_t;
         V u = huber_slope(x, one);
-        const int64_t at = j * kBlock + w * kLanesOf<A>;
-        if (kDiagonal) u *= load(after + at);
-        sum += huber(x, u, half);
+        const int64_t at = j * kBlock + w * kWidth;
+        if (kDiagonal) u *= load_register(after + at);
+        sum.part[w % kParts] += huber(x, u, half);
         if (!kGradient) continue;
         const V slope = u * product_s, cos_slope = u * cos_s;
-        store(block_grad_jk + at, load(block_grad_jk + at) - slope);
+        store_register<A>(block_grad_jk + at, load_register(block_grad_jk + at) - slope);
         slopes_ik[w] += slope;
         cos_slopes_ik[w] += cos_slope;
-        slope_ij += slope;
-        cos_slope_ij += cos_slope;
+        slope_ij.part[w % kParts] += slope;
+        cos_slope_ij.part[w % kParts] += cos_slope;
       }
-      if (kGradient) grad_ij[ij] += lane_sum<A>(slope_ij - cos_slope_ij * (half_s * half_s * all(A(2))));
+      const A half_ij = A(0.5) * s.inverse[ij];
+      if (kGradient) grad_ij[ij] += lane_sum<A>(slope_ij - cos_slope_ij * all(half_ij * half_ij * A(2)));
     }
     for (int64_t w = 0; kGradient && w < kWide; ++w) {
-      A* at = grad_ij + i * s.stride + k0 + w * kLanesOf<A>;
-      store(at, load(at) + (slopes_ik[w] - cos_slopes_ik[w] * (d_s[w] * d_s[w] * half)));
+      A* at = grad_ij + i * s.stride + k0 + w * kWidth;
+      store_register<A>(at, load_register(at) + (slopes_ik[w] - cos_slopes_ik[w] * (d_s[w] * d_s[w] * half)));
     }
     loss += lane_sum<A>(sum);
   }

@@ -19,7 +19,7 @@ struct KlSums {
 
 // Without kMasked no logit may be masked, else `dot` is not finite.
 template <bool kMasked, class A>
-KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
+KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
   const auto sums = sum_elements<3, A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q, e_p = exp2(c_p * rate);
     return Terms<A>{e_p, exp2(c_q * rate), kMasked ? kl_term(e_p, c_p - c_q) : e_p * (c_p - c_q)};
@@ -29,7 +29,7 @@ KD_MULTIVERSION KlSums<A> kl_sums(const A* z_p, const A* z_q, int64_t n, A max_p
 
 // The same, and the sum q_1 of q's exponentials at temperature 1.
 template <int kT, bool kMasked, class A>
-KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
+KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate) {
   const auto sums = sum_elements<4, A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q, e_p = exp2(c_p * rate), e_q = exp2(c_q * rate);
     return Terms<A>{e_p, e_q, kMasked ? kl_term(e_p, c_p - c_q) : e_p * (c_p - c_q), exp_1<kT>(e_q, c_q)};
@@ -38,7 +38,7 @@ KD_MULTIVERSION KlSums<A> kl_ce_sums(const A* z_p, const A* z_q, int64_t n, A ma
 }
 
 template <class A>
-KD_MULTIVERSION A centred_sum(const A* z, int64_t n, A max) {
+A centred_sum(const A* z, int64_t n, A max) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return z[i] - max; });
 }
 
@@ -48,7 +48,7 @@ struct TargetSums {
 };
 
 template <class A>
-KD_MULTIVERSION TargetSums<A> target_sums(const A* z, const A* target, int64_t n, A max) {
+TargetSums<A> target_sums(const A* z, const A* target, int64_t n, A max) {
   const auto sums = sum_elements<2, A>(
       n, [&](int64_t i) KD_INLINED { return Terms<A>{target_term(target[i], z[i] - max), target[i]}; });
   return {sums.a, sums.b};
@@ -61,8 +61,8 @@ struct MixtureSums {
 
 // e: the exponentials of z - max.
 template <class A>
-KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
-                                            LogSoftmax<A> p, LogSoftmax<A> q, A of_p, A of_q) {
+MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n, LogSoftmax<A> p,
+                            LogSoftmax<A> q, A of_p, A of_q) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const Mixture<A> m = mixture(e_p[i] * p.inverse, e_q[i] * q.inverse, p(z_p[i]), q(z_q[i]), of_p, of_q);
     return Terms<A>{mixture_term(m.p, m.p_ratio), mixture_term(m.q, m.q_ratio)};
@@ -72,8 +72,8 @@ KD_MULTIVERSION MixtureSums<A> mixture_sums(const A* z_p, const A* z_q, const A*
 
 // The same of near rows, in nats.
 template <class A>
-KD_MULTIVERSION MixtureSums<A> near_mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p,
-                                                 LogSoftmax<A> q, A of_p, A of_q) {
+MixtureSums<A> near_mixture_sums(const A* z_p, const A* z_q, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q, A of_p,
+                                 A of_q) {
   const A log2_ratio = p.log2_sum - q.log2_sum;
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const Mixture<A> m = mixture(p(z_p[i]), q(z_q[i]), of_p, of_q);
@@ -85,16 +85,14 @@ KD_MULTIVERSION MixtureSums<A> near_mixture_sums(const A* z_p, const A* z_q, int
 }
 
 template <class A>
-KD_MULTIVERSION void kl_grad_q_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
-                                     A* out) {
+void kl_grad_q_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), exp2((z_q[i] - max_q) * rate));
   });
 }
 
 template <class A>
-KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
-                                     A* out) {
+void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
     out[i] = kl_grad_p(g, exp2(c_p * rate), c_p - c_q);
@@ -103,8 +101,8 @@ KD_MULTIVERSION void kl_grad_p_piece(const A* z_p, const A* z_q, int64_t n, A ma
 
 // The gradient of one side, whose share of the mixture is `share`.
 template <class A>
-KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own,
-                                        LogSoftmax<A> other, A share, A of_other, A kl, A scale, A* out) {
+void mixture_grad_piece(const A* z_own, const A* z_other, int64_t n, LogSoftmax<A> own, LogSoftmax<A> other, A share,
+                        A of_other, A kl, A scale, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const Mixture<A> m = mixture(own(z_own[i]), other(z_other[i]), share, of_other);
     out[i] = mixture_grad(m.p, m.p_ratio, kl, scale * share);
@@ -113,20 +111,20 @@ KD_MULTIVERSION void mixture_grad_piece(const A* z_own, const A* z_other, int64_
 
 // coef * exp((z - max) / T)
 template <class A>
-KD_MULTIVERSION void exp_grad_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
+void exp_grad_piece(const A* z, int64_t n, A max, A rate, A coef, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED { out[i] = coef * exp2((z[i] - max) * rate); });
 }
 
 // coef * exp(z - max) - uniform
 template <class A>
-KD_MULTIVERSION void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, A* out) {
+void ce_grad_piece(const A* z, int64_t n, A max, A coef, A uniform, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED { out[i] = coef * exp2((z[i] - max) * A(kLog2E)) - uniform; });
 }
 
 // The same, and the gradient of the KL.
 template <int kT, class A>
-KD_MULTIVERSION void kl_ce_grad_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g,
-                                      A coef, A uniform, A* out) {
+void kl_ce_grad_piece(const A* z_p, const A* z_q, int64_t n, A max_p, A max_q, A rate, KlGrad<A> g, A coef, A uniform,
+                      A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c_q = z_q[i] - max_q, e_q = exp2(c_q * rate);
     out[i] = kl_grad_q(g, exp2((z_p[i] - max_p) * rate), e_q) + (coef * exp_1<kT>(e_q, c_q) - uniform);
@@ -134,7 +132,7 @@ KD_MULTIVERSION void kl_ce_grad_piece(const A* z_p, const A* z_q, int64_t n, A m
 }
 
 template <class A>
-KD_MULTIVERSION void subtract_targets(const A* target, int64_t n, A coef, A* out) {
+void subtract_targets(const A* target, int64_t n, A coef, A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED { return old - coef * target[i]; });
 }
 

@@ -17,8 +17,7 @@ struct TeacherSums {
 // A teacher beside the student, its exponentials kept if kKeep. Without kMasked no logit may be masked; else `dot` is
 // not finite.
 template <bool kCross, bool kKeep, bool kMasked, class A>
-KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate,
-                                            A* powers) {
+TeacherSums<A> teacher_sums(const A* z, const A* student, int64_t n, A max_p, A max_q, A rate, A* powers) {
   const auto sums = sum_elements<2, A>(n, [&](int64_t i) KD_INLINED {
     const A c_p = z[i] - max_p, c_q = student[i] - max_q, e = exp2(c_p * rate);
     if (kKeep) powers[i] = e;
@@ -29,13 +28,13 @@ KD_MULTIVERSION TeacherSums<A> teacher_sums(const A* z, const A* student, int64_
 
 // sum += factor e
 template <class A>
-KD_MULTIVERSION void add_scaled(const A* e, int64_t n, A factor, A* sum) {
+void add_scaled(const A* e, int64_t n, A factor, A* sum) {
   update_elements(sum, n, [&](int64_t i, A old) KD_INLINED { return old + factor * e[i]; });
 }
 
 // Flushes the sums of a few rows into the sums of all rows, which are overwritten without kAdd.
 template <bool kAdd, class A>
-KD_MULTIVERSION void flush_sums(A* few, int64_t n, double* all) {
+void flush_sums(A* few, int64_t n, double* all) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) {
     all[i] = (kAdd ? all[i] : 0.0) + static_cast<double>(few[i]);
@@ -43,7 +42,7 @@ KD_MULTIVERSION void flush_sums(A* few, int64_t n, double* all) {
   }
 }
 
-KD_MULTIVERSION double dot_product(const double* x, const double* y, int64_t n) {
+double dot_product(const double* x, const double* y, int64_t n) {
   return sum_each<double>(n, [&](int64_t i) KD_INLINED { return x[i] * y[i]; });
 }
 
@@ -56,8 +55,7 @@ struct TeacherTerms {
 
 // out = of_q exp2(c rate) + of_1 exp(c), or what it holds if kAdd, less the terms of kM teachers.
 template <int kT, int kM, bool kAdd, class A>
-KD_MULTIVERSION void student_grad_piece(const A* z, TeacherTerms<A> p, int64_t n, A max, A rate, A of_q, A of_1,
-                                        A* out) {
+void student_grad_piece(const A* z, TeacherTerms<A> p, int64_t n, A max, A rate, A of_q, A of_1, A* out) {
   const A *z_0 = p.z[0], *z_1 = p.z[1], *z_2 = p.z[2], *z_3 = p.z[3];
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
@@ -71,8 +69,8 @@ KD_MULTIVERSION void student_grad_piece(const A* z, TeacherTerms<A> p, int64_t n
 }
 
 template <bool kCross, class A>
-KD_MULTIVERSION void teacher_grad_piece(const A* z, const A* student, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q,
-                                        A divergence, A scale, A* out) {
+void teacher_grad_piece(const A* z, const A* student, int64_t n, LogSoftmax<A> p, LogSoftmax<A> q, A divergence,
+                        A scale, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = (z[i] - p.max) * p.rate;
     out[i] = teacher_term(exp2(c) * p.inverse, c - p.log2_sum, (student[i] - q.max) * q.rate - q.log2_sum, divergence,
@@ -82,7 +80,7 @@ KD_MULTIVERSION void teacher_grad_piece(const A* z, const A* student, int64_t n,
 
 // top = max(top, log2 p)
 template <class A>
-KD_MULTIVERSION void max_log_probs(const A* z, int64_t n, LogSoftmax<A> p, A* top) {
+void max_log_probs(const A* z, int64_t n, LogSoftmax<A> p, A* top) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A log_p = p(z[i]);
     top[i] = log_p > top[i] ? log_p : top[i];
@@ -91,7 +89,7 @@ KD_MULTIVERSION void max_log_probs(const A* z, int64_t n, LogSoftmax<A> p, A* to
 
 // sum += p / 2^top
 template <class A>
-KD_MULTIVERSION void add_probs(const A* z, int64_t n, LogSoftmax<A> p, const A* top, A* sum) {
+void add_probs(const A* z, int64_t n, LogSoftmax<A> p, const A* top, A* sum) {
   update_elements(sum, n, [&](int64_t i, A old) KD_INLINED {
     const A log_p = p(z[i]);
     return old + exp2(log_p - (is_masked(top[i]) ? A(0) : top[i]));
@@ -99,7 +97,7 @@ KD_MULTIVERSION void add_probs(const A* z, int64_t n, LogSoftmax<A> p, const A* 
 }
 
 template <class A>
-KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
+A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A log_q = q(z[i]);
     return reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
@@ -107,7 +105,7 @@ KD_MULTIVERSION A reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* t
 }
 
 template <class A>
-KD_MULTIVERSION A near_reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
+A near_reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A log_q = q(z[i]);
     return near_reverse_term(exp2(log_q), log_q, mean_log(top[i], sum[i], count));
@@ -115,8 +113,8 @@ KD_MULTIVERSION A near_reverse_sum(const A* z, int64_t n, LogSoftmax<A> q, const
 }
 
 template <class A>
-KD_MULTIVERSION void reverse_grad_piece(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count,
-                                        A kl, A scale, A* out) {
+void reverse_grad_piece(const A* z, int64_t n, LogSoftmax<A> q, const A* top, const A* sum, A count, A kl, A scale,
+                        A* out) {
   update_elements(out, n, [&](int64_t i, A old) KD_INLINED {
     const A log_q = q(z[i]);
     return old + reverse_grad(exp2(log_q), log_q, mean_log(top[i], sum[i], count), kl, scale);
