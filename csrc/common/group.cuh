@@ -47,6 +47,12 @@ struct alignas(16) Packed {
   T x[kSize];
 };
 
+// One 16-byte store. The compiler would split that of a Packed into its elements.
+template <class T>
+__device__ void store(Packed<T>* to, const Packed<T>& pack) {
+  __stcg(reinterpret_cast<uint4*>(to), bits<uint4>(pack));
+}
+
 template <class T>
 __device__ bool is_packed(const T* at, int64_t stride, int64_t left) {
   return stride == 1 && left >= kStep && reinterpret_cast<uintptr_t>(at) % 16 == 0;
@@ -77,7 +83,7 @@ __device__ void write_step(T* to, int64_t left, const A (&from)[kStep]) {
       Packed<T> pack;
 #pragma unroll
       for (int j = 0; j < Packed<T>::kSize; ++j) pack.x[j] = static_cast<T>(from[i * Packed<T>::kSize + j]);
-      packs[i] = pack;
+      store(packs + i, pack);
     }
   } else {
 #pragma unroll
