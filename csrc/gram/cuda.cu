@@ -30,6 +30,13 @@ struct Batch {
         row_stride(x.stride(1)),
         col_stride(x.stride(2)) {}
 
+  // For a dtype that is known when the kernel is compiled, so that no branch depends on it.
+  KD_HD Batch of_type(ScalarType known) const {
+    Batch t = *this;
+    t.dtype = known;
+    return t;
+  }
+
   KD_HD Batch transposed() const {
     Batch t = *this;
     t.rows = cols;
@@ -51,13 +58,34 @@ struct Batch {
   }
 };
 
-// to[k][r] = x[row0 + r][k0 + k] for kTile rows and kDepth columns; neighbouring threads read neighbours in memory.
+constexpr int kEach = kTile * kDepth / kBlock;  // elements of a tile that a thread loads
+
+// Its elements x[row0 + r][k0 + k] of kTile rows and kDepth columns, 0 where there is none; neighbouring threads read
+// neighbours in memory.
 template <class A>
-__device__ void fetch(const Batch& x, int64_t z, int64_t row0, int64_t k0, A* to) {
-  for (int e = threadIdx.x; e < kTile * kDepth; e += kBlock) {
-    const bool along = x.col_stride <= x.row_stride;
-    const int r = along ? e / kDepth : e % kTile, k = along ? e % kDepth : e / kTile;
-    to[k * kRow + r] = x.get<A>(z, row0 + r, k0 + k);
+__device__ Raw<A, kEach> load_tile(const Batch& x, int64_t z, int64_t row0, int64_t k0) {
+  const bool along = x.col_stride <= x.row_stride;
+  const int e = threadIdx.x;
+  const int64_t row = row0 + (along ? e / kDepth : e % kTile), col = k0 + (along ? e % kDepth : e / kTile);
+  const int64_t first = z * x.batch_stride + row * x.row_stride + col * x.col_stride;
+  const int apart = along ? kBlock / kDepth : kBlock / kTile;  // rows, or columns
+  const int64_t step = apart * (along ? x.row_stride : x.col_stride);
+  const int64_t left = (along ? col < x.cols : row < x.rows) ? (along ? x.rows - row : x.cols - col) : 0;
+  Raw<A, kEach> raw;
+  raw.gather(x.data, x.dtype, [&](int i) { return Place{i * apart < left, first + i * step}; });
+  return raw;
+}
+
+// to[k][r]
+template <class A>
+__device__ void store_tile(const Batch& x, const Raw<A, kEach>& raw, A* to) {
+  A values[kEach];
+  raw.convert(x.dtype, values);
+  const bool along = x.col_stride <= x.row_stride;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int e = threadIdx.x + i * kBlock;
+    to[(along ? e % kDepth : e / kTile) * kRow + (along ? e / kDepth : e % kTile)] = values[i];
   }
 }
 
@@ -80,6 +108,25 @@ __device__ void add_terms(const X* x, const A* y, int depth, A (&sum)[kPer][kPer
   }
 }
 
+// sum += x_i . y_j over all columns, by tiles in `own` and `other`. Those of the next step are loaded during the sums
+// of this one.
+template <class A>
+__device__ void add_products(const Batch& x, const Batch& y, int64_t z, int64_t i0, int64_t j0, A* own, A* other,
+                             A (&sum)[kPer][kPer]) {
+  i0 = opaque(i0);
+  j0 = opaque(j0);
+  Raw<A, kEach> raw_x = load_tile<A>(x, z, i0, 0), raw_y = load_tile<A>(y, z, j0, 0);
+  for (int64_t k0 = 0; k0 < x.cols; k0 += kDepth) {
+    __syncthreads();  // the previous terms have been used
+    store_tile(x, raw_x, own);
+    store_tile(y, raw_y, other);
+    __syncthreads();
+    raw_x = load_tile<A>(x, z, i0, k0 + kDepth);
+    raw_y = load_tile<A>(y, z, j0, k0 + kDepth);
+    add_terms(own, other, kDepth, sum);
+  }
+}
+
 // f(i, j, sum) of a thread's results that exist.
 template <class A, class F>
 __device__ void for_results(int64_t i0, int64_t j0, int64_t n, int64_t m, const A (&sum)[kPer][kPer], const F& f) {
@@ -95,7 +142,7 @@ __device__ void for_results(int64_t i0, int64_t j0, int64_t n, int64_t m, const 
 
 // out_ij = factor x_i . y_j, rows of each. `self`: y is x, so that tiles below the diagonal are mirrored.
 template <class A>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2))
     product_kernel(Batch x, Batch y, bool self, Column factor, Batch out) {
   const int64_t down = (x.rows + kTile - 1) / kTile, across = (y.rows + kTile - 1) / kTile;
   const int64_t z = blockIdx.x / (down * across), i0 = blockIdx.x / across % down * kTile,
@@ -104,13 +151,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   KD_SHARED(A, own, kDepth * kRow);
   KD_SHARED(A, other, kDepth * kRow);
   A sum[kPer][kPer] = {};
-  for (int64_t k0 = 0; k0 < x.cols; k0 += kDepth) {
-    __syncthreads();  // the previous terms have been used
-    fetch(x, z, i0, k0, own);
-    fetch(y, z, j0, k0, other);
-    __syncthreads();
-    add_terms(own, other, kDepth, sum);
-  }
+  add_products(x, y, z, i0, j0, own, other, sum);
   const A scale = factor.data ? read<A>(factor, 0) : A(1);
   for_results(i0, j0, x.rows, y.rows, sum, [&](int64_t i, int64_t j, A s) {
     out.put(z, i, j, scale * s);
@@ -231,10 +272,35 @@ __global__ void loss_kernel(const double* sum, double scale, A* loss) {
 
 // ---- affinity. A block has kTile positions i of one sample and iterates over all positions j, so it owns the
 // gradients of its positions: only the loss is reduced across blocks.
+
+// The gradients of positions [i0, i0 + kTile) get what positions [j0, j0 + kTile) of u add, with signs [j][i].
 template <class A>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
-    affinity_kernel(Batch student, Batch teacher, Batch grad_s, Batch grad_t, bool need_s, bool need_t,
+__device__ void add_slopes(const Batch& u, const Batch& grad, int64_t b, int64_t i0, int64_t j0, const float* signs,
+                           A* other) {
+  const Batch by_channel = u.transposed();
+  i0 = opaque(i0);
+  j0 = opaque(j0);
+  for (int64_t c0 = 0; c0 < u.cols; c0 += kTile) {
+    A part[kPer][kPer] = {};
+    Raw<A, kEach> raw = load_tile<A>(by_channel, b, c0, j0);
+    for (int k0 = 0; k0 < kTile; k0 += kDepth) {
+      __syncthreads();  // signs are there; the previous terms have been used
+      store_tile(by_channel, raw, other);
+      __syncthreads();
+      if (k0 + kDepth < kTile) raw = load_tile<A>(by_channel, b, c0, j0 + k0 + kDepth);
+      add_terms(signs + k0 * kRow, other, kDepth, part);
+    }
+    for_results(i0, c0, u.rows, u.cols, part,
+                [&](int64_t i, int64_t c, A s) { grad.put(b, i, c, j0 == 0 ? s : grad.get<A>(b, i, c) + s); });
+  }
+}
+
+template <class A>
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2))
+    affinity_kernel(Batch units_s, Batch units_t, Batch slopes_s, Batch slopes_t, bool need_s, bool need_t,
                     double* losses) {
+  const Batch student = units_s.of_type(kDtype<A>), teacher = units_t.of_type(kDtype<A>),
+              grad_s = slopes_s.of_type(kDtype<A>), grad_t = slopes_t.of_type(kDtype<A>);
   const int64_t n = student.rows, down = (n + kTile - 1) / kTile;
   const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kTile;
   KD_SHARED(A, own, kDepth * kRow);
@@ -243,17 +309,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   double loss = 0;
   for (int64_t j0 = need_s || need_t ? 0 : i0; j0 < n; j0 += kTile) {
     A products[2][kPer][kPer] = {};
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      const Batch& u = side ? teacher : student;
-      for (int64_t k0 = 0; k0 < u.cols; k0 += kDepth) {
-        __syncthreads();
-        fetch(u, b, i0, k0, own);
-        fetch(u, b, j0, k0, other);
-        __syncthreads();
-        add_terms(own, other, kDepth, products[side]);
-      }
-    }
+    add_products(student, student, b, i0, j0, own, other, products[0]);
+    add_products(teacher, teacher, b, i0, j0, own, other, products[1]);
     A sum = 0;
 #pragma unroll
     for (int u = 0; u < kPer; ++u) {
@@ -266,22 +323,8 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       }
     }
     loss += need_s || need_t || j0 == i0 ? sum : 2 * sum;
-    for (int side = 0; side < 2; ++side) {
-      if (!(side ? need_t : need_s)) continue;
-      const Batch &u = side ? teacher : student, &grad = side ? grad_t : grad_s;
-      const Batch by_channel = u.transposed();
-      for (int64_t c0 = 0; c0 < u.cols; c0 += kTile) {
-        A part[kPer][kPer] = {};
-        for (int k0 = 0; k0 < kTile; k0 += kDepth) {
-          __syncthreads();  // signs are there; the previous terms have been used
-          fetch(by_channel, b, c0, j0 + k0, other);
-          __syncthreads();
-          add_terms(signs + k0 * kRow, other, kDepth, part);
-        }
-        for_results(i0, c0, n, u.cols, part,
-                    [&](int64_t i, int64_t c, A s) { grad.put(b, i, c, j0 == 0 ? s : grad.get<A>(b, i, c) + s); });
-      }
-    }
+    if (need_s) add_slopes(student, grad_s, b, i0, j0, signs, other);
+    if (need_t) add_slopes(teacher, grad_t, b, i0, j0, signs, other);
     __syncthreads();  // the signs have been used
   }
   loss = group_reduce<kBlock>(loss, Add{});

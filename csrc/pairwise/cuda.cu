@@ -14,9 +14,32 @@ namespace {
 constexpr int kTile = 32;
 constexpr int kRow = kTile + 1;  // a row of the tile, padded so that a warp reads a column without bank conflicts
 
+// A thread's elements of kTile rows and kCols columns of a matrix, 0 where it has none; neighbouring threads read
+// neighbours in memory.
+template <class A, int kCols>
+__device__ Raw<A, kTile * kCols / kBlock> load_rows(const Matrix& x, int64_t i0, int64_t n, int64_t c0, int64_t dim) {
+  constexpr int kDown = kBlock / kCols;
+  const int64_t i = i0 + threadIdx.x / kCols, c = c0 + threadIdx.x % kCols;
+  const int64_t left = c < dim ? n - i : 0, first = i * x.row_stride + c * x.col_stride;
+  Raw<A, kTile * kCols / kBlock> raw;
+  raw.gather(x.data, x.dtype, [&](int k) { return Place{kDown * k < left, first + kDown * k * x.row_stride}; });
+  return raw;
+}
+
+// to[row * kPitch + column]
+template <int kCols, int kPitch, class A, int kCount>
+__device__ void store_rows(const Raw<A, kCount>& raw, ScalarType dtype, A* to) {
+  A values[kCount];
+  raw.convert(dtype, values);
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    to[(threadIdx.x / kCols + kBlock / kCols * k) * kPitch + threadIdx.x % kCols] = values[k];
+  }
+}
+
 // The squared distance of rows i of x and j of y goes to put(i, j, p); of x with itself also to put(j, i, p).
 template <class Wide, class Put>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, sizeof(Wide) == 4 ? 4 : 3)
     squared_distances_kernel(Matrix x, int64_t n, Matrix y, int64_t m, int64_t dim, bool self, Put put) {
   const int64_t across = (m + kTile - 1) / kTile;
   const int64_t i0 = blockIdx.x / across * kTile, j0 = blockIdx.x % across * kTile;
@@ -25,15 +48,14 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   KD_SHARED(Wide, others, kTile * kRow);
   const int a = threadIdx.x / 16, b = threadIdx.x % 16;  // pairs (a, b), (a, b + 16), (a + 16, b), (a + 16, b + 16)
   Wide sum[2][2] = {};
+  auto own = load_rows<Wide, kTile>(x, i0, n, 0, dim), other = load_rows<Wide, kTile>(y, j0, m, 0, dim);
   for (int64_t c0 = 0; c0 < dim; c0 += kTile) {
     __syncthreads();  // the previous columns have been used
-    for (int e = threadIdx.x; e < kTile * kTile; e += kBlock) {
-      const int r = e / kTile, c = e % kTile;
-      const bool inside = c0 + c < dim;
-      rows[r * kRow + c] = inside && i0 + r < n ? read_one<Wide>(x, i0 + r, c0 + c) : Wide(0);
-      others[r * kRow + c] = inside && j0 + r < m ? read_one<Wide>(y, j0 + r, c0 + c) : Wide(0);
-    }
+    store_rows<kTile, kRow>(own, x.dtype, rows);
+    store_rows<kTile, kRow>(other, y.dtype, others);
     __syncthreads();
+    own = load_rows<Wide, kTile>(x, i0, n, c0 + kTile, dim);  // in flight during the sums
+    other = load_rows<Wide, kTile>(y, j0, m, c0 + kTile, dim);
 #pragma unroll 8
     for (int c = 0; c < kTile; ++c) {
 #pragma unroll
@@ -121,15 +143,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     }
   }
   for (int64_t j0 = 0; j0 < m; j0 += kTile) {
+    const auto share = load_rows<A, kTile>(weights, i0, n, j0, m);
+    const auto other = load_rows<A, kWide>(y, j0, m, c0, dim);
     __syncthreads();  // the previous rows have been used
-    for (int e = threadIdx.x; e < kTile * kTile; e += kBlock) {
-      const int64_t i = i0 + e / kTile, j = j0 + e % kTile;
-      shares[e] = i < n && j < m ? read_one<A>(weights, i, j) : A(0);
-    }
-    for (int e = threadIdx.x; e < kTile * kWide; e += kBlock) {
-      const int64_t j = j0 + e / kWide, c = c0 + e % kWide;
-      others[e] = j < m && c < dim ? read_one<A>(y, j, c) : A(0);
-    }
+    store_rows<kTile, kTile>(share, weights.dtype, shares);
+    store_rows<kWide, kWide>(other, y.dtype, others);
     __syncthreads();
 #pragma unroll 4
     for (int j = 0; j < kTile; ++j) {
