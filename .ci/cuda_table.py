@@ -95,7 +95,8 @@ def accesses(instructions):
         elif op == "BRA" and (target := re.search(r"0x([0-9a-f]+)", match["rest"])) and int(target[1], 16) < at:
             loops.append((int(target[1], 16), at))
     inside = sum(any(begin <= at <= end for begin, end in loops) for at in local)
-    return {"loads": dict(loads), "stores": dict(stores), "generic": generic, "local_in_loops": inside}
+    loads, stores = (dict(sorted(counts.items(), reverse=True)) for counts in (loads, stores))
+    return {"loads": loads, "stores": stores, "generic": generic, "local_in_loops": inside}
 
 
 # ---- objects
@@ -204,5 +205,7 @@ def compare(kernels, recorded):
         for key in ("loads", "stores"):
             old, new = before[key], now.get(key, before[key])
             if old != new:
-                (worse if mean_width(new) < mean_width(old) else other).append(f"{name}: {key} {old} -> {new}")
+                # One wide load may serve several dtypes, so fewer of them are no loss; a store has one place.
+                narrower = key == "stores" and mean_width(new) < mean_width(old)
+                (worse if narrower else other).append(f"{name}: {key} {old} -> {new}")
     return worse, other

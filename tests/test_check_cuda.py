@@ -195,6 +195,7 @@ def test_occupancy(arch, registers, shared, blocks):
         ({"blocks": {"sm_80": 2, "sm_90": 1}}, "worse", "blocks on sm_90 2 -> 1"),
         ({"registers": {"sm_80": 96, "sm_90": 94}}, "other", "registers on sm_90 100 -> 94"),
         ({"stores": {128: 9}}, "other", "stores"),
+        ({"loads": {128: 1, 16: 2}}, "other", "loads"),
         ({"registers": {"sm_80": 100, "sm_90": 95}, "code": {"sm_80": 3201, "sm_90": 3839}}, None, None),
     ],
 )

@@ -74,7 +74,7 @@ __device__ void for_rows(const Both& both, const Task& task, const Use& use) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t column = first + r * task.groups + task.lane / task.lanes;
-      at[r] = index[column < task.end ? column : task.begin];
+      at[r] = column < task.end ? index[column] : 0;
     }
     Step<A> steps[kRows][kSteps];
     A dot[kRows];
