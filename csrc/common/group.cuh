@@ -103,7 +103,7 @@ __device__ Step<A> load(const Matrix& m, int64_t row, int64_t col, int64_t cols)
     step.raw.load(from, m.dtype);
   } else {
     const int64_t first = opaque(offset), stride = opaque(m.col_stride);
-    step.raw.gather(m.data, m.dtype, [&](int i) { return Place{i < step.left, first + i * stride}; });
+    step.raw.gather(m.data, m.dtype, [&](int i) { return Element{i < step.left, first + i * stride}; });
   }
   return step;
 }

@@ -28,7 +28,7 @@ __device__ Step<A> load(const Map& x, const Order& order, int64_t sample, int64_
   const int64_t first = sample * x.sample;
   Walk walk(order, at);
   step.raw.gather(x.data, x.dtype, [&](int) {
-    const Place place{walk.inside(), first + walk.outer * x.outer + walk.inner * x.inner};
+    const Element place{walk.inside(), first + walk.outer * x.outer + walk.inner * x.inner};
     walk.advance();
     return place;
   });

@@ -23,7 +23,7 @@ __device__ inline int64_t opaque(int64_t x) {
 }
 
 // Where an element lies, if it exists.
-struct Place {
+struct Element {
   bool inside;
   int64_t offset;
 };
@@ -99,7 +99,7 @@ struct Raw {
   __device__ static void gather_as(const T* data, F& place, const G& word_of, uint32_t (&to)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const Place p = place(i);
+      const Element p = place(i);
       to[i] = p.inside ? word_of(data[p.offset]) : 0;
     }
   }
@@ -140,7 +140,7 @@ struct Raw<double, kCount, kPairs> {
       using T = decltype(tag);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const Place p = place(i);
+        const Element p = place(i);
         values[i] = p.inside ? static_cast<double>(static_cast<const T*>(data)[p.offset]) : 0.0;
       }
     });

@@ -34,7 +34,7 @@ struct Channels {
     Walk walk(order, at);
     Raw<A, kStep> raw;
     raw.gather(values.data, values.dtype, [&](int) {
-      const Place place{walk.inside(), (order.by_channel ? walk.inner : walk.outer) * values.stride};
+      const Element place{walk.inside(), (order.by_channel ? walk.inner : walk.outer) * values.stride};
       walk.advance();
       return place;
     });

@@ -72,7 +72,7 @@ __device__ Raw<A, kEach> load_tile(const Batch& x, int64_t z, int64_t row0, int6
   const int64_t step = apart * (along ? x.row_stride : x.col_stride);
   const int64_t left = (along ? col < x.cols : row < x.rows) ? (along ? x.rows - row : x.cols - col) : 0;
   Raw<A, kEach> raw;
-  raw.gather(x.data, x.dtype, [&](int i) { return Place{i * apart < left, first + i * step}; });
+  raw.gather(x.data, x.dtype, [&](int i) { return Element{i * apart < left, first + i * step}; });
   return raw;
 }
 

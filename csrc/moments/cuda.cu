@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>(4))
       n = rows - row;
       Raw<A, kStep> raw;
       raw.gather(x.data, x.dtype, [&](int i) {
-        const Place place{i < n, b * x.sample + position * x.outer + channel * x.inner};
+        const Element place{i < n, b * x.sample + position * x.outer + channel * x.inner};
         if (++position == order.outer) position = 0, ++b;
         return place;
       });

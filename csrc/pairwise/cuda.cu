@@ -22,7 +22,7 @@ __device__ Raw<A, kTile * kCols / kBlock> load_rows(const Matrix& x, int64_t i0,
   const int64_t i = i0 + threadIdx.x / kCols, c = c0 + threadIdx.x % kCols;
   const int64_t left = c < dim ? n - i : 0, first = i * x.row_stride + c * x.col_stride;
   Raw<A, kTile * kCols / kBlock> raw;
-  raw.gather(x.data, x.dtype, [&](int k) { return Place{kDown * k < left, first + kDown * k * x.row_stride}; });
+  raw.gather(x.data, x.dtype, [&](int k) { return Element{kDown * k < left, first + kDown * k * x.row_stride}; });
   return raw;
 }
 
