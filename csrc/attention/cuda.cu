@@ -8,6 +8,10 @@ namespace {
 
 constexpr int kWide = kWarp * kStep;  // contiguous elements that a warp reads in one access
 
+// Channels that a warp has in flight. P = 0 is any power, which takes registers of its own.
+template <int P>
+constexpr int kAtOnce = P == 0 ? 1 : 4;
+
 // A tensor x [B, C, N].
 struct Maps {
   void* data;
@@ -26,31 +30,38 @@ struct Maps {
 
   // kStep positions of a channel, or (along channels) kStep channels of a position.
   template <class A>
-  __device__ void read(int64_t b, int64_t c, int64_t n, bool along_channels, A (&to)[kStep]) const {
+  __device__ Step<A> load(int64_t b, int64_t c, int64_t n, bool along_channels) const {
     const int64_t row = along_channels ? n : c, col = along_channels ? c : n;
     Matrix m{data, dtype, along_channels ? position_stride : channel_stride,
              along_channels ? channel_stride : position_stride};
-    const int64_t bytes = dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
-    m.data = static_cast<char*>(data) + b * batch_stride * bytes;
-    kdfast::read(m, row, col, along_channels ? channels : positions, A(0), to);
+    m.data = static_cast<char*>(data) + b * batch_stride * bytes_of(dtype);
+    return kdfast::load<A>(m, row, col, along_channels ? channels : positions);
   }
 };
 
 // sums [B, N] = sum over channels of x^p. A block has kWide positions, its warps take turns on the channels.
 template <int P, class A>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) sum_channels_kernel(Maps x, int64_t p, A* sums) {
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2)) sum_channels_kernel(Maps x, int64_t p, A* sums) {
   const int64_t pieces = (x.positions + kWide - 1) / kWide, b = blockIdx.x / pieces;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t n = blockIdx.x % pieces * kWide + lane * kStep;
   KD_SHARED(A, of_warp, kWarps * kWide);
   A sum[kStep] = {};
   if (n < x.positions) {
-#pragma unroll 2
-    for (int64_t c = warp; c < x.channels; c += kWarps) {
-      A value[kStep];
-      x.read(b, c, n, false, value);
+    for (int64_t c = warp; c < x.channels; c += kAtOnce<P> * kWarps) {
+      Step<A> steps[kAtOnce<P>];
 #pragma unroll
-      for (int i = 0; i < kStep; ++i) sum[i] += power<P>(value[i], p);
+      for (int k = 0; k < kAtOnce<P>; ++k) {
+        steps[k] = x.load<A>(b, c + k * kWarps < x.channels ? c + k * kWarps : c, n, false);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce<P>; ++k) {
+        if (c + k * kWarps >= x.channels) break;
+        A value[kStep];
+        steps[k].convert(A(0), value);
+#pragma unroll
+        for (int i = 0; i < kStep; ++i) sum[i] += power<P>(value[i], p);
+      }
     }
   }
 #pragma unroll
@@ -72,7 +83,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks) sum_neighbours_kernel(Maps
   A sum = 0;
   for (int64_t c = threadIdx.x % kWarp * kStep; c < x.channels; c += kWide) {
     A value[kStep];
-    x.read(row / x.positions, c, row % x.positions, true, value);
+    x.load<A>(row / x.positions, c, row % x.positions, true).convert(A(0), value);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) sum += c + i < x.channels ? power<P>(value[i], p) : A(0);
   }
@@ -140,13 +151,13 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   const int64_t row = at / pieces, col = at % pieces * kStep, b = row / rows, r = row % rows;
   const A upstream = read<A>(grad, 0);
   const A* of_sample = slopes + b * x.positions;
-  A value[kStep];
-  x.read(b, last ? col : r, last ? r : col, last, value);
+  const Step<A> step = x.load<A>(b, last ? col : r, last ? r : col, last);
+  A value[kStep], slope[kStep];
 #pragma unroll
-  for (int i = 0; i < kStep; ++i) {
-    const int64_t n = last ? r : col + i < cols ? col + i : col;
-    value[i] = upstream * of_sample[n] * power<P>(value[i], p);
-  }
+  for (int i = 0; i < kStep; ++i) slope[i] = of_sample[last ? r : col + i < cols ? col + i : col];
+  step.convert(A(0), value);
+#pragma unroll
+  for (int i = 0; i < kStep; ++i) value[i] = upstream * slope[i] * power<P>(value[i], p);
   write(out, row, col, cols, value);
 }
 

@@ -47,9 +47,6 @@ A max_of(const A* z, int64_t n, A start) {
   return top_2 > top ? top_2 : top;
 }
 
-template <class A>
-constexpr ScalarType kDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
-
 // Elements [begin, begin + n) of a row: in place where that is possible, else copied.
 template <class A>
 const A* read(const Matrix& m, int64_t row, int64_t begin, int64_t n, A* buffer) {

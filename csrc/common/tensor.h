@@ -35,6 +35,12 @@ inline Matrix matrix(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x
 
 inline Matrix matrix(const std::optional<Tensor>& x) { return x ? matrix(*x) : Matrix{}; }
 
+// condition ? a : b, field by field: a choice between two parameters of a kernel would put both into local memory.
+KD_HD Matrix choose(bool condition, const Matrix& a, const Matrix& b) {
+  return {condition ? a.data : b.data, condition ? a.dtype : b.dtype, condition ? a.row_stride : b.row_stride,
+          condition ? a.col_stride : b.col_stride};
+}
+
 // A 1-D (or expanded 0-d) tensor, read with the stride 0 where it has one element for all rows.
 struct Column {
   void* data = nullptr;
@@ -46,6 +52,10 @@ inline Column column(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x
 
 inline Column column(const std::optional<Tensor>& x) { return x ? column(*x) : Column{}; }
 
+// The dtype of an accumulation type.
+template <class A>
+constexpr ScalarType kDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;
+
 // f(T{}) with T the C++ type of a floating-point dtype.
 template <class F>
 KD_HD void dispatch_float(ScalarType dtype, F&& f) {
@@ -55,6 +65,10 @@ KD_HD void dispatch_float(ScalarType dtype, F&& f) {
     case ScalarType::Half: return f(Half{});
     default: return f(BFloat16{});
   }
+}
+
+KD_HD int64_t bytes_of(ScalarType dtype) {
+  return dtype == ScalarType::Double ? 8 : dtype == ScalarType::Float ? 4 : 2;
 }
 
 // ---- one element, as A

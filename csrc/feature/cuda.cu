@@ -31,12 +31,16 @@ struct Channels {
 
   // Of the elements [at, at + kStep) of a sample.
   __device__ void read(const Order& order, int64_t at, A (&to)[kStep]) const {
-    int64_t outer = at / order.inner, inner = at % order.inner;
+    Walk walk(order, at);
+    Raw<A, kStep> raw;
+    raw.gather(values.data, values.dtype, [&](int) {
+      const Element place{walk.inside(), (order.by_channel ? walk.inner : walk.outer) * values.stride};
+      walk.advance();
+      return place;
+    });
+    raw.convert(values.dtype, to);
 #pragma unroll
-    for (int i = 0; i < kStep; ++i) {
-      to[i] = outer < order.outer ? factor * kdfast::read<A>(values, order.by_channel ? inner : outer) : A(0);
-      if (++inner == order.inner) inner = 0, ++outer;
-    }
+    for (int i = 0; i < kStep; ++i) to[i] *= factor;
   }
 };
 
@@ -63,7 +67,7 @@ struct OfSample {
 
 // sums [kSums, batch, pieces]: those of each piece.
 template <class A, class Make>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     sum_kernel(MapPair maps, Make make, Channels<A> channels, double* sums) {
   using Kind = decltype(make(0));
   const int64_t b = blockIdx.x / maps.pieces, begin = blockIdx.x % maps.pieces * kPiece, size = maps.order.size();
@@ -72,8 +76,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   A x = 0, y = 0, z = 0;
   for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kBlock * kStep) {
     A s[kStep], t[kStep], m[kStep] = {};
-    read(maps.student, maps.order, b, at, s);
-    read(maps.teacher, maps.order, b, at, t);
+    read(maps.student, maps.teacher, maps.order, b, at, s, t);
     if (Kind::kPerChannel) channels.read(maps.order, at, m);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
@@ -220,7 +223,7 @@ void sum_channels(const OnDevice& device, const Tensor& like, const MapPair& map
 
 // Gradients [batch, size], of which either may be absent: factor * grad * slope.
 template <class A, class Make>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     slope_kernel(MapPair maps, Make make, Channels<A> channels, Column grad, A factor, Matrix to_s, Matrix to_t) {
   using Kind = decltype(make(0));
   const int64_t b = blockIdx.x / maps.pieces, begin = blockIdx.x % maps.pieces * kPiece, size = maps.order.size();
@@ -229,8 +232,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   if (grad.data) factor *= read<A>(grad, b);
   for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kBlock * kStep) {
     A s[kStep], t[kStep], m[kStep] = {};
-    read(maps.student, maps.order, b, at, s);
-    read(maps.teacher, maps.order, b, at, t);
+    read(maps.student, maps.teacher, maps.order, b, at, s, t);
     if (Kind::kPerChannel) channels.read(maps.order, at, m);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {

@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks) forward_kernel(MixedLogits
 // Gradients of the loss in the targets' logits [targets, rows, cols], in the type of sums. Scratch in global memory:
 // too many targets to keep their gradients in registers.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2))
     target_grad_kernel(MixedLogits<A> op, Gradients to, A* target_grads) {
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row % op.rows, r = at.row / op.rows;
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 
 // Gradients in the networks: of the learners their own, plus each network's shares of the targets'.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     network_grad_kernel(MixedLogits<A> op, Gradients to, const A* target_grads) {
   const Part at = part<kThreads>(op.cols);
   const int64_t row = at.row;
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 
 // Gradient in the weights: sum over the classes of the target's gradient times the network's centred logit.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     mix_grad_kernel(MixedLogits<A> op, const A* target_grads, Mix mix_grad) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;

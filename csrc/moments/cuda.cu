@@ -68,7 +68,7 @@ __device__ void merge(Part<double>* parts, const Part<double>& own) {
 
 // out [pieces][channels]
 template <class A, bool kByChannel>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(4))
     part_kernel(Map x, Order order, int64_t batch, int64_t tiles, Part<double>* out) {
   using T = Tile<kByChannel>;
   const int64_t piece = blockIdx.x / tiles, channels = kByChannel ? order.inner : order.outer;
@@ -83,15 +83,17 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       const int64_t row = step * kStep;
       int64_t b = row / order.outer, position = row % order.outer;
       n = rows - row;
-#pragma unroll
-      for (int i = 0; i < kStep; ++i) {
-        if (i < n) values[i] = read_one<A>(x.data, x.dtype, b * x.sample + position * x.outer + channel * x.inner);
+      Raw<A, kStep> raw;
+      raw.gather(x.data, x.dtype, [&](int i) {
+        const Element place{i < n, b * x.sample + position * x.outer + channel * x.inner};
         if (++position == order.outer) position = 0, ++b;
-      }
+        return place;
+      });
+      raw.convert(x.dtype, values);
     } else {
       const int64_t b = step / steps_of_row, at = step % steps_of_row * kStep;
       n = b < batch ? order.inner - at : 0;
-      if (n > 0) read(x, order, b, channel * order.inner + at, values);
+      if (n > 0) load<A>(x, order, b, channel * order.inner + at).convert(A(0), values);
     }
     running.add(values, n < 0 ? 0 : n < kStep ? static_cast<int>(n) : kStep);
   }
@@ -151,16 +153,17 @@ __device__ void read_channels(const Matrix& values, int64_t row, const Order& or
 
 // out [batch, size]
 template <class A>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     slope_kernel(Map x, Order order, int64_t pieces, Matrix moments, Matrix grad, A share, Matrix out) {
   const int64_t b = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece, size = order.size();
   const int64_t end = begin + kPiece < size ? begin + kPiece : size;
   for (int64_t at = begin + threadIdx.x * kStep; at < end; at += kBlock * kStep) {
     A values[kStep], mean[kStep], of_mean[kStep], of_variance[kStep];
-    read(x, order, b, at, values);
+    const Step<A> step = load<A>(x, order, b, at);
     read_channels(moments, 0, order, at, mean);
     read_channels(grad, 0, order, at, of_mean);
     read_channels(grad, 1, order, at, of_variance);
+    step.convert(A(0), values);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       values[i] = Slope<A>{mean[i], share * of_mean[i], A(2) * share * of_variance[i]}(values[i]);

@@ -70,29 +70,36 @@ __device__ void for_rows(const Both& both, const Task& task, const Use& use) {
     read(side.anchors, task.anchor, task.first_column() + s * stride, both.dim, A(0), anchor[s]);
   }
   for (int64_t first = task.begin; first < task.end; first += kRows * task.groups) {
-    A row[kRows][kSteps][kStep], dot[kRows];
+    int64_t at[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const int64_t column = first + r * task.groups + task.lane / task.lanes;
-      const int64_t at = column < task.end ? index[column] : 0;
-      const bool inside = at >= 0 && at < both.rows;
+      at[r] = column < task.end ? index[column] : 0;
+    }
+    Step<A> steps[kRows][kSteps];
+    A dot[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const bool inside = at[r] >= 0 && at[r] < both.rows;
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
-        const int64_t cols = inside && column < task.end ? both.dim : 0;
-        read(side.bank, inside ? at : 0, task.first_column() + s * stride, cols, A(0), row[r][s]);
+        const int64_t cols = inside ? both.dim : 0;
+        steps[r][s] = load<A>(side.bank, inside ? at[r] : 0, task.first_column() + s * stride, cols);
       }
       dot[r] = inside ? A(0) : not_a_number<A>();
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
+      A row[kSteps][kStep];
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
+        steps[r][s].convert(A(0), row[s]);
 #pragma unroll
-        for (int i = 0; i < kStep; ++i) dot[r] += anchor[s][i] * row[r][s][i];
+        for (int i = 0; i < kStep; ++i) dot[r] += anchor[s][i] * row[s][i];
       }
       dot[r] = sum_lanes(dot[r], task.lanes);
       const int64_t column = first + r * task.groups + task.lane / task.lanes;
-      if (column < task.end) use(column, dot[r], row[r]);
+      if (column < task.end) use(column, dot[r], row);
     }
   }
 }
@@ -107,8 +114,9 @@ __device__ void for_long_rows(const Both& both, const Task& task, const Use& use
     A dot = inside ? A(0) : not_a_number<A>();
     for (int64_t c = task.first_column(); inside && c < both.dim; c += kWarp * kStep) {
       A anchor[kStep], row[kStep];
-      read(side.anchors, task.anchor, c, both.dim, A(0), anchor);
+      const Step<A> step = load<A>(side.anchors, task.anchor, c, both.dim);
       read(side.bank, at, c, both.dim, A(0), row);
+      step.convert(A(0), anchor);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) dot += anchor[i] * row[i];
     }
@@ -142,7 +150,8 @@ struct Scorer {
 
 // losses [2 tasks]: the sum of the terms; parts [2 tasks, dim], or null: of slope * row.
 template <class A, int kSteps>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) score_kernel(Both both, double* losses, A* parts, A* scores) {
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(kSteps == 4 ? 1 : 2))
+    score_kernel(Both both, double* losses, A* parts, A* scores) {
   const Task task(both);
   if (!task.exists(both)) return;
   const Scorer<A> scorer(both, task, scores);
@@ -215,7 +224,7 @@ __device__ bool is_known(const Both& both, int side) { return read<double>(both.
 
 // sums [2 tasks]: of 2^(score in bits), where the direction's Z is unset; else nothing is read or written.
 template <class A, int kSteps>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) log_sums_kernel(Both both, LogSum* sums) {
+__global__ void __launch_bounds__(kBlock, kSteps == 1 ? 2 : kMinBlocks) log_sums_kernel(Both both, LogSum* sums) {
   const Task task(both);
   if (!task.exists(both) || is_known(both, task.side)) return;
   const double rate = kLog2E / both.temperature;
@@ -258,8 +267,9 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   if (group_reduce<kWarp>(later, Max{})) return;
   const auto moved = [&](int64_t c, A(&to)[kStep]) {
     A old[kStep], row[kStep];
-    read(bank, at, c, dim, A(0), old);
+    const Step<A> step = load<A>(bank, at, c, dim);
     read(rows, i, c, dim, A(0), row);
+    step.convert(A(0), old);
 #pragma unroll
     for (int e = 0; e < kStep; ++e) to[e] = momentum * old[e] + (A(1) - momentum) * row[e];
   };

@@ -6,16 +6,22 @@ namespace kdfast {
 namespace softmax_kl {
 namespace {
 
-// Reads a step of a row, with the class `skipped` masked.
 template <class A>
-__device__ void read_skipping(const Matrix& m, int64_t row, int64_t col, int64_t cols, int64_t skipped, A (&z)[kStep]) {
-  read(m, row, col, cols, -infinity<A>(), z);
-  const int64_t at = skipped - col;
+__device__ void skip(int64_t at, A (&z)[kStep]) {
   if (at < 0 || at >= kStep) return;
 #pragma unroll
   for (int i = 0; i < kStep; ++i) {
     if (i == at) z[i] = -infinity<A>();
   }
+}
+
+// Reads a step of two rows, with the class `skipped` masked.
+template <class A>
+__device__ void read_skipping(const Matrix& p, const Matrix& q, int64_t row, int64_t col, int64_t cols, int64_t skipped,
+                              A (&z_p)[kStep], A (&z_q)[kStep]) {
+  read(p, q, row, col, cols, -infinity<A>(), z_p, z_q);
+  skip(skipped - col, z_p);
+  skip(skipped - col, z_q);
 }
 
 // ---- forward sweeps
@@ -51,8 +57,7 @@ __device__ State<A> kl_sweep(const Matrix& p, const Matrix& q, int64_t row, int6
   State<A> s;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_p[kStep], z_q[kStep];
-    read_skipping(p, row, col, cols, skipped, z_p);
-    read_skipping(q, row, col, cols, skipped, z_q);
+    read_skipping(p, q, row, col, cols, skipped, z_p, z_q);
     kl_update(s, z_p, z_q, rate);
   });
   merge<kThreads>(s, rate);
@@ -69,8 +74,7 @@ __device__ A row_kl(const State<A>& s, const Matrix& p, const Matrix& q, int64_t
   A sum = 0;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_p[kStep], z_q[kStep];
-    read_skipping(p, row, col, cols, skipped, z_p);
-    read_skipping(q, row, col, cols, skipped, z_q);
+    read_skipping(p, q, row, col, cols, skipped, z_p, z_q);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) sum += near.term(z_p[i], z_q[i]);
   });
@@ -86,8 +90,7 @@ __device__ void near_mixture_row(const Matrix& student, const Matrix& teacher, i
   kl_s = kl_t = 0;
   for_steps<kThreads>(0, cols, [&](int64_t col) {
     A z_s[kStep], z_t[kStep];
-    read(student, row, col, cols, -infinity<A>(), z_s);
-    read(teacher, row, col, cols, -infinity<A>(), z_t);
+    read(student, teacher, row, col, cols, -infinity<A>(), z_s, z_t);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {
       const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), shares.p, shares.q);
@@ -102,13 +105,13 @@ __device__ void near_mixture_row(const Matrix& student, const Matrix& teacher, i
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
                               Shares<A> shares, Stats<A> stats) {
   const int64_t row = group_index<kThreads>();
   if (row >= rows) return;
   const A rate = temperature.rate(row);
-  const Matrix &p = shares.reverse ? student : teacher, &q = shares.reverse ? teacher : student;
+  const Matrix p = choose(shares.reverse, student, teacher), q = choose(shares.reverse, teacher, student);
   const State<A> s = kl_sweep<kThreads>(p, q, row, cols, -1, rate);
   const Softmax<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
   A kl_s = 0, kl_t = 0;
@@ -118,8 +121,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
     const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
     for_steps<kThreads>(0, cols, [&](int64_t col) {
       A z_s[kStep], z_t[kStep];
-      read(student, row, col, cols, -infinity<A>(), z_s);
-      read(teacher, row, col, cols, -infinity<A>(), z_t);
+      read(student, teacher, row, col, cols, -infinity<A>(), z_s, z_t);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         const Mixture<A> m = mixture(log_t(z_t[i]), log_s(z_s[i]), shares.p, shares.q);
@@ -215,7 +217,7 @@ __device__ bool for_kept(const Inputs<A>& in, const TopK& teacher, int64_t row, 
 
 // A row whose indices cannot be used has the KL NaN.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) softmax_kl_topk_forward_kernel(Inputs<A> in, TopK teacher) {
+__global__ void __launch_bounds__(kBlock, min_blocks<A>()) softmax_kl_topk_forward_kernel(Inputs<A> in, TopK teacher) {
   KD_SHARED(unsigned, all_bits, kPiece / 32);
   const int64_t row = group_index<kThreads>();
   if (row >= in.rows) return;
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks) softmax_kl_topk_forward_ke
 
 // Cross-entropies go to `ce`; a label that is no class makes its row NaN.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     cross_entropy_kl_forward_kernel(Inputs<A> in, Labels labels, int64_t ignore_index, A smoothing, A* ce) {
   const int64_t row = group_index<kThreads>();
   if (row >= in.rows) return;
@@ -332,7 +334,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) dkd_forward_kernel(Inputs<A> in, Labels labels) {
+__global__ void __launch_bounds__(kBlock, min_blocks<A>()) dkd_forward_kernel(Inputs<A> in, Labels labels) {
   const int64_t row = group_index<kThreads>();
   if (row >= in.rows) return;
   const A rate = in.temperature.rate(row);
@@ -375,7 +377,7 @@ __device__ void kl_grad_step(const A (&z_p)[kStep], const A (&z_q)[kStep], A max
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     softmax_kl_backward_kernel(Inputs<A> in, Shares<A> shares, A scale, Gradients to) {
   const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
@@ -393,8 +395,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
-    read(in.student, row, col, in.cols, A(0), z_s);
-    read(in.teacher, row, col, in.cols, A(0), z_t);
+    read(in.student, in.teacher, row, col, in.cols, A(0), z_s, z_t);
     if (shares.mixed) {
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
@@ -415,7 +416,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 // First all classes of this part as if none was kept, then the kept ones. A row whose KL is NaN, because a class came
 // twice or otherwise, is NaN from the first on.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     softmax_kl_topk_backward_kernel(Inputs<A> in, TopK teacher, A scale, Gradients to) {
   const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
@@ -447,7 +448,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     cross_entropy_kl_backward_kernel(Inputs<A> in, Labels labels, A kl_scale, A smoothing, Gradients to) {
   const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
@@ -489,7 +490,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>())
     dkd_backward_kernel(Inputs<A> in, Labels labels, A alpha, A beta, A scale, Gradients to) {
   const Part at = part<kThreads>(in.cols);
   const int64_t row = at.row;
@@ -505,8 +506,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   }
   for_steps<kThreads>(at.begin, at.end, [&](int64_t col) {
     A z_s[kStep], z_t[kStep], grad_s[kStep], grad_t[kStep];
-    read_skipping(in.student, row, col, in.cols, label, z_s);
-    read_skipping(in.teacher, row, col, in.cols, label, z_t);
+    read_skipping(in.student, in.teacher, row, col, in.cols, label, z_s, z_t);
     kl_grad_step(z_t, z_s, max_t, max_s, rate, g.rest, grad_t, grad_s);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) {

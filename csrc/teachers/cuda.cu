@@ -42,8 +42,7 @@ __device__ A near_kl(const Teachers<A>& op, int64_t row, int64_t m, const NearRo
   A sum = 0;
   for_steps<kThreads>(0, op.cols, [&](int64_t col) {
     A z[kStep], student[kStep];
-    read(op.teachers[m], row, col, op.cols, -infinity<A>(), z);
-    read(op.student, row, col, op.cols, -infinity<A>(), student);
+    read(op.teachers[m], op.student, row, col, op.cols, -infinity<A>(), z, student);
 #pragma unroll
     for (int i = 0; i < kStep; ++i) sum += near.term(z[i], student[i]);
   });
@@ -52,7 +51,7 @@ __device__ A near_kl(const Teachers<A>& op, int64_t row, int64_t m, const NearRo
 
 // Statistics of the rows, and their cross-entropies in `ce`.
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks) teachers_forward_kernel(Teachers<A> op, A* ce) {
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2)) teachers_forward_kernel(Teachers<A> op, A* ce) {
   const int64_t row = group_index<kThreads>();
   if (row >= op.rows) return;
   const A max_q = row_max<kThreads, A>(op.student, row, op.cols), rate = op.rate();
@@ -73,8 +72,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks) teachers_forward_kernel(Te
     A sum_p = 0, dot = 0;
     for_steps<kThreads>(0, op.cols, [&](int64_t col) {
       A z[kStep], student[kStep];
-      read(op.teachers[m], row, col, op.cols, -infinity<A>(), z);
-      read(op.student, row, col, op.cols, -infinity<A>(), student);
+      read(op.teachers[m], op.student, row, col, op.cols, -infinity<A>(), z, student);
 #pragma unroll
       for (int i = 0; i < kStep; ++i) {
         const A c = z[i] - max_p, e = exp2(c * rate);
@@ -145,7 +143,7 @@ struct LossValue {
 };
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, kMinBlocks)
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2))
     teachers_backward_kernel(Teachers<A> op, Column grad, A scale, A ce_scale, Matrix to_student,
                              NetworkGrads to_teachers) {
   const Part at = part<kThreads>(op.cols);

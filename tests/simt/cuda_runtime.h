@@ -171,10 +171,14 @@ SIMT_LOAD(__ldcg)
 SIMT_LOAD(__ldcs)
 #undef SIMT_LOAD
 
-template <class T>
-void __stcs(T* at, typename simt::Same<T>::type value) {
-  *at = value;
-}
+#define SIMT_STORE(name)                                 \
+  template <class T>                                     \
+  void name(T* at, typename simt::Same<T>::type value) { \
+    *at = value;                                         \
+  }
+SIMT_STORE(__stcg)
+SIMT_STORE(__stcs)
+#undef SIMT_STORE
 
 // ---- numbers
 using std::max;
