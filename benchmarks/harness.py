@@ -418,6 +418,7 @@ def machine(settings):
         "kind": settings.device,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "isa": os.environ.get("KDFAST_ISA") or None,  # one chosen by hand
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "driver": driver() if cuda else None,

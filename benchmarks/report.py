@@ -81,7 +81,16 @@ def slug(results):
     """The device's name as a folder name."""
     machine = results["machine"]
     name = machine["device"] + (f" {machine['cores']} cores" if machine["kind"] == "cpu" else "")
+    name += f" {machine['isa']}" if machine.get("isa") else ""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cores_of(machine):
+    """A CPU's cores, threads, and the instruction set if one was chosen, in brackets."""
+    if machine["kind"] != "cpu":
+        return ""
+    held = f", held to {machine['isa']}" if machine.get("isa") else ""
+    return f" ({machine['cores']} cores, threads: {machine['threads']}{held})"
 
 
 def save(results, folder, chart=True):
@@ -255,7 +264,7 @@ def caption(results):
     copy = f", a large copy moves {rate(rates['copy'])}" if "copy" in rates else ""
     product = f", a large float32 matrix product does {rate(rates['matmul'])}" if "matmul" in rates else ""
     product += f", random rows are read at {rate(rates['gather'])}" if "gather" in rates else ""
-    threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
+    threads = cores_of(machine)
     liger = any(figure["implementation"] == "liger" for figure in results["figures"])
     peer = f", liger-kernel {machine.get('liger')}" if liger else ""
     driver = f"driver {machine['driver']}, " if machine.get("driver") else ""
@@ -440,7 +449,7 @@ def overview(families):
             cells = dict(zip(heading, line, strict=True))
             rows.setdefault(cells["loss"], [cells.get(name, "-") for name in OVERVIEW])
     machine = families[0][1]["machine"]
-    threads = f" ({machine['cores']} cores, threads: {machine['threads']})" if machine["kind"] == "cpu" else ""
+    threads = cores_of(machine)
     words = (
         f"{machine['device']}{threads}, torch {machine['torch']}. Forward + backward, float32 unless the shape says "
         "otherwise, every loss at the first of its shapes: median milliseconds of eager PyTorch, torch.compile and "

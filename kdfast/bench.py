@@ -21,6 +21,12 @@ PACKAGE = Path(__file__).resolve().parent
 FOLDERS = (PACKAGE / "benchmarks", PACKAGE.parent / "benchmarks")  # in an installed package, beside one in a checkout
 FAMILIES = tuple(sorted(p.stem.removeprefix("bench_") for folder in FOLDERS for p in folder.glob("bench_*.py")))
 REQUIRED = ("pytest", "pytest_benchmark")
+# An instruction set -> variables that hold kdfast, and torch and its libraries, to it.
+SETS = {
+    "avx512": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "baseline": {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"},
+}
 NOTHING_SELECTED = 5  # pytest's exit status
 
 
@@ -30,6 +36,7 @@ def add_arguments(parser: Any) -> Any:
     parser.add_argument("--family", choices=FAMILIES, help="which figures (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--isa", choices=SETS, help="hold torch and kdfast to this instruction set of a CPU")
     parser.add_argument("--quick", action="store_true", help="one shape a loss and few rounds: a look, not a result")
     parser.add_argument("--seconds", type=float, metavar="N", help="leave out what has not begun by then")
     parser.add_argument(
@@ -117,6 +124,7 @@ def measure(family: Any, options: Any, raw: Any) -> Any:
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     # torch.compile's pool of workers would start, and load torch, while the first figures are measured.
     environment = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    environment |= {"KDFAST_ISA": options.isa, **SETS[options.isa]} if options.isa else {}
     return subprocess.run(command, env=environment).returncode
 
 

@@ -74,6 +74,13 @@ def test_collect_keeps_every_figure(results):
     assert (results["machine"]["commit"], results["date"]) == ("0123456789ab", "2026-01-02")
 
 
+def test_an_instruction_set_has_a_folder_of_its_own(results):
+    assert report.slug(results) == "some-cpu-r-9-2-cores"
+    results["machine"]["isa"] = "avx2"
+    assert report.slug(results) == "some-cpu-r-9-2-cores-avx2"
+    assert "2 cores, threads: 2, held to avx2" in report.caption(results)
+
+
 def test_turns_are_one_figure(raw):
     """All rounds of all turns count alike, and memory is the first turn's."""
     first, second, other = (loss_entry("kdfast", 1.0, shape=shape, peak=None) for shape in ("8 x 8", "8 x 8", "9 x 9"))
