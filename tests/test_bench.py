@@ -78,7 +78,7 @@ def test_an_instruction_set_has_a_folder_of_its_own(results):
     assert report.slug(results) == "some-cpu-r-9-2-cores"
     results["machine"]["isa"] = "avx2"
     assert report.slug(results) == "some-cpu-r-9-2-cores-avx2"
-    assert "2 cores, threads: 2, held to avx2" in report.caption(results)
+    assert "2 cores, threads: 2, held to avx2" in report.caption(results).replace("\n", " ")
 
 
 def test_turns_are_one_figure(raw):

@@ -25,6 +25,7 @@ from kdfast.ops.saved import save, saved
 __all__ = ["pairwise_distance", "rkd", "rkd_angle", "rkd_distance"]
 
 BLOCK = 2**18  # elements of a temporary; a number fixed by shapes alone keeps results independent of the machine
+CLOSE = 1e-6  # a squared distance of less than this share of the rows' squares is summed from differences
 SMALLEST_SQUARE = 1e-12  # squared distances of RKD's distance term are clamped from below, off the diagonal
 
 
@@ -35,12 +36,30 @@ def _blocks(rows, size):
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def squared_distances(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+def squared_distances(x: Tensor, y: Tensor, dtype: torch.dtype, accumulation: torch.dtype) -> Tensor:
     """|x_i - y_j|^2 [n, m] in `dtype`; symmetric with a zero diagonal for x = y."""
+    if x.device.type == "cpu" and accumulation == torch.float32 and x.shape[0] and y.shape[0]:
+        return _guarded_distances(x, y).to(dtype)
     x, y = x.to(dtype), y.to(dtype)
     out = x.new_empty((x.shape[0], y.shape[0]))
     for rows in _blocks(x.shape[0], y.numel()):
         out[rows] = fixed_sum((x[rows, None] - y).square())
+    return out
+
+
+def _guarded_distances(x, y):
+    """The same in float64 from products of less precise rows, and from differences where a product would cancel."""
+    same, origin = x is y, x[:1].double()
+    x = x.double() - origin  # exact, and a common offset is gone
+    y = x if same else y.double() - origin
+    squares, others = (x * x).sum(1), (y * y).sum(1)
+    scale = squares[:, None] + others
+    out = scale - 2 * (x @ y.t())
+    # Not one comparison the other way round: NaN and inf are close.
+    close = ~(out > CLOSE * scale).logical_and(scale < torch.finfo(torch.float64).max)
+    rows, columns = close.nonzero(as_tuple=True)
+    for part in _blocks(len(rows), x.shape[1]):
+        out[rows[part], columns[part]] = (x[rows[part]] - y[columns[part]]).square().sum(1)
     return out
 
 
@@ -51,7 +70,7 @@ def _pairwise_distance(
     squared: bool,
 ) -> Tensor:
     """-> distances, or their squares, [n, m]."""
-    p = squared_distances(x, x if y is None else y, accumulator(x, y))
+    p = squared_distances(x, x if y is None else y, *[accumulator(x, y)] * 2)
     return p if squared else p.sqrt()
 
 
@@ -63,6 +82,10 @@ def _weighted_differences(
     factor: Tensor | None,
 ) -> Tensor:
     """-> factor sum_j weights_ij (x_i - y_j) [n, D], in the dtype of x."""
+    if x.device.type == "cpu" and accumulator(weights, x, y) == torch.float32:  # in float64 nothing of it cancels
+        a, w = x.contiguous().double(), weights.double()
+        out = a * w.sum(1, keepdim=True) - w @ (a if y is None else y.double())
+        return (out if factor is None else out * factor).to(x.dtype)
     a = x.to(weights.dtype)
     b = a if y is None else y.to(weights.dtype)
     out = torch.empty_like(a, memory_format=torch.contiguous_format)
@@ -134,7 +157,7 @@ def _rkd(
 ) -> tuple[Tensor, Tensor]:
     """-> loss; weights [B, B] with d loss / d student_i = sum_j weights_ij (student_i - student_j)."""
     dtype, rows = accumulator(student, teacher), student.shape[0]
-    p_student, p_teacher = (squared_distances(x, x, torch.float64) for x in (student, teacher))
+    p_student, p_teacher = (squared_distances(x, x, torch.float64, dtype) for x in (student, teacher))
     loss, grad = p_student.new_zeros(()), torch.zeros_like(p_student)
     terms = ((distance_term, distance_weight, rows**2), (angle_term, angle_weight, rows**3))
     for term, weight, divisor in terms if rows > 1 else ():
