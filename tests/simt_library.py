@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RUNTIME = [ROOT / "tests/simt/scheduler.cpp", ROOT / "tests/simt/memory.cpp"]
 NAMESPACE = "kdfast_simt"  # KD_CUDA_LIBRARY of a KD_SIMT build
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g1"]
-RUNTIME_FLAGS = ["-O2"]
+RUNTIME_FLAGS = ["-O3"]
 KERNEL_FLAGS = [
     *("-x", "c++", "-O1", "-DKD_SIMT", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
     # Like nvcc: products and sums contract to fused multiply-adds. That needs a processor that has them.
@@ -134,7 +134,8 @@ def build(folder, name, sources, variant, csrc=ROOT / "csrc"):
 
     def compile_source(source):
         own = RUNTIME_FLAGS if source in RUNTIME else [*KERNEL_FLAGS, *flags.kernels, *includes]
-        stem = "-".join((name, variant, *source.with_suffix("").parts[-2:]))
+        part = "runtime" if source in RUNTIME else name  # of which one is enough
+        stem = "-".join((part, variant, *source.with_suffix("").parts[-2:]))
         return _make(folder, stem, ".o", csrc, [compiler, *FLAGS, *own, *flags.all, "-c"], [source])
 
     link = [compiler, "-shared", "-Wl,-z,defs", *flags.all]
