@@ -7,16 +7,22 @@ Environment:
     KDFAST_TEST_LARGE=1            runs the tests that need more than 12 GiB of memory
 """
 
+import gc
 import os
 import zlib
 from dataclasses import dataclass
 
 import pytest
-import simt_library
-import torch
 
-import kdfast
-from kdfast import _kernels
+# Tests side by side, and those with two threads, have fewer cores than threads: one that waits gives its core to the
+# others. Read when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import simt_library  # noqa: E402
+import torch  # noqa: E402
+
+import kdfast  # noqa: E402
+from kdfast import _kernels  # noqa: E402
 
 pytest.register_assert_rewrite("behaviour")  # its failed assertions show their values, too
 
@@ -36,6 +42,12 @@ def pytest_collection_modifyitems(items):
     """The files that take longest begin, so that processes that test side by side end together."""
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+def pytest_collection_finish():
+    """What 20,000 tests are made of lives until the end: the collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 # ---- tolerances ------------------------------------------------------------------------------------------------------
