@@ -68,6 +68,12 @@ PROBE = """
 """
 
 
+def _run(command, **options):
+    """A compiler, which in a process that runs the variant "address" need not be watched itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
 @functools.lru_cache(maxsize=1)
 def _compiler():
     """The first compiler that takes the flags of a kernel, and finds its headers and glibc's ucontext."""
@@ -77,7 +83,7 @@ def _compiler():
             reasons.append(f"no {name}")
             continue
         command = [compiler, *FLAGS, *KERNEL_FLAGS, *VARIANTS["races"].kernels, "-c", "-", "-o", os.devnull]
-        probe = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+        probe = _run(command, input=PROBE)
         if not probe.returncode:
             return compiler
         reasons.append(f"{name}: {(probe.stderr.strip() or 'no reason given').splitlines()[0]}")
@@ -88,7 +94,7 @@ def sanitized():
     """The environment of a process that runs the variant "address"."""
     names = "libasan.so", f"libclang_rt.asan-{platform.machine()}.so"  # of gcc, of clang
     ask = ([_compiler(), f"-print-file-name={name}"] for name in names)
-    found = (subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in ask)
+    found = (_run(command).stdout.strip() for command in ask)
     runtime = next(filter(os.path.isabs, found), None)
     if runtime is None:
         raise Unavailable("no address sanitizer")
@@ -118,7 +124,7 @@ def _make(folder, name, suffix, csrc, command, inputs):
     made = folder / f"{name}-{_digest(csrc, command, inputs)}{suffix}"
     if not made.exists():
         partial = folder / f"{made.name}.{os.getpid()}"
-        done = subprocess.run([*command, *map(str, inputs), "-o", str(partial)], capture_output=True, text=True)
+        done = _run([*command, *map(str, inputs), "-o", str(partial)])
         if done.returncode:
             raise RuntimeError(f"building {name} failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
         for stale in folder.glob(f"{name}-*{suffix}"):
