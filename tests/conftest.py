@@ -30,12 +30,17 @@ pytest.register_assert_rewrite("behaviour")  # its failed assertions show their 
 def pytest_configure(config):
     """Processes that test side by side (pytest -n) share the processor's cores."""
     if hasattr(config, "workerinput"):
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+        share = max(1, torch.get_num_threads() // config.workerinput["workercount"])
+        torch.set_num_threads(share)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the processes that a test starts, too
         # Processes that a test starts are no workers: in one of those pytest-benchmark would not measure.
         os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
-SLOWEST = ("test_simt", "test_ops_values", "test_ops_layouts", "test_imagenet", "test_distill")  # files, in minutes
+SLOWEST = (  # files, of which each takes a minute or more
+    *("test_simt", "test_ops_torch", "test_contract", "test_ops_values", "test_imagenet", "test_distill", "test_fuzz"),
+    *("test_install", "test_ops_layouts", "test_distributed"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -44,10 +49,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
-def pytest_collection_finish():
-    """What 20,000 tests are made of lives until the end: the collector need not look at it each time."""
-    gc.collect()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What 20,000 tests are made of lives until the end: the garbage collector need not look at it time and again."""
+    gc.disable()
+    result = yield
     gc.freeze()
+    gc.enable()
+    return result
 
 
 # ---- tolerances ------------------------------------------------------------------------------------------------------
