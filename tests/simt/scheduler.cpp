@@ -61,7 +61,8 @@ Launch* launch = nullptr;
 unsigned warp_begin(unsigned thread) { return thread / kWarp * kWarp; }
 unsigned warp_end(unsigned thread) { return std::min(warp_begin(thread) + kWarp, launch->size.x); }
 
-bool same(Place a, Place b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+bool same(Place a, Place b) { return a.line == b.line && same(a.file, b.file); }
 
 // "threads 0-31 wait at __syncthreads (file:line); ..." for all that wait.
 std::string who_waits() {
@@ -69,7 +70,7 @@ std::string who_waits() {
   for (unsigned i = 0, end; i < launch->size.x; i = end) {
     const Thread& t = threads[i];
     const auto alike = [&t](const Thread& o) {
-      return o.state == t.state && strcmp(o.what, t.what) == 0 && o.mask == t.mask && same(o.place, t.place);
+      return o.state == t.state && same(o.what, t.what) && o.mask == t.mask && same(o.place, t.place);
     };
     for (end = i + 1; end < launch->size.x && alike(threads[end]);) ++end;
     if (t.state != State::kAtBarrier && t.state != State::kInCollective) continue;
@@ -100,11 +101,12 @@ void release_barrier() {
 void release_collective(unsigned i) {
   const Thread& one = threads[i];
   const unsigned begin = warp_begin(i), end = warp_end(i);
-  Lanes lanes{};
+  Lanes lanes;
+  lanes.present = 0;
   for (unsigned j = begin; j < end; ++j) {
     const Thread& t = threads[j];
     if (!(one.mask >> (j - begin) & 1) || t.state == State::kExited) continue;
-    const bool alike = t.mask == one.mask && strcmp(t.what, one.what) == 0;
+    const bool alike = t.mask == one.mask && same(t.what, one.what);
     if (t.state == State::kInCollective && !alike && t.mask >> (i - begin) & 1) {
       fail("lanes that name each other call different collectives:" + who_waits());
     }
