@@ -30,7 +30,7 @@ struct Access {
 
   Access() = default;
   Access(uint64_t epoch, uint64_t thread, uint64_t clock, bool atomic, const void* code)
-      : when(epoch << 32 | thread << 22 | clock << 1 | atomic), code(code) {}
+      : when(epoch << 32 | thread << 22 | clock % (1 << 21) << 1 | atomic), code(code) {}
   uint32_t epoch() const { return when >> 32; }  // 0: never
   unsigned thread() const { return when >> 22 & 1023; }
   uint32_t clock() const { return when >> 1 & ((1u << 21) - 1); }
