@@ -9,6 +9,7 @@ import registry
 import torch
 from conftest import assert_close
 
+import kdfast
 from kdfast import ops
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -177,6 +178,29 @@ def check_refuses_changed_input(function, tensors, index):
     changed.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+# A graph calls the ops by name: the one that was compiled for a kernel runs on the fallback and under SIMT, too.
+every_compiled = pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
+
+
+def has_graphs(implementation):
+    """Graphs are compiled for this implementation, and not for another one that is tested, too."""
+    others = ("fallback", "simt") if kdfast._kernels.status()["_C"].loaded else ("simt",)
+    return implementation.name not in others
+
+
+def compiles(implementation):
+    if not has_graphs(implementation):
+        pytest.skip("runs where the graph for the kernels does")
+
+
+def check_compiled_for_all(implementation, function, tensors):
+    """One graph, with the numbers of the function as it is; with the fallback's where that runs."""
+    compiles(implementation)
+    compiled = check_compiled(function, tensors, backend="aot_eager")
+    with kdfast.fallback():
+        check_same(compiled, function, tensors)
 
 
 def check_compiled(function, tensors, **options):

@@ -7,16 +7,22 @@ Environment:
     KDFAST_TEST_LARGE=1            runs the tests that need more than 12 GiB of memory
 """
 
+import gc
 import os
 import zlib
 from dataclasses import dataclass
 
 import pytest
-import simt_library
-import torch
 
-import kdfast
-from kdfast import _kernels
+# Tests side by side, and those with two threads, have fewer cores than threads: one that waits gives its core to the
+# others. Read when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import simt_library  # noqa: E402
+import torch  # noqa: E402
+
+import kdfast  # noqa: E402
+from kdfast import _kernels  # noqa: E402
 
 pytest.register_assert_rewrite("behaviour")  # its failed assertions show their values, too
 
@@ -24,18 +30,33 @@ pytest.register_assert_rewrite("behaviour")  # its failed assertions show their 
 def pytest_configure(config):
     """Processes that test side by side (pytest -n) share the processor's cores."""
     if hasattr(config, "workerinput"):
-        torch.set_num_threads(max(1, torch.get_num_threads() // config.workerinput["workercount"]))
+        share = max(1, torch.get_num_threads() // config.workerinput["workercount"])
+        torch.set_num_threads(share)
+        os.environ.setdefault("OMP_NUM_THREADS", str(share))  # of the processes that a test starts, too
         # Processes that a test starts are no workers: in one of those pytest-benchmark would not measure.
         os.environ.pop("PYTEST_XDIST_WORKER", None)
 
 
-SLOWEST = ("test_simt", "test_ops_values", "test_ops_layouts", "test_imagenet", "test_distill")  # files, in minutes
+SLOWEST = (  # files, of which each takes a minute or more
+    *("test_simt", "test_ops_torch", "test_contract", "test_ops_values", "test_imagenet", "test_distill", "test_fuzz"),
+    *("test_install", "test_ops_layouts", "test_distributed"),
+)
 
 
 def pytest_collection_modifyitems(items):
     """The files that take longest begin, so that processes that test side by side end together."""
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What 20,000 tests are made of lives until the end: the garbage collector need not look at it time and again."""
+    gc.disable()
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 # ---- tolerances ------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 RUNTIME = [ROOT / "tests/simt/scheduler.cpp", ROOT / "tests/simt/memory.cpp"]
 NAMESPACE = "kdfast_simt"  # KD_CUDA_LIBRARY of a KD_SIMT build
 FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g1"]
-RUNTIME_FLAGS = ["-O2"]
+RUNTIME_FLAGS = ["-O3"]
 KERNEL_FLAGS = [
     *("-x", "c++", "-O1", "-DKD_SIMT", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
     # Like nvcc: products and sums contract to fused multiply-adds. That needs a processor that has them.
@@ -68,6 +68,12 @@ PROBE = """
 """
 
 
+def _run(command, **options):
+    """A compiler, which in a process that runs the variant "address" need not be watched itself."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
+
+
 @functools.lru_cache(maxsize=1)
 def _compiler():
     """The first compiler that takes the flags of a kernel, and finds its headers and glibc's ucontext."""
@@ -77,7 +83,7 @@ def _compiler():
             reasons.append(f"no {name}")
             continue
         command = [compiler, *FLAGS, *KERNEL_FLAGS, *VARIANTS["races"].kernels, "-c", "-", "-o", os.devnull]
-        probe = subprocess.run(command, input=PROBE, capture_output=True, text=True)
+        probe = _run(command, input=PROBE)
         if not probe.returncode:
             return compiler
         reasons.append(f"{name}: {(probe.stderr.strip() or 'no reason given').splitlines()[0]}")
@@ -88,7 +94,7 @@ def sanitized():
     """The environment of a process that runs the variant "address"."""
     names = "libasan.so", f"libclang_rt.asan-{platform.machine()}.so"  # of gcc, of clang
     ask = ([_compiler(), f"-print-file-name={name}"] for name in names)
-    found = (subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in ask)
+    found = (_run(command).stdout.strip() for command in ask)
     runtime = next(filter(os.path.isabs, found), None)
     if runtime is None:
         raise Unavailable("no address sanitizer")
@@ -118,7 +124,7 @@ def _make(folder, name, suffix, csrc, command, inputs):
     made = folder / f"{name}-{_digest(csrc, command, inputs)}{suffix}"
     if not made.exists():
         partial = folder / f"{made.name}.{os.getpid()}"
-        done = subprocess.run([*command, *map(str, inputs), "-o", str(partial)], capture_output=True, text=True)
+        done = _run([*command, *map(str, inputs), "-o", str(partial)])
         if done.returncode:
             raise RuntimeError(f"building {name} failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
         for stale in folder.glob(f"{name}-*{suffix}"):
@@ -134,7 +140,8 @@ def build(folder, name, sources, variant, csrc=ROOT / "csrc"):
 
     def compile_source(source):
         own = RUNTIME_FLAGS if source in RUNTIME else [*KERNEL_FLAGS, *flags.kernels, *includes]
-        stem = "-".join((name, variant, *source.with_suffix("").parts[-2:]))
+        part = "runtime" if source in RUNTIME else name  # of which one is enough
+        stem = "-".join((part, variant, *source.with_suffix("").parts[-2:]))
         return _make(folder, stem, ".o", csrc, [compiler, *FLAGS, *own, *flags.all, "-c"], [source])
 
     link = [compiler, "-shared", "-Wl,-z,defs", *flags.all]

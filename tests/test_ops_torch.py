@@ -26,8 +26,11 @@ def test_opcheck(implementation, family):
     calls = registry.family(family).raw_calls(implementation.device)
     own = {name for name, op in kdfast._kernels.OPS.items() if op.family == family}
     assert {name for name, _ in calls} >= {name for name in own if kdfast._kernels.OPS[name].has_kernels}
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if behaviour.has_graphs(implementation):
+        checks.append("test_aot_dispatch_dynamic")
     for name, arguments in calls:
-        torch.library.opcheck(getattr(torch.ops.kdfast, name).default, arguments)
+        torch.library.opcheck(getattr(torch.ops.kdfast, name).default, arguments, test_utils=checks)
 
 
 # ---- autograd --------------------------------------------------------------------------------------------------------
@@ -68,24 +71,13 @@ def test_dtensor_refused(dtensor, op):
 
 
 # ---- compilers, autocast ---------------------------------------------------------------------------------------------
-def compiles(implementation):
-    """A graph calls the ops by name: the one that was compiled for a kernel runs on the fallback, too."""
-    if implementation.name == "fallback" and kdfast._kernels.status()["_C"].loaded:
-        pytest.skip("runs where the graph for the kernels does")
-
-
-every_compiled = pytest.mark.parametrize("implementation", ["fallback", "cpu", "cuda"], indirect=True)
-
-
-@every_compiled
+@behaviour.every_compiled
 @every_program
 def test_compile(implementation, program):
     """One graph, forward and backward, with the numbers of the program as it is."""
-    compiles(implementation)
-    tensors = program.make(implementation.device, program.rows, torch.float32)
-    compiled = behaviour.check_compiled(program.function, tensors, backend="aot_eager")
-    with kdfast.fallback():
-        behaviour.check_same(compiled, program.function, tensors)
+    behaviour.check_compiled_for_all(
+        implementation, program.function, program.make(implementation.device, program.rows, torch.float32)
+    )
 
 
 @pytest.mark.parametrize("implementation", ["cpu", "cuda"], indirect=True)
@@ -94,11 +86,11 @@ def test_compile_inductor(implementation, program):
     behaviour.check_compiled(program.function, program.make(implementation.device, program.rows, torch.float32))
 
 
-@every_compiled
+@behaviour.every_compiled
 @every_graph
 def test_compile_dynamic(implementation, program):
     """Another batch size needs no graph break; sizes may be symbols."""
-    compiles(implementation)
+    behaviour.compiles(implementation)
     torch.compiler.reset()
     compiled = torch.compile(program.function, fullgraph=True, backend="aot_eager", dynamic=True)
     for rows in (5, 6, 7):

@@ -64,9 +64,11 @@ def test_gradients_of_paths(implementation, stage):
     torch.testing.assert_close(alone, kdfast.ops.cross_entropy(logits[0], labels))
 
 
+@behaviour.every_compiled
 @pytest.mark.parametrize("stage", STAGES)
 def test_compile_serves_every_epoch(implementation, stage):
     """At most two graphs for epochs as Python numbers, one for a tensor's."""
+    behaviour.compiles(implementation)
     logits, labels, features = make(implementation.device, dtype=torch.float32)
     loss = kdfast.JointLoss(stage=stage)
     for epochs, most in ((range(6), 2), ([torch.tensor(float(epoch)) for epoch in range(6)], 1)):

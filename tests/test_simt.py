@@ -211,7 +211,7 @@ def test_removed_barrier_is_noticed(folder, variant, barrier):
     parts = group.read_text().split("__syncthreads();")
     assert len(parts) == 3
     group.write_text("__syncthreads();".join(parts[: barrier + 1]) + "__syncthreads();".join(parts[barrier + 1 :]))
-    tests = (*CONTRACT, "-x", "-k", "test_matches_oracle and simt and float32 and 17")
+    tests = ("tests/test_ops_values.py", "-x", "-k", "test_matches_oracle and simt and float32 and 17")
     settings = {"KDFAST_SIMT_CSRC": str(csrc), "KDFAST_TEST_FAMILIES": "attention"}
     done = run_tests(folder, csrc.parent.name, variant, *tests, **settings)
     assert done.returncode == 1, done.stdout + done.stderr

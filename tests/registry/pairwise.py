@@ -7,6 +7,7 @@ import torch
 
 import kdfast
 from kdfast import ops
+from kdfast.ops import pairwise
 from registry import FAR, SQUARED_ROUNDING, Group, Op, Program, program_of
 
 
@@ -98,8 +99,10 @@ def rkd(name):
     a, b = WEIGHTS[name]
 
     def matrices(x, kernel):
-        """Some of B x B, whatever the number of features; the fallback's of both terms, which takes seconds, once."""
-        return x["student"].nbytes + (8 if kernel else 40) * 4 * len(x["student"]) ** 2 if kernel or a and b else None
+        """Some of B x B, whatever the number of features; the fallback's, beside its blocks, of both terms at once."""
+        blocks = 0 if kernel else 8 * 8 * pairwise.BLOCK
+        matrices = (8 if kernel else 10) * 4 * len(x["student"]) ** 2
+        return x["student"].nbytes + blocks + matrices if kernel or a and b else None
 
     def sizes(g, student, teacher):
         of_distance, of_angle = (f(student, teacher) for f in (sizes_rkd_distance, sizes_rkd_angle))
@@ -159,7 +162,7 @@ GROUPS = [
         cols=lambda x: max(x["student"].shape),
         layouts={"student": "rows", "teacher": "rows"},
         equal_shapes=((2, 1), (5, 9), (17, 1), (33, 40)),
-        memory=(384, 160),
+        memory=(256, 160),
         **SHARED,
     ),
     Group(

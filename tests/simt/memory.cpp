@@ -19,17 +19,22 @@
 namespace simt {
 namespace {
 
-constexpr unsigned kThreads = 1024;
 constexpr size_t kPage = 256;           // bytes whose cells lie together
 constexpr size_t kCell = 16;            // bytes of a cell, until a smaller access splits those of its page
 constexpr size_t kMaxPages = 16 << 10;  // then those of finished launches are dropped
 
+// Two words, passed by value: what lies in memory in parts waits until it can be read as a whole, at each access.
 struct Access {
-  uint32_t epoch = 0;  // 0: never
-  uint32_t thread : 10;
-  uint32_t clock : 21;
-  uint32_t atomic : 1;
-  const void* code;
+  uint64_t when = 0;  // from the lowest bit: atomic, 1; clock, 21; thread, 10; epoch, 32
+  const void* code = nullptr;
+
+  Access() = default;
+  Access(uint64_t epoch, uint64_t thread, uint64_t clock, bool atomic, const void* code)
+      : when(epoch << 32 | thread << 22 | clock % (1 << 21) << 1 | atomic), code(code) {}
+  uint32_t epoch() const { return when >> 32; }  // 0: never
+  unsigned thread() const { return when >> 22 & 1023; }
+  uint32_t clock() const { return when >> 1 & ((1u << 21) - 1); }
+  bool atomic() const { return when & 1; }
 };
 
 struct Cell {
@@ -37,16 +42,17 @@ struct Cell {
 };
 
 struct Page {
-  size_t cell_bytes = kCell;
+  unsigned shift = __builtin_ctz(kCell);  // a cell is of 1 << shift bytes
   std::vector<Cell> cells = std::vector<Cell>(kPage / kCell);
 
-  Cell& at(uintptr_t address) { return cells[address % kPage / cell_bytes]; }
+  size_t cell_bytes() const { return size_t{1} << shift; }
+  Cell& at(uintptr_t address) { return cells[address % kPage >> shift]; }
 
   void split(size_t bytes) {
     std::vector<Cell> parts(kPage / bytes);
     for (size_t i = 0; i < parts.size(); ++i) parts[i] = at(i * bytes);
     cells = std::move(parts);
-    cell_bytes = bytes;
+    shift = __builtin_ctz(bytes);
   }
 };
 
@@ -64,44 +70,44 @@ std::unordered_map<uintptr_t, Page> pages;
 struct {
   uintptr_t number;
   Page* page;
-} recent[64] = {};  // pages, each at its number modulo 64
+} recent[4096] = {};  // pages, each at its number modulo 4096
 
 // Barriers of a block are counted through all blocks and launches. Within an epoch, only lanes of a warp may be
-// ordered: each counts its __syncwarps, and knows up to which count the accesses of each lane come before its own.
+// ordered: each counts its __syncwarps in a launch, and knows how many of each lane's come before what it does now.
 uint32_t launch_epoch = 1, block_epoch = 1, epoch = 1;
-uint32_t known[kThreads][kWarp];
+uint32_t known[kMaxThreads][kWarp];
 bool watching = false;  // kernels announce their accesses
 bool fenced = false;
 
 uint32_t& own_clock(unsigned thread) { return known[thread][thread % kWarp]; }
 
 // The page of an address, with cells of at most `unit` bytes.
-Page& page_of(uintptr_t address, size_t unit) {
+inline Page& page_of(uintptr_t address, size_t unit) {
   const uintptr_t number = address / kPage;
-  auto& last = recent[number % 64];
+  auto& last = recent[number % 4096];
   if (!last.page || last.number != number) last = {number, &pages[number]};
-  if (unit < last.page->cell_bytes) last.page->split(unit);
+  if (unit < last.page->cell_bytes()) last.page->split(unit);
   return *last.page;
 }
 
 // Whether `a` comes before what `thread`, the running one, does now.
-bool before(const Access& a, unsigned thread) {
-  if (a.epoch < launch_epoch) return true;
-  if (a.epoch < block_epoch) return fenced;
-  if (a.epoch < epoch || a.thread == thread) return true;
-  return a.thread / kWarp == thread / kWarp && known[thread][a.thread % kWarp] >= a.clock;
+inline bool before(Access a, unsigned thread) {
+  if (a.epoch() < launch_epoch) return true;
+  if (a.epoch() < block_epoch) return fenced;
+  if (a.epoch() < epoch || a.thread() == thread) return true;
+  return a.thread() / kWarp == thread / kWarp && known[thread][a.thread() % kWarp] >= a.clock();
 }
 
 // A new read takes the place of one that it comes after. Of more than two at once, two of different warps are enough:
 // no write can come after one of them and not be seen to clash with the other.
-void remember(Access (&reads)[2], const Access& now) {
+void remember(Access (&reads)[2], Access now) {
   for (Access& read : reads) {
-    if (before(read, now.thread)) {
+    if (before(read, now.thread())) {
       read = now;
       return;
     }
   }
-  if (reads[0].thread / kWarp == reads[1].thread / kWarp) reads[1] = now;
+  if (reads[0].thread() / kWarp == reads[1].thread() / kWarp) reads[1] = now;
 }
 
 const Array* array_at(uintptr_t address) {
@@ -118,32 +124,31 @@ std::string place(uintptr_t address) {
   return "byte " + std::to_string(offset) + " of shared `" + array->declaration->name + "`";
 }
 
-[[noreturn]] void report_race(uintptr_t address, const Access& first, const char* did, const Access& now,
-                              const char* does) {
-  const bool other_block = first.epoch < block_epoch;
-  fail("race: thread " + std::to_string(now.thread) + " " + does + " " + place(address) + "\n  at " + where(now.code) +
-       "\n  after thread " + std::to_string(first.thread) + (other_block ? " of another block" : "") + " " + did +
-       " it\n  at " + where(first.code) + "\n  with no barrier in between");
+[[noreturn]] void report_race(uintptr_t address, Access first, const char* did, Access now, const char* does) {
+  const bool other_block = first.epoch() < block_epoch;
+  fail("race: thread " + std::to_string(now.thread()) + " " + does + " " + place(address) + "\n  at " +
+       where(now.code) + "\n  after thread " + std::to_string(first.thread()) +
+       (other_block ? " of another block" : "") + " " + did + " it\n  at " + where(first.code) +
+       "\n  with no barrier in between");
 }
 
 enum class Kind { kRead, kWrite, kAtomic };
 
 void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
-  if (!watching || running() == kNone || on_stack(pointer)) return;
+  if (!watching || current == kNone || on_stack(pointer)) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pointer);
-  const unsigned thread = running();
-  const Access now{epoch, thread, own_clock(thread), kind == Kind::kAtomic, code};
-  const bool is_shared = array_at(begin) != nullptr;
+  const unsigned thread = current;
+  const Access now{epoch, thread, own_clock(thread) + 1, kind == Kind::kAtomic, code};  // before the next __syncwarp
   const size_t aligned = begin | bytes | kCell, unit = aligned & -aligned;  // the largest power of 2 that divides all
   for (uintptr_t address = begin, step; address < begin + bytes; address += step) {
     Page& page = page_of(address, unit);
     Cell& cell = page.at(address);
-    step = page.cell_bytes;
-    if (is_shared && kind != Kind::kWrite && cell.write.epoch == 0) {
+    step = page.cell_bytes();
+    if (kind != Kind::kWrite && cell.write.epoch() == 0 && array_at(begin)) {
       fail("uninitialised: thread " + std::to_string(thread) + " reads " + place(address) +
            ", which nothing has written\n  at " + where(code));
     }
-    if (!before(cell.write, thread) && !(kind == Kind::kAtomic && cell.write.atomic)) {
+    if (!before(cell.write, thread) && !(kind == Kind::kAtomic && cell.write.atomic())) {
       report_race(address, cell.write, "wrote", now, kind == Kind::kRead ? "reads" : "writes");
     }
     if (kind == Kind::kRead) {
@@ -162,6 +167,7 @@ void touch(const void* pointer, size_t bytes, Kind kind, const void* code) {
 void start_launch(size_t shared_bytes) {
   dynamic_bytes = shared_bytes;
   launch_epoch = ++epoch;
+  memset(known, 0, sizeof(known));
   if (pages.size() > kMaxPages) {
     pages.clear();
     for (auto& last : recent) last = {};
@@ -172,7 +178,6 @@ void start_block() {
   arrays.clear();
   fenced = false;
   block_epoch = ++epoch;
-  for (unsigned i = 0; i < kThreads; ++i) own_clock(i) = std::max(own_clock(i), 1u);
 }
 
 void order_block() { ++epoch; }
@@ -185,12 +190,10 @@ void order_warp(unsigned warp, uint32_t lanes) {
     }
   };
   each([&](unsigned thread) {
+    ++own_clock(thread);
     for (unsigned i = 0; i < kWarp; ++i) all[i] = std::max(all[i], known[thread][i]);
   });
-  each([&](unsigned thread) {
-    memcpy(known[thread], all, sizeof(all));
-    ++own_clock(thread);
-  });
+  each([&](unsigned thread) { memcpy(known[thread], all, sizeof(all)); });
 }
 
 void fence() { fenced = true; }
@@ -206,7 +209,7 @@ void* shared(const Shared& array, size_t bytes) {
   for (uintptr_t at = begin, step; at < begin + bytes; at += step) {
     Page& page = page_of(at, kCell);
     page.at(at) = Cell{};
-    step = page.cell_bytes;
+    step = page.cell_bytes();
   }
   return data;
 }

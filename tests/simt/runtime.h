@@ -9,10 +9,16 @@ namespace simt {
 
 // ---- scheduler.cpp
 constexpr int kNone = -1;
+constexpr unsigned kMaxThreads = 1024;
+constexpr size_t kStack = 256 << 10;
 
-int running();                        // index of the running thread in its block, or kNone outside kernels
-bool on_stack(const void* address);   // of a thread
+extern int current;                   // index of the running thread in its block, or kNone outside kernels
+extern char* stacks;                  // of all threads
 std::string where(const void* code);  // function, file and line of an address in this library
+
+inline bool on_stack(const void* address) {
+  return reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(stacks) < kMaxThreads * kStack;
+}
 
 // ---- memory.cpp
 void start_launch(size_t shared_bytes);

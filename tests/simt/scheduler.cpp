@@ -21,10 +21,14 @@
 #include "simt.h"
 
 namespace simt {
+
+// Stacks and threads are kept from launch to launch.
+char* stacks = nullptr;
+int current = kNone;
+
 namespace {
 
-constexpr unsigned kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10, kStack = 256 << 10;
+constexpr size_t kMaxShared = 227 << 10;
 constexpr const char* kSyncWarp = "__syncwarp";
 constexpr unsigned kOvertake = 16;  // one turn in so many goes to a random warp
 
@@ -51,16 +55,14 @@ struct Launch {
   std::string failure;
 };
 
-// Stacks and threads are kept from launch to launch.
-char* stacks = nullptr;
 std::unique_ptr<Thread[]> threads;
 Launch* launch = nullptr;
-int current = kNone;
 
 unsigned warp_begin(unsigned thread) { return thread / kWarp * kWarp; }
 unsigned warp_end(unsigned thread) { return std::min(warp_begin(thread) + kWarp, launch->size.x); }
 
-bool same(Place a, Place b) { return a.line == b.line && strcmp(a.file, b.file) == 0; }
+bool same(const char* a, const char* b) { return a == b || strcmp(a, b) == 0; }
+bool same(Place a, Place b) { return a.line == b.line && same(a.file, b.file); }
 
 // "threads 0-31 wait at __syncthreads (file:line); ..." for all that wait.
 std::string who_waits() {
@@ -68,7 +70,7 @@ std::string who_waits() {
   for (unsigned i = 0, end; i < launch->size.x; i = end) {
     const Thread& t = threads[i];
     const auto alike = [&t](const Thread& o) {
-      return o.state == t.state && strcmp(o.what, t.what) == 0 && o.mask == t.mask && same(o.place, t.place);
+      return o.state == t.state && same(o.what, t.what) && o.mask == t.mask && same(o.place, t.place);
     };
     for (end = i + 1; end < launch->size.x && alike(threads[end]);) ++end;
     if (t.state != State::kAtBarrier && t.state != State::kInCollective) continue;
@@ -99,11 +101,12 @@ void release_barrier() {
 void release_collective(unsigned i) {
   const Thread& one = threads[i];
   const unsigned begin = warp_begin(i), end = warp_end(i);
-  Lanes lanes{};
+  Lanes lanes;
+  lanes.present = 0;
   for (unsigned j = begin; j < end; ++j) {
     const Thread& t = threads[j];
     if (!(one.mask >> (j - begin) & 1) || t.state == State::kExited) continue;
-    const bool alike = t.mask == one.mask && strcmp(t.what, one.what) == 0;
+    const bool alike = t.mask == one.mask && same(t.what, one.what);
     if (t.state == State::kInCollective && !alike && t.mask >> (i - begin) & 1) {
       fail("lanes that name each other call different collectives:" + who_waits());
     }
@@ -151,14 +154,19 @@ void enter() {
 
 unsigned random_below(unsigned n) { return launch->random() % n; }
 
+// Threads of a warp, one after another.
+struct Turn {
+  unsigned thread[kWarp], count = 0;
+};
+
 // The threads of a warp that can run, in random order.
-std::vector<unsigned> ready(unsigned warp) {
-  std::vector<unsigned> found;
+Turn ready(unsigned warp) {
+  Turn turn;
   for (unsigned i = warp * kWarp; i < warp_end(warp * kWarp); ++i) {
-    if (threads[i].state == State::kReady) found.push_back(i);
+    if (threads[i].state == State::kReady) turn.thread[turn.count++] = i;
   }
-  std::shuffle(found.begin(), found.end(), launch->random);
-  return found;
+  std::shuffle(turn.thread, turn.thread + turn.count, launch->random);
+  return turn;
 }
 
 void run_block() {
@@ -173,13 +181,13 @@ void run_block() {
   unsigned warp = random_below(warps);
   while (launch->live > 0) {
     if (random_below(kOvertake) == 0) warp = random_below(warps);
-    std::vector<unsigned> turn = ready(warp);
+    Turn turn = ready(warp);
     const unsigned first = random_below(warps);
-    for (unsigned i = 0; i < warps && turn.empty(); ++i) turn = ready(warp = (first + i) % warps);
-    if (turn.empty()) throw std::runtime_error("no thread can go on:" + who_waits());
-    for (unsigned i : turn) {
-      current = i;
-      threads[i].fiber.resume();
+    for (unsigned i = 0; i < warps && turn.count == 0; ++i) turn = ready(warp = (first + i) % warps);
+    if (turn.count == 0) throw std::runtime_error("no thread can go on:" + who_waits());
+    for (unsigned i = 0; i < turn.count; ++i) {
+      current = turn.thread[i];
+      threads[current].fiber.resume();
       current = kNone;
       if (!launch->failure.empty()) throw std::runtime_error(launch->failure);
     }
@@ -231,13 +239,6 @@ void fail(const std::string& what) {
 
 void fail_absent(const char* what, int source) {
   fail(std::string(what) + " reads lane " + std::to_string(source) + ", which takes no part in it");
-}
-
-int running() { return current; }
-
-bool on_stack(const void* address) {
-  const uintptr_t offset = reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(stacks);
-  return offset < kMaxThreads * kStack;
 }
 
 uint3 thread_index() { return {static_cast<unsigned>(current), 0, 0}; }
