@@ -115,7 +115,7 @@ def main(folder, *archs, record=False):
         print(f"{source}: {len(kernels)} kernels on {' '.join(archs)}, at most {most} registers")
         print("".join(f"  {problem}\n" for problem in problems), end="")
         with tempfile.TemporaryDirectory() as scratch:
-            compiled = ROOT / setup.OBJECTS / source.replace(".cu", ".o")
+            compiled = ROOT / setup.OBJECTS / "kdfast._cuda" / source.replace(".cu", ".o")
             measured |= cuda_table.measure(Path(source).parent.name, compiled, kernels, scratch)
     failed |= not failed and check_table(measured, setup.find_nvcc()[0], record)
     print("check_cuda:", "FAILED" if failed else "no warning, no spilled register in a float32 kernel, none worse")
