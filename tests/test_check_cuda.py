@@ -91,7 +91,7 @@ def test_spills_of_wider_types_are_allowed():
 
 def test_main(tmp_path, monkeypatch, capsys):
     """0 only where there is a wheel, and nothing is wrong with any source; objects of before are compiled anew."""
-    stale = tmp_path / "build/objects/csrc/at/cuda.o"
+    stale = tmp_path / "build/objects/kdfast._cuda/csrc/at/cuda.o"
     for path in (stale, *(tmp_path / source for source in SOURCES.values())):
         path.parent.mkdir(parents=True)
         path.touch()

@@ -82,10 +82,6 @@ def _weighted_differences(
     factor: Tensor | None,
 ) -> Tensor:
     """-> factor sum_j weights_ij (x_i - y_j) [n, D], in the dtype of x."""
-    if x.device.type == "cpu" and accumulator(weights, x, y) == torch.float32:  # in float64 nothing of it cancels
-        a, w = x.contiguous().double(), weights.double()
-        out = a * w.sum(1, keepdim=True) - w @ (a if y is None else y.double())
-        return (out if factor is None else out * factor).to(x.dtype)
     a = x.to(weights.dtype)
     b = a if y is None else y.to(weights.dtype)
     out = torch.empty_like(a, memory_format=torch.contiguous_format)
