@@ -123,8 +123,7 @@ SmoothedTargetSums<A> smoothed_sums(const A* t, const A* e, int64_t n, LogSoftma
 
 // ---- gradients
 template <int kT, bool kEps, class A>
-void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate,
-                                        LearnerGrad<A> g, A* out) {
+void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, A rate, LearnerGrad<A> g, A* out) {
   for_elements<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
     const bool active = kEps && !is_masked(kdfast::max(z[i], t[i]));
@@ -134,8 +133,8 @@ void learner_grad_piece(const A* z, const A* t, const A* e_t, int64_t n, A max, 
 
 // The same plus w g_t, the network's share of the target's gradient g_t; -> sum g_t (z - max).
 template <int kT, bool kEps, class A>
-A learner_and_target_grad_piece(const A* z, const A* t, const A* e_t, const A* g_t, int64_t n, A max,
-                                                A rate, LearnerGrad<A> g, A w, A* out) {
+A learner_and_target_grad_piece(const A* z, const A* t, const A* e_t, const A* g_t, int64_t n, A max, A rate,
+                                LearnerGrad<A> g, A w, A* out) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED {
     const A c = z[i] - max, e = exp2(c * rate);
     const bool active = kEps && !is_masked(kdfast::max(z[i], t[i]));
@@ -149,7 +148,7 @@ A learner_and_target_grad_piece(const A* z, const A* t, const A* e_t, const A* g
 // into if kAdd; slope in bits.
 template <int kT, bool kEps, bool kAdd, class A>
 void both_grads_piece(const A* z, const A* t, const A* e_t, int64_t n, LogSoftmax<A> q, LogSoftmax<A> p,
-                                      LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
+                      LearnerGrad<A> g, A eps, A slope, A scale, A* out, A* to_target) {
   const auto grads = [&](int64_t i) KD_INLINED {
     const A c = z[i] - q.max, e = exp2(c * q.rate), p_t = e_t[i] * p.inverse;
     const bool active = kEps && !is_masked(kdfast::max(z[i], t[i]));
@@ -186,8 +185,8 @@ A add_target_grad(const A* z, A max, const A* g_t, A w, int64_t n, A* out) {
 // Adds a network's shares of the gradients of kR targets: out = from + sum_r w_r g_r, out of place;
 // dots_r += sum g_r (z - max).
 template <int kR, class A>
-void target_grads_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, const A* from,
-                                        A* out, double* dots) {
+void target_grads_piece(const A* z, A max, const A* const* g, const A* w, int64_t n, const A* from, A* out,
+                        double* dots) {
   // In locals: the compiler would reload them after each store, which may alias.
   constexpr int k_1 = kR > 1, k_2 = kR > 2 ? 2 : 0, k_3 = kR > 3 ? 3 : 0, k_4 = kR > 4 ? 4 : 0;
   const A *g_0 = g[0], *g_1 = g[k_1], *g_2 = g[k_2], *g_3 = g[k_3], *g_4 = g[k_4];
