@@ -54,7 +54,8 @@ def log_ratio_of(
     gaps = (z_p - top_p[:, None]) - (z_q - top_q[:, None])
     if same_logits:
         gaps = torch.where(gap.abs() <= 1, (z_p - z_q) - gap, gaps)
-    return gaps / temperature - (sum_p.log() - sum_q.log())[:, None]
+    log_p, log_q = (torch.where(total == 0, INF, total.log()) for total in (sum_p, sum_q))  # of an empty row
+    return gaps / temperature - (log_p - log_q)[:, None]
 
 
 def kl_rows(p: Tensor, q: Tensor, log_ratio: Tensor, near_ratio: Tensor) -> Tensor:
