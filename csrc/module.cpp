@@ -1,8 +1,8 @@
 // The Python module: what was built, and which of the libraries beside it, one for each instruction set, runs here.
 #include <cstdint>
 #include <cstdlib>
+#include <sstream>
 #include <string>
-#include <vector>
 
 // The pybind11 that comes with torch 2.11 refuses to be included where the stable ABI's version is set.
 constexpr uint64_t kTorchTarget = TORCH_TARGET_VERSION;
@@ -25,23 +25,30 @@ std::string compiler() {
 #endif
 }
 
-// Which library of kernels runs here: that of the widest instruction set that this processor has, or of a narrower one
-// that KDFAST_ISA names.
-std::string cpu_set() {
-  std::vector<std::string> sets{"baseline"};
+// Whether this processor has the instruction set of a library of kernels.
+bool has(const std::string& set) {
 #if defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) sets.push_back("avx2");
-  if (__builtin_cpu_supports("x86-64-v4")) sets.push_back("avx512");
+  if (set == "avx2") return __builtin_cpu_supports("x86-64-v3");
+  if (set == "avx512") return __builtin_cpu_supports("x86-64-v4");
 #endif
-  const char* wanted = std::getenv("KDFAST_ISA");
-  if (!wanted || !*wanted) return sets.back();
-  std::string known;
-  for (const std::string& set : sets) {
-    if (set == wanted) return set;
+  return set == "baseline";
+}
+
+// The instruction set whose library runs here: the widest of those built that this processor has, or the one that
+// KDFAST_ISA names.
+std::string cpu_set() {
+  const char* const wanted = std::getenv("KDFAST_ISA");
+  std::istringstream built(KDFAST_CPU_SETS);  // the narrowest first
+  std::string widest, known;
+  for (std::string set; built >> set;) {
+    if (!has(set)) continue;
+    if (wanted && set == wanted) return set;
     known += (known.empty() ? "" : ", ") + set;
+    widest = set;
   }
-  throw py::value_error("KDFAST_ISA must be one of " + known + " on this processor, got '" + wanted + "'");
+  if (!wanted || !*wanted) return widest;
+  throw py::value_error("KDFAST_ISA must be one of " + known + " here, got '" + wanted + "'");
 }
 
 py::dict build_info() {

@@ -79,20 +79,12 @@ def _load_cpu(library):
         return
     library.path = spec.origin
     try:
-        library.path = _cpu_kernels(importlib.import_module("kdfast._C").cpu_set())
+        name = f"_cpu_{importlib.import_module('kdfast._C').cpu_set()}"
+        library.path = importlib.util.find_spec(f"kdfast.{name}").origin
         torch.ops.load_library(library.path)
         library.loaded = True
     except Exception as error:  # any failure to load is reported, never swallowed: see load()
         library.error = f"{type(error).__name__}: {error}"
-
-
-def _cpu_kernels(instruction_set):
-    """The library of kernels for an instruction set, or of a narrower one if it was not built."""
-    sets = ("baseline", "avx2", "avx512")
-    for name in reversed(sets[: sets.index(instruction_set) + 1]):
-        if found := glob.glob(os.path.join(os.path.dirname(__file__), f"_cpu_{name}.*")):
-            return found[0]
-    raise FileNotFoundError("there is no library _cpu_* beside it")
 
 
 def _unbuilt(name):

@@ -21,6 +21,12 @@ def _log_softmax(z, temperature=1.0):
     return z - z.logsumexp(-1, keepdim=True)
 
 
+def _log_softmax_or_nothing(z, temperature):
+    """The same; a row that is -inf everywhere is no distribution: all its probabilities are 0, without a gradient."""
+    empty = (z == -INF).all(-1, keepdim=True)
+    return torch.where(empty, -INF, _log_softmax(torch.where(empty, 0.0, z), temperature))
+
+
 def _expect(p, x):
     """sum_j p_j x_j per row, where p_j = 0 removes the term and its gradient, also if x_j is infinite."""
     present = p > 0
@@ -69,6 +75,7 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
     elif beta == 1:
         rows = _kl(log_q, log_p)
     else:
+        log_q, log_p = (_log_softmax_or_nothing(z, temperature) for z in (student, teacher))
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
         rows = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
     rows = temperature**2 * rows

@@ -578,11 +578,18 @@ def test_parameters_are_logits_too(implementation):
     assert parameter.grad.isfinite().all()
 
 
-def test_a_mixture_with_an_empty_teacher(implementation):
-    """A row that is -inf everywhere is no distribution, and what it is compared with stays a number."""
-    d = make(implementation, 2, 1)
-    for beta in (1e-3, 0.5):
-        assert ops.softmax_kl(d.student, torch.full_like(d.teacher, -INF), beta=beta, reduction="none").isfinite().all()
+@pytest.mark.parametrize("beta", [1e-3, 0.3, 0.5, 0.999])
+@pytest.mark.parametrize("empty", ["student", "teacher"])
+def test_a_mixture_with_an_empty_row(implementation, beta, empty):
+    """A row that is -inf everywhere has no mass: the other is compared with its own share of the mixture."""
+    d = make(implementation, 2, 5)
+    d[empty] = torch.full_like(d[empty], -INF)
+    x = {name: d[name].clone().requires_grad_() for name in ("student", "teacher")}
+    value = ops.softmax_kl(x["student"], x["teacher"], beta=beta, reduction="none")
+    share = 1 - beta if empty == "teacher" else beta
+    torch.testing.assert_close(value, torch.full_like(value, -share * math.log(share)))
+    for grad in torch.autograd.grad(value.sum(), list(x.values())):  # that of a constant
+        torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-15, rtol=0)
 
 
 # ---- choosing a path -------------------------------------------------------------------------------------------------

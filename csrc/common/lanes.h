@@ -178,31 +178,31 @@ KD_HD void lane_sums(const Lanes<A>* v, A* sums) {
 
 // sums[a][b] = the sum of `add` over n columns of the rows x[a] and y[b], n a multiple of the lanes: add(sum, x, y)
 // gives the next sum of registers.
-constexpr int64_t kTile = 4;
+constexpr int64_t kTileRows = 4;
 
 template <class A, class F>
-KD_HD void tile_sums(const A* const (&x)[kTile], const A* const (&y)[kTile], int64_t n, const F& add,
-                     A (&sums)[kTile][kTile]) {
-  constexpr int64_t kAtOnce = kRegisters == 32 ? kTile : kTile / 2;  // rows of y whose sums fit into registers
-  Lanes<A> lanes[kTile][kTile];
+KD_HD void tile_sums(const A* const (&x)[kTileRows], const A* const (&y)[kTileRows], int64_t n, const F& add,
+                     A (&sums)[kTileRows][kTileRows]) {
+  constexpr int64_t kAtOnce = kRegisters == 32 ? kTileRows : kTileRows / 2;  // rows of y whose sums fit into registers
+  Lanes<A> lanes[kTileRows][kTileRows];
   for (int64_t part = 0; part < kParts; ++part) {
-    for (int64_t b0 = 0; b0 < kTile; b0 += kAtOnce) {
-      Register<A> sum[kTile][kAtOnce] = {};
+    for (int64_t b0 = 0; b0 < kTileRows; b0 += kAtOnce) {
+      Register<A> sum[kTileRows][kAtOnce] = {};
       for (int64_t c = part * kRegisterOf<A>; c < n; c += kLanesOf<A>) {
         Register<A> other[kAtOnce];
         for (int64_t b = 0; b < kAtOnce; ++b) other[b] = load_register(y[b0 + b] + c);
-        for (int64_t a = 0; a < kTile; ++a) {
+        for (int64_t a = 0; a < kTileRows; ++a) {
           Register<A> own = load_register(x[a] + c);
           keep(own);
           for (int64_t b = 0; b < kAtOnce; ++b) sum[a][b] = add(sum[a][b], own, other[b]);
         }
       }
-      for (int64_t a = 0; a < kTile; ++a) {
+      for (int64_t a = 0; a < kTileRows; ++a) {
         for (int64_t b = 0; b < kAtOnce; ++b) lanes[a][b0 + b].part[part] = sum[a][b];
       }
     }
   }
-  lane_sums<A, kTile * kTile>(lanes[0], sums[0]);
+  lane_sums<A, kTileRows * kTileRows>(lanes[0], sums[0]);
 }
 
 }  // namespace kdfast

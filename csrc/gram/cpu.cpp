@@ -33,10 +33,12 @@ bool in_place(const Matrix& m, int64_t width) {
   return m.dtype == kDtype<A> && m.col_stride == 1 && width % kLanesOf<A> == 0;
 }
 
-// Rows [row, row + height), columns [col, col + width) to a buffer of `stride` columns.
+// Rows [row, row + height), columns [col, col + width); the buffer has `stride` columns. `copied`: in any case.
 template <class A>
-void copy_panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer) {
+Panel<A> panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer,
+               bool copied = false) {
   const int64_t offset = row * m.row_stride + col * m.col_stride;
+  if (!copied && in_place<A>(m, width)) return {static_cast<const A*>(m.data) + offset, m.row_stride};
   const int64_t end = blocks_of(width, kLanesOf<A>) * kLanesOf<A>;
   dispatch_float(m.dtype, [&](auto tag) {
     using T = decltype(tag);
@@ -46,14 +48,6 @@ void copy_panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64
       std::fill(buffer + r * stride + width, buffer + r * stride + end, A(0));
     }
   });
-}
-
-template <class A>
-Panel<A> panel(const Matrix& m, int64_t row, int64_t height, int64_t col, int64_t width, int64_t stride, A* buffer) {
-  if (in_place<A>(m, width)) {
-    return {static_cast<const A*>(m.data) + row * m.row_stride + col * m.col_stride, m.row_stride};
-  }
-  copy_panel(m, row, height, col, width, stride, buffer);
   return {buffer, stride};
 }
 
@@ -64,16 +58,16 @@ constexpr int64_t kGroup = 36;                 // blocks of products that take t
 // block[i][j] += x[i] . y[j] over n columns, i < rows, j < cols; with `upper` only of tiles on and above the diagonal.
 template <class A>
 KD_NOT_INLINED void add_inner(Panel<A> x, Panel<A> y, int64_t rows, int64_t cols, int64_t n, bool upper, A* block) {
-  for (int64_t i = 0; i < rows; i += kTile) {
-    const A* x_row[kTile];
-    for (int64_t a = 0; a < kTile; ++a) x_row[a] = x.data + std::min(i + a, rows - 1) * x.stride;
-    for (int64_t j = upper ? i : 0; j < cols; j += kTile) {
-      const A* y_row[kTile];
-      for (int64_t b = 0; b < kTile; ++b) y_row[b] = y.data + std::min(j + b, cols - 1) * y.stride;
-      A sums[kTile][kTile];
+  for (int64_t i = 0; i < rows; i += kTileRows) {
+    const A* x_row[kTileRows];
+    for (int64_t a = 0; a < kTileRows; ++a) x_row[a] = x.data + std::min(i + a, rows - 1) * x.stride;
+    for (int64_t j = upper ? i : 0; j < cols; j += kTileRows) {
+      const A* y_row[kTileRows];
+      for (int64_t b = 0; b < kTileRows; ++b) y_row[b] = y.data + std::min(j + b, cols - 1) * y.stride;
+      A sums[kTileRows][kTileRows];
       tile_sums(x_row, y_row, n, [](auto sum, auto own, auto other) KD_INLINED { return sum + own * other; }, sums);
-      for (int64_t a = 0; a < kTile; ++a) {
-        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
+      for (int64_t a = 0; a < kTileRows; ++a) {
+        for (int64_t b = 0; b < kTileRows; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
       }
     }
   }
@@ -147,27 +141,27 @@ struct Sums {
   A scale;
 };
 
-// out[i] += sum over n rows j of w[i][j] x[j], for `rows` of kTile rows i and kV registers of columns.
+// out[i] += sum over n rows j of w[i][j] x[j], for `rows` of kTileRows rows i and kV registers of columns.
 template <class A, int64_t kV>
-KD_HD void add_weighted_tile(const A* const (&w)[kTile], int64_t col_stride, const A* x, int64_t x_stride, int64_t n,
-                             int64_t rows, const Sums<A>& out) {
+KD_HD void add_weighted_tile(const A* const (&w)[kTileRows], int64_t col_stride, const A* x, int64_t x_stride,
+                             int64_t n, int64_t rows, const Sums<A>& out) {
   constexpr int64_t kWidth = kRegisterOf<A>;
-  Register<A> sum[kTile][kV] = {};
+  Register<A> sum[kTileRows][kV] = {};
   if (!out.overwrite) {
-    for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
+    for (int64_t a = 0; a < std::min(rows, kTileRows); ++a) {
       for (int64_t v = 0; v < kV; ++v) sum[a][v] = load_register(out.data + a * out.stride + v * kWidth);
     }
   }
   for (int64_t j = 0; j < n; ++j) {
     Register<A> row[kV];
     for (int64_t v = 0; v < kV; ++v) row[v] = load_register(x + j * x_stride + v * kWidth);
-    for (int64_t a = 0; a < kTile; ++a) {
+    for (int64_t a = 0; a < kTileRows; ++a) {
       const Register<A> weight = fill_register(w[a][j * col_stride]);
       for (int64_t v = 0; v < kV; ++v) sum[a][v] += weight * row[v];
     }
   }
   const Register<A> scale = fill_register(out.scale);
-  for (int64_t a = 0; a < std::min(rows, kTile); ++a) {
+  for (int64_t a = 0; a < std::min(rows, kTileRows); ++a) {
     for (int64_t v = 0; v < kV; ++v) store_register<A>(out.data + a * out.stride + v * kWidth, sum[a][v] * scale);
   }
 }
@@ -179,9 +173,9 @@ void add_weighted(const A* weights, int64_t row_stride, int64_t col_stride, int6
   constexpr int64_t kV = kRegisters / 8, kWide = kV * kRegisterOf<A>;
   for (int64_t c = 0; c < width;) {
     const bool wide = c + kWide <= width;
-    for (int64_t i = 0; i < rows; i += kTile) {
-      const A* w[kTile];
-      for (int64_t a = 0; a < kTile; ++a) w[a] = weights + std::min(i + a, rows - 1) * row_stride;
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      const A* w[kTileRows];
+      for (int64_t a = 0; a < kTileRows; ++a) w[a] = weights + std::min(i + a, rows - 1) * row_stride;
       const Sums<A> to{out.data + i * out.stride + c, out.stride, out.overwrite, out.scale};
       if (wide) {
         add_weighted_tile<A, kV>(w, col_stride, x + c, x_stride, n, rows - i, to);
@@ -193,8 +187,10 @@ void add_weighted(const A* weights, int64_t row_stride, int64_t col_stride, int6
   }
 }
 
-// Rows of the result and of x, and columns, of a tile: what the registers hold of a row, and a cache of a column.
-constexpr int64_t kTall = kRegisters == 32 ? 128 : 256, kAcross = kRegisters == 32 ? 256 : 128;
+// Rows of the result and of x, and columns, of a tile. Few registers go through the rows of x in narrow columns, which
+// have to be neighbours then: lines that far apart share a few sets of the cache.
+constexpr bool kCopied = kRegisters < 32;
+constexpr int64_t kTall = kCopied ? 256 : 64, kAcross = kCopied ? 128 : 256;
 
 template <class A>
 void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tensor& out) {
@@ -207,14 +203,15 @@ void write_weighted(const Tensor& weights, const Tensor& x, A factor, const Tens
     const Matrix from = matrix_of(x, z), to = matrix_of(out, z);
     const A* w = static_cast<const A*>(weights.data_ptr()) + z * weights.stride(0) + i0 * weights.stride(1);
     const bool direct = in_place<A>(to, width);
-    std::vector<A> buffer(kTall * kAcross), held(direct ? 0 : kTall * kAcross);
+    std::vector<A> buffer(!kCopied && in_place<A>(from, width) ? 0 : kTall * kAcross),
+        held(direct ? 0 : kTall * kAcross);
     A* sums = direct ? static_cast<A*>(to.data) + i0 * to.row_stride + c0 : held.data();
     for (int64_t j0 = 0; j0 == 0 || j0 < m; j0 += kTall) {
       const int64_t height = std::min(kTall, m - j0);
-      copy_panel(from, j0, height, c0, width, kAcross, buffer.data());  // rows far apart would share a few cache sets
+      const Panel<A> p = panel(from, j0, height, c0, width, kAcross, buffer.data(), kCopied);
       const Sums<A> these{sums, direct ? to.row_stride : kAcross, j0 == 0, j0 + height == m ? factor : A(1)};
-      add_weighted(w + j0 * weights.stride(2), weights.stride(1), weights.stride(2), rows, buffer.data(), kAcross,
-                   height, filled, these);
+      add_weighted(w + j0 * weights.stride(2), weights.stride(1), weights.stride(2), rows, p.data, p.stride, height,
+                   filled, these);
     }
     if (direct) return;
     for (int64_t i = 0; i < rows; ++i) write(to, i0 + i, c0, width, sums + i * kAcross);

@@ -17,15 +17,15 @@ namespace {
 // Rows are scored in tiles that stay in the L1 cache until they have been added to the gradient; while one tile is
 // scored, the next one is prefetched. A task is one anchor with some of its rows: their number, and with it the
 // order of every sum, depends on the shapes alone.
-constexpr int64_t kRows = 16;
+constexpr int64_t kTile = 16;
 constexpr int64_t kPerTask = 2048;
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // ---- one tile
 template <class A>
 struct Tile {
-  const A* rows[kRows];     // [dim], whole vectors; the last tile repeats a row
-  const char* next[kRows];  // the rows of the next tile, as they are in memory
+  const A* rows[kTile];     // [dim], whole vectors; the last tile repeats a row
+  const char* next[kTile];  // the rows of the next tile, as they are in memory
   int64_t count;            // rows that are not repeated
   bool positive;            // row 0 is the positive
 };
@@ -33,7 +33,7 @@ struct Tile {
 template <class A>
 KD_HD void dot_products(const Tile<A>& tile, const A* anchor, int64_t dim, int64_t bytes, A* dots) {
   constexpr int64_t kUnroll = 4;
-  for (int64_t r = 0; r < kRows; r += kUnroll) {
+  for (int64_t r = 0; r < kTile; r += kUnroll) {
     Lanes<A> sum[kUnroll] = {};
     for (int64_t c = 0; c < dim; c += kLanesOf<A>) {
       const Lanes<A> a = load(anchor + c);
@@ -52,7 +52,7 @@ KD_HD void add_rows(const Tile<A>& tile, const A* weights, int64_t c, A* grad) {
   constexpr int64_t kWidth = kRegisterOf<A>;
   Register<A> sum[kVectors];
   for (int64_t v = 0; v < kVectors; ++v) sum[v] = load_register(grad + c + v * kWidth);
-  for (int64_t r = 0; r < kRows; ++r) {
+  for (int64_t r = 0; r < kTile; ++r) {
     const Register<A> weight = fill_register(weights[r]);
     for (int64_t v = 0; v < kVectors; ++v) sum[v] += weight * load_register(tile.rows[r] + c + v * kWidth);
   }
@@ -62,12 +62,12 @@ KD_HD void add_rows(const Tile<A>& tile, const A* weights, int64_t c, A* grad) {
 // -> the sum of the terms; adds slope * row to `grad`, if that is wanted, and leaves the dot products.
 template <class A>
 A score_tile(const Tile<A>& tile, const A* anchor, int64_t dim, int64_t bytes, A rate, A shift, A* dots, A* grad) {
-  alignas(64) A weights[kRows], sign[kRows];
+  alignas(64) A weights[kTile], sign[kTile];
   dot_products(tile, anchor, dim, bytes, dots);
-  for (int64_t r = 0; r < kRows; ++r) sign[r] = 1;
+  for (int64_t r = 0; r < kTile; ++r) sign[r] = 1;
   if (tile.positive) sign[0] = -1;
   const int64_t count = tile.count;
-  const A loss = sum_each<A>(kRows, [&](int64_t r) KD_INLINED {
+  const A loss = sum_each<A>(kTile, [&](int64_t r) KD_INLINED {
     const Term<A> t = term(dots[r] * rate - shift, sign[r]);
     weights[r] = r < count ? t.slope : A(0);
     return r < count ? t.loss : A(0);
@@ -108,29 +108,29 @@ template <class A, class F>
 void for_tiles(const Bank& bank, const int64_t* index, int64_t begin, int64_t end, const F& f) {
   const int64_t dim = whole_vectors<A>(bank.dim);
   const bool in_place = bank.dtype == kDtype<A> && bank.dim == dim;
-  std::vector<A> copies(in_place ? 0 : kRows * dim + kLanesOf<A>);
+  std::vector<A> copies(in_place ? 0 : kTile * dim + kLanesOf<A>);
   const auto row_at = [&](int64_t column) { return bank.data + index[std::min(column, end - 1)] * bank.bytes; };
   Tile<A> tile;
-  for (int64_t r = 0; r < kRows; ++r) {
+  for (int64_t r = 0; r < kTile; ++r) {
     tile.next[r] = row_at(begin + r);
     for (int64_t line = 0; line < bank.bytes; line += kLine) __builtin_prefetch(tile.next[r] + line);
   }
-  for (int64_t first = begin; first < end; first += kRows) {
-    const char* own[kRows];
-    for (int64_t r = 0; r < kRows; ++r) {
+  for (int64_t first = begin; first < end; first += kTile) {
+    const char* own[kTile];
+    for (int64_t r = 0; r < kTile; ++r) {
       own[r] = tile.next[r];
-      tile.next[r] = row_at(first + kRows + r);
+      tile.next[r] = row_at(first + kTile + r);
       tile.rows[r] = in_place ? reinterpret_cast<const A*>(own[r]) : copies.data() + r * dim;
     }
     if (!in_place) {
       dispatch_float(bank.dtype, [&](auto tag) {
         using T = decltype(tag);
-        for (int64_t r = 0; r < kRows; ++r) {
+        for (int64_t r = 0; r < kTile; ++r) {
           widen(reinterpret_cast<const T*>(own[r]), 1, bank.dim, copies.data() + r * dim);  // zeros follow
         }
       });
     }
-    tile.count = std::min(kRows, end - first);
+    tile.count = std::min(kTile, end - first);
     tile.positive = first == 0;
     f(tile, first);
   }
@@ -219,7 +219,7 @@ double score(const Tensor& anchors, const Bank& bank, const Tensor& index, doubl
     const int64_t* own = static_cast<const int64_t*>(index.data_ptr()) + b * tasks.columns;
     A* part = grad ? static_cast<A*>(parts.data_ptr()) + task * dim : nullptr;
     if (part) std::fill(part, part + dim, A(0));
-    alignas(64) A dots[kRows];
+    alignas(64) A dots[kTile];
     double loss = 0;
     for_tiles<A>(bank, own, begin, end, [&](const Tile<A>& tile, int64_t first) {
       loss += score_tile(tile, anchor, dim, bank.bytes, rate, shift, dots, part);
@@ -254,7 +254,7 @@ double log_sum(const Tensor& anchors, const Bank& bank, const Tensor& index, dou
   tasks.for_all([&](int64_t task, int64_t b, int64_t begin, int64_t end) {
     const A* anchor = static_cast<const A*>(padded.data_ptr()) + b * dim;
     const int64_t* own = static_cast<const int64_t*>(index.data_ptr()) + b * tasks.columns;
-    alignas(64) A dots[kRows];
+    alignas(64) A dots[kTile];
     for_tiles<A>(bank, own, begin, end, [&](const Tile<A>& tile, int64_t) {
       dot_tile(tile, anchor, dim, bank.bytes, dots);
       for (int64_t r = 0; r < tile.count; ++r) sums[task].add({dots[r] * rate, 1});

@@ -56,17 +56,17 @@ Panel<A> panel(const Matrix& m, int64_t rows, int64_t begin, int64_t col, int64_
 // block[i][j] += sum over n columns of (x[i] - y[j])^2.
 template <class A>
 KD_NOT_INLINED void add_squares(Panel<A> x, Panel<A> y, int64_t n, A* block) {
-  for (int64_t i = 0; i < kBlock; i += kTile) {
-    for (int64_t j = 0; j < kBlock; j += kTile) {
-      const A *own[kTile], *other[kTile];
-      for (int64_t a = 0; a < kTile; ++a) {
+  for (int64_t i = 0; i < kBlock; i += kTileRows) {
+    for (int64_t j = 0; j < kBlock; j += kTileRows) {
+      const A *own[kTileRows], *other[kTileRows];
+      for (int64_t a = 0; a < kTileRows; ++a) {
         own[a] = x.data + (i + a) * x.stride;
         other[a] = y.data + (j + a) * y.stride;
       }
-      A sums[kTile][kTile];
+      A sums[kTileRows][kTileRows];
       tile_sums(own, other, n, [](auto sum, auto p, auto q) KD_INLINED { return sum + (p - q) * (p - q); }, sums);
-      for (int64_t a = 0; a < kTile; ++a) {
-        for (int64_t b = 0; b < kTile; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
+      for (int64_t a = 0; a < kTileRows; ++a) {
+        for (int64_t b = 0; b < kTileRows; ++b) block[(i + a) * kBlock + j + b] += sums[a][b];
       }
     }
   }
@@ -116,10 +116,10 @@ void add_differences(const A* weights, int64_t row_stride, int64_t col_stride, i
                      int64_t n, int64_t width, A* out) {
   constexpr int64_t kWidth = kRegisterOf<A>;
   for (int64_t c = 0; c < width; c += kVectors * kWidth) {
-    for (int64_t i = 0; i < rows; i += kTile) {
-      Register<A> own[kTile][kVectors], sum[kTile][kVectors];
-      const A* w[kTile];
-      for (int64_t a = 0; a < kTile; ++a) {
+    for (int64_t i = 0; i < rows; i += kTileRows) {
+      Register<A> own[kTileRows][kVectors], sum[kTileRows][kVectors];
+      const A* w[kTileRows];
+      for (int64_t a = 0; a < kTileRows; ++a) {
         w[a] = weights + std::min(i + a, rows - 1) * row_stride;
         for (int64_t v = 0; v < kVectors; ++v) {
           own[a][v] = load_register(x.data + (i + a) * x.stride + c + v * kWidth);
@@ -127,14 +127,14 @@ void add_differences(const A* weights, int64_t row_stride, int64_t col_stride, i
         }
       }
       for (int64_t j = 0; j < n; ++j) {
-        Register<A> weight[kTile];
-        for (int64_t a = 0; a < kTile; ++a) weight[a] = fill_register(w[a][j * col_stride]);
+        Register<A> weight[kTileRows];
+        for (int64_t a = 0; a < kTileRows; ++a) weight[a] = fill_register(w[a][j * col_stride]);
         for (int64_t v = 0; v < kVectors; ++v) {
           const Register<A> other = load_register(y.data + j * y.stride + c + v * kWidth);
-          for (int64_t a = 0; a < kTile; ++a) sum[a][v] += weight[a] * (own[a][v] - other);
+          for (int64_t a = 0; a < kTileRows; ++a) sum[a][v] += weight[a] * (own[a][v] - other);
         }
       }
-      for (int64_t a = 0; a < kTile; ++a) {
+      for (int64_t a = 0; a < kTileRows; ++a) {
         for (int64_t v = 0; v < kVectors; ++v) {
           store_register<A>(out + (i + a) * kCopied + c + v * kWidth, sum[a][v]);
         }

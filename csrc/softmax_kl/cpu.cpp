@@ -241,7 +241,8 @@ void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const S
     kl_t += kLn2 * sums.p;
     kl_s += kLn2 * sums.q;
   });
-  if (kl_s < kNear || kl_t < kNear) {  // next to 0 and 1 a mixture is near one of them
+  const bool both = side_s.sum > 0 && side_t.sum > 0;  // an empty row leaves the mixture with less than the mass of 1
+  if (both && (kl_s < kNear || kl_t < kNear)) {        // next to 0 and 1 a mixture is near one of them
     double near_s = 0, near_t = 0;
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
       const MixtureSums<A> sums =

@@ -131,7 +131,8 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
     });
     kl_t = A(kLn2) * group_reduce<kThreads>(kl_t, Add{});
     kl_s = A(kLn2) * group_reduce<kThreads>(kl_s, Add{});
-    if (kl_s < A(kNear) || kl_t < A(kNear)) {  // next to 0 and 1 a mixture is near one of them
+    const bool both = side_s.sum > 0 && side_t.sum > 0;  // an empty row leaves the mixture with less than the mass of 1
+    if (both && (kl_s < A(kNear) || kl_t < A(kNear))) {  // next to 0 and 1 a mixture is near one of them
       A near_s = 0, near_t = 0;
       near_mixture_row<kThreads>(student, teacher, row, cols, log_s, log_t, shares, near_s, near_t);
       if (kl_s < A(kNear)) kl_s = near_s;

@@ -55,7 +55,19 @@ def _zeros(like, *shape):
     return torch.zeros(shape, dtype=accumulator(like), device=like.device)
 
 
-class ONE(Loss):
+class _Scheduled(Loss):
+    """A loss whose divergence ramps up."""
+
+    settings: ClassVar[Settings] = SCHEDULE
+
+    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.rampup_epochs = rampup_epochs
+        self.eps = eps
+
+
+class ONE(_Scheduled):
     """ONE - Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
 
     ``sum_k CE(z_k) + CE(z_e) + ramp sum_k KL_eps(z_e || z_k)``, z_e = sum_k gate_k z_k, averaged over the batch, with
@@ -65,14 +77,6 @@ class ONE(Loss):
     epoch an int or a 0-d tensor; 0-d, in nats. Targets are constants: gate and branches learn from CE(z_e) through z_e,
     not from the divergence. The official code fixes T = 3. Op: ``mixed_logits_kl``.
     """
-
-    settings: ClassVar[Settings] = SCHEDULE
-
-    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
 
     def forward(self, logits: Networks, gate: Tensor, labels: Tensor, epoch: float | Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)
@@ -181,7 +185,7 @@ class OKDDipAttention(nn.Module):
         return torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), dim=2)
 
 
-class FFL(Loss):
+class FFL(_Scheduled):
     """FFL - Feature Fusion for Online Mutual Knowledge Distillation (Kim et al., ICPR 2020).
 
     ``sum_i CE(z_i) + CE(fused) + ramp [sum_i KL_eps(fused || z_i) + KL_eps(mean_i z_i || fused)]`` averaged over the
@@ -190,14 +194,6 @@ class FFL(Loss):
     labels (B,) integers, epoch an int or a 0-d tensor; 0-d, in nats. All targets are constants. The official code has
     two branches and T = 3. Op: ``mixed_logits_kl``.
     """
-
-    settings: ClassVar[Settings] = SCHEDULE
-
-    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
 
     def forward(self, logits: Networks, fused: Tensor, labels: Tensor, epoch: float | Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)

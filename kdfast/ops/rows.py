@@ -54,14 +54,16 @@ def log_ratio_of(
     gaps = (z_p - top_p[:, None]) - (z_q - top_q[:, None])
     if same_logits:
         gaps = torch.where(gap.abs() <= 1, (z_p - z_q) - gap, gaps)
-    log_p, log_q = (torch.where(total == 0, INF, total.log()) for total in (sum_p, sum_q))  # of an empty row
-    return gaps / temperature - (log_p - log_q)[:, None]
+    return gaps / temperature - (sum_p.log() - sum_q.log())[:, None]
 
 
-def kl_rows(p: Tensor, q: Tensor, log_ratio: Tensor, near_ratio: Tensor) -> Tensor:
-    """sum_j p_j log_ratio_j of each row, or between near rows the KL in terms of `near_ratio`, which do not cancel."""
+def kl_rows(p: Tensor, q: Tensor, log_ratio: Tensor, near_ratio: Tensor, equal_mass: Tensor | bool = True) -> Tensor:
+    """sum_j p_j log_ratio_j of each row, or between near rows the KL in terms of `near_ratio`, which do not cancel.
+
+    These need rows p and q of the same mass: `equal_mass` says where they have it, if one of them is not empty.
+    """
     kl = fixed_sum(kl_term(p, log_ratio))
-    near = (kl < NEAR) & (p > 0).any(1)
+    near = (kl < NEAR) & (p > 0).any(1) & equal_mass
     return torch.where(near, fixed_sum(near_term(p, q, near_ratio)), kl)
 
 

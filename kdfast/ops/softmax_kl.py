@@ -143,8 +143,8 @@ def _softmax_kl(
         kl_q = rows = kl_rows(q, p, log_q - log_p, -near)
     else:
         (p_ratio, q_ratio), mix = mixture_ratios(log_p, log_q, beta), beta * p + (1 - beta) * q
-        near_p, near_q = ratios_to_mixture(near, beta)
-        kl_p, kl_q = kl_rows(p, mix, p_ratio, near_p), kl_rows(q, mix, q_ratio, near_q)
+        (near_p, near_q), both = ratios_to_mixture(near, beta), (side_s[1] > 0) & (side_t[1] > 0)
+        kl_p, kl_q = kl_rows(p, mix, p_ratio, near_p, both), kl_rows(q, mix, q_ratio, near_q, both)
         rows = beta * kl_p + (1 - beta) * kl_q
     if weight is not None:
         rows = torch.where(weight == 0, 0.0, weight.to(dtype) * rows)
