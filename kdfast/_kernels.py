@@ -80,7 +80,10 @@ def _load_cpu(library):
     library.path = spec.origin
     try:
         name = f"_cpu_{importlib.import_module('kdfast._C').cpu_set()}"
-        library.path = importlib.util.find_spec(f"kdfast.{name}").origin
+        kernels = glob.glob(os.path.join(os.path.dirname(__file__), f"{name}.*"))
+        if not kernels:
+            raise FileNotFoundError(f"the library {name} is not beside it")
+        library.path = kernels[0]
         torch.ops.load_library(library.path)
         library.loaded = True
     except Exception as error:  # any failure to load is reported, never swallowed: see load()

@@ -107,6 +107,19 @@ def test_broken_extension(tmp_path):
     assert "_C            FAILED: ImportError: " in report.stdout
 
 
+def test_a_library_of_kernels_is_missing(tmp_path):
+    if not kdfast._kernels.status()["_C"].loaded:
+        pytest.skip("no CPU kernels")
+    (tmp_path / "kdfast").mkdir()
+    for entry in PACKAGE.iterdir():
+        if not entry.name.startswith("_cpu_baseline"):
+            (tmp_path / "kdfast" / entry.name).symlink_to(entry)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path), "KDFAST_ISA": "baseline"}
+    command = [sys.executable, "-c", "import kdfast"]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert said.returncode != 0 and "the library _cpu_baseline is not beside it" in said.stderr
+
+
 def test_instruction_set_by_hand():
     """KDFAST_ISA names the kernels; one that this processor has not is an error that says which there are."""
     if not kdfast._kernels.status()["_C"].loaded:
