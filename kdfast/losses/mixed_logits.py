@@ -360,7 +360,7 @@ class KDCL(Loss):
         origin = [torch.zeros(rows, dtype=dtype, device=labels.device)] * len(networks)
         if mix is None:
             return least(networks, origin, label_column(labels, networks[0].shape[1])[0], dtype)
-        return mixed(networks, origin, mix[:, 0], dtype)
+        return mixed([x.to(dtype) for x in networks], mix[:, 0])
 
     @torch.no_grad()
     def _mix(self, tensors, labels):

@@ -19,19 +19,21 @@ from kdfast._kernels import op
 from kdfast._types import Networks
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.blocks import anywhere, by_block
 from kdfast.ops.networks import class_labels, matrices, network_count, network_list, regroup
 from kdfast.ops.rows import (
     INF,
+    Rows,
     batch_size,
     cross_entropy_grad,
     cross_entropy_stats,
     kl_grad_p,
     kl_rows,
-    kl_term,
+    kl_sum,
     label_column,
-    log_ratio_of,
     log_softmax,
-    row_stats,
+    maxima,
+    near_of,
     scale_rows,
 )
 from kdfast.ops.saved import save, saved
@@ -43,12 +45,12 @@ LEAST_EPS = 1e-30  # above 0: a normal number in float32
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def mixed(networks: Sequence[Tensor], tops: Sequence[Tensor], weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """sum_m weights_m (z_m - top_m) [rows, cols]; weights [rows, networks]."""
-    target = networks[0].new_zeros(networks[0].shape, dtype=dtype)
-    for x, top, weight in zip(networks, tops, weights.to(dtype).unbind(1), strict=True):
-        weight = weight[:, None]
-        target = target + torch.where(weight == 0, 0.0, weight * (x.to(dtype) - top[:, None]))
+def mixed(centred: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """sum_m weights_m centred_m [rows, cols]; weights [rows, networks]."""
+    target = torch.zeros_like(centred[0])
+    masked = anywhere(weights == 0)
+    for z, weight in zip(centred, weights.to(target.dtype).unbind(1), strict=True):
+        target += scale_rows(weight, z) if masked else weight[:, None] * z
     return target
 
 
@@ -79,23 +81,30 @@ def completed(mix: Tensor | None, networks: Sequence[Tensor]) -> Tensor | None:
 
 
 def targets_of(
-    networks: Sequence[Tensor], tops: Sequence[Tensor], mix: Tensor | None, labels: Tensor | None, dtype: torch.dtype
-) -> list[Tensor]:
-    """-> the mixed logits [rows, cols] of each target."""
+    networks: Sequence[Tensor], tops: Sequence[Tensor], mix: Tensor | None, column: Tensor | None, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """-> the mixed logits [rows, cols] of each target; what they mix: the networks less their maxima."""
     if mix is None:
-        return [least(networks, tops, labels.clamp(0, networks[0].shape[1] - 1)[:, None], dtype)]
-    return [mixed(networks, tops, weights, dtype) for weights in mix.unbind(1)]
+        return [least(networks, tops, column, dtype)], []
+    centred = [x.to(dtype) - top[:, None] for x, top in zip(networks, tops, strict=True)]
+    return [mixed(centred, weights) for weights in mix.unbind(1)], centred
 
 
-def with_eps(target: Tensor, log_p: Tensor, empty: Tensor, z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def with_eps(
+    target: Tensor, log_p: Tensor, p: Tensor, empty: Tensor, z: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """-> p' and log p' [rows, cols], 0 for what is no class; the mass sum_c p' [rows]."""
-    p = log_p.exp()
+    mass = (~empty).to(p.dtype)
+    excluded = anywhere(log_p.amin(1) == -INF)  # of a row, some class
     if eps == 0:
-        active = p > 0
-        return p, torch.where(active, log_p, 0.0), (~empty).to(p.dtype)
+        return p, torch.where(log_p == -INF, 0.0, log_p) if excluded else log_p, mass
+    p = p + eps
+    log_p = p.log()
+    if not excluded:
+        return p, log_p, mass + eps * p.shape[1]
     active = ((target > -INF) | (z > -INF)) & ~empty[:, None]
-    mass = (~empty).to(p.dtype) + eps * active.sum(1, dtype=p.dtype)
-    return torch.where(active, p + eps, 0.0), torch.where(active, (p + eps).log(), 0.0), mass
+    mass = mass + eps * active.sum(1, dtype=p.dtype)
+    return torch.where(active, p, 0.0), torch.where(active, log_p, 0.0), mass
 
 
 def _loss_and_stats(networks, mix, learners, **_):
@@ -130,42 +139,43 @@ def _mixed_logits_kl(
     """
     dtype, mix = accumulator(*networks, mix), completed(mix, networks)
     t = temperature_of(temperatures, temperature, dtype)
-    tops = [row_stats(x, 1.0, dtype)[0] for x in networks]
     column, _, wrong = [None] * 3 if labels is None else label_column(labels, networks[0].shape[1])
-    kl = ce = zero = torch.zeros_like(tops[0])
 
-    targets, target_stats = [], []
-    for logits in targets_of(networks, tops, mix, labels, dtype):
-        top, total = row_stats(logits, t, dtype)
-        sum_1 = zero
-        if target_ce:
-            sum_1, term = cross_entropy_stats(logits, column, wrong, dtype)
-            ce = ce + term
-        targets.append((logits, (top, total), log_softmax(logits, top, total, t)))
-        target_stats.append((top, total, sum_1))
+    def block(first, column, wrong, mix, *others):
+        networks = (first, *others)
+        tops = [maxima(x, dtype) for x in networks]
+        kl = ce = zero = torch.zeros_like(tops[0])
+        targets, target_stats = [], []
+        for logits in targets_of(networks, tops, mix, column, dtype)[0]:
+            target, sum_1 = Rows.of(logits, t, dtype), zero
+            if target_ce:
+                sum_1, term = cross_entropy_stats(logits, column, wrong, dtype)
+                ce = ce + term
+            targets.append(target)
+            target_stats.append((*target.side, sum_1))
 
-    learner_stats = []
-    for index, z in enumerate(networks[:learners]):
-        logits, side_t, log_p = targets[index % len(targets)]
-        top, total = row_stats(z, t, dtype)
-        log_q = log_softmax(z, top, total, t)
-        plain = log_p.exp()
-        own = kl_rows(plain, log_q.exp(), log_p - log_q, log_ratio_of(logits, z, side_t, (top, total), t, False))
-        p, log_p_eps, mass = with_eps(logits, log_p, side_t[1] == 0, z, eps)
-        if eps:  # what it adds
-            own = own + fixed_sum(kl_term(plain, log_p_eps - log_p) + kl_term(p - plain, log_p_eps - log_q))
-        ratio = torch.where(p == 0, 0.0, log_p_eps - log_q)
-        kl = kl + own
-        sum_1 = zero
-        if labels is not None:
-            sum_1, term = cross_entropy_stats(z, column, wrong, dtype)
-            ce = ce + term
-        learner_stats.append((total, sum_1, mass, fixed_sum(kl_term(plain, ratio))))
+        learner_stats = []
+        for index, z in enumerate(networks[:learners]):
+            target = targets[index % len(targets)]
+            p, q = target.log_p.exp(), Rows.of(z, t, dtype, tops[index])
+            own = kl_rows(p, target.log_p - q.log_p, near_of(target, q, t, False))
+            if eps:  # what it adds
+                p_eps, log_p, mass = with_eps(target.logits, target.log_p, p, target.total == 0, z, eps)
+                slope = own + kl_sum(p, log_p - target.log_p)
+                own = slope + kl_sum(p_eps - p, log_p - q.log_p)
+            else:
+                mass, slope = (target.total != 0).to(dtype), own
+            kl, sum_1 = kl + own, zero
+            if labels is not None:
+                sum_1, term = cross_entropy_stats(z, column, wrong, dtype)
+                ce = ce + term
+            learner_stats.append((q.total, sum_1, mass, slope))
+        groups = [tops, *zip(*learner_stats, strict=True), *zip(*target_stats, strict=True)]
+        return kl, ce, torch.stack([x for group in groups for x in group], 1)
 
+    kl, ce, stats = by_block(block, networks[0], column, wrong, mix, *networks[1:])
     scale = kl_scale / divisor * (t * t) * (1.0 if ramp is None else ramp.to(dtype))
-    loss = fixed_sum(scale_rows(scale, kl) + scale_rows(ce_scale / divisor, ce))
-    groups = [tops, *zip(*learner_stats, strict=True), *zip(*target_stats, strict=True)]
-    return loss, torch.stack([x for group in groups for x in group])
+    return fixed_sum(scale_rows(scale, kl) + scale_rows(ce_scale / divisor, ce)), stats.t().contiguous()
 
 
 @op("mixed_logits", _gradient_shapes)
@@ -193,42 +203,56 @@ def _mixed_logits_kl_backward(
     grad, t = grad.to(dtype), temperature_of(temperatures, temperature, dtype)
     kl_grad = grad * (kl_scale / divisor * t * (1.0 if ramp is None else ramp.to(dtype)))
     ce_grad = grad * (ce_scale / divisor)
-    tops, sums, sums_1, masses, slopes, *targets = stats.split([count, *[learners] * 4, *[_targets(mix, networks)] * 3])
     column = None if labels is None else labels.clamp(0, networks[0].shape[1] - 1)[:, None]
-    target_learns = through_targets or target_ce
-    grads = [
-        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (networks if target_learns else networks[:learners])
-    ]
+    target_learns, target_count = through_targets or target_ce, _targets(mix, networks)
 
-    all_logits = targets_of(networks, tops, mix, labels, dtype)
-    target_grads = [torch.zeros_like(x) for x in all_logits] if target_learns else []
-    for index, z in enumerate(networks[:learners]):
-        which = index % len(all_logits)
-        logits, (top, total, _) = all_logits[which], (x[which] for x in targets)
-        log_p = log_softmax(logits, top, total, t)
-        log_q = log_softmax(z, tops[index], sums[index], t)
-        p, log_p_eps, _ = with_eps(logits, log_p, total == 0, z, eps)
-        grads[index] += scale_rows(kl_grad, masses[index][:, None] * log_q.exp() - p)
-        if labels is not None:
-            grads[index] += scale_rows(ce_grad, cross_entropy_grad(z, tops[index], sums_1[index], column))
-        if through_targets:
-            target_grads[which] += scale_rows(kl_grad, kl_grad_p(log_p.exp(), log_p_eps - log_q, slopes[index]))
-    if target_ce:
-        for which, logits in enumerate(all_logits):
-            of_ce = cross_entropy_grad(logits, targets[0][which], targets[2][which], column)
-            target_grads[which] += scale_rows(ce_grad, of_ce)
+    def block(first, column, mix, stats, *others):
+        networks = (first, *others)
+        tops, sums, sums_1, masses, slopes, *targets = stats.t().split([count, *[learners] * 4, *[target_count] * 3])
+        all_logits, centred = targets_of(networks, tops, mix, column, dtype)
+        target_grads = [torch.zeros_like(x) for x in all_logits] if target_learns else []
+        grads = []
+        for index, z in enumerate(networks[:learners]):
+            which = index % len(all_logits)
+            logits, (top, total, _) = all_logits[which], (x[which] for x in targets)
+            log_p = log_softmax(logits, top, total, t)
+            log_q = log_softmax(z, tops[index], sums[index], t)
+            p = log_p.exp()
+            p_eps, log_p_eps, _ = with_eps(logits, log_p, p, total == 0, z, eps)
+            if through_targets:
+                target_grads[which] += scale_rows(kl_grad, kl_grad_p(p, log_p_eps - log_q, slopes[index]))
+            grads.append(scale_rows(kl_grad, log_q.exp_().mul_(masses[index][:, None]).sub_(p_eps)))
+            if labels is not None:
+                grads[index] += scale_rows(ce_grad, cross_entropy_grad(z, tops[index], sums_1[index], column))
+        if target_ce:
+            for which, logits in enumerate(all_logits):
+                of_ce = cross_entropy_grad(logits, targets[0][which], targets[2][which], column)
+                target_grads[which] += scale_rows(ce_grad, of_ce)
+        if target_learns:
+            grads += [torch.zeros_like(grads[0]) for _ in networks[learners:]]
 
-    mix_grad = torch.zeros(mix.shape, dtype=dtype, device=grad.device) if need_mix else grad.new_empty(0)
-    for which, target_grad in enumerate(target_grads):
-        for m, z in enumerate(networks):
-            weight = mix[:, which, m].to(dtype)[:, None]
-            grads[m] += torch.where((weight == 0) | (target_grad == 0), 0.0, weight * target_grad)
-            if need_mix:
-                c = z.to(dtype) - tops[m][:, None]
-                mix_grad[:, which, m] = fixed_sum(torch.where((c == -INF) | (target_grad == 0), 0.0, target_grad * c))
+        mix_grad = torch.zeros(mix.shape, dtype=dtype, device=grad.device) if need_mix else grad.new_empty(0)
+        for which, target_grad in enumerate(target_grads):
+            for m in range(count):
+                grads[m] += scale_rows(mix[:, which, m], target_grad)
+                if need_mix:
+                    mix_grad[:, which, m] = _slope_of_weight(target_grad, centred[m])
+        return *grads, mix_grad
+
+    out = networks[0].new_empty((count if target_learns else learners, *networks[0].shape))
+    *_, mix_grad = by_block(block, networks[0], column, mix, stats.t(), *networks[1:], into=out.unbind(0))
     if need_mix:
         mix_grad = mix_grad[:, : given.shape[1], : given.shape[2]].to(mix.dtype).contiguous()
-    return torch.stack(grads).to(networks[0].dtype), mix_grad
+    return out, mix_grad
+
+
+def _slope_of_weight(target_grad, centred):
+    """The derivative of each row in the weight of a network; a class that this excludes counts nothing."""
+    terms = target_grad * centred
+    slope = fixed_sum(terms)
+    if anywhere(~slope.isfinite()):
+        return fixed_sum(torch.where((centred == -INF) | (target_grad == 0), 0.0, terms))
+    return slope
 
 
 def _targets(mix, networks):

@@ -22,20 +22,27 @@ from torch import Tensor
 from kdfast._kernels import op
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.blocks import by_block
 from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.elementwise import sigmoid
 from kdfast.ops.rows import (
     INF,
+    Rows,
     batch_size,
     kl_grad_p,
     kl_grad_q,
     kl_rows,
+    kl_sum,
     kl_term,
     label_column,
     log_ratio_of,
     log_softmax,
+    maxima,
+    near_of,
     row_stats,
     scale_rows,
+    softmax,
+    sums,
 )
 from kdfast.ops.temperature import temperature_argument, temperature_of
 
@@ -100,14 +107,16 @@ def mixture_ratios(log_p: Tensor, log_q: Tensor, beta: float) -> tuple[Tensor, T
 
 def ratios_to_mixture(d: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """The same from d = log p - log q."""
-    log_mix = torch.where(d > 0, (1 - beta) * torch.expm1(-d), beta * torch.expm1(d)).log1p()
+    share = 1 - beta if beta == 0.5 else 0.5 + (0.5 - beta) * d.sign()  # of the smaller one
+    log_mix = (share * torch.expm1(-d.abs())).log1p_()
     # No less than the share of the larger one, which rounding may have made 0.
     log_mix = log_mix.clamp(min=math.log(min(beta, 1 - beta)))
     return d.clamp(max=0) - log_mix, (-d).clamp(max=0) - log_mix
 
 
 def _gradients(row, *sides):
-    return tuple(scale_rows(row, g).to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
+    """row * gradient of each (gradient, logits), in the dtype of the logits; an empty tensor for None."""
+    return tuple(row.new_empty(0) if g is None else scale_rows(row, g).to(x.dtype).contiguous() for g, x in sides)
 
 
 def _reduced_and_stats(stats, reduce, *inputs):
@@ -133,23 +142,42 @@ def _softmax_kl(
     """-> loss, stats: max, sum, KL of the student's side; the same of the teacher's."""
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
-    side_s, side_t = row_stats(student, t, dtype), row_stats(teacher, t, dtype)
-    log_q, log_p = log_softmax(student, *side_s, t), log_softmax(teacher, *side_t, t)
-    kl_p = kl_q = torch.zeros_like(side_s[0])
-    p, q, near = log_p.exp(), log_q.exp(), log_ratio_of(teacher, student, side_t, side_s, t)
-    if beta == 0:
-        kl_p = rows = kl_rows(p, q, log_p - log_q, near)
-    elif beta == 1:
-        kl_q = rows = kl_rows(q, p, log_q - log_p, -near)
-    else:
-        (p_ratio, q_ratio), mix = mixture_ratios(log_p, log_q, beta), beta * p + (1 - beta) * q
-        (near_p, near_q), both = ratios_to_mixture(near, beta), (side_s[1] > 0) & (side_t[1] > 0)
-        kl_p, kl_q = kl_rows(p, mix, p_ratio, near_p, both), kl_rows(q, mix, q_ratio, near_q, both)
-        rows = beta * kl_p + (1 - beta) * kl_q
-    if weight is not None:
-        rows = torch.where(weight == 0, 0.0, weight.to(dtype) * rows)
-    rows = (t * t) / divisor * rows
-    return fixed_sum(rows) if reduce else rows, torch.stack([*side_s, kl_q, *side_t, kl_p])
+
+    def block(student, teacher, weight):
+        q, p = Rows.of(student, t, dtype), Rows.of(teacher, t, dtype)
+        kl_p = kl_q = torch.zeros_like(q.top)
+        if beta == 0:
+            kl_p = rows = kl_rows(p.log_p.exp(), p.log_p - q.log_p, near_of(p, q, t))
+        elif beta == 1:
+            kl_q = rows = kl_rows(q.log_p.exp(), q.log_p - p.log_p, near_of(q, p, t))
+        else:
+            kl_p, kl_q = _mixture_kl(p, q, beta, t)
+            rows = beta * kl_p + (1 - beta) * kl_q
+        if weight is not None:
+            rows = torch.where(weight == 0, 0.0, weight.to(dtype) * rows)
+        return (t * t) / divisor * rows, torch.stack([*q.side, kl_q, *p.side, kl_p], 1)
+
+    return _reduced(*by_block(block, student, teacher, weight), reduce)
+
+
+def _mixture_kl(p, q, beta, temperature):
+    """-> KL(p || m), KL(q || m) of each row."""
+    (p_ratio, q_ratio), both = mixture_ratios(p.log_p, q.log_p, beta), (p.total > 0) & (q.total > 0)
+
+    def near(rows, side):
+        here, there = p.at(rows), q.at(rows)
+        ratios = ratios_to_mixture(log_ratio_of(here, there, temperature), beta)
+        return beta * here.log_p.exp() + (1 - beta) * there.log_p.exp(), ratios[side]
+
+    return (
+        kl_rows(p.log_p.exp(), p_ratio, lambda rows: near(rows, 0), both),
+        kl_rows(q.log_p.exp(), q_ratio, lambda rows: near(rows, 1), both),
+    )
+
+
+def _reduced(rows, stats, reduce=True):
+    """-> what an op gives of the losses [rows] and the statistics [rows, stats]."""
+    return fixed_sum(rows) if reduce else rows, stats.t().contiguous()
 
 
 @op("softmax_kl", _gradient_shapes)
@@ -168,21 +196,35 @@ def _softmax_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     t = temperature_of(temperatures, temperature, stats.dtype)
-    top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats
-    log_q = log_softmax(student, top_s, sum_s, t)
-    log_p = log_softmax(teacher, top_t, sum_t, t)
-    p, q = log_p.exp(), log_q.exp()
-    if beta == 0:
-        student_grad, teacher_grad = kl_grad_q(p, q, sum_t), kl_grad_p(p, log_p - log_q, kl_p)
-    elif beta == 1:
-        student_grad, teacher_grad = kl_grad_p(q, log_q - log_p, kl_q), kl_grad_q(q, p, sum_s)
-    else:
-        p_ratio, q_ratio = mixture_ratios(log_p, log_q, beta)
-        student_grad, teacher_grad = (1 - beta) * kl_grad_p(q, q_ratio, kl_q), beta * kl_grad_p(p, p_ratio, kl_p)
     row = (grad.to(stats.dtype) * (t / divisor)).expand(student.shape[0])
     if weight is not None:
         row = row * weight.to(stats.dtype)
-    return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+
+    def block(student, teacher, row, stats):
+        top_s, sum_s, kl_q, top_t, sum_t, kl_p = stats.unbind(1)
+        log_q, log_p = log_softmax(student, top_s, sum_s, t), log_softmax(teacher, top_t, sum_t, t)
+        student_grad = teacher_grad = None
+        if 0 < beta < 1:
+            p_ratio, q_ratio = mixture_ratios(log_p, log_q, beta)
+            if need_student:
+                student_grad = kl_grad_p(log_q.exp_(), q_ratio, kl_q).mul_(1 - beta)
+            if need_teacher:
+                teacher_grad = kl_grad_p(log_p.exp_(), p_ratio, kl_p).mul_(beta)
+        elif beta == 0:
+            p = log_p.exp()
+            if need_teacher:
+                teacher_grad = kl_grad_p(p, log_p - log_q, kl_p)
+            if need_student:
+                student_grad = kl_grad_q(p, log_q.exp_(), sum_t)
+        else:
+            q = log_q.exp()
+            if need_student:
+                student_grad = kl_grad_p(q, log_q - log_p, kl_q)
+            if need_teacher:
+                teacher_grad = kl_grad_q(q, log_p.exp_(), sum_s)
+        return _gradients(row, (student_grad, student), (teacher_grad, teacher))
+
+    return by_block(block, student, teacher, row, stats.t())
 
 
 def _kept_classes(indices, classes):
@@ -193,19 +235,15 @@ def _kept_classes(indices, classes):
     return indices.clamp(0, classes - 1), wrong
 
 
-def _outcomes(student, values, column, rest, temperature, dtype):
+def _outcomes(student, values, column, rest, top, top_r, sum_r, temperature):
     """The kept classes and the others as one more: logits [rows, k + 1], the student's less its maximum.
 
-    -> student's, teacher's; the student's maximum, max and sum of its other classes.
+    top, and top_r and sum_r of the classes that are not kept: the student's.
     """
-    z = student.to(dtype)
-    top = z.amax(1)
-    top = torch.where(top == -INF, 0.0, top)
-    top_r, sum_r = row_stats(z.scatter(1, column, -INF), temperature, dtype)
     other = (top_r - top) + temperature * sum_r.log()
-    rest = torch.full_like(top, -INF) if rest is None else rest.to(dtype)
-    of_student = torch.cat([z.gather(1, column) - top[:, None], other[:, None]], 1)
-    return of_student, torch.cat([values.to(dtype), rest[:, None]], 1), top, top_r, sum_r
+    rest = torch.full_like(top, -INF) if rest is None else rest.to(top.dtype)
+    of_student = torch.cat([student.gather(1, column).to(top.dtype) - top[:, None], other[:, None]], 1)
+    return of_student, torch.cat([values.to(top.dtype), rest[:, None]], 1)
 
 
 @op("softmax_kl", lambda student, values, reduce, **_: _reduced_and_stats(8, reduce, student, values))
@@ -225,17 +263,20 @@ def _softmax_kl_topk(
     dtype = accumulator(student, values)
     t = temperature_of(temperatures, temperature, dtype)
     column, wrong = _kept_classes(indices, student.shape[1])
-    of_student, of_teacher, top_s, top_r, sum_r = _outcomes(student, values, column, rest, t, dtype)
-    side_s = torch.zeros_like(top_s), fixed_sum((of_student / t).exp())
-    side_t = row_stats(of_teacher, t, dtype)
-    log_q, log_p = log_softmax(of_student, *side_s, t), log_softmax(of_teacher, *side_t, t)
-    kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, log_ratio_of(of_teacher, of_student, side_t, side_s, t))
-    kl = torch.where(wrong, float("nan"), kl)
-    rows = kl if weight is None else torch.where(weight == 0, 0.0, weight.to(dtype) * kl)
-    rows = scale / divisor * (t * t) * rows
-    return fixed_sum(rows) if reduce else rows, torch.stack(
-        [top_s, side_s[1], torch.zeros_like(kl), *side_t, kl, top_r, sum_r]
-    )
+
+    def block(student, values, column, wrong, rest, weight):
+        top_s, others = maxima(student, dtype), student.to(dtype).scatter(1, column, -INF)
+        top_r, sum_r = row_stats(others, t, dtype)
+        of_student, of_teacher = _outcomes(student, values, column, rest, top_s, top_r, sum_r, t)
+        sum_s = fixed_sum((of_student / t).exp())
+        q = Rows(of_student, zero := torch.zeros_like(top_s), sum_s, log_softmax(of_student, zero, sum_s, t))
+        p = Rows.of(of_teacher, t, dtype)
+        kl = kl_rows(p.log_p.exp(), p.log_p - q.log_p, near_of(p, q, t))
+        kl = torch.where(wrong, float("nan"), kl)
+        rows = kl if weight is None else torch.where(weight == 0, 0.0, weight.to(dtype) * kl)
+        return scale / divisor * (t * t) * rows, torch.stack([top_s, sum_s, zero, *p.side, kl, top_r, sum_r], 1)
+
+    return _reduced(*by_block(block, student, values, column, wrong, rest, weight), reduce)
 
 
 @op("softmax_kl", lambda student, **_: shapes.gradient(student))
@@ -254,34 +295,64 @@ def _softmax_kl_topk_backward(
 ) -> Tensor:
     """-> gradient of the student."""
     t = temperature_of(temperatures, temperature, stats.dtype)
-    top_s, sum_s, _, top_t, sum_t, kl, top_r, sum_r = stats
     column = indices.clamp(0, student.shape[1] - 1)
-    of_student, of_teacher, *_ = _outcomes(student, values, column, rest, t, stats.dtype)
-    q = log_softmax(of_student, torch.zeros_like(top_s), sum_s, t).exp()
-    p = log_softmax(of_teacher, top_t, sum_t, t).exp()
-    of_outcomes = kl_grad_q(p, q, sum_t)
-    # What the other classes get together is shared as the student shares them.
-    others = log_softmax(student.to(stats.dtype).scatter(1, column, -INF), top_r, sum_r, t).exp()
-    out = (of_outcomes[:, -1:] * others).scatter(1, column, of_outcomes[:, :-1])
     row = (grad.to(stats.dtype) * (scale / divisor * t)).expand(student.shape[0])
     if weight is not None:
         row = row * weight.to(stats.dtype)
+    kl = stats[5]
     row = torch.where(kl.isnan() & (row != 0), kl, row)
-    return scale_rows(row, out).to(student.dtype).contiguous()
+
+    def block(student, values, column, rest, row, stats):
+        top_s, sum_s, _, top_t, sum_t, _, top_r, sum_r = stats.unbind(1)
+        of_student, of_teacher = _outcomes(student, values, column, rest, top_s, top_r, sum_r, t)
+        q = softmax(of_student, torch.zeros_like(top_s), sum_s, t)
+        of_outcomes = kl_grad_q(softmax(of_teacher, top_t, sum_t, t), q, sum_t)
+        # What the other classes get together is shared as the student shares them.
+        others = softmax(student, top_r, sum_r, t).mul_(of_outcomes[:, -1:])
+        out = others.scatter_(1, column, of_outcomes[:, :-1])
+        return _gradients(row, (out, student))
+
+    return by_block(block, student, values, column, rest, row, stats.t())[0]
 
 
-def _target_probabilities(student, labels, smoothing, dtype, ignore_index):
-    """-> smoothed targets [rows, cols], rows kept, rows with a label that is no class."""
-    if labels.is_floating_point():
-        target = labels.to(dtype)
-        kept = torch.ones_like(target[:, 0], dtype=torch.bool)
-        wrong = fixed_sum(target) < LEAST_MASS
-        if labels.device.type == "cpu" and wrong.any():
-            check.refuse_mass_below_0(fixed_sum(target))
-    else:
+def _target_rows(student, labels, smoothing, ignore_index, dtype):
+    """-> targets before smoothing, classes [rows, 1] or probabilities; their mass; rows kept; rows of no target."""
+    if not labels.is_floating_point():
         column, kept, wrong = label_column(labels, student.shape[1], ignore_index)
-        target = torch.zeros_like(student, dtype=dtype).scatter(1, column, 1.0)
-    return (1 - smoothing) * target + smoothing / student.shape[1], kept, wrong
+        return column, torch.ones_like(kept, dtype=dtype), kept, wrong
+    mass = fixed_sum(labels.to(dtype))
+    wrong = mass < LEAST_MASS
+    if labels.device.type == "cpu" and wrong.any():
+        check.refuse_mass_below_0(mass)
+    return labels, (1 - smoothing) * mass + smoothing, torch.ones_like(wrong), wrong
+
+
+def _smoothed(labels, smoothing, dtype):
+    """Probabilities (1 - smoothing) labels + smoothing / C."""
+    target = labels.to(dtype)
+    return target if smoothing == 0 else (1 - smoothing) * target + smoothing / labels.shape[1]
+
+
+def _cross_entropy_rows(student, top, labels, smoothing):
+    """-> sum at temperature 1, cross-entropy of each row."""
+    dense = labels.is_floating_point()
+    if not dense and smoothing == 0:
+        sum_1 = sums(student, top, 1.0)
+        return sum_1, -log_softmax(student.gather(1, labels), top, sum_1, 1.0)[:, 0]
+    q = Rows.of(student, 1.0, top.dtype, top)
+    if dense:
+        return q.total, -kl_sum(_smoothed(labels, smoothing, top.dtype), q.log_p)
+    ce = -smoothing / student.shape[1] * fixed_sum(q.log_p)
+    return q.total, ce if smoothing == 1 else ce - (1 - smoothing) * q.log_p.gather(1, labels)[:, 0]
+
+
+def _cross_entropy_slope(q, labels, mass, smoothing):
+    """mass q - target [rows, cols], in the memory of q."""
+    if labels.is_floating_point():
+        return q.mul_(mass[:, None]).sub_(_smoothed(labels, smoothing, q.dtype))
+    if smoothing:
+        q -= smoothing / q.shape[1]
+    return q.scatter_add_(1, labels, q.new_full((), smoothing - 1).expand_as(labels))
 
 
 @op("softmax_kl", lambda student, teacher, reduce, **_: _reduced_and_stats(8, reduce, student, teacher))
@@ -303,23 +374,23 @@ def _cross_entropy_kl(
     """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL."""
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
-    top_s, sum_1 = row_stats(student, 1.0, dtype)
-    target, kept, wrong = _target_probabilities(student, labels, smoothing, dtype, ignore_index)
-    log_q1 = log_softmax(student, top_s, sum_1, 1.0)
-    ce = fixed_sum(torch.where(target == 0, 0.0, -target * log_q1))
+    labels, mass, kept, wrong = _target_rows(student, labels, smoothing, ignore_index, dtype)
     ce_weight = ce_scale * kept.to(dtype) / (kept.sum().clamp(min=1) if ce_mean else ce_divisor)
     ce_weight = torch.where(wrong, float("nan"), ce_weight)
-    rows = torch.where(ce_weight == 0, 0.0, ce_weight * ce)
-    sum_s = top_t = sum_t = kl = torch.zeros_like(top_s)
-    if teacher is not None:
-        side_s, side_t = row_stats(student, t, dtype), row_stats(teacher, t, dtype)
-        log_q, log_p = log_softmax(student, *side_s, t), log_softmax(teacher, *side_t, t)
-        near = log_ratio_of(teacher, student, side_t, side_s, t)
-        kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, near)
-        rows = rows + (kl_scale / kl_divisor * (t * t) * kl if kl_scale else 0.0)
-        (_, sum_s), (top_t, sum_t) = side_s, side_t
-    stats = torch.stack([top_s, sum_s, sum_1, ce_weight, fixed_sum(target), top_t, sum_t, kl])
-    return fixed_sum(rows) if reduce else rows, stats
+
+    def block(student, labels, mass, ce_weight, teacher):
+        top = maxima(student, dtype)
+        sum_1, ce = _cross_entropy_rows(student, top, labels, smoothing)
+        rows = scale_rows(ce_weight, ce)
+        sum_s = top_t = sum_t = kl = torch.zeros_like(top)
+        if teacher is not None:
+            q, p = Rows.of(student, t, dtype, top), Rows.of(teacher, t, dtype)
+            kl = kl_rows(p.log_p.exp(), p.log_p - q.log_p, near_of(p, q, t))
+            rows = rows + (kl_scale / kl_divisor * (t * t) * kl if kl_scale else 0.0)
+            sum_s, (top_t, sum_t) = q.total, p.side
+        return rows, torch.stack([top, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl], 1)
+
+    return _reduced(*by_block(block, student, labels, mass, ce_weight, teacher), reduce)
 
 
 @op("softmax_kl", _gradient_shapes)
@@ -339,30 +410,39 @@ def _cross_entropy_kl_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     t = temperature_of(temperatures, temperature, stats.dtype)
-    top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats
     row = grad.to(stats.dtype).expand(student.shape[0])
-    valid = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)
-    target, _, _ = _target_probabilities(student, valid, smoothing, stats.dtype, None)
-    q1 = log_softmax(student, top_s, sum_1, 1.0).exp()
-    student_grad, teacher_grad = scale_rows(row * ce_weight, mass[:, None] * q1 - target), None
-    if teacher is not None:
-        log_q = log_softmax(student, top_s, sum_s, t)
-        log_p = log_softmax(teacher, top_t, sum_t, t)
-        p, q = log_p.exp(), log_q.exp()
-        kl_row = row * (kl_scale / kl_divisor * t)
-        student_grad = student_grad + scale_rows(kl_row, kl_grad_q(p, q, sum_t))
-        teacher_grad = scale_rows(kl_row, kl_grad_p(p, log_p - log_q, kl))
-    sides = ((student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
-    return tuple(g.to(x.dtype).contiguous() if need else row.new_empty(0) for g, x, need in sides)
+    labels = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)[:, None]
+
+    def block(student, labels, row, stats, teacher):
+        top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats.unbind(1)
+        student_grad = teacher_grad = row.new_empty(0)
+        if need_student:
+            slope = _cross_entropy_slope(softmax(student, top_s, sum_1, 1.0), labels, mass, smoothing)
+            student_grad = scale_rows(row * ce_weight, slope)
+        if teacher is not None:
+            log_q, log_p = log_softmax(student, top_s, sum_s, t), log_softmax(teacher, top_t, sum_t, t)
+            kl_row, p = row * (kl_scale / kl_divisor * t), log_p.exp()
+            if need_teacher:
+                teacher_grad = scale_rows(kl_row, kl_grad_p(p, log_p - log_q, kl))
+            if need_student:
+                student_grad += scale_rows(kl_row, kl_grad_q(p, log_q.exp_(), sum_t))
+        of_teacher = teacher_grad if teacher is None else teacher_grad.to(teacher.dtype).contiguous()
+        return student_grad.to(student.dtype).contiguous(), of_teacher
+
+    return by_block(block, student, labels, row, stats.t(), teacher)
 
 
 def _split_target(logits, column, temperature, dtype):
-    """-> max, sum and log-probabilities of the non-target classes, and the log-odds of the target against them."""
+    """-> the non-target classes as rows, -inf at the target; the log-odds of the target against them."""
     z = logits.to(dtype)
-    rest = z.scatter(1, column, -INF)
-    top, total = row_stats(rest, temperature, dtype)
-    odds = (z.gather(1, column)[:, 0] - top) / temperature - total.log()
-    return top, total, torch.where(total == 0, INF, odds), log_softmax(rest, top, total, temperature)
+    rest = Rows.of(z.scatter(1, column, -INF), temperature, dtype)
+    odds = (z.gather(1, column)[:, 0] - rest.top) / temperature - rest.total.log()
+    return rest._replace(logits=logits), torch.where(rest.total == 0, INF, odds)
+
+
+def _non_target_ratio(log_p, log_q, column):
+    """log p - log q, 0 at the target."""
+    return (log_p - log_q).scatter_(1, column, 0.0)
 
 
 def _target_kl(odds_p, odds_q, gap):
@@ -394,14 +474,18 @@ def _dkd(
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
     column, _, wrong = label_column(labels, student.shape[1])
-    *side_s, odds_s, log_q = _split_target(student, column, t, dtype)
-    *side_t, odds_t, log_p = _split_target(teacher, column, t, dtype)
-    ratio = log_ratio_of(teacher, student, side_t, side_s, t)
-    target_kl = _target_kl(odds_t, odds_s, ratio.gather(1, column)[:, 0])
-    rest_kl = kl_rows(log_p.exp(), log_q.exp(), log_p - log_q, ratio)
-    rows = (alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl))
-    odds_s, rows = (torch.where(wrong, float("nan"), x) for x in (odds_s, rows * (t * t) / divisor))
-    return fixed_sum(rows), torch.stack([*side_s, odds_s, *side_t, odds_t, rest_kl, target_kl])
+
+    def block(student, teacher, column, wrong):
+        q, odds_s = _split_target(student, column, t, dtype)
+        p, odds_t = _split_target(teacher, column, t, dtype)
+        targets = (x._replace(logits=x.logits.gather(1, column)) for x in (p, q))
+        target_kl = _target_kl(odds_t, odds_s, log_ratio_of(*targets, t)[:, 0])
+        rest_kl = kl_rows(p.log_p.exp(), _non_target_ratio(p.log_p, q.log_p, column), near_of(p, q, t))
+        rows = (alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl))
+        odds_s, rows = (torch.where(wrong, float("nan"), x) for x in (odds_s, rows * (t * t) / divisor))
+        return rows, torch.stack([*q.side, odds_s, *p.side, odds_t, rest_kl, target_kl], 1)
+
+    return _reduced(*by_block(block, student, teacher, column, wrong))
 
 
 @op("softmax_kl", _gradient_shapes)
@@ -421,25 +505,31 @@ def _dkd_backward(
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     t = temperature_of(temperatures, temperature, stats.dtype)
-    top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl, _ = stats
     column = labels.clamp(0, student.shape[1] - 1)[:, None]
-    log_q = log_softmax(student, top_s, sum_s, t).scatter(1, column, -INF)
-    log_p = log_softmax(teacher, top_t, sum_t, t).scatter(1, column, -INF)
-    p, q = log_p.exp(), log_q.exp()
-    slope_s = slope_t = torch.zeros_like(odds_s)
-    student_grad, teacher_grad = torch.zeros_like(q), torch.zeros_like(p)
-    if alpha:
-        slope_s = alpha * (sigmoid(odds_s) - sigmoid(odds_t))
-        spread = sigmoid(odds_t) * sigmoid(-odds_t)
-        slope_t = torch.where((spread != 0) & ~odds_s.isinf(), alpha * spread * (odds_t - odds_s), 0.0)
-        student_grad, teacher_grad = -slope_s[:, None] * q, -slope_t[:, None] * p
-    if beta:
-        student_grad = student_grad + beta * kl_grad_q(p, q, sum_t)
-        teacher_grad = teacher_grad + beta * kl_grad_p(p, log_p - log_q, rest_kl)
-    student_grad = student_grad.scatter(1, column, slope_s[:, None])
-    teacher_grad = teacher_grad.scatter(1, column, slope_t[:, None])
     row = (grad.to(stats.dtype) * t / divisor).expand(student.shape[0])
-    return _gradients(row, (student_grad, student, need_student), (teacher_grad, teacher, need_teacher))
+
+    def block(student, teacher, column, row, stats):
+        top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl, _ = stats.unbind(1)
+        log_q = log_softmax(student, top_s, sum_s, t).scatter_(1, column, -INF)
+        log_p = log_softmax(teacher, top_t, sum_t, t).scatter_(1, column, -INF)
+        p, q, student_grad, teacher_grad = log_p.exp(), log_q.exp(), None, None
+        if need_teacher:
+            spread = sigmoid(odds_t) * sigmoid(-odds_t)
+            slope = torch.where((spread != 0) & ~odds_s.isinf(), alpha * spread * (odds_t - odds_s), 0.0)
+            slope = slope if alpha else torch.zeros_like(slope)
+            teacher_grad = -slope[:, None] * p if alpha else torch.zeros_like(p)
+            if beta:
+                teacher_grad += kl_grad_p(p, _non_target_ratio(log_p, log_q, column), rest_kl).mul_(beta)
+            teacher_grad = teacher_grad.scatter_(1, column, slope[:, None])
+        if need_student:
+            slope = alpha * (sigmoid(odds_s) - sigmoid(odds_t)) if alpha else torch.zeros_like(odds_s)
+            student_grad = -slope[:, None] * q if alpha else torch.zeros_like(q)
+            if beta:
+                student_grad += kl_grad_q(p, q, sum_t).mul_(beta)
+            student_grad = student_grad.scatter_(1, column, slope[:, None])
+        return _gradients(row, (student_grad, student), (teacher_grad, teacher))
+
+    return by_block(block, student, teacher, column, row, stats.t())
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------

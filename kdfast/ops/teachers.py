@@ -11,29 +11,31 @@ With p_m = softmax(teacher_m / T) and q = softmax(student / T) of a batch of B r
 A teacher of weight 0 adds nothing, whatever its logits are.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kdfast._kernels import op
-from kdfast._types import Networks, Side
+from kdfast._types import Networks
 from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.blocks import anywhere, by_block
 from kdfast.ops.networks import class_labels, matrices, network_count, network_list, regroup
 from kdfast.ops.rows import (
     INF,
+    Rows,
     batch_size,
     cross_entropy_grad,
     cross_entropy_stats,
     kl_grad_p,
     kl_grad_q,
     kl_rows,
-    kl_term,
+    kl_sum,
     label_column,
-    log_ratio_of,
     log_softmax,
-    row_stats,
+    near_of,
     scale_rows,
 )
 from kdfast.ops.saved import save, saved
@@ -46,19 +48,14 @@ KINDS = ("kl", "cross_entropy", "reverse_kl")
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
-def teacher_rows(
-    student: Tensor, teachers: Sequence[Tensor], temperature: float | Tensor, dtype: torch.dtype
-) -> tuple[list[Side], list[Tensor]]:
-    """-> max, sum of the student, the same of the teachers, log-softmax of the student and of each teacher."""
-    sides = [row_stats(x, temperature, dtype) for x in (student, *teachers)]
-    logs = [log_softmax(x, *side, temperature) for x, side in zip((student, *teachers), sides, strict=True)]
-    return sides, logs
-
-
-def divergence(log_p: Tensor, log_q: Tensor, kind: str, near: Tensor | None = None) -> Tensor:
-    """sum_c p (log p - log q), or of -log q alone; `near` is log p - log q as it counts between near rows."""
-    p, ratio = log_p.exp(), log_ratio(log_p, log_q, kind)
-    return fixed_sum(kl_term(p, ratio)) if near is None else kl_rows(p, log_q.exp(), ratio, near)
+def divergence(p: Rows, q: Rows, kind: str, temperature: float | Tensor) -> Tensor:
+    """sum_c p (log p - log q) of each row, or of -log q alone."""
+    ratio, probability = log_ratio(p.log_p, q.log_p, kind), p.log_p.exp()
+    return (
+        kl_sum(probability, ratio)
+        if kind == "cross_entropy"
+        else kl_rows(probability, ratio, near_of(p, q, temperature))
+    )
 
 
 def log_ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
@@ -68,13 +65,13 @@ def log_ratio(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
 
 def mean_log(logs: Sequence[Tensor]) -> Tensor:
     """log mean_m p_m [rows, cols], finite where every p_m underflows."""
-    top = logs[0]
-    for log_p in logs[1:]:
-        top = torch.maximum(top, log_p)
-    safe = torch.where(top == -INF, 0.0, top)
-    total = sum((log_p - safe).exp() for log_p in logs)
+    top = functools.reduce(torch.maximum, logs)
+    nothing = top == -INF
+    safe = torch.where(nothing, 0.0, top) if anywhere(nothing) else top
+    total = sum((log_p - safe).exp_() for log_p in logs)
     count = torch.full((), len(logs), dtype=top.dtype, device=top.device)
-    return torch.where(top == -INF, -INF, safe + (total.log() - count.log()))
+    log_r = total.log_().sub_(count.log()).add_(safe)
+    return torch.where(nothing, -INF, log_r) if safe is not top else log_r
 
 
 def teacher_weights(
@@ -82,14 +79,6 @@ def teacher_weights(
 ) -> Tensor:
     """One weight per teacher [M]; 1 each without any."""
     return torch.ones(len(teachers), dtype=dtype, device=device) if weight is None else weight.to(dtype)
-
-
-def near_ratios(
-    student: Tensor, teachers: Sequence[Tensor], sides: Sequence[Side], temperature: float | Tensor
-) -> list[Tensor]:
-    """log p_m - log q of each teacher."""
-    of_student, *others = sides
-    return [log_ratio_of(x, student, side, of_student, temperature) for x, side in zip(teachers, others, strict=True)]
 
 
 def _loss_and_stats(student, teachers, **_):
@@ -122,22 +111,35 @@ def _teachers_kl(
     Of the reverse kind the first divergence is that of the row, the others are 0.
     """
     dtype = accumulator(student, *teachers)
-    column, _, wrong = [None] * 3 if labels is None else label_column(labels, student.shape[1])
     t = temperature_of(temperatures, temperature, dtype)
-    sides, (log_q, *logs) = teacher_rows(student, teachers, t, dtype)
-    zero = torch.zeros_like(sides[0][0])
-    if kind == "reverse_kl":
-        log_r = mean_log(logs)
-        values = [divergence(log_q, log_r, kind, log_q - log_r), *[zero] * (len(teachers) - 1)]
-        rows = values[0]
-    else:
-        nears = near_ratios(student, teachers, sides, t) if kind == "kl" else [None] * len(teachers)
-        values = [divergence(log_p, log_q, kind, near) for log_p, near in zip(logs, nears, strict=True)]
-        rows = sum(map(scale_rows, teacher_weights(weight, teachers, dtype, student.device).unbind(0), values))
-    sum_1, ce = (zero, zero) if labels is None else cross_entropy_stats(student, column, wrong, dtype)
-    loss = fixed_sum(scale_rows(scale / divisor * (t * t), rows) + scale_rows(ce_scale / ce_divisor, ce))
-    (top, total), *others = sides
-    return loss, torch.stack([top, total, sum_1, *(x for x, _ in others), *(x for _, x in others), *values])
+    ce, stats = _statistics(student, teachers, labels, kind, t, dtype)
+    values = stats[3 + 2 * len(teachers) :]
+    weights = teacher_weights(weight, teachers, dtype, student.device).unbind(0)
+    rows = values[0] if kind == "reverse_kl" else sum(map(scale_rows, weights, values))
+    return fixed_sum(scale_rows(scale / divisor * (t * t), rows) + scale_rows(ce_scale / ce_divisor, ce)), stats
+
+
+def _statistics(student, teachers, labels, kind, temperature, dtype, visit=None):
+    """-> cross-entropy of each row, stats of teachers_kl; `visit` sees the rows of the student and of the teachers."""
+    column, _, wrong = [None] * 3 if labels is None else label_column(labels, student.shape[1])
+
+    def block(student, column, wrong, *teachers):
+        q, *networks = (Rows.of(x, temperature, dtype) for x in (student, *teachers))
+        zero = torch.zeros_like(q.top)
+        if visit is not None:
+            visit(q, networks)
+        if kind == "reverse_kl":
+            log_r = mean_log([p.log_p for p in networks])
+            rows = kl_rows(q.log_p.exp(), q.log_p - log_r, lambda x: (log_r[x].exp(), q.log_p[x] - log_r[x]))
+            values = [rows, *[zero] * (len(teachers) - 1)]
+        else:
+            values = [divergence(p, q, kind, temperature) for p in networks]
+        sum_1, ce = (zero, zero) if column is None else cross_entropy_stats(student, column, wrong, dtype)
+        sides = [*(p.top for p in networks), *(p.total for p in networks)]
+        return ce, torch.stack([*q.side, sum_1, *sides, *values], 1)
+
+    ce, stats = by_block(block, student, column, wrong, *teachers)
+    return ce, stats.t().contiguous()
 
 
 @op("teachers", _gradient_shapes)
@@ -161,34 +163,38 @@ def _teachers_kl_backward(
     """-> gradients of the student and, [teachers, rows, cols], of the teachers; empty where not needed."""
     dtype, count = stats.dtype, len(teachers)
     t = temperature_of(temperatures, temperature, dtype)
-    (top, total, sum_1), tops, totals, values = stats.split([3, count, count, count])
-    log_q = log_softmax(student, top, total, t)
-    logs = [log_softmax(*x, t) for x in zip(teachers, tops, totals, strict=True)]
     grad = grad.to(dtype)
-    row = grad * (scale / divisor * t)
-    weights = teacher_weights(weight, teachers, dtype, grad.device)
-    student_grad = teacher_grads = grad.new_empty(0)
-    if need_student:
+    row, ce_row = grad * (scale / divisor * t), grad * (ce_scale / ce_divisor)
+    weights = teacher_weights(weight, teachers, dtype, grad.device).unbind(0)
+    column = None if labels is None else labels.clamp(0, student.shape[1] - 1)[:, None]
+
+    def block(student, column, stats, *teachers):
+        (top, total, sum_1), *others = stats.t().split([3, count, count, count])
+        log_q = log_softmax(student, top, total, t)
+        student_grad, teacher_grads = grad.new_empty(0), []
         if kind == "reverse_kl":
-            student_grad = scale_rows(row, kl_grad_p(log_q.exp(), log_q - mean_log(logs), values[0]))
+            if need_student:
+                log_r = mean_log([log_softmax(x, *side, t) for x, *side in zip(teachers, *others[:2], strict=True)])
+                student_grad = scale_rows(row, kl_grad_p(log_q.exp(), log_q - log_r, others[2][0]))
         else:
-            student_grad = sum(
-                scale_rows(row * a, kl_grad_q(log_p.exp(), log_q.exp(), p_sum))
-                for a, log_p, p_sum in zip(weights, logs, totals, strict=True)
-            )
-        if labels is not None:
-            column = labels.clamp(0, student.shape[1] - 1)[:, None]
-            of_ce = cross_entropy_grad(student, top, sum_1, column)
-            student_grad = student_grad + scale_rows(grad * (ce_scale / ce_divisor), of_ce)
-        student_grad = student_grad.to(student.dtype)
-    if need_teachers:
-        teacher_grads = torch.stack(
-            [
-                scale_rows(row * a, kl_grad_p(log_p.exp(), log_ratio(log_p, log_q, kind), value))
-                for a, log_p, value in zip(weights, logs, values, strict=True)
-            ]
-        ).to(teachers[0].dtype)
-    return student_grad, teacher_grads
+            q = log_q.exp()
+            for x, a, top_t, sum_t, value in zip(teachers, weights, *others, strict=True):
+                p = log_softmax(x, top_t, sum_t, t)
+                if need_teachers:
+                    ratio, p = log_ratio(p, log_q, kind), p.exp_()
+                    teacher_grads.append(scale_rows(row * a, kl_grad_p(p, ratio, value)))
+                else:
+                    p = p.exp_()
+                if need_student:
+                    part = scale_rows(row * a, kl_grad_q(p, q, sum_t))
+                    student_grad = student_grad.add_(part) if student_grad.numel() else part
+        if need_student and labels is not None:
+            student_grad += scale_rows(ce_row, cross_entropy_grad(student, top, sum_1, column))
+        return *teacher_grads, student_grad.to(student.dtype)
+
+    out = teachers[0].new_empty((count, *student.shape)) if need_teachers else grad.new_empty(0)
+    student_grad = by_block(block, student, column, stats.t(), *teachers, into=out.unbind(0))[-1]
+    return student_grad.contiguous(), out
 
 
 def aekd_weights(gram: Tensor, slack: float, normalize: bool) -> Tensor:
@@ -221,17 +227,17 @@ def _aekd(
     """-> loss, stats as of teachers_kl, weights (M,)."""
     dtype = accumulator(student, *teachers)
     t = temperature_of(temperatures, temperature, dtype)
-    sides, (log_q, *logs) = teacher_rows(student, teachers, t, dtype)
-    q = log_q.exp()
-    mean_gradients = torch.stack([fixed_sum((q - log_p.exp()).double().T) for log_p in logs])
-    gram = fixed_sum(mean_gradients[:, None] * mean_gradients)
+    gradients = torch.zeros(len(teachers), student.shape[1], dtype=torch.float64, device=student.device)
+
+    def visit(q, networks):
+        for gradient, p in zip(gradients, networks, strict=True):
+            gradient += (q.log_p.exp() - p.log_p.exp()).double().sum(0)
+
+    _, stats = _statistics(student, teachers, None, "kl", t, dtype, visit)
+    gram = fixed_sum(gradients[:, None] * gradients)
     weights = aekd_weights(gram, slack, normalize).to(dtype)
-    nears = near_ratios(student, teachers, sides, t)
-    values = [divergence(log_p, log_q, "kl", near) for log_p, near in zip(logs, nears, strict=True)]
-    rows = sum(map(scale_rows, weights.unbind(0), values))
-    (top, total), *others = sides
-    stats = [top, total, torch.zeros_like(top), *(x for x, _ in others), *(x for _, x in others), *values]
-    return fixed_sum(scale_rows(scale / divisor * (t * t), rows)), torch.stack(stats), weights
+    rows = sum(map(scale_rows, weights.unbind(0), stats[3 + 2 * len(teachers) :]))
+    return fixed_sum(scale_rows(scale / divisor * (t * t), rows)), stats, weights
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
