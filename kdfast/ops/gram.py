@@ -33,19 +33,32 @@ __all__ = ["affinity", "gram_distance", "inner_products", "selectivity"]
 KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
 FLOOR = 1e-12  # smallest norm of a row of G, as in torch.nn.functional.normalize
 MOST_TERMS = 16  # of a polynomial: what a kernel holds
-BLOCK = 2**20  # elements of a temporary of the affinity
+BLOCK = 2**20  # elements of a temporary
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
 def products(a: Tensor, b: Tensor | None = None) -> Tensor:
-    """a_zi . b_zj [Z, n, m]; of a with itself without b."""
-    return (a.double() @ (a if b is None else b).double().transpose(1, 2)).to(accumulator(a, b))
+    """a_zi . b_zj [Z, n, m]; of a with itself without b. In float64, some columns at a time."""
+    out = a.new_zeros((*a.shape[:2], (a if b is None else b).shape[1]), dtype=torch.float64)
+    for columns in _columns(a):
+        left = a[..., columns].double()
+        out.baddbmm_(left, (left if b is None else b[..., columns].double()).transpose(1, 2))
+    return out.to(accumulator(a, b))
 
 
 def weighted_rows(weights: Tensor, x: Tensor, factor: Tensor | None = None) -> Tensor:
     """factor sum_j w_zij x_zj [Z, n, D] in x's dtype."""
-    out = weights.double() @ x.double()
-    return (out if factor is None else out * factor).to(x.dtype)
+    weights = weights.double() if factor is None else weights.double() * factor
+    out = x.new_empty((*weights.shape[:2], x.shape[2]))
+    for columns in _columns(x):
+        out[..., columns] = weights @ x[..., columns].double()
+    return out
+
+
+def _columns(x):
+    """Slices of the last dimension of x [Z, n, D]: what one product in float64 copies."""
+    step = max(64, BLOCK // max(1, x.shape[0] * x.shape[1]))
+    return [slice(start, start + step) for start in range(0, x.shape[2], step)]
 
 
 def inverse_norms(gram: Tensor, eps: float) -> Tensor:

@@ -82,12 +82,23 @@ def _weighted_differences(
     factor: Tensor | None,
 ) -> Tensor:
     """-> factor sum_j weights_ij (x_i - y_j) [n, D], in the dtype of x."""
-    a = x.to(weights.dtype)
-    b = a if y is None else y.to(weights.dtype)
-    out = torch.empty_like(a, memory_format=torch.contiguous_format)
-    for rows in _blocks(a.shape[0], b.numel()):
-        out[rows] = (weights[rows, :, None] * (a[rows, None] - b)).sum(1)
+    if x.device.type == "cpu" and weights.dtype == torch.float32 and weights.numel():
+        out = _from_products(weights, x, y)
+    else:
+        a = x.to(weights.dtype)
+        b = a if y is None else y.to(weights.dtype)
+        out = torch.empty_like(a, memory_format=torch.contiguous_format)
+        for rows in _blocks(a.shape[0], b.numel()):
+            out[rows] = (weights[rows, :, None] * (a[rows, None] - b)).sum(1)
     return (out if factor is None else out * factor).to(x.dtype)
+
+
+def _from_products(weights, x, y):
+    """sum_j weights_ij x_i - sum_j weights_ij y_j in float64, both without a common offset."""
+    weights, origin = weights.double(), x[:1].double()
+    a = x.contiguous().double() - origin
+    b = a if y is None else y.double() - origin
+    return (weights.sum(1, keepdim=True) * a).addmm_(weights, b, alpha=-1)
 
 
 def huber(x: Tensor) -> tuple[Tensor, Tensor]:
