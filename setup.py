@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 TORCH_TARGET = (2, 11)
-DEFAULT_ARCHS = ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
+DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
 COMMON_FLAGS = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET[0] << 56 | TORCH_TARGET[1] << 48:#018x}", "-std=c++17", "-O3"]
 # No result depends on errno or on floating-point traps, but with them few loops vectorise.
 # Functions of vectors are always inlined, so how a vector would be passed (psabi) does not matter.

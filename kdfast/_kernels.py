@@ -109,6 +109,14 @@ def _load_cuda(library):
     if torch.version.cuda is None:
         library.reason = "this torch has no CUDA, so the CUDA library is left alone"
         return
+    here = torch.version.cuda.split(".")[0]
+    built = (_build_record.read().get("cuda") or here).split(".")[0]
+    if built != here:
+        library.reason = (
+            f"its CUDA library is for CUDA {built}, this torch for CUDA {here}: "
+            f"take a torch for CUDA {built}, or build kdfast with nvcc {here}"
+        )
+        return
     try:
         torch.ops.load_library(library.path)
         library.loaded = True

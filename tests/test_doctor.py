@@ -120,6 +120,17 @@ def test_a_library_of_kernels_is_missing(tmp_path):
     assert said.returncode != 0 and "the library _cpu_baseline is not beside it" in said.stderr
 
 
+def test_a_library_for_another_cuda_is_left_alone(monkeypatch):
+    """Its dynamic libraries are not there: a reason for the fallback, which says what to do, and no error."""
+    monkeypatch.setattr(kdfast._kernels.glob, "glob", lambda pattern: ["_cuda.so"])
+    monkeypatch.setattr(kdfast._build_record, "read", lambda: {"cuda": "13.0"})
+    monkeypatch.setattr("torch.version.cuda", "12.8")
+    library = kdfast._kernels.Library()
+    kdfast._kernels._load_cuda(library)
+    assert not library.loaded and library.error is None
+    assert library.reason.endswith("take a torch for CUDA 13, or build kdfast with nvcc 12")
+
+
 def test_instruction_set_by_hand():
     """KDFAST_ISA names the kernels; one that this processor has not is an error that says which there are."""
     if not kdfast._kernels.status()["_C"].loaded:

@@ -68,12 +68,12 @@ def test_decide_windows_and_impossible_force():
 
 def test_choose_archs():
     choose, supported = load_setup().choose_archs, ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
-    assert choose(None, [], supported) == ["8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
+    assert choose(None, [], supported) == ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX"]
     assert choose("", ["10.0", "9.0", "9.0"], supported) == ["9.0", "10.0+PTX"]
     assert choose("8.0;9.0+PTX 12.0", ["8.6"], supported) == ["8.0", "9.0+PTX", "12.0"]
     assert choose("native", ["8.6"], supported) == ["8.6+PTX"]
     assert choose(None, ["13.0"], supported) == ["12.0+PTX"]  # a GPU newer than this nvcc
-    assert choose(None, [], supported[:5]) == ["8.0", "8.6", "8.9", "9.0+PTX"]  # CUDA 12.4
+    assert choose(None, [], supported[:5]) == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]  # CUDA 12.4
 
 
 def test_setup_imports_without_torch():

@@ -78,7 +78,8 @@ void launch(const OnDevice& device, Grid grid, void (*kernel)(P...), Q... args) 
   STD_TORCH_CHECK(grid.blocks <= std::numeric_limits<int>::max(), "kdfast: too many rows for one launch: ", grid.blocks,
                   " blocks");
   const auto check = [](cudaError_t error) {
-    STD_TORCH_CHECK(error == cudaSuccess, "kdfast: a kernel did not start: ", cudaGetErrorString(error));
+    STD_TORCH_CHECK(error == cudaSuccess, "kdfast: a kernel did not start: ", cudaGetErrorString(error),
+                    " (`kdfast doctor` says for which GPUs it was built)");
   };
   if (grid.shared_bytes > (48 << 10)) {  // what every kernel may use unasked
     check(
