@@ -236,6 +236,7 @@ def _targets(mix, networks):
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
+# Written out: its tensors come as a list, and through `differentiable.py` a small call would take 3 % longer.
 # forward takes *args: without gradients, dynamo tells from the number of parameters whether there is a ctx.
 class _MixedLogitsKL(torch.autograd.Function):
     @staticmethod

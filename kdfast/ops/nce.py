@@ -243,6 +243,7 @@ def no_negatives(row: int) -> str:
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
+# Written out: through `differentiable.py` a small call would take 8 % longer, and one flag is for both gradients.
 class _NCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student, teacher, *others):

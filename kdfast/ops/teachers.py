@@ -235,6 +235,7 @@ def _aekd(
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------
+# Written out: their tensors come as lists, and through `differentiable.py` a small call would take 4 % longer.
 # forward takes *args: without gradients, dynamo tells from the number of parameters whether there is a ctx.
 class _TeachersKL(torch.autograd.Function):
     @staticmethod
