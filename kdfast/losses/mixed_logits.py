@@ -4,14 +4,12 @@ Several networks are a list of (B, C) tensors or one (M, B, C) tensor.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kdfast._types import Networks
-from kdfast.losses.base import SHARE, Loss, Settings, one_of, or_none
+from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, made_of_settings, one_of, or_none, setting
 from kdfast.losses.epochs import ramp_up
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
@@ -20,14 +18,6 @@ from kdfast.ops.networks import matrices, network_count, network_list
 from kdfast.ops.rows import INF, label_column, log_softmax, row_stats
 from kdfast.ops.simplex import RIDGE, best_mixture
 from kdfast.ops.softmax_kl import cross_entropy
-
-# What ONE, OKDDip, FFL and collaborative learning have in common.
-SCHEDULE: Settings = {
-    "temperature": check.positive,
-    "rampup_epochs": partial(check.number, low=0),
-    "eps": SHARE,
-    "alpha": check.number,
-}
 
 
 def _heads(logits, least=1):
@@ -55,16 +45,13 @@ def _zeros(like, *shape):
     return torch.zeros(shape, dtype=accumulator(like), device=like.device)
 
 
+@made_of_settings
 class _Scheduled(Loss):
     """A loss whose divergence ramps up."""
 
-    settings: ClassVar[Settings] = SCHEDULE
-
-    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
+    temperature: float = setting(3.0, check.positive)
+    rampup_epochs: int = setting(80, AT_LEAST_0)
+    eps: float = setting(1e-7, SHARE)
 
 
 class ONE(_Scheduled):
@@ -95,9 +82,6 @@ class ONE(_Scheduled):
             mix_name="gate",
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
-
 
 class ONEGate(nn.Module):
     """Gate of ONE - Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
@@ -118,6 +102,7 @@ class ONEGate(nn.Module):
         return torch.softmax(torch.relu(self.norm(self.linear(x))), dim=1)
 
 
+@made_of_settings
 class OKDDip(Loss):
     """OKDDip - Online Knowledge Distillation with Diverse Peers (Chen et al., AAAI 2020).
 
@@ -129,16 +114,10 @@ class OKDDip(Loss):
     official code logits, and so does this. Op: ``mixed_logits_kl``.
     """
 
-    settings: ClassVar[Settings] = SCHEDULE
-
-    def __init__(
-        self, temperature: float = 3.0, alpha: float = 1.0, rampup_epochs: int = 80, eps: float = 1e-7
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
+    temperature: float = setting(3.0, check.positive)
+    alpha: float = setting(1.0, check.number)
+    rampup_epochs: int = setting(80, AT_LEAST_0)
+    eps: float = setting(1e-7, SHARE)
 
     def forward(
         self, logits: Networks, leader: Tensor, attention: Tensor, labels: Tensor, epoch: float | Tensor
@@ -160,9 +139,6 @@ class OKDDip(Loss):
             leader=True,
             mix_name="attention",
         )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
 
 
 class OKDDipAttention(nn.Module):
@@ -210,9 +186,6 @@ class FFL(_Scheduled):
             ramp=ramp,
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
-
 
 class FusionModule(nn.Module):
     """Fusion of FFL - Feature Fusion for Online Mutual Knowledge Distillation (Kim et al., ICPR 2020).
@@ -250,6 +223,7 @@ class FusionModule(nn.Module):
         return f"channels={self.channels}, pool={self.pool}"
 
 
+@made_of_settings
 class CollaborativeLearning(Loss):
     """CL-ILR - Collaborative Learning for Deep Neural Networks (Song and Chai, NeurIPS 2018).
 
@@ -261,16 +235,10 @@ class CollaborativeLearning(Loss):
     they are. :func:`rescale_gradient` goes with it, after the shared layers. Op: ``mixed_logits_kl``.
     """
 
-    settings: ClassVar[Settings] = {**SCHEDULE, "rampup_epochs": or_none(SCHEDULE["rampup_epochs"])}
-
-    def __init__(
-        self, temperature: float = 3.0, alpha: float = 1.0, rampup_epochs: int | None = None, eps: float = 1e-7
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
+    temperature: float = setting(3.0, check.positive)
+    alpha: float = setting(1.0, check.number)
+    rampup_epochs: int | None = setting(None, or_none(AT_LEAST_0))
+    eps: float = setting(1e-7, SHARE)
 
     def forward(self, logits: Networks, labels: Tensor, epoch: float | Tensor | None = None) -> Tensor:
         tensors, count, rows = _heads(logits, least=2)
@@ -288,9 +256,6 @@ class CollaborativeLearning(Loss):
             ramp=ramp,
             through_targets=True,
         )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
 
 
 class _RescaleGradient(torch.autograd.Function):
@@ -311,6 +276,7 @@ def rescale_gradient(x: Tensor, heads: int) -> Tensor:
     return _RescaleGradient.apply(x, heads)
 
 
+@made_of_settings
 class KDCL(Loss):
     """KDCL - Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020).
 
@@ -329,13 +295,9 @@ class KDCL(Loss):
 
     RULES = ("naive", "linear", "minlogit", "general", "mean")
 
-    settings: ClassVar[Settings] = {"temperature": check.positive, "rule": one_of(*RULES), "weight": check.number}
-
-    def __init__(self, temperature: float = 2.0, rule: str = "minlogit", weight: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.rule = rule
-        self.weight = weight
+    temperature: float = setting(2.0, check.positive)
+    rule: str = setting("minlogit", one_of(*RULES))
+    weight: float = setting(1.0, check.number)
 
     def forward(self, logits: Networks, labels: Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)
@@ -381,9 +343,6 @@ class KDCL(Loss):
     @torch.no_grad()
     def _general(self, tensors, labels):
         return _least_error_mixture(matrices(tensors), labels)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rule={self.rule!r}, weight={self.weight}"
 
 
 def _least_error_mixture(networks, labels):
