@@ -63,6 +63,11 @@ class _OfTwoModules(nn.Module):
         student = student_io_dict[self.student_module_path][self.student_module_io]
         return student, teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
 
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return self.of_outputs(*self.read(student_io_dict, teacher_io_dict))
+
 
 class _OfOutputs(_OfTwoModules):
     """A loss on what one module of the student and one of the teacher put out."""
@@ -74,18 +79,22 @@ class _OfOutputs(_OfTwoModules):
 class _OfPairs(nn.Module):
     """A weighted sum over pairs of modules, which a dict names: {pair: {"student": {"io", "path"}, ..., "weight"}}."""
 
+    roles = ("student", "teacher")  # whose tensors `of_pair` takes
+
     def __init__(self, pairs):
         super().__init__()
         if not pairs:
             raise ValueError(f"there must be at least one pair of modules, got {pairs!r}")
         self.feature_pairs = pairs
 
-    def weighted_sum(self, loss, student_io_dict, teacher_io_dict, roles=("student", "teacher")):
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         losses = []
         for pair in self.feature_pairs.values():
-            sides = [student_io_dict if role.startswith("student") else teacher_io_dict for role in roles]
-            maps = [side[pair[role]["path"]][pair[role]["io"]] for side, role in zip(sides, roles, strict=True)]
-            losses.append(pair.get("weight", 1) * loss(*maps))
+            sides = [student_io_dict if role.startswith("student") else teacher_io_dict for role in self.roles]
+            maps = [side[pair[role]["path"]][pair[role]["io"]] for side, role in zip(sides, self.roles, strict=True)]
+            losses.append(pair.get("weight", 1) * self.of_pair(*maps))
         return total(losses)
 
 
@@ -194,15 +203,10 @@ class FSPLoss(_OfPairs):
     """
 
     fsp_pairs = alias("feature_pairs")
+    roles = ("student_first", "student_second", "teacher_first", "teacher_second")
 
     def __init__(self, fsp_pairs: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(fsp_pairs)
-
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        roles = ("student_first", "student_second", "teacher_first", "teacher_second")
-        return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict, roles)
 
     def of_pair(
         self, student_first: Tensor, student_second: Tensor, teacher_first: Tensor, teacher_second: Tensor
@@ -236,12 +240,12 @@ class ATLoss(_OfPairs):
         check.one_of("mode", mode, ("code", "paper"))
         self.mode = mode
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def of_pair(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one pair."""
         check.one_of("mode", self.mode, ("code", "paper"))
-        loss = self.compute_at_loss if self.mode == "code" else self._of_paper
-        return self.weighted_sum(loss, student_io_dict, teacher_io_dict)
+        if self.mode == "code":
+            return self.compute_at_loss(student, teacher)
+        return self.compute_at_loss_paper(student, teacher) / max(len(student), 1)
 
     def compute_at_loss(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
         """Mode "code" of one pair."""
@@ -255,9 +259,6 @@ class ATLoss(_OfPairs):
         check.layers([student_feature_map], [teacher_feature_map], check.maps)
         q_s, q_t = (self.attention_transfer_paper(x) for x in (student_feature_map, teacher_feature_map))
         return fixed_sum(_root(fixed_sum((q_s - q_t).square())))
-
-    def _of_paper(self, student, teacher):
-        return self.compute_at_loss_paper(student, teacher) / max(len(student), 1)
 
     @staticmethod
     def attention_transfer(feature_map: Any) -> Any:
@@ -287,10 +288,9 @@ class PKTLoss(_OfTwoModules):
         check.positive("eps", eps)
         self.eps = eps
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return self.cosine_similarity_loss(*self.read(student_io_dict, teacher_io_dict))
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of what the two modules put out."""
+        return self.cosine_similarity_loss(student, teacher)
 
     def cosine_similarity_loss(self, student_outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
         """The loss."""
@@ -322,12 +322,9 @@ class FTLoss(_OfOutputs):
         self.norm_p = p
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.number("norm_p", self.norm_p, low=1)
         check.one_of("reduction", self.reduction, ("mean", "sum", "none"))
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
         check.embeddings("student", student)
         check.same_shape("teacher", teacher, student)
         if self.norm_p == 1 and self.reduction != "none":
@@ -349,12 +346,8 @@ class AltActTransferLoss(_OfPairs):
         self.margin = margin
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return self.weighted_sum(self._of_pair, student_io_dict, teacher_io_dict)
-
-    def _of_pair(self, student, teacher):
+    def of_pair(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one pair."""
         loss = self.compute_alt_act_transfer_loss(student, teacher, self.margin)
         return loss / max(len(student), 1) if self.reduction == "mean" else loss
 
@@ -390,10 +383,7 @@ class RKDLoss(_OfOutputs):
         self.angle_factor = angle_factor
         self.smooth_l1_loss = nn.SmoothL1Loss(reduction=reduction)
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         dist_factor, angle_factor = self.dist_factor or 0, self.angle_factor or 0
@@ -436,11 +426,6 @@ class VIDLoss(_OfPairs):
     def __init__(self, feature_pairs: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(feature_pairs)
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict)
-
     @staticmethod
     def of_pair(student: tuple[Tensor, Tensor], teacher: Tensor) -> Tensor:
         mean, variance = student
@@ -477,10 +462,7 @@ class CCKDLoss(_OfOutputs):
             check.count("kernel_config['max_p']", self.max_p)
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         check.one_of("kernel_type", self.kernel_type, ("bilinear", "gaussian"))
@@ -525,10 +507,7 @@ class SPKDLoss(_OfOutputs):
         super().__init__(student_output_path, teacher_output_path)
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.embeddings("student", student)
         check.same_batch("teacher", teacher, student)
         loss = self.compute_spkd_loss(teacher, student)
@@ -641,10 +620,8 @@ class HierarchicalContextLoss(_OfTwoModules):
         self.criteria = nn.MSELoss(reduction=reduction)
         self.output_sizes = [4, 2, 1] if output_sizes is None else list(output_sizes)
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        (student, _), teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: tuple[Tensor, Tensor], teacher: Tensor) -> Tensor:
+        student, _ = student
         usual = type(self.criteria) is nn.MSELoss and self.criteria.reduction == "mean"
         if usual and list(self.output_sizes) == [4, 2, 1]:
             return ops.pyramid_error(student, teacher)
@@ -689,10 +666,7 @@ class DISTLoss(_OfTwoModules):
         self.tau = tau
         self.eps = eps
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.pair(student, teacher)
         check.positive("tau", self.tau)
         dtype = accumulator(student, teacher)

@@ -37,11 +37,7 @@ def _loss_and_slopes(student, teacher, need_student, need_teacher, **_):
 
 @op("attention", _loss_and_slopes)
 def _attention_transfer(
-    student: Tensor,
-    teacher: Tensor,
-    power: int,
-    need_student: bool,
-    need_teacher: bool,
+    student: Tensor, teacher: Tensor, power: int, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; slopes [B, N], p dL/dm, of the sides that need them."""
     dtype = accumulator(student, teacher)
@@ -73,12 +69,7 @@ def channels_last(x: Tensor) -> bool:
 
 
 @op("attention", lambda x, **_: _gradient_like(x))
-def _attention_transfer_backward(
-    grad: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    power: int,
-) -> Tensor:
+def _attention_transfer_backward(grad: Tensor, slope: Tensor, x: Tensor, power: int) -> Tensor:
     """grad slope_bn x_bcn^(p-1) in x's dtype."""
     out = (grad * slope)[:, None] * power_of(x.to(slope.dtype), power - 1)
     return _gradient_like(x).copy_(out)

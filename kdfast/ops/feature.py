@@ -83,13 +83,7 @@ def _gradient_shapes(student, teacher, need_student, need_teacher, **_):
 
 @op("feature", _error_shape)
 def _feature_error(
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor | None,
-    kind: int,
-    boundary: float,
-    over: int,
-    divisor: int,
+    student: Tensor, teacher: Tensor, margin: Tensor | None, kind: int, boundary: float, over: int, divisor: int
 ) -> Tensor:
     """-> the terms of maps (B, C, N) over `divisor`, summed over everything (0-d), a sample (B,) or a channel (C,)."""
     values = _terms(student, teacher, margin, kind, boundary)[0]
@@ -139,11 +133,7 @@ def _power(gap, power):
         shapes.sums((4, student.shape[0]), student, teacher),
     ),
 )
-def _normalized_error(
-    student: Tensor,
-    teacher: Tensor,
-    power: int,
-) -> tuple[Tensor, Tensor]:
+def _normalized_error(student: Tensor, teacher: Tensor, power: int) -> tuple[Tensor, Tensor]:
     """-> loss, stats [4, B]: norms of the samples, and products of the slopes with the unit samples, of both sides."""
     dtype = accumulator(student, teacher)
     norms = [_sample_sum(x.to(dtype).square()).sqrt() for x in (student, teacher)]
@@ -155,13 +145,7 @@ def _normalized_error(
 
 @op("feature", _gradient_shapes)
 def _normalized_error_backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    stats: Tensor,
-    power: int,
-    need_student: bool,
-    need_teacher: bool,
+    grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, power: int, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     s, t, gap = _normalized(student, teacher, *stats[:2])
@@ -200,10 +184,7 @@ def _window_average(gap, rows, columns, size):
 
 
 @op("feature", lambda student, teacher: shapes.sums((), student, teacher))
-def _pyramid_error(
-    student: Tensor,
-    teacher: Tensor,
-) -> Tensor:
+def _pyramid_error(student: Tensor, teacher: Tensor) -> Tensor:
     """-> the weighted mean squared error of maps (B, C, H, W) and of their averages, 0-d."""
     dtype = accumulator(student, teacher)
     gap = student.to(dtype) - teacher.to(dtype)
@@ -217,11 +198,7 @@ def _pyramid_error(
 
 @op("feature", _gradient_shapes)
 def _pyramid_error_backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    need_student: bool,
-    need_teacher: bool,
+    grad: Tensor, student: Tensor, teacher: Tensor, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     gap = student.to(grad.dtype) - teacher.to(grad.dtype)

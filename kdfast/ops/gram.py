@@ -135,10 +135,7 @@ def compare_cosines(
     return terms, through_cosines(slope, gram, inverse), through_cosines(slope_t, other, inverse_t)
 
 
-@op(
-    "gram",
-    lambda a, b, **_: shapes.sums((*a.shape[:2], (a if b is None else b).shape[1]), a, b),
-)
+@op("gram", lambda a, b, **_: shapes.sums((*a.shape[:2], (a if b is None else b).shape[1]), a, b))
 def _inner_products(a: Tensor, b: Tensor | None) -> Tensor:
     """a_zi . b_zj [Z, n, m]."""
     return products(a, b)
@@ -186,11 +183,7 @@ def _loss_and_slopes(student, teacher, need_student, need_teacher, **_):
 
 @op("gram", _loss_and_slopes)
 def _affinity(
-    student: Tensor,
-    teacher: Tensor,
-    eps: float,
-    need_student: bool,
-    need_teacher: bool,
+    student: Tensor, teacher: Tensor, eps: float, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; dL/du [B, N, C] of the sides that need it, u the unit positions."""
     units = [unit_positions(x, eps, accumulator(student, teacher)) for x in (student, teacher)]
@@ -219,12 +212,7 @@ def unit_positions(x: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
 
 
 @op("gram", lambda x, **_: shapes.gradient(x))
-def _affinity_backward(
-    grad: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    eps: float,
-) -> Tensor:
+def _affinity_backward(grad: Tensor, slope: Tensor, x: Tensor, eps: float) -> Tensor:
     """dL/dx [B, C, N] from slope = dL/du [B, N, C], u = x / (|x| + eps); 0 where x is 0."""
     y = x.to(slope.dtype).transpose(1, 2)
     norm = fixed_sum(y.square()).sqrt()[..., None]

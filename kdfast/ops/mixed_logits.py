@@ -297,19 +297,8 @@ def mixed_logits_kl(
 
     Returns: 0-d, in nats, with gradients to the networks and, as said, to mix. Raises TypeError, ValueError.
     """
-    return mixed_loss(
-        network_list("networks", networks),
-        mix,
-        labels,
-        temperature,
-        eps=eps,
-        kl_weight=kl_weight,
-        ce_weight=ce_weight,
-        ramp=ramp,
-        learners=learners,
-        target_ce=target_ce,
-        through_targets=through_targets,
-    )
+    tensors, weights = network_list("networks", networks), (kl_weight, ce_weight, ramp)
+    return mixed_loss(tensors, mix, labels, temperature, eps, *weights, learners, target_ce, through_targets)
 
 
 def mixed_loss(
@@ -317,7 +306,6 @@ def mixed_loss(
     mix: Tensor | None,
     labels: Tensor | None,
     temperature: float,
-    *,
     eps: float = 0.0,
     kl_weight: float = 1.0,
     ce_weight: float = 1.0,
@@ -325,6 +313,7 @@ def mixed_loss(
     learners: int | None = None,
     target_ce: bool = False,
     through_targets: bool = False,
+    *,
     leader: bool = False,
     mix_name: str = "mix",
 ) -> Tensor:

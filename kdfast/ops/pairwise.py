@@ -64,23 +64,14 @@ def _guarded_distances(x, y):
 
 
 @op("pairwise", lambda x, y, **_: shapes.sums((x.shape[0], (x if y is None else y).shape[0]), x, y))
-def _pairwise_distance(
-    x: Tensor,
-    y: Tensor | None,
-    squared: bool,
-) -> Tensor:
+def _pairwise_distance(x: Tensor, y: Tensor | None, squared: bool) -> Tensor:
     """-> distances, or their squares, [n, m]."""
     p = squared_distances(x, x if y is None else y, *[accumulator(x, y)] * 2)
     return p if squared else p.sqrt()
 
 
 @op("pairwise", lambda x, **_: shapes.gradient(x))
-def _weighted_differences(
-    weights: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    factor: Tensor | None,
-) -> Tensor:
+def _weighted_differences(weights: Tensor, x: Tensor, y: Tensor | None, factor: Tensor | None) -> Tensor:
     """-> factor sum_j weights_ij (x_i - y_j) [n, D], in the dtype of x."""
     a = x.to(weights.dtype)
     b = a if y is None else y.to(weights.dtype)
@@ -145,11 +136,7 @@ def _loss_and_weights(student, teacher, need_student, **_):
 
 @op("pairwise", _loss_and_weights)
 def _rkd(
-    student: Tensor,
-    teacher: Tensor,
-    distance_weight: float,
-    angle_weight: float,
-    need_student: bool,
+    student: Tensor, teacher: Tensor, distance_weight: float, angle_weight: float, need_student: bool
 ) -> tuple[Tensor, Tensor]:
     """-> loss; weights [B, B] with d loss / d student_i = sum_j weights_ij (student_i - student_j)."""
     dtype, rows = accumulator(student, teacher), student.shape[0]

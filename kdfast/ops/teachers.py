@@ -305,17 +305,7 @@ def teachers_kl(
     """
     check.logits("student", student)
     tensors = network_list("teachers", teachers, student)
-    return teachers_loss(
-        student,
-        tensors,
-        labels,
-        temperature,
-        kind=kind,
-        weight=weight,
-        kl_weight=kl_weight,
-        ce_weight=ce_weight,
-        over_classes=over_classes,
-    )
+    return teachers_loss(student, tensors, labels, temperature, kind, weight, kl_weight, ce_weight, over_classes)
 
 
 def teachers_loss(
@@ -323,7 +313,6 @@ def teachers_loss(
     tensors: Sequence[Tensor],
     labels: Tensor | None,
     temperature: float,
-    *,
     kind: str = "kl",
     weight: Tensor | None = None,
     kl_weight: float = 1.0,
