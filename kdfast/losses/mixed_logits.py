@@ -45,6 +45,12 @@ def _zeros(like, *shape):
     return torch.zeros(shape, dtype=accumulator(like), device=like.device)
 
 
+def _ramped(loss, tensors, mix, labels, epoch, **more):
+    """:func:`mixed_logits_kl` with the temperature, the eps and the ramp of `loss` in this epoch."""
+    ramp = 1.0 if loss.rampup_epochs is None else ramp_up(epoch, loss.rampup_epochs, tensors[0].device)
+    return mixed_loss(tensors, mix, labels, loss.temperature, loss.eps, ramp=ramp, **more)
+
+
 @made_of_settings
 class _Scheduled(Loss):
     """A loss whose divergence ramps up."""
@@ -70,17 +76,7 @@ class ONE(_Scheduled):
         check.tensor("gate", gate)
         if gate.shape != (rows, count):
             raise ValueError(f"gate must have shape ({rows}, {count}), got {tuple(gate.shape)}")
-        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_loss(
-            tensors,
-            gate,
-            labels,
-            self.temperature,
-            eps=self.eps,
-            ramp=ramp,
-            target_ce=True,
-            mix_name="gate",
-        )
+        return _ramped(self, tensors, gate, labels, epoch, target_ce=True, mix_name="gate")
 
 
 class ONEGate(nn.Module):
@@ -126,19 +122,8 @@ class OKDDip(Loss):
         check.tensor("attention", attention)
         if attention.shape != (rows, count, count):
             raise ValueError(f"attention must have shape ({rows}, {count}, {count}), got {tuple(attention.shape)}")
-        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_loss(
-            _with_heads("leader", leader, tensors),
-            attention,
-            labels,
-            self.temperature,
-            eps=self.eps,
-            kl_weight=self.alpha,
-            ramp=ramp,
-            through_targets=True,
-            leader=True,
-            mix_name="attention",
-        )
+        given = (_with_heads("leader", leader, tensors), attention, labels, epoch)
+        return _ramped(self, *given, kl_weight=self.alpha, through_targets=True, leader=True, mix_name="attention")
 
 
 class OKDDipAttention(nn.Module):
@@ -176,15 +161,7 @@ class FFL(_Scheduled):
         mix = _zeros(tensors[0], count + 1, count + 1)
         mix[:count, count] = 1.0
         mix[count, :count] = 1 / count
-        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_loss(
-            _with_heads("fused", fused, tensors),
-            mix.expand(rows, -1, -1),
-            labels,
-            self.temperature,
-            eps=self.eps,
-            ramp=ramp,
-        )
+        return _ramped(self, _with_heads("fused", fused, tensors), mix.expand(rows, -1, -1), labels, epoch)
 
 
 class FusionModule(nn.Module):
@@ -244,18 +221,9 @@ class CollaborativeLearning(Loss):
         tensors, count, rows = _heads(logits, least=2)
         if epoch is None and self.rampup_epochs is not None:
             raise ValueError(f"epoch must be given with rampup_epochs={self.rampup_epochs}, got None")
-        ramp = 1.0 if self.rampup_epochs is None else ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         mix = (1 - torch.eye(count, dtype=accumulator(tensors[0]), device=tensors[0].device)) / (count - 1)
-        return mixed_loss(
-            tensors,
-            mix.expand(rows, -1, -1),
-            labels,
-            self.temperature,
-            eps=self.eps,
-            kl_weight=self.alpha,
-            ramp=ramp,
-            through_targets=True,
-        )
+        given = (tensors, mix.expand(rows, -1, -1), labels, epoch)
+        return _ramped(self, *given, kl_weight=self.alpha, through_targets=True)
 
 
 class _RescaleGradient(torch.autograd.Function):

@@ -23,11 +23,7 @@ def residual_margin_loss(student: Tensor, teacher: Tensor, bn_weight: Tensor, bn
     check.embeddings("student", student)
     check.same_shape("teacher", teacher, student)
     for name, values in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
-        check.tensor(name, values)
-        check.floating(name, values)
-        if values.shape != student.shape[1:2]:
-            raise ValueError(f"{name} must have shape ({student.shape[1]},), got {tuple(values.shape)}")
-        check.same_device(name, values, student)
+        check.shaped(name, values, student.shape[1:2], student)
     margin = ofd_margin(bn_weight, bn_bias)
     return partial_squared_error(student, teacher.detach(), margin) / (student.shape[0] + 1e-8)
 

@@ -68,6 +68,15 @@ def same_device(name: str, x: Any, other: Tensor, of: str = "the student") -> No
         raise ValueError(f"{name} must be on {of}'s device {other.device}, got {x.device}")
 
 
+def shaped(name: str, x: Any, shape: Sequence[int], other: Tensor, of: str = "the student", meaning: str = "") -> None:
+    """`x` has floating-point numbers of this shape, whose `meaning` messages tell, on the device of `other`."""
+    tensor(name, x)
+    floating(name, x)
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}{meaning}, got {tuple(x.shape)}")
+    same_device(name, x, other, of)
+
+
 def logits(name: str, x: Any) -> None:
     """`x` is a floating-point (B, C) tensor with at least one class."""
     tensor(name, x)
@@ -335,11 +344,7 @@ def mass_message(row: int, mass: float) -> str:
 
 def row_weight(weight: Any, student: Tensor) -> None:
     """(B,) floating-point weights on the student's device, without gradient."""
-    tensor("weight", weight)
-    floating("weight", weight)
-    if weight.shape != student.shape[:1]:
-        raise ValueError(f"weight must have shape ({student.shape[0]},), got {tuple(weight.shape)}")
-    same_device("weight", weight, student)
+    shaped("weight", weight, student.shape[:1], student)
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: use reduction='none' and multiply the values instead")
 

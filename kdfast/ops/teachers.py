@@ -326,11 +326,7 @@ def teachers_loss(
     if weight is not None:
         if kind != "kl":
             raise ValueError(f"weight belongs to kind 'kl', got one with kind {kind!r}")
-        check.tensor("weight", weight)
-        check.floating("weight", weight)
-        if weight.shape != (count,):
-            raise ValueError(f"weight must have shape ({count},), one for each teacher, got {tuple(weight.shape)}")
-        check.same_device("weight", weight, student)
+        check.shaped("weight", weight, (count,), student, meaning=", one for each teacher")
         if weight.requires_grad:
             raise ValueError("weight must not require a gradient: detach it")
     if kind == "reverse_kl" and any(x.requires_grad for x in tensors):
