@@ -182,7 +182,6 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     `weight`, at least float32. A weight of 0 gives ``min(bias, 0)`` (official: ZeroDivisionError).
     """
     for name, x in (("weight", weight), ("bias", bias)):
-        check.tensor(name, x)
         check.floating(name, x)
         if x.dim() != 1 or x.shape != weight.shape:
             expected = "(channels,)" if name == "weight" else f"weight's shape {tuple(weight.shape)}"
@@ -322,15 +321,8 @@ class JacobianMatching(Loss):
         return super().__new__(cls)
 
     def forward(self, student: Tensor, teacher: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        check.logits("student", student)
-        check.logits("teacher", teacher)
-        check.embeddings("images", images)
+        check.pair(student, teacher)
         labels = check.class_indices(labels, student)
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
-            )
-        check.same_device("teacher", teacher, student)
         check.same_batch("images", images, student)
         if not images.requires_grad:
             raise ValueError("images must require a gradient before both networks run: images.requires_grad_()")

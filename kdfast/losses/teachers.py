@@ -31,19 +31,12 @@ class DML(Loss):
 
     def forward(self, student: Tensor, peers: Networks, labels: Tensor | None = None) -> Tensor:
         check.logits("student", student)
-        tensors = network_list("peers", _detached("peers", peers), student)
-        return teachers_loss(student, tensors, labels, self.temperature)
+        return teachers_loss(student, _constants("peers", peers, student), labels, self.temperature)
 
 
-def _detached(name, networks):
-    """The same networks, without their graph."""
-    if isinstance(networks, torch.Tensor):
-        return networks.detach()
-    if not isinstance(networks, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got {type(networks).__name__}"
-        )
-    return [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in networks]
+def _constants(name, networks, student):
+    """The networks as a checked list, without their graph."""
+    return [x.detach() if x.requires_grad else x for x in network_list(name, networks, student)]
 
 
 @made_of_settings
@@ -68,7 +61,7 @@ class Codistillation(Loss):
         weight = 1.0
         if epoch is not None and not isinstance(epoch, torch.Tensor):
             weight = 1.0 if epoch >= self.burn_in else 0.0
-        tensors = network_list("peers", _detached("peers", peers), student)
+        tensors = _constants("peers", peers, student)
         loss = teachers_loss(student, tensors, None, 1.0, kind=self.mode, kl_weight=weight)
         return torch.where(epoch < self.burn_in, 0.0, loss) if isinstance(epoch, torch.Tensor) else loss
 

@@ -320,12 +320,10 @@ def inner_products(a: Tensor, b: Tensor | None = None) -> Tensor:
 
     Raises: TypeError, ValueError naming the argument.
     """
-    check.tensor("a", a)
     check.floating("a", a)
     if a.dim() != 3:
         raise ValueError(f"a must be (batches, rows, features), got shape {tuple(a.shape)}")
     if b is not None:
-        check.tensor("b", b)
         check.floating("b", b)
         if b.dim() != 3 or (b.shape[0], b.shape[2]) != (a.shape[0], a.shape[2]):
             raise ValueError(f"b must be ({a.shape[0]}, rows, {a.shape[2]}) as a is, got shape {tuple(b.shape)}")
@@ -359,7 +357,6 @@ def gram_distance(
     if len(coefficients) > MOST_TERMS:
         raise ValueError(f"coefficients must be at most {MOST_TERMS}, got {len(coefficients)}")
     for name, x in (("student", student), ("teacher", teacher)):
-        check.tensor(name, x)
         check.floating(name, x)
         if x.dim() not in (2, 3) or x.shape[-1] == 0:
             raise ValueError(f"{name} must be (rows, features) or (batches, rows, features), got {tuple(x.shape)}")

@@ -335,7 +335,6 @@ def mixed_loss(
         if labels is None:
             raise ValueError("labels must be given without mix: the least logits are measured from the label's")
     else:
-        check.tensor(mix_name, mix)
         check.floating(mix_name, mix)
         if leader:
             shapes = [(rows, learners - 1, count - 1)]
@@ -352,7 +351,6 @@ def mixed_loss(
         raise ValueError(f"eps must be 0 or from {LEAST_EPS} to 1, got {eps}")
     check.number("kl_weight", kl_weight)
     if isinstance(ramp, torch.Tensor):
-        check.tensor("ramp", ramp)
         check.floating("ramp", ramp)
         if ramp.dim() != 0:
             raise ValueError(f"ramp must be a number or a 0-d tensor, got shape {tuple(ramp.shape)}")

@@ -81,7 +81,6 @@ def effective_logit(
 
     Raises: TypeError, ValueError naming the argument.
     """
-    check.tensor("teacher_logit", teacher_logit)
     check.floating("teacher_logit", teacher_logit)
     check.tensor("label", label)
     check.number("soft_ratio", soft_ratio, 0, 1)
