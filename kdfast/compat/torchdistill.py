@@ -31,21 +31,8 @@ from kdfast.ops import check, elementwise
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.pool import average_pool, max_pool
 
-__all__ = [
-    "ATLoss",
-    "AltActTransferLoss",
-    "CCKDLoss",
-    "CRDLoss",
-    "DISTLoss",
-    "FSPLoss",
-    "FTLoss",
-    "HierarchicalContextLoss",
-    "KDLoss",
-    "PKTLoss",
-    "RKDLoss",
-    "SPKDLoss",
-    "VIDLoss",
-]
+__all__ = ["ATLoss", "AltActTransferLoss", "CCKDLoss", "CRDLoss", "DISTLoss", "FSPLoss", "FTLoss"]
+__all__ += ["HierarchicalContextLoss", "KDLoss", "PKTLoss", "RKDLoss", "SPKDLoss", "VIDLoss"]
 register = require("torchdistill.losses.registry", extra="torchdistill").register_mid_level_loss
 
 
@@ -153,8 +140,7 @@ class KDLoss(_OfTwoModules):
         **kwargs: Any,
     ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
-        check.embeddings("student", student)
-        check.same_shape("teacher", teacher, student)
+        check.two_embeddings(student, teacher, check.same_shape)
         check.one_of("reduction", self.reduction, ("batchmean", "mean", "sum", "none"))
         if not self.alpha or targets is None:
             return self._divergence(student, teacher)
@@ -325,8 +311,7 @@ class FTLoss(_OfOutputs):
     def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.number("norm_p", self.norm_p, low=1)
         check.one_of("reduction", self.reduction, ("mean", "sum", "none"))
-        check.embeddings("student", student)
-        check.same_shape("teacher", teacher, student)
+        check.two_embeddings(student, teacher, check.same_shape)
         if self.norm_p == 1 and self.reduction != "none":
             return ops.normalized_error(student, teacher) * (student.numel() if self.reduction == "sum" else 1)
         s, t = (_unit(x.flatten(1)) for x in wide(student, teacher))
@@ -384,8 +369,7 @@ class RKDLoss(_OfOutputs):
         self.smooth_l1_loss = nn.SmoothL1Loss(reduction=reduction)
 
     def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         dist_factor, angle_factor = self.dist_factor or 0, self.angle_factor or 0
         huber = self.smooth_l1_loss
         usual = type(huber) is nn.SmoothL1Loss and huber.beta == 1 and huber.reduction in ("mean", "sum")
@@ -463,8 +447,7 @@ class CCKDLoss(_OfOutputs):
         self.reduction = reduction
 
     def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         check.one_of("kernel_type", self.kernel_type, ("bilinear", "gaussian"))
         gaussian = self.kernel_type == "gaussian"
         kernel = self.compute_cc_mat_by_gaussian_rbf if gaussian else self.compute_cc_mat_by_bilinear_pool
@@ -508,8 +491,7 @@ class SPKDLoss(_OfOutputs):
         self.reduction = reduction
 
     def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         loss = self.compute_spkd_loss(teacher, student)
         return loss / (max(len(student), 1) ** 2 if self.reduction == "batchmean" else 1)
 

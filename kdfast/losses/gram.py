@@ -43,8 +43,7 @@ class PKT(Loss):
     eps: float = setting(1e-7, check.positive)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         return gram_distance(flat_rows(student), flat_rows(teacher), "distribution", eps=self.eps)
 
 
@@ -64,8 +63,7 @@ class CCKD(Loss):
     order: int = setting(2, partial(check.count, least=0, most=MOST_TERMS - 1))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         g = 2 * self.gamma
         series = [math.exp(-g) * g**p / math.factorial(p) for p in range(self.order + 1)]
         coefficients = series if self.kernel == "gaussian" else [0.0, 1.0]

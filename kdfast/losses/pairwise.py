@@ -93,8 +93,7 @@ class HardDarkRank(Loss):
     permute_len: int = setting(4, check.count)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         rows = student.shape[0]
         # A row comes before all others in its own order, those that equal it too.
         distances = pairwise_distance(teacher.detach(), squared=True)
@@ -155,8 +154,7 @@ class IRGEdge(Loss):
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         return _edge_error(student, teacher.detach(), constant=True) / (2 * max(student.shape[0], 1))
 
 

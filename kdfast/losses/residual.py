@@ -20,8 +20,7 @@ def residual_margin_loss(student: Tensor, teacher: Tensor, bn_weight: Tensor, bn
     brought to the teacher's channels by an :class:`OFDConnector`; bn_weight, bn_bias (C,); 0-d. No gradient to the
     teacher. Op: ``partial_squared_error``.
     """
-    check.embeddings("student", student)
-    check.same_shape("teacher", teacher, student)
+    check.two_embeddings(student, teacher, check.same_shape)
     for name, values in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
         check.shaped(name, values, student.shape[1:2], student)
     margin = ofd_margin(bn_weight, bn_bias)

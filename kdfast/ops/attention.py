@@ -101,11 +101,6 @@ def attention_transfer(student: Tensor, teacher: Tensor, power: int = 2) -> Tens
 
     Raises: TypeError, ValueError naming the argument.
     """
-    check.maps("student", student)
-    check.maps("teacher", teacher)
-    check.same_batch("teacher", teacher, student)
-    if student.shape[2:] != teacher.shape[2:]:
-        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
-        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
+    check.two_maps(student, teacher)
     check.count("power", power)
     return _attention_transfer_function((power,), student, teacher)

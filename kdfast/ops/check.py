@@ -138,11 +138,27 @@ def same_shape(name: str, x: Any, other: Tensor, of: str = "the student") -> Non
     same_device(name, x, other, of)
 
 
+def two_embeddings(student: Any, teacher: Any, fit: Callable[..., None] = same_batch) -> None:
+    """Embeddings of student and teacher, with one batch size, or one shape (`fit`)."""
+    embeddings("student", student)
+    fit("teacher", teacher, student)
+
+
 def maps(name: str, x: Any) -> None:
     """`x` is a floating-point (B, C, H, W) map with at least one channel and position."""
     embeddings(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(x.shape)}")
+
+
+def two_maps(student: Any, teacher: Any) -> None:
+    """Maps of student and teacher of one batch size, height and width."""
+    maps("student", student)
+    maps("teacher", teacher)
+    same_batch("teacher", teacher, student)
+    if student.shape[2:] != teacher.shape[2:]:
+        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
+        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
 
 
 def layers(

@@ -24,14 +24,8 @@ from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.layout import flat, gradient_memory
 
-__all__ = [
-    "activation_boundary",
-    "channel_squared_error",
-    "normalized_error",
-    "partial_squared_error",
-    "pyramid_error",
-    "squared_error",
-]
+__all__ = ["activation_boundary", "channel_squared_error", "normalized_error"]
+__all__ += ["partial_squared_error", "pyramid_error", "squared_error"]
 
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
@@ -218,8 +212,7 @@ _pyramid_error_function = statistics_kept(_pyramid_error, _pyramid_error_backwar
 
 
 def _pair(student, teacher):
-    check.embeddings("student", student)
-    check.same_shape("teacher", teacher, student)
+    check.two_embeddings(student, teacher, check.same_shape)
     return flat(student), flat(teacher)
 
 

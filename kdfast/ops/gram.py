@@ -419,11 +419,6 @@ def affinity(student: Tensor, teacher: Tensor, *, eps: float = 1e-8) -> Tensor:
 
     Raises: TypeError, ValueError naming the argument.
     """
-    check.maps("student", student)
-    check.maps("teacher", teacher)
-    check.same_batch("teacher", teacher, student)
+    check.two_maps(student, teacher)
     check.number("eps", eps, low=0.0)
-    if student.shape[2:] != teacher.shape[2:]:
-        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
-        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
     return _affinity_function((float(eps),), student.flatten(2), teacher.flatten(2))

@@ -208,8 +208,7 @@ def rkd(student: Tensor, teacher: Tensor, distance_weight: float = 25.0, angle_w
 
     A term of weight 0 is not computed. Shapes, gradients and errors are those of :func:`rkd_distance`.
     """
-    check.embeddings("student", student)
-    check.same_batch("teacher", teacher, student)
+    check.two_embeddings(student, teacher)
     check.number("distance_weight", distance_weight)
     check.number("angle_weight", angle_weight)
     return _rkd_function((float(distance_weight), float(angle_weight)), flat_rows(student), flat_rows(teacher.detach()))
