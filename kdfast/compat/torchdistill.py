@@ -68,11 +68,11 @@ class _OfPairs(nn.Module):
 
     roles = ("student", "teacher")  # whose tensors `of_pair` takes
 
-    def __init__(self, pairs):
+    def __init__(self, feature_pairs: dict[str, Any], **kwargs: Any) -> None:
         super().__init__()
-        if not pairs:
-            raise ValueError(f"there must be at least one pair of modules, got {pairs!r}")
-        self.feature_pairs = pairs
+        if not feature_pairs:
+            raise ValueError(f"there must be at least one pair of modules, got {feature_pairs!r}")
+        self.feature_pairs = feature_pairs
 
     def forward(
         self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
@@ -406,9 +406,6 @@ class RKDLoss(_OfOutputs):
 @register(key="kdfast.VIDLoss")
 class VIDLoss(_OfPairs):
     """The formula of :class:`kdfast.VID`; the student's module puts out (mean, variance), the variance per channel."""
-
-    def __init__(self, feature_pairs: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(feature_pairs)
 
     @staticmethod
     def of_pair(student: tuple[Tensor, Tensor], teacher: Tensor) -> Tensor:

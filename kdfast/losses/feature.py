@@ -250,11 +250,8 @@ class VID(Loss):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("student_channels", student_channels),
-            ("mid_channels", mid_channels),
-            ("teacher_channels", teacher_channels),
-        ):
+        channels = dict(student_channels=student_channels, mid_channels=mid_channels, teacher_channels=teacher_channels)
+        for name, value in channels.items():
             check.count(name, value)
         check.positive("eps", eps)
         check.positive("init_variance", init_variance)
