@@ -13,18 +13,6 @@ from kdfast.losses.nce import load_repdistiller_crd  # noqa: E402
 from kdfast.ops.softmax_kl import TopK  # noqa: E402
 from kdfast.procedures import NoiseSigma, data_inefficiency, effective_logit, quantify_knowledge  # noqa: E402
 
-__all__ = [
-    "FallbackWarning",
-    "NoiseSigma",
-    "TopK",
-    "capture",
-    "data_inefficiency",
-    "distributed",
-    "effective_logit",
-    "fallback",
-    "load_repdistiller_crd",
-    "ops",
-    "procedures",
-    "quantify_knowledge",
-    *losses.__all__,
-]
+__all__ = ["FallbackWarning", "NoiseSigma", "TopK", "capture", "data_inefficiency", "distributed"]
+__all__ += ["effective_logit", "fallback", "load_repdistiller_crd", "ops", "procedures", "quantify_knowledge"]
+__all__ += losses.__all__

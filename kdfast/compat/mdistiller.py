@@ -18,23 +18,9 @@ from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, total
 from kdfast.ops.pool import to_smaller_square
 
-__all__ = [
-    "at_loss",
-    "dkd_loss",
-    "feat_loss",
-    "hcl_loss",
-    "kd_loss",
-    "kdsvd_loss",
-    "nst_loss",
-    "pkt_loss",
-    "poly_kernel",
-    "rkd_loss",
-    "similarity_loss",
-    "single_stage_at_loss",
-    "single_stage_nst_loss",
-    "sp_loss",
-    "vid_loss",
-]
+__all__ = ["at_loss", "dkd_loss", "feat_loss", "hcl_loss", "kd_loss"]
+__all__ += ["kdsvd_loss", "nst_loss", "pkt_loss", "poly_kernel", "rkd_loss"]
+__all__ += ["similarity_loss", "single_stage_at_loss", "single_stage_nst_loss", "sp_loss", "vid_loss"]
 
 
 def kd_loss(logits_student: Tensor, logits_teacher: Tensor, temperature: float) -> Tensor:

@@ -34,22 +34,8 @@ from kdfast.compat._original import (
 from kdfast.ops import check, elementwise, gram_distance, normalized_error
 from kdfast.ops.accumulate import accumulator, fixed_sum
 
-__all__ = [
-    "ABLoss",
-    "Attention",
-    "CRDLoss",
-    "Correlation",
-    "DistillKL",
-    "FSP",
-    "FactorTransfer",
-    "HintLoss",
-    "KDSVD",
-    "NSTLoss",
-    "PKT",
-    "RKDLoss",
-    "Similarity",
-    "VIDLoss",
-]
+__all__ = ["ABLoss", "Attention", "CRDLoss", "Correlation", "DistillKL", "FSP", "FactorTransfer"]
+__all__ += ["HintLoss", "KDSVD", "NSTLoss", "PKT", "RKDLoss", "Similarity", "VIDLoss"]
 
 
 class DistillKL(kdfast.KD):

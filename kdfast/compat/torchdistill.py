@@ -31,21 +31,8 @@ from kdfast.ops import check, elementwise
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.pool import average_pool, max_pool
 
-__all__ = [
-    "ATLoss",
-    "AltActTransferLoss",
-    "CCKDLoss",
-    "CRDLoss",
-    "DISTLoss",
-    "FSPLoss",
-    "FTLoss",
-    "HierarchicalContextLoss",
-    "KDLoss",
-    "PKTLoss",
-    "RKDLoss",
-    "SPKDLoss",
-    "VIDLoss",
-]
+__all__ = ["ATLoss", "AltActTransferLoss", "CCKDLoss", "CRDLoss", "DISTLoss", "FSPLoss", "FTLoss"]
+__all__ += ["HierarchicalContextLoss", "KDLoss", "PKTLoss", "RKDLoss", "SPKDLoss", "VIDLoss"]
 register = require("torchdistill.losses.registry", extra="torchdistill").register_mid_level_loss
 
 
@@ -63,6 +50,11 @@ class _OfTwoModules(nn.Module):
         student = student_io_dict[self.student_module_path][self.student_module_io]
         return student, teacher_io_dict[self.teacher_module_path][self.teacher_module_io]
 
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
+        return self.of_outputs(*self.read(student_io_dict, teacher_io_dict))
+
 
 class _OfOutputs(_OfTwoModules):
     """A loss on what one module of the student and one of the teacher put out."""
@@ -74,18 +66,22 @@ class _OfOutputs(_OfTwoModules):
 class _OfPairs(nn.Module):
     """A weighted sum over pairs of modules, which a dict names: {pair: {"student": {"io", "path"}, ..., "weight"}}."""
 
-    def __init__(self, pairs):
-        super().__init__()
-        if not pairs:
-            raise ValueError(f"there must be at least one pair of modules, got {pairs!r}")
-        self.feature_pairs = pairs
+    roles = ("student", "teacher")  # whose tensors `of_pair` takes
 
-    def weighted_sum(self, loss, student_io_dict, teacher_io_dict, roles=("student", "teacher")):
+    def __init__(self, feature_pairs: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__()
+        if not feature_pairs:
+            raise ValueError(f"there must be at least one pair of modules, got {feature_pairs!r}")
+        self.feature_pairs = feature_pairs
+
+    def forward(
+        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Tensor:
         losses = []
         for pair in self.feature_pairs.values():
-            sides = [student_io_dict if role.startswith("student") else teacher_io_dict for role in roles]
-            maps = [side[pair[role]["path"]][pair[role]["io"]] for side, role in zip(sides, roles, strict=True)]
-            losses.append(pair.get("weight", 1) * loss(*maps))
+            sides = [student_io_dict if role.startswith("student") else teacher_io_dict for role in self.roles]
+            maps = [side[pair[role]["path"]][pair[role]["io"]] for side, role in zip(sides, self.roles, strict=True)]
+            losses.append(pair.get("weight", 1) * self.of_pair(*maps))
         return total(losses)
 
 
@@ -144,8 +140,7 @@ class KDLoss(_OfTwoModules):
         **kwargs: Any,
     ) -> Tensor:
         student, teacher = self.read(student_io_dict, teacher_io_dict)
-        check.embeddings("student", student)
-        check.same_shape("teacher", teacher, student)
+        check.two_embeddings(student, teacher, check.same_shape)
         check.one_of("reduction", self.reduction, ("batchmean", "mean", "sum", "none"))
         if not self.alpha or targets is None:
             return self._divergence(student, teacher)
@@ -194,15 +189,10 @@ class FSPLoss(_OfPairs):
     """
 
     fsp_pairs = alias("feature_pairs")
+    roles = ("student_first", "student_second", "teacher_first", "teacher_second")
 
     def __init__(self, fsp_pairs: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(fsp_pairs)
-
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        roles = ("student_first", "student_second", "teacher_first", "teacher_second")
-        return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict, roles)
 
     def of_pair(
         self, student_first: Tensor, student_second: Tensor, teacher_first: Tensor, teacher_second: Tensor
@@ -236,12 +226,12 @@ class ATLoss(_OfPairs):
         check.one_of("mode", mode, ("code", "paper"))
         self.mode = mode
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def of_pair(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one pair."""
         check.one_of("mode", self.mode, ("code", "paper"))
-        loss = self.compute_at_loss if self.mode == "code" else self._of_paper
-        return self.weighted_sum(loss, student_io_dict, teacher_io_dict)
+        if self.mode == "code":
+            return self.compute_at_loss(student, teacher)
+        return self.compute_at_loss_paper(student, teacher) / max(len(student), 1)
 
     def compute_at_loss(self, student_feature_map: Tensor, teacher_feature_map: Tensor) -> Tensor:
         """Mode "code" of one pair."""
@@ -255,9 +245,6 @@ class ATLoss(_OfPairs):
         check.layers([student_feature_map], [teacher_feature_map], check.maps)
         q_s, q_t = (self.attention_transfer_paper(x) for x in (student_feature_map, teacher_feature_map))
         return fixed_sum(_root(fixed_sum((q_s - q_t).square())))
-
-    def _of_paper(self, student, teacher):
-        return self.compute_at_loss_paper(student, teacher) / max(len(student), 1)
 
     @staticmethod
     def attention_transfer(feature_map: Any) -> Any:
@@ -287,10 +274,9 @@ class PKTLoss(_OfTwoModules):
         check.positive("eps", eps)
         self.eps = eps
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return self.cosine_similarity_loss(*self.read(student_io_dict, teacher_io_dict))
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of what the two modules put out."""
+        return self.cosine_similarity_loss(student, teacher)
 
     def cosine_similarity_loss(self, student_outputs: Tensor, teacher_outputs: Tensor) -> Tensor:
         """The loss."""
@@ -322,14 +308,10 @@ class FTLoss(_OfOutputs):
         self.norm_p = p
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.number("norm_p", self.norm_p, low=1)
         check.one_of("reduction", self.reduction, ("mean", "sum", "none"))
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
-        check.embeddings("student", student)
-        check.same_shape("teacher", teacher, student)
+        check.two_embeddings(student, teacher, check.same_shape)
         if self.norm_p == 1 and self.reduction != "none":
             return ops.normalized_error(student, teacher) * (student.numel() if self.reduction == "sum" else 1)
         s, t = (_unit(x.flatten(1)) for x in wide(student, teacher))
@@ -349,12 +331,8 @@ class AltActTransferLoss(_OfPairs):
         self.margin = margin
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return self.weighted_sum(self._of_pair, student_io_dict, teacher_io_dict)
-
-    def _of_pair(self, student, teacher):
+    def of_pair(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss of one pair."""
         loss = self.compute_alt_act_transfer_loss(student, teacher, self.margin)
         return loss / max(len(student), 1) if self.reduction == "mean" else loss
 
@@ -390,12 +368,8 @@ class RKDLoss(_OfOutputs):
         self.angle_factor = angle_factor
         self.smooth_l1_loss = nn.SmoothL1Loss(reduction=reduction)
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
+        check.two_embeddings(student, teacher)
         dist_factor, angle_factor = self.dist_factor or 0, self.angle_factor or 0
         huber = self.smooth_l1_loss
         usual = type(huber) is nn.SmoothL1Loss and huber.beta == 1 and huber.reduction in ("mean", "sum")
@@ -433,14 +407,6 @@ class RKDLoss(_OfOutputs):
 class VIDLoss(_OfPairs):
     """The formula of :class:`kdfast.VID`; the student's module puts out (mean, variance), the variance per channel."""
 
-    def __init__(self, feature_pairs: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(feature_pairs)
-
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        return self.weighted_sum(self.of_pair, student_io_dict, teacher_io_dict)
-
     @staticmethod
     def of_pair(student: tuple[Tensor, Tensor], teacher: Tensor) -> Tensor:
         mean, variance = student
@@ -477,12 +443,8 @@ class CCKDLoss(_OfOutputs):
             check.count("kernel_config['max_p']", self.max_p)
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
+        check.two_embeddings(student, teacher)
         check.one_of("kernel_type", self.kernel_type, ("bilinear", "gaussian"))
         gaussian = self.kernel_type == "gaussian"
         kernel = self.compute_cc_mat_by_gaussian_rbf if gaussian else self.compute_cc_mat_by_bilinear_pool
@@ -525,12 +487,8 @@ class SPKDLoss(_OfOutputs):
         super().__init__(student_output_path, teacher_output_path)
         self.reduction = reduction
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
+        check.two_embeddings(student, teacher)
         loss = self.compute_spkd_loss(teacher, student)
         return loss / (max(len(student), 1) ** 2 if self.reduction == "batchmean" else 1)
 
@@ -641,10 +599,8 @@ class HierarchicalContextLoss(_OfTwoModules):
         self.criteria = nn.MSELoss(reduction=reduction)
         self.output_sizes = [4, 2, 1] if output_sizes is None else list(output_sizes)
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        (student, _), teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: tuple[Tensor, Tensor], teacher: Tensor) -> Tensor:
+        student, _ = student
         usual = type(self.criteria) is nn.MSELoss and self.criteria.reduction == "mean"
         if usual and list(self.output_sizes) == [4, 2, 1]:
             return ops.pyramid_error(student, teacher)
@@ -689,10 +645,7 @@ class DISTLoss(_OfTwoModules):
         self.tau = tau
         self.eps = eps
 
-    def forward(
-        self, student_io_dict: dict[str, Any], teacher_io_dict: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Tensor:
-        student, teacher = self.read(student_io_dict, teacher_io_dict)
+    def of_outputs(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.pair(student, teacher)
         check.positive("tau", self.tau)
         dtype = accumulator(student, teacher)

@@ -280,10 +280,10 @@ def _last_stage(loss, weight):
 
 
 def _maps(name, build, weight, chosen):
-    """Of a loss of maps, of the stages that ``chosen(names)`` gives; ``build(pair, example)`` makes it."""
+    """Of a loss of maps, of the stages in the slice `chosen`, or of all; ``build(pair, example)`` makes it."""
 
     def terms(pair):
-        student, teacher = map(chosen, pair.stages())
+        student, teacher = (names[chosen] or names for names in pair.stages())
         example, layouts = pair.maps(student, teacher)
         loss = build(pair, example)
         if any(layout != "NCHW" for network in layouts.values() for layout in network):
@@ -291,26 +291,6 @@ def _maps(name, build, weight, chosen):
         return [Term(loss, weight, of_layers(student, teacher), name)]
 
     return terms
-
-
-def _every(names):
-    return names
-
-
-def _last_two(names):
-    return names[-2:]
-
-
-def _second(names):
-    return names[1:2] or names  # or the only one
-
-
-def _hints(pair, example):
-    return pair.in_its_type(layers.Hints(example))
-
-
-def _information(pair, example):
-    return layers.Information(example)
 
 
 def _ofd(pair):
@@ -364,18 +344,20 @@ _TABLE = [
     Preset("pkt", "torchdistill, sample: weight 30000", _embeddings(kdfast.PKT, 30000.0)),
     Preset("sp", "RepDistiller, as the paper: weight 3000, the last maps", _last_stage(kdfast.SP, 3000.0)),
     Preset(
-        "at", "torchdistill: weight 1000, the last two stages", _maps("at", lambda *_: kdfast.AT(), 1000.0, _last_two)
+        "at",
+        "torchdistill: weight 1000, the last two stages",
+        _maps("at", lambda *_: kdfast.AT(), 1000.0, slice(-2, None)),
     ),
-    Preset("nst", "RepDistiller: weight 50, every stage", _maps("nst", lambda *_: kdfast.NST(), 50.0, _every)),
+    Preset("nst", "RepDistiller: weight 50, every stage", _maps("nst", lambda *_: kdfast.NST(), 50.0, slice(None))),
     Preset(
         "fitnets",
         "RepDistiller: weight 100, the second stage through a regressor",
-        _maps("fitnets", _hints, 100.0, _second),
+        _maps("fitnets", lambda pair, example: pair.in_its_type(layers.Hints(example)), 100.0, slice(1, 2)),
     ),
     Preset(
         "vid",
         "torchdistill, sample: weight 1, every stage, as wide as the teacher",
-        _maps("vid", _information, 1.0, _every),
+        _maps("vid", lambda _, example: layers.Information(example), 1.0, slice(None)),
     ),
     Preset("ofd", "the paper's code for ImageNet: weight 1e-4, an earlier stage counts half", _ofd),
     Preset("crd", "torchdistill: weight 0.8, 16384 negatives, 128 features, T 0.07, momentum 0.5", _crd),

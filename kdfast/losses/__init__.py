@@ -40,66 +40,15 @@ from kdfast.losses.teachers import AEKD, DML, Codistillation, EnD
 
 # Layers that are trained beside a loss.
 LAYERS = (FusionModule, HintRegressor, OFDConnector, OKDDipAttention, ONEGate, Paraphraser, Translator)
-__all__ = [
-    "AB",
-    "AEKD",
-    "AT",
-    "CCKD",
-    "CRD",
-    "CWTM",
-    "Codistillation",
-    "CollaborativeLearning",
-    "DIST",
-    "DKD",
-    "DKPP",
-    "DML",
-    "DiversityCooperation",
-    "EnD",
-    "EnDD",
-    "FAKD",
-    "FFL",
-    "FSP",
-    "FT",
-    "FitNets",
-    "FusionModule",
-    "HCL",
-    "HardDarkRank",
-    "HintRegressor",
-    "IRG",
-    "IRGEdge",
-    "IRGTransformation",
-    "JSD",
-    "JacobianMatching",
-    "JointLoss",
-    "KD",
-    "KDCL",
-    "LKD",
-    "LabelRefinery",
-    "NST",
-    "OFD",
-    "OFDConnector",
-    "OKDDip",
-    "OKDDipAttention",
-    "ONE",
-    "ONEGate",
-    "PKT",
-    "Paraphraser",
-    "RKD",
-    "RKDAngle",
-    "RKDDistance",
-    "ReverseKD",
-    "SP",
-    "TemperatureAnnealing",
-    "TfKDReg",
-    "TfKDSelf",
-    "Translator",
-    "VID",
-    "adaptive_inversion",
-    "bn_statistics_loss",
-    "ensemble_uncertainty",
-    "ofd_margin",
-    "rescale_gradient",
-    "residual_margin_loss",
-    "self_similarity",
-    "total_variation",
-]
+# In the order of the imports.
+__all__ = ["AT", "CWTM", "DKPP", "DIST"]
+__all__ += ["EnDD", "TemperatureAnnealing", "ensemble_uncertainty", "DiversityCooperation"]
+__all__ += ["AB", "FT", "HCL", "OFD", "VID", "FitNets", "HintRegressor", "JacobianMatching", "OFDConnector"]
+__all__ += ["Paraphraser", "Translator", "ofd_margin", "CCKD", "FAKD", "FSP", "LKD", "NST", "PKT", "SP"]
+__all__ += ["adaptive_inversion", "bn_statistics_loss", "self_similarity", "total_variation"]
+__all__ += ["FFL", "KDCL", "ONE", "CollaborativeLearning", "FusionModule", "OKDDip", "OKDDipAttention", "ONEGate"]
+__all__ += ["rescale_gradient", "CRD"]
+__all__ += ["IRG", "RKD", "HardDarkRank", "IRGEdge", "IRGTransformation", "RKDAngle", "RKDDistance"]
+__all__ += ["JointLoss", "residual_margin_loss"]
+__all__ += ["DKD", "JSD", "KD", "LabelRefinery", "ReverseKD", "TfKDReg", "TfKDSelf"]
+__all__ += ["AEKD", "DML", "Codistillation", "EnD"]

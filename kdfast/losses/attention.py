@@ -1,17 +1,16 @@
 """Losses on attention maps: where a network looks. They run on the attention kernels."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from kdfast._types import Tensors
-from kdfast.losses.base import Loss, Settings
+from kdfast.losses.base import Loss, made_of_settings, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import total
 from kdfast.ops.attention import attention_transfer
 from kdfast.ops.pool import to_smaller_square
 
 
+@made_of_settings
 class AT(Loss):
     """AT - Paying More Attention to Attention (Zagoruyko and Komodakis, ICLR 2017).
 
@@ -23,15 +22,8 @@ class AT(Loss):
     Usual weight: 1000 (torchdistill on ImageNet).
     """
 
-    settings: ClassVar[Settings] = {"p": check.count}
-
-    def __init__(self, p: int = 2) -> None:
-        super().__init__()
-        self.p = p
+    p: int = setting(2, check.count)
 
     def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         pairs = check.layers(student, teacher, check.maps)
         return total(attention_transfer(*to_smaller_square(s, t), self.p) for s, t in pairs)
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}"

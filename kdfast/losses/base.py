@@ -1,24 +1,28 @@
 """What losses have in common: settings that are checked whenever they are set."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from torch import Tensor, nn
+from typing_extensions import dataclass_transform
 
 from kdfast.ops import check
 
-Settings: TypeAlias = Mapping[str, Callable[[str, Any], None]]  # name -> check of (name, value)
+Check: TypeAlias = Callable[[str, Any], None]  # of (name, value)
+Settings: TypeAlias = Mapping[str, Check]
 SHARE = partial(check.number, low=0, high=1)
+AT_LEAST_0 = partial(check.number, low=0)
 REDUCTION = partial(check.one_of, choices=check.REDUCTIONS)
 
 
-def one_of(*choices: str) -> Callable[[str, Any], None]:
+def one_of(*choices: str) -> Check:
     """A check that the setting is one of the strings."""
     return partial(check.one_of, choices=choices)
 
 
-def or_none(checked: Callable[[str, Any], None]) -> Callable[[str, Any], None]:
+def or_none(checked: Check) -> Check:
     """`checked` of a setting that may be None."""
     return lambda name, value: None if value is None else checked(name, value)
 
@@ -36,3 +40,38 @@ class Loss(nn.Module):
         if name in self.settings:
             self.settings[name](name, value)
         super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
+
+
+@dataclass(frozen=True)
+class _Setting:
+    default: Any
+    checked: Check | None
+
+
+def setting(default: Any, checked: Check | None = None) -> Any:
+    """A setting in the body of a class that is `made_of_settings`: its default, and the check of its values, if any."""
+    return _Setting(default, checked)
+
+
+T = TypeVar("T", bound=type[Loss])
+
+
+@dataclass_transform()
+def made_of_settings(cls: T) -> T:
+    """The class with a constructor of its settings, in their order; they are the attributes of its instances."""
+    declared = {name: x for name, x in vars(cls).items() if isinstance(x, _Setting)}
+    for name in declared:
+        delattr(cls, name)
+    cls.settings = {name: x.checked for name, x in declared.items() if x.checked}
+    # As source, for torch.compile, help() and messages on wrong arguments.
+    arguments = ", ".join(f"{name}=declared[{name!r}].default" for name in declared)
+    body = "".join(f"\n    self.{name} = {name}" for name in declared)
+    found = {"declared": declared, "cls": cls}
+    exec(f"def __init__(self, {arguments}):\n    super(cls, self).__init__(){body}", found)
+    cls.__init__ = found["__init__"]
+    cls.__init__.__qualname__, cls.__init__.__module__ = f"{cls.__qualname__}.__init__", cls.__module__
+    cls.__init__.__annotations__ = {**{name: cls.__annotations__[name] for name in declared}, "return": None}
+    return cls

@@ -1,11 +1,9 @@
 """Born-Again Networks: the two losses that take the teacher's dark knowledge apart."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import Loss, Settings, one_of
+from kdfast.losses.base import Loss, made_of_settings, one_of, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.rows import row_stats
@@ -33,6 +31,7 @@ class CWTM(Loss):
         return fixed_sum(torch.where(weight == 0, 0.0, weight * rows))
 
 
+@made_of_settings
 class DKPP(Loss):
     """DKPP - Born-Again Neural Networks, Dark Knowledge with Permuted Predictions (Furlanello et al., ICML 2018).
 
@@ -43,12 +42,8 @@ class DKPP(Loss):
     each sample. 0-d, in nats. Gradients flow to both. There is no official code. Op: ``softmax_kl``.
     """
 
-    settings: ClassVar[Settings] = {"temperature": check.positive, "keep": one_of("label", "argmax")}
-
-    def __init__(self, temperature: float = 1.0, keep: str = "label") -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.keep = keep
+    temperature: float = setting(1.0, check.positive)
+    keep: str = setting("label", one_of("label", "argmax"))
 
     def permute(self, teacher: Tensor, labels: Tensor, permutation: Tensor | None = None) -> Tensor:
         """``teacher.gather(1, q)``: q is `permutation` after one swap per row, which gives ``q[b, kept] == kept``."""
@@ -67,6 +62,3 @@ class DKPP(Loss):
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, permutation: Tensor | None = None) -> Tensor:
         check.pair(student, teacher)
         return softmax_kl(student, self.permute(teacher, labels, permutation), self.temperature)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, keep={self.keep!r}"

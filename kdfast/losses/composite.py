@@ -1,11 +1,9 @@
 """Losses that need no kernel of their own: plain PyTorch, with the gradient written out."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import Loss, Settings
+from kdfast.losses.base import Loss, made_of_settings, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum
 from kdfast.ops.saved import save, saved
@@ -67,6 +65,7 @@ class _Dist(torch.autograd.Function):
         return *grads, None, None, None
 
 
+@made_of_settings
 class DIST(Loss):
     """DIST - Knowledge Distillation from A Stronger Teacher (Huang et al., NeurIPS 2022).
 
@@ -77,13 +76,9 @@ class DIST(Loss):
     no temperature: keep it at 1 there. With one sample the second term is the constant gamma T^2. Plain PyTorch.
     """
 
-    settings: ClassVar[Settings] = {"beta": check.number, "gamma": check.number, "temperature": check.positive}
-
-    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.beta = beta
-        self.gamma = gamma
-        self.temperature = temperature
+    beta: float = setting(1.0, check.number)
+    gamma: float = setting(1.0, check.number)
+    temperature: float = setting(1.0, check.positive)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         check.tensor("student", student)
@@ -92,6 +87,3 @@ class DIST(Loss):
             student, teacher = (x.movedim(1, -1).flatten(0, -2) for x in (student, teacher))
         check.pair(student, teacher)
         return _Dist.apply(student, teacher, float(self.beta), float(self.gamma), float(self.temperature))
-
-    def extra_repr(self) -> str:
-        return f"beta={self.beta}, gamma={self.gamma}, temperature={self.temperature}"

@@ -2,14 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kdfast._types import Networks
-from kdfast.losses.base import SHARE, Loss, Settings, one_of
+from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, made_of_settings, one_of, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.networks import matrices, network_list
@@ -98,6 +96,7 @@ class _EnDD(torch.autograd.Function):
         return grad_student, None, None, None, None, None, *grad_teachers
 
 
+@made_of_settings
 class EnDD(Loss):
     """EnDD - Ensemble Distribution Distillation (Malinin, Mlodozeniec and Gales, ICLR 2020).
 
@@ -114,25 +113,10 @@ class EnDD(Loss):
     finite gradient; the official float32 code overflows at concentrations of e^88. Plain PyTorch.
     """
 
-    settings: ClassVar[Settings] = {
-        "temperature": check.positive,
-        "smoothing": partial(check.number, low=0),
-        "teacher_smoothing": SHARE,
-        "variant": one_of(*VARIANTS),
-    }
-
-    def __init__(
-        self,
-        temperature: float = 1.0,
-        smoothing: float = 1e-8,
-        teacher_smoothing: float = 1e-3,
-        variant: str = "dirichlet",
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.smoothing = smoothing
-        self.teacher_smoothing = teacher_smoothing
-        self.variant = variant
+    temperature: float = setting(1.0, check.positive)
+    smoothing: float = setting(1e-8, AT_LEAST_0)
+    teacher_smoothing: float = setting(1e-3, SHARE)
+    variant: str = setting("dirichlet", one_of(*VARIANTS))
 
     def forward(self, student: Tensor, teachers: Networks) -> Tensor:
         check.logits("student", student)
@@ -140,12 +124,6 @@ class EnDD(Loss):
         student_scale, teacher_temperature, scale = (float(self.temperature) ** k for k in VARIANTS[self.variant])
         smoothing, share = float(self.smoothing), float(self.teacher_smoothing)
         return _EnDD.apply(student, smoothing, share, student_scale, teacher_temperature, scale, *teachers)
-
-    def extra_repr(self) -> str:
-        return (
-            f"temperature={self.temperature}, smoothing={self.smoothing}, "
-            f"teacher_smoothing={self.teacher_smoothing}, variant={self.variant!r}"
-        )
 
 
 @dataclass(frozen=True)

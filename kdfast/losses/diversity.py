@@ -1,13 +1,13 @@
 """How alike the heads of an ensemble are: plain PyTorch, with the gradient written out."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdfast._types import Networks
-from kdfast.losses.base import Loss, Settings, one_of
+from kdfast.losses.base import Loss, made_of_settings, one_of, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.networks import matrices, network_list
@@ -101,6 +101,7 @@ def _sign(name, value):
         raise ValueError(f"{name} must be 1 or -1, got {value!r}")
 
 
+@made_of_settings
 class DiversityCooperation(Loss):
     """Diversity with Cooperation - Ensemble Methods for Few-Shot Classification (Dvornik et al., ICCV 2019).
 
@@ -117,18 +118,11 @@ class DiversityCooperation(Loss):
     head. Gradients flow to all heads, also through the targets. Plain PyTorch: no (B, C, M, M) tensor.
     """
 
-    settings: ClassVar[Settings] = {"relation": one_of(*RELATIONS), "temperature": check.positive, "sign": _sign}
-
-    def __init__(self, relation: str = "js", temperature: float = 1.0, sign: int = 1) -> None:
-        super().__init__()
-        self.relation = relation
-        self.temperature = temperature
-        self.sign = sign
+    relation: str = setting("js", one_of(*RELATIONS))
+    temperature: float = setting(1.0, check.positive)
+    sign: int = setting(1, _sign)
 
     def forward(self, logits: Networks, labels: Tensor) -> Tensor:
         heads = matrices(network_list("logits", logits))
         labels, wrong = check.known_classes(labels, heads[0])
         return _Diversity.apply(labels, wrong, self.relation, float(self.temperature), self.sign, *heads)
-
-    def extra_repr(self) -> str:
-        return f"relation={self.relation!r}, temperature={self.temperature}, sign={self.sign}"

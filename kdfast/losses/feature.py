@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdfast._types import Tensors
-from kdfast.losses.base import REDUCTION, Loss, Settings
+from kdfast.losses.base import REDUCTION, Loss, made_of_settings, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
 from kdfast.ops.feature import (
@@ -134,6 +134,7 @@ class Translator(nn.Module):
         return self.encoder(x)
 
 
+@made_of_settings
 class AB(Loss):
     """AB - Knowledge Transfer via Distillation of Activation Boundaries (Heo, Lee, Yun and Choi, AAAI 2019).
 
@@ -144,21 +145,15 @@ class AB(Loss):
     and stops at the teacher. Op: ``activation_boundary``.
     """
 
-    settings: ClassVar[Settings] = {"margin": check.number, "reduction": REDUCTION}
-
-    def __init__(self, margin: float = 1.0, reduction: str = "sum") -> None:
-        super().__init__()
-        self.margin = margin
-        self.reduction = reduction
+    margin: float = setting(1.0, check.number)
+    reduction: str = setting("sum", REDUCTION)
 
     def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         pairs = check.layers(student, teacher, check.embeddings, check.same_shape)
         return total(activation_boundary(s, t, self.margin, reduction=self.reduction) for s, t in pairs)
 
-    def extra_repr(self) -> str:
-        return f"margin={self.margin}, reduction={self.reduction!r}"
 
-
+@made_of_settings
 class OFD(Loss):
     """OFD - A Comprehensive Overhaul of Feature Distillation (Heo et al., ICCV 2019).
 
@@ -171,18 +166,11 @@ class OFD(Loss):
     Usual weight: 1e-4, an earlier layer half (the authors' code for ImageNet).
     """
 
-    settings: ClassVar[Settings] = {"reduction": REDUCTION}
-
-    def __init__(self, reduction: str = "sum") -> None:
-        super().__init__()
-        self.reduction = reduction
+    reduction: str = setting("sum", REDUCTION)
 
     def forward(self, student: Tensors, teacher: Tensors, margin: Tensors) -> Tensor:
         layers = check.layers(student, teacher, check.embeddings, check.same_shape, margin=margin)
         return total(partial_squared_error(*layer, reduction=self.reduction) for layer in layers)
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"
 
 
 @torch.no_grad()
@@ -194,7 +182,6 @@ def ofd_margin(weight: Tensor, bias: Tensor) -> Tensor:
     `weight`, at least float32. A weight of 0 gives ``min(bias, 0)`` (official: ZeroDivisionError).
     """
     for name, x in (("weight", weight), ("bias", bias)):
-        check.tensor(name, x)
         check.floating(name, x)
         if x.dim() != 1 or x.shape != weight.shape:
             expected = "(channels,)" if name == "weight" else f"weight's shape {tuple(weight.shape)}"
@@ -263,11 +250,8 @@ class VID(Loss):
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("student_channels", student_channels),
-            ("mid_channels", mid_channels),
-            ("teacher_channels", teacher_channels),
-        ):
+        channels = dict(student_channels=student_channels, mid_channels=mid_channels, teacher_channels=teacher_channels)
+        for name, value in channels.items():
             check.count(name, value)
         check.positive("eps", eps)
         check.positive("init_variance", init_variance)
@@ -334,15 +318,8 @@ class JacobianMatching(Loss):
         return super().__new__(cls)
 
     def forward(self, student: Tensor, teacher: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        check.logits("student", student)
-        check.logits("teacher", teacher)
-        check.embeddings("images", images)
+        check.pair(student, teacher)
         labels = check.class_indices(labels, student)
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}"
-            )
-        check.same_device("teacher", teacher, student)
         check.same_batch("images", images, student)
         if not images.requires_grad:
             raise ValueError("images must require a gradient before both networks run: images.requires_grad_()")

@@ -2,13 +2,12 @@
 
 import math
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kdfast._types import Tensors
-from kdfast.losses.base import Loss, Settings, one_of
+from kdfast.losses.base import Loss, made_of_settings, one_of, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import fixed_sum, total
 from kdfast.ops.gram import MOST_TERMS, affinity, gram_distance, inner_products, selectivity
@@ -31,6 +30,7 @@ class SP(Loss):
         )
 
 
+@made_of_settings
 class PKT(Loss):
     """PKT - Learning Deep Representations with Probabilistic Knowledge Transfer (Passalis and Tefas, ECCV 2018).
 
@@ -40,21 +40,14 @@ class PKT(Loss):
     The mean over B^2 is the official code's, for a weight of 30000. Op: ``gram_distance``.
     """
 
-    settings: ClassVar[Settings] = {"eps": check.positive}
-
-    def __init__(self, eps: float = 1e-7) -> None:
-        super().__init__()
-        self.eps = eps
+    eps: float = setting(1e-7, check.positive)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         return gram_distance(flat_rows(student), flat_rows(teacher), "distribution", eps=self.eps)
 
-    def extra_repr(self) -> str:
-        return f"eps={self.eps}"
 
-
+@made_of_settings
 class CCKD(Loss):
     """CCKD - Correlation Congruence for Knowledge Distillation (Peng et al., ICCV 2019).
 
@@ -65,30 +58,19 @@ class CCKD(Loss):
     torchdistill normalises no rows and takes the root. Op: ``gram_distance``.
     """
 
-    settings: ClassVar[Settings] = {
-        "kernel": one_of("gaussian", "bilinear"),
-        "gamma": check.number,
-        "order": partial(check.count, least=0, most=MOST_TERMS - 1),
-    }
-
-    def __init__(self, kernel: str = "gaussian", gamma: float = 0.4, order: int = 2) -> None:
-        super().__init__()
-        self.kernel = kernel
-        self.gamma = gamma
-        self.order = order
+    kernel: str = setting("gaussian", one_of("gaussian", "bilinear"))
+    gamma: float = setting(0.4, check.number)
+    order: int = setting(2, partial(check.count, least=0, most=MOST_TERMS - 1))
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         g = 2 * self.gamma
         series = [math.exp(-g) * g**p / math.factorial(p) for p in range(self.order + 1)]
         coefficients = series if self.kernel == "gaussian" else [0.0, 1.0]
         return gram_distance(flat_rows(student), flat_rows(teacher), "polynomial", coefficients=coefficients)
 
-    def extra_repr(self) -> str:
-        return f"kernel={self.kernel!r}, gamma={self.gamma}, order={self.order}"
 
-
+@made_of_settings
 class FAKD(Loss):
     """FAKD - Feature-Affinity Based Knowledge Distillation for Super-Resolution (He et al., ICIP 2020).
 
@@ -99,11 +81,7 @@ class FAKD(Loss):
     0-d. Gradients flow to both; a vector that is 0 gets none (official: NaN). Ops: ``affinity``, ``gram_distance``.
     """
 
-    settings: ClassVar[Settings] = {"affinity": one_of("spatial", "channel", "instance")}
-
-    def __init__(self, affinity: str = "spatial") -> None:
-        super().__init__()
-        self.affinity = affinity
+    affinity: str = setting("spatial", one_of("spatial", "channel", "instance"))
 
     def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         of_layer = {"spatial": affinity, "channel": self.channel, "instance": self.instance}[self.affinity]
@@ -118,9 +96,6 @@ class FAKD(Loss):
     @staticmethod
     def instance(student: Tensor, teacher: Tensor) -> Tensor:
         return gram_distance(flat_rows(student), flat_rows(teacher), "rows_absolute")
-
-    def extra_repr(self) -> str:
-        return f"affinity={self.affinity!r}"
 
 
 class FSP(Loss):
@@ -183,6 +158,7 @@ def _patch_vectors(x, patches):
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
+@made_of_settings
 class LKD(Loss):
     """LKD - Local Correlation Consistency for Knowledge Distillation, its relations (Li et al., ECCV 2020).
 
@@ -196,21 +172,10 @@ class LKD(Loss):
     class-aware attention is left to the caller, who multiplies the maps with it. Op: ``gram_distance``.
     """
 
-    settings: ClassVar[Settings] = {
-        "patches": check.count,
-        "intra_weight": check.number,
-        "inter_weight": check.number,
-        "cross_weight": check.number,
-    }
-
-    def __init__(
-        self, patches: int = 4, intra_weight: float = 1.0, inter_weight: float = 1.0, cross_weight: float = 1.0
-    ) -> None:
-        super().__init__()
-        self.patches = patches
-        self.intra_weight = intra_weight
-        self.inter_weight = inter_weight
-        self.cross_weight = cross_weight
+    patches: int = setting(4, check.count)
+    intra_weight: float = setting(1.0, check.number)
+    inter_weight: float = setting(1.0, check.number)
+    cross_weight: float = setting(1.0, check.number)
 
     def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         return total(self.of_layer(s, t) for s, t in check.layers(student, teacher, self.check_maps))
@@ -236,7 +201,3 @@ class LKD(Loss):
             rest = every - batch * places**2 * intra - places * batch**2 * inter
             loss = loss + self.cross_weight / others * rest
         return loss
-
-    def extra_repr(self) -> str:
-        weights = ("patches", "intra_weight", "inter_weight", "cross_weight")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in weights)

@@ -34,13 +34,7 @@ def bn_statistics_loss(
     check.number("alpha_var", alpha_var)
     check.embeddings("x", x)
     for name, values in (("running_mean", running_mean), ("running_var", running_var)):
-        check.tensor(name, values)
-        check.floating(name, values)
-        if values.shape != x.shape[1:2]:
-            raise ValueError(
-                f"{name} must have shape ({x.shape[1]},), one number per channel, got {tuple(values.shape)}"
-            )
-        check.same_device(name, values, x, of="x")
+        check.shaped(name, values, x.shape[1:2], x, of="x", meaning=", one number per channel")
     moments = channel_moments(x)
     gaps = torch.stack([running_mean, running_var]).detach().to(moments.dtype) - moments
 

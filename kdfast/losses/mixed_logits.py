@@ -4,14 +4,12 @@ Several networks are a list of (B, C) tensors or one (M, B, C) tensor.
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from kdfast._types import Networks
-from kdfast.losses.base import SHARE, Loss, Settings, one_of, or_none
+from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, made_of_settings, one_of, or_none, setting
 from kdfast.losses.epochs import ramp_up
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
@@ -20,14 +18,6 @@ from kdfast.ops.networks import matrices, network_count, network_list
 from kdfast.ops.rows import INF, label_column, log_softmax, row_stats
 from kdfast.ops.simplex import RIDGE, best_mixture
 from kdfast.ops.softmax_kl import cross_entropy
-
-# What ONE, OKDDip, FFL and collaborative learning have in common.
-SCHEDULE: Settings = {
-    "temperature": check.positive,
-    "rampup_epochs": partial(check.number, low=0),
-    "eps": SHARE,
-    "alpha": check.number,
-}
 
 
 def _heads(logits, least=1):
@@ -55,16 +45,19 @@ def _zeros(like, *shape):
     return torch.zeros(shape, dtype=accumulator(like), device=like.device)
 
 
+def _ramped(loss, tensors, mix, labels, epoch, **more):
+    """:func:`mixed_logits_kl` with the temperature, the eps and the ramp of `loss` in this epoch."""
+    ramp = 1.0 if loss.rampup_epochs is None else ramp_up(epoch, loss.rampup_epochs, tensors[0].device)
+    return mixed_loss(tensors, mix, labels, loss.temperature, loss.eps, ramp=ramp, **more)
+
+
+@made_of_settings
 class _Scheduled(Loss):
     """A loss whose divergence ramps up."""
 
-    settings: ClassVar[Settings] = SCHEDULE
-
-    def __init__(self, temperature: float = 3.0, rampup_epochs: int = 80, eps: float = 1e-7) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
+    temperature: float = setting(3.0, check.positive)
+    rampup_epochs: int = setting(80, AT_LEAST_0)
+    eps: float = setting(1e-7, SHARE)
 
 
 class ONE(_Scheduled):
@@ -83,20 +76,7 @@ class ONE(_Scheduled):
         check.tensor("gate", gate)
         if gate.shape != (rows, count):
             raise ValueError(f"gate must have shape ({rows}, {count}), got {tuple(gate.shape)}")
-        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_loss(
-            tensors,
-            gate,
-            labels,
-            self.temperature,
-            eps=self.eps,
-            ramp=ramp,
-            target_ce=True,
-            mix_name="gate",
-        )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+        return _ramped(self, tensors, gate, labels, epoch, target_ce=True, mix_name="gate")
 
 
 class ONEGate(nn.Module):
@@ -118,6 +98,7 @@ class ONEGate(nn.Module):
         return torch.softmax(torch.relu(self.norm(self.linear(x))), dim=1)
 
 
+@made_of_settings
 class OKDDip(Loss):
     """OKDDip - Online Knowledge Distillation with Diverse Peers (Chen et al., AAAI 2020).
 
@@ -129,16 +110,10 @@ class OKDDip(Loss):
     official code logits, and so does this. Op: ``mixed_logits_kl``.
     """
 
-    settings: ClassVar[Settings] = SCHEDULE
-
-    def __init__(
-        self, temperature: float = 3.0, alpha: float = 1.0, rampup_epochs: int = 80, eps: float = 1e-7
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
+    temperature: float = setting(3.0, check.positive)
+    alpha: float = setting(1.0, check.number)
+    rampup_epochs: int = setting(80, AT_LEAST_0)
+    eps: float = setting(1e-7, SHARE)
 
     def forward(
         self, logits: Networks, leader: Tensor, attention: Tensor, labels: Tensor, epoch: float | Tensor
@@ -147,22 +122,8 @@ class OKDDip(Loss):
         check.tensor("attention", attention)
         if attention.shape != (rows, count, count):
             raise ValueError(f"attention must have shape ({rows}, {count}, {count}), got {tuple(attention.shape)}")
-        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_loss(
-            _with_heads("leader", leader, tensors),
-            attention,
-            labels,
-            self.temperature,
-            eps=self.eps,
-            kl_weight=self.alpha,
-            ramp=ramp,
-            through_targets=True,
-            leader=True,
-            mix_name="attention",
-        )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+        given = (_with_heads("leader", leader, tensors), attention, labels, epoch)
+        return _ramped(self, *given, kl_weight=self.alpha, through_targets=True, leader=True, mix_name="attention")
 
 
 class OKDDipAttention(nn.Module):
@@ -200,18 +161,7 @@ class FFL(_Scheduled):
         mix = _zeros(tensors[0], count + 1, count + 1)
         mix[:count, count] = 1.0
         mix[count, :count] = 1 / count
-        ramp = ramp_up(epoch, self.rampup_epochs, tensors[0].device)
-        return mixed_loss(
-            _with_heads("fused", fused, tensors),
-            mix.expand(rows, -1, -1),
-            labels,
-            self.temperature,
-            eps=self.eps,
-            ramp=ramp,
-        )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+        return _ramped(self, _with_heads("fused", fused, tensors), mix.expand(rows, -1, -1), labels, epoch)
 
 
 class FusionModule(nn.Module):
@@ -250,6 +200,7 @@ class FusionModule(nn.Module):
         return f"channels={self.channels}, pool={self.pool}"
 
 
+@made_of_settings
 class CollaborativeLearning(Loss):
     """CL-ILR - Collaborative Learning for Deep Neural Networks (Song and Chai, NeurIPS 2018).
 
@@ -261,36 +212,18 @@ class CollaborativeLearning(Loss):
     they are. :func:`rescale_gradient` goes with it, after the shared layers. Op: ``mixed_logits_kl``.
     """
 
-    settings: ClassVar[Settings] = {**SCHEDULE, "rampup_epochs": or_none(SCHEDULE["rampup_epochs"])}
-
-    def __init__(
-        self, temperature: float = 3.0, alpha: float = 1.0, rampup_epochs: int | None = None, eps: float = 1e-7
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.rampup_epochs = rampup_epochs
-        self.eps = eps
+    temperature: float = setting(3.0, check.positive)
+    alpha: float = setting(1.0, check.number)
+    rampup_epochs: int | None = setting(None, or_none(AT_LEAST_0))
+    eps: float = setting(1e-7, SHARE)
 
     def forward(self, logits: Networks, labels: Tensor, epoch: float | Tensor | None = None) -> Tensor:
         tensors, count, rows = _heads(logits, least=2)
         if epoch is None and self.rampup_epochs is not None:
             raise ValueError(f"epoch must be given with rampup_epochs={self.rampup_epochs}, got None")
-        ramp = 1.0 if self.rampup_epochs is None else ramp_up(epoch, self.rampup_epochs, tensors[0].device)
         mix = (1 - torch.eye(count, dtype=accumulator(tensors[0]), device=tensors[0].device)) / (count - 1)
-        return mixed_loss(
-            tensors,
-            mix.expand(rows, -1, -1),
-            labels,
-            self.temperature,
-            eps=self.eps,
-            kl_weight=self.alpha,
-            ramp=ramp,
-            through_targets=True,
-        )
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, rampup_epochs={self.rampup_epochs}, eps={self.eps}"
+        given = (tensors, mix.expand(rows, -1, -1), labels, epoch)
+        return _ramped(self, *given, kl_weight=self.alpha, through_targets=True)
 
 
 class _RescaleGradient(torch.autograd.Function):
@@ -311,6 +244,7 @@ def rescale_gradient(x: Tensor, heads: int) -> Tensor:
     return _RescaleGradient.apply(x, heads)
 
 
+@made_of_settings
 class KDCL(Loss):
     """KDCL - Online Knowledge Distillation via Collaborative Learning (Guo et al., CVPR 2020).
 
@@ -329,13 +263,9 @@ class KDCL(Loss):
 
     RULES = ("naive", "linear", "minlogit", "general", "mean")
 
-    settings: ClassVar[Settings] = {"temperature": check.positive, "rule": one_of(*RULES), "weight": check.number}
-
-    def __init__(self, temperature: float = 2.0, rule: str = "minlogit", weight: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.rule = rule
-        self.weight = weight
+    temperature: float = setting(2.0, check.positive)
+    rule: str = setting("minlogit", one_of(*RULES))
+    weight: float = setting(1.0, check.number)
 
     def forward(self, logits: Networks, labels: Tensor) -> Tensor:
         tensors, count, rows = _heads(logits)
@@ -381,9 +311,6 @@ class KDCL(Loss):
     @torch.no_grad()
     def _general(self, tensors, labels):
         return _least_error_mixture(matrices(tensors), labels)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, rule={self.rule!r}, weight={self.weight}"
 
 
 def _least_error_mixture(networks, labels):

@@ -1,12 +1,11 @@
 """Losses on the relations among a batch's rows: distances, angles, ranks. They run on the pairwise kernels."""
 
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import Loss, Settings
+from kdfast.losses.base import Loss, made_of_settings, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total, weighted_sum
 from kdfast.ops.elementwise import power
@@ -43,6 +42,7 @@ class RKDAngle(Loss):
         return rkd_angle(student, teacher)
 
 
+@made_of_settings
 class RKD(Loss):
     """RKD - Relational Knowledge Distillation, both terms (Park, Kim, Lu and Cho, CVPR 2019).
 
@@ -51,18 +51,11 @@ class RKD(Loss):
     dimensions are flattened; 0-d. The gradient goes to the student and stops at the teacher. Op: ``rkd``.
     """
 
-    settings: ClassVar[Settings] = {"distance_weight": check.number, "angle_weight": check.number}
-
-    def __init__(self, distance_weight: float = 25.0, angle_weight: float = 50.0) -> None:
-        super().__init__()
-        self.distance_weight = distance_weight
-        self.angle_weight = angle_weight
+    distance_weight: float = setting(25.0, check.number)
+    angle_weight: float = setting(50.0, check.number)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return rkd(student, teacher, self.distance_weight, self.angle_weight)
-
-    def extra_repr(self) -> str:
-        return f"distance_weight={self.distance_weight}, angle_weight={self.angle_weight}"
 
 
 class _Take(torch.autograd.Function):
@@ -84,6 +77,7 @@ class _Take(torch.autograd.Function):
         return x_grad, None, None
 
 
+@made_of_settings
 class HardDarkRank(Loss):
     """HardDarkRank - DarkRank: Cross Sample Similarities Transfer (Chen, Wang and Zhang, AAAI 2018).
 
@@ -94,17 +88,12 @@ class HardDarkRank(Loss):
     equally near rows open; here the first comes first. Op: ``pairwise_distance``.
     """
 
-    settings: ClassVar[Settings] = {"alpha": check.positive, "beta": check.positive, "permute_len": check.count}
-
-    def __init__(self, alpha: float = 3.0, beta: float = 3.0, permute_len: int = 4) -> None:
-        super().__init__()
-        self.alpha = alpha
-        self.beta = beta
-        self.permute_len = permute_len
+    alpha: float = setting(3.0, check.positive)
+    beta: float = setting(3.0, check.positive)
+    permute_len: int = setting(4, check.count)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         rows = student.shape[0]
         # A row comes before all others in its own order, those that equal it too.
         distances = pairwise_distance(teacher.detach(), squared=True)
@@ -120,9 +109,6 @@ class HardDarkRank(Loss):
         # Distances that are NaN have no order: loss and gradient are NaN.
         likelihood = likelihood * torch.where(distances.isnan().any(1), float("nan"), 1.0)
         return -fixed_sum(likelihood) / max(rows, 1)
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, beta={self.beta}, permute_len={self.permute_len}"
 
 
 def _over_largest(x, constant):
@@ -168,8 +154,7 @@ class IRGEdge(Loss):
     """
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        check.embeddings("student", student)
-        check.same_batch("teacher", teacher, student)
+        check.two_embeddings(student, teacher)
         return _edge_error(student, teacher.detach(), constant=True) / (2 * max(student.shape[0], 1))
 
 
@@ -206,6 +191,7 @@ def _movement(early, late):
     return _RowDistance.apply(early, late)
 
 
+@made_of_settings
 class IRG(Loss):
     """IRG - Knowledge Distillation via Instance Relationship Graph, vertices and edges (Liu et al., CVPR 2019).
 
@@ -217,19 +203,9 @@ class IRG(Loss):
     the widely used PyTorch code (AberHu); the authors' release has no vertices. Op: ``pairwise_distance``.
     """
 
-    settings: ClassVar[Settings] = {
-        "vertex_weight": check.number,
-        "edge_weight": check.number,
-        "transformation_weight": check.number,
-    }
-
-    def __init__(
-        self, vertex_weight: float = 0.1, edge_weight: float = 5.0, transformation_weight: float = 5.0
-    ) -> None:
-        super().__init__()
-        self.vertex_weight = vertex_weight
-        self.edge_weight = edge_weight
-        self.transformation_weight = transformation_weight
+    vertex_weight: float = setting(0.1, check.number)
+    edge_weight: float = setting(5.0, check.number)
+    transformation_weight: float = setting(5.0, check.number)
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         first = _checked_layers("student", student, None)
@@ -254,10 +230,6 @@ class IRG(Loss):
             (self.edge_weight, edge),
             (self.transformation_weight, transformation),
         )
-
-    def extra_repr(self) -> str:
-        weights = ("vertex_weight", "edge_weight", "transformation_weight")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in weights)
 
 
 def _checked_layers(name, layers, first):

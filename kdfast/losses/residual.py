@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import SHARE, Loss, Settings, one_of
+from kdfast.losses.base import SHARE, Loss, made_of_settings, one_of, setting
 from kdfast.losses.feature import ofd_margin
 from kdfast.ops import check, cross_entropy, partial_squared_error
 
@@ -21,18 +20,14 @@ def residual_margin_loss(student: Tensor, teacher: Tensor, bn_weight: Tensor, bn
     brought to the teacher's channels by an :class:`OFDConnector`; bn_weight, bn_bias (C,); 0-d. No gradient to the
     teacher. Op: ``partial_squared_error``.
     """
-    check.embeddings("student", student)
-    check.same_shape("teacher", teacher, student)
+    check.two_embeddings(student, teacher, check.same_shape)
     for name, values in (("bn_weight", bn_weight), ("bn_bias", bn_bias)):
-        check.tensor(name, values)
-        check.floating(name, values)
-        if values.shape != student.shape[1:2]:
-            raise ValueError(f"{name} must have shape ({student.shape[1]},), got {tuple(values.shape)}")
-        check.same_device(name, values, student)
+        check.shaped(name, values, student.shape[1:2], student)
     margin = ofd_margin(bn_weight, bn_bias)
     return partial_squared_error(student, teacher.detach(), margin) / (student.shape[0] + 1e-8)
 
 
+@made_of_settings
 class JointLoss(Loss):
     """RD - Residual Distillation: Towards Portable Deep Neural Networks without Shortcuts (Li et al., NeurIPS 2020).
 
@@ -47,21 +42,10 @@ class JointLoss(Loss):
     integers, epoch an int or a 0-d tensor; 0-d. Op: ``cross_entropy``.
     """
 
-    settings: ClassVar[Settings] = {
-        "feature_weight": check.number,
-        "decay_floor": SHARE,
-        "decay_epochs": check.positive,
-        "stage": one_of("joint", "ta"),
-    }
-
-    def __init__(
-        self, feature_weight: float = 1e-3, decay_floor: float = 0.5, decay_epochs: int = 60, stage: str = "joint"
-    ) -> None:
-        super().__init__()
-        self.feature_weight = feature_weight
-        self.decay_floor = decay_floor
-        self.decay_epochs = decay_epochs
-        self.stage = stage
+    feature_weight: float = setting(1e-3, check.number)
+    decay_floor: float = setting(0.5, SHARE)
+    decay_epochs: int = setting(60, check.positive)
+    stage: str = setting("joint", one_of("joint", "ta"))
 
     def forward(
         self, logits: Sequence[Tensor], labels: Tensor, feature_losses: Sequence[Tensor], epoch: float | Tensor
@@ -106,9 +90,3 @@ class JointLoss(Loss):
             raise ValueError(f"epoch must be a number or a 0-d tensor, got shape {tuple(epoch.shape)}")
         share = (epoch.to(device, torch.float64) / self.decay_epochs).clamp(0, 1)
         return self.decay_floor + (1 - self.decay_floor) * (1 + torch.cos(math.pi * share)) / 2
-
-    def extra_repr(self) -> str:
-        return (
-            f"feature_weight={self.feature_weight}, decay_floor={self.decay_floor}, "
-            f"decay_epochs={self.decay_epochs}, stage={self.stage!r}"
-        )

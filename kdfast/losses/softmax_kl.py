@@ -1,18 +1,17 @@
 """Losses on logits that run on the softmax-KL kernels."""
 
 import math
-from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import REDUCTION, SHARE, Loss, Settings, or_none
+from kdfast.losses.base import AT_LEAST_0, REDUCTION, SHARE, Loss, made_of_settings, or_none, setting
 from kdfast.ops import check
 from kdfast.ops.rows import batch_size
 from kdfast.ops.softmax_kl import Teacher, cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
 
 
+@made_of_settings
 class KD(Loss):
     """KD - Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, NIPS workshop 2014).
 
@@ -29,27 +28,11 @@ class KD(Loss):
     :func:`kdfast.ops.cross_entropy_kl`.
     """
 
-    settings: ClassVar[Settings] = {
-        "temperature": check.positive,
-        "alpha": or_none(SHARE),
-        "label_smoothing": SHARE,
-        "reduction": REDUCTION,
-    }
-
-    def __init__(
-        self,
-        temperature: float = 4.0,
-        alpha: float | None = None,
-        label_smoothing: float = 0.0,
-        ignore_index: int = -100,
-        reduction: str = "batchmean",
-    ) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.label_smoothing = label_smoothing
-        self.ignore_index = ignore_index
-        self.reduction = reduction
+    temperature: float = setting(4.0, check.positive)
+    alpha: float | None = setting(None, or_none(SHARE))
+    label_smoothing: float = setting(0.0, SHARE)
+    ignore_index: int = setting(-100)
+    reduction: str = setting("batchmean", REDUCTION)
 
     def forward(self, student: Tensor, teacher: Teacher, labels: Tensor | None = None) -> Tensor:
         if self.alpha is None:
@@ -70,10 +53,8 @@ class KD(Loss):
             reduction=self.reduction,
         )
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, reduction={self.reduction!r}"
 
-
+@made_of_settings
 class ReverseKD(Loss):
     """Reverse KD - the mode-seeking direction, as in codistillation (Anil et al., ICLR 2018) and later language models.
 
@@ -81,19 +62,13 @@ class ReverseKD(Loss):
     Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both. Op: ``softmax_kl(beta=1)``.
     """
 
-    settings: ClassVar[Settings] = {"temperature": check.positive}
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
+    temperature: float = setting(1.0, check.positive)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return softmax_kl(student, teacher, self.temperature, beta=1.0)
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
 
-
+@made_of_settings
 class JSD(Loss):
     """JSD - generalised Jensen-Shannon divergence, as in on-policy distillation (Agarwal et al., ICLR 2024).
 
@@ -103,20 +78,14 @@ class JSD(Loss):
     The mixture is formed from log-probabilities, so that nothing is NaN where both underflow. Op: ``softmax_kl``.
     """
 
-    settings: ClassVar[Settings] = {"beta": SHARE, "temperature": check.positive}
-
-    def __init__(self, beta: float = 0.5, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.beta = beta
-        self.temperature = temperature
+    beta: float = setting(0.5, SHARE)
+    temperature: float = setting(1.0, check.positive)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         return softmax_kl(student, teacher, self.temperature, beta=self.beta)
 
-    def extra_repr(self) -> str:
-        return f"beta={self.beta}, temperature={self.temperature}"
 
-
+@made_of_settings
 class DKD(Loss):
     """DKD - Decoupled Knowledge Distillation (Zhao et al., CVPR 2022).
 
@@ -126,21 +95,15 @@ class DKD(Loss):
     confident logits, and always NaN in the teacher's gradient; this closed form has neither. Op: ``dkd``.
     """
 
-    settings: ClassVar[Settings] = {"temperature": check.positive, "alpha": check.number, "beta": check.number}
-
-    def __init__(self, temperature: float = 4.0, alpha: float = 1.0, beta: float = 8.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.beta = beta
+    temperature: float = setting(4.0, check.positive)
+    alpha: float = setting(1.0, check.number)
+    beta: float = setting(8.0, check.number)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return dkd(student, teacher, labels, self.temperature, alpha=self.alpha, beta=self.beta)
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, beta={self.beta}"
 
-
+@made_of_settings
 class TfKDSelf(Loss):
     """Tf-KD_self - Revisiting Knowledge Distillation via Label Smoothing Regularization (Yuan et al., CVPR 2020).
 
@@ -149,13 +112,9 @@ class TfKDSelf(Loss):
     (B,) integers; 0-d. Gradients flow to both. Op: ``cross_entropy_kl``.
     """
 
-    settings: ClassVar[Settings] = {"temperature": check.positive, "alpha": SHARE, "multiplier": check.number}
-
-    def __init__(self, temperature: float = 20.0, alpha: float = 0.9, multiplier: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.multiplier = multiplier
+    temperature: float = setting(20.0, check.positive)
+    alpha: float = setting(0.9, SHARE)
+    multiplier: float = setting(1.0, check.number)
 
     def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         check.pair(student, teacher)
@@ -163,10 +122,8 @@ class TfKDSelf(Loss):
         weights = self.alpha * self.multiplier, batch_size(student) * student.shape[1], 1 - self.alpha
         return cross_entropy_loss(student, teacher, labels, self.temperature, *weights, 0.0, -100, "batchmean")
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
 
-
+@made_of_settings
 class TfKDReg(Loss):
     """Tf-KD_reg - the virtual teacher of the same paper (Yuan et al., CVPR 2020).
 
@@ -176,17 +133,9 @@ class TfKDReg(Loss):
     target exists. Shapes: student (B, C) logits, labels (B,) integers; 0-d. Op: ``cross_entropy``.
     """
 
-    settings: ClassVar[Settings] = {
-        "temperature": check.positive,
-        "alpha": SHARE,
-        "multiplier": partial(check.number, low=0),
-    }
-
-    def __init__(self, temperature: float = 20.0, alpha: float = 0.1, multiplier: float = 50.0) -> None:
-        super().__init__()
-        self.temperature = temperature
-        self.alpha = alpha
-        self.multiplier = multiplier
+    temperature: float = setting(20.0, check.positive)
+    alpha: float = setting(0.1, SHARE)
+    multiplier: float = setting(50.0, AT_LEAST_0)
 
     def forward(self, student: Tensor, labels: Tensor) -> Tensor:
         check.logits("student", student)
@@ -211,10 +160,8 @@ class TfKDReg(Loss):
         hard, uniform = cross_entropy(student, labels), cross_entropy(student, labels, label_smoothing=1.0)
         return (total * ((1 - smoothing) * hard + smoothing * uniform) - kl_weight * entropy).to(hard.dtype)
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, alpha={self.alpha}, multiplier={self.multiplier}"
 
-
+@made_of_settings
 class LabelRefinery(Loss):
     """Label Refinery - Improving ImageNet Classification through Label Progression (Bagherinezhad et al., 2018).
 
@@ -223,16 +170,9 @@ class LabelRefinery(Loss):
     No gradient to the probabilities (the official code refuses them if they require one). Op: ``cross_entropy``.
     """
 
-    settings: ClassVar[Settings] = {"reduction": REDUCTION}
-
-    def __init__(self, reduction: str = "mean") -> None:
-        super().__init__()
-        self.reduction = reduction
+    reduction: str = setting("mean", REDUCTION)
 
     def forward(self, student: Tensor, teacher_probabilities: Tensor) -> Tensor:
         check.logits("student", student)
         check.class_probabilities("teacher_probabilities", teacher_probabilities, student)
         return cross_entropy(student, teacher_probabilities, reduction=self.reduction)
-
-    def extra_repr(self) -> str:
-        return f"reduction={self.reduction!r}"

@@ -3,20 +3,20 @@
 Several networks are a list of (B, C) tensors or one (M, B, C) tensor.
 """
 
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from kdfast._types import Networks
-from kdfast.losses.base import SHARE, Loss, Settings, one_of
+from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, Settings, made_of_settings, one_of, setting
 from kdfast.losses.epochs import epoch_of
 from kdfast.ops import check
 from kdfast.ops.networks import network_list
 from kdfast.ops.teachers import aekd, teachers_kl, teachers_loss
 
 
+@made_of_settings
 class DML(Loss):
     """DML - Deep Mutual Learning (Zhang et al., CVPR 2018).
 
@@ -27,32 +27,19 @@ class DML(Loss):
     1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
     """
 
-    settings: ClassVar[Settings] = {"temperature": check.positive}
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
+    temperature: float = setting(1.0, check.positive)
 
     def forward(self, student: Tensor, peers: Networks, labels: Tensor | None = None) -> Tensor:
         check.logits("student", student)
-        tensors = network_list("peers", _detached("peers", peers), student)
-        return teachers_loss(student, tensors, labels, self.temperature)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"
+        return teachers_loss(student, _constants("peers", peers, student), labels, self.temperature)
 
 
-def _detached(name, networks):
-    """The same networks, without their graph."""
-    if isinstance(networks, torch.Tensor):
-        return networks.detach()
-    if not isinstance(networks, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a list of (B, C) tensors or one (M, B, C) tensor, got {type(networks).__name__}"
-        )
-    return [x.detach() if isinstance(x, torch.Tensor) and x.requires_grad else x for x in networks]
+def _constants(name, networks, student):
+    """The networks as a checked list, without their graph."""
+    return [x.detach() if x.requires_grad else x for x in network_list(name, networks, student)]
 
 
+@made_of_settings
 class Codistillation(Loss):
     """Codistillation - Large Scale Distributed Neural Network Training through Online Distillation (Anil, ICLR 2018).
 
@@ -65,12 +52,8 @@ class Codistillation(Loss):
 
     MODES = ("cross_entropy", "reverse_kl")
 
-    settings: ClassVar[Settings] = {"mode": one_of(*MODES), "burn_in": partial(check.number, low=0)}
-
-    def __init__(self, mode: str = "cross_entropy", burn_in: int = 0) -> None:
-        super().__init__()
-        self.mode = mode
-        self.burn_in = burn_in
+    mode: str = setting("cross_entropy", one_of(*MODES))
+    burn_in: int = setting(0, AT_LEAST_0)
 
     def forward(self, student: Tensor, peers: Networks, epoch: float | Tensor | None = None) -> Tensor:
         check.logits("student", student)
@@ -78,12 +61,9 @@ class Codistillation(Loss):
         weight = 1.0
         if epoch is not None and not isinstance(epoch, torch.Tensor):
             weight = 1.0 if epoch >= self.burn_in else 0.0
-        tensors = network_list("peers", _detached("peers", peers), student)
+        tensors = _constants("peers", peers, student)
         loss = teachers_loss(student, tensors, None, 1.0, kind=self.mode, kl_weight=weight)
         return torch.where(epoch < self.burn_in, 0.0, loss) if isinstance(epoch, torch.Tensor) else loss
-
-    def extra_repr(self) -> str:
-        return f"mode={self.mode!r}, burn_in={self.burn_in}"
 
 
 class AEKD(Loss):
@@ -116,6 +96,7 @@ class AEKD(Loss):
         return f"temperature={self.temperature}, slack={self.slack}, normalize={self.normalize}"
 
 
+@made_of_settings
 class EnD(Loss):
     """EnD - Ensemble Distribution Distillation, its baseline of mean predictions (Malinin et al., ICLR 2020).
 
@@ -125,15 +106,8 @@ class EnD(Loss):
     The teachers are not smoothed. Op: ``teachers_kl``.
     """
 
-    settings: ClassVar[Settings] = {"temperature": check.positive}
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.temperature = temperature
+    temperature: float = setting(1.0, check.positive)
 
     def forward(self, student: Tensor, teachers: Networks) -> Tensor:
         check.logits("student", student)
         return teachers_kl(student, teachers, None, self.temperature, kind="cross_entropy", over_classes=True)
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}"

@@ -37,11 +37,7 @@ def _loss_and_slopes(student, teacher, need_student, need_teacher, **_):
 
 @op("attention", _loss_and_slopes)
 def _attention_transfer(
-    student: Tensor,
-    teacher: Tensor,
-    power: int,
-    need_student: bool,
-    need_teacher: bool,
+    student: Tensor, teacher: Tensor, power: int, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; slopes [B, N], p dL/dm, of the sides that need them."""
     dtype = accumulator(student, teacher)
@@ -73,12 +69,7 @@ def channels_last(x: Tensor) -> bool:
 
 
 @op("attention", lambda x, **_: _gradient_like(x))
-def _attention_transfer_backward(
-    grad: Tensor,
-    slope: Tensor,
-    x: Tensor,
-    power: int,
-) -> Tensor:
+def _attention_transfer_backward(grad: Tensor, slope: Tensor, x: Tensor, power: int) -> Tensor:
     """grad slope_bn x_bcn^(p-1) in x's dtype."""
     out = (grad * slope)[:, None] * power_of(x.to(slope.dtype), power - 1)
     return _gradient_like(x).copy_(out)
@@ -110,11 +101,6 @@ def attention_transfer(student: Tensor, teacher: Tensor, power: int = 2) -> Tens
 
     Raises: TypeError, ValueError naming the argument.
     """
-    check.maps("student", student)
-    check.maps("teacher", teacher)
-    check.same_batch("teacher", teacher, student)
-    if student.shape[2:] != teacher.shape[2:]:
-        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
-        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
+    check.two_maps(student, teacher)
     check.count("power", power)
     return _attention_transfer_function((power,), student, teacher)

@@ -57,7 +57,12 @@ def unlike_first(tensors: Sequence[Any]) -> list[int]:
 
 
 def floating(name: str, x: Any) -> None:
-    """`x` has one of the four floating-point types."""
+    """`x` is a `tensor` of one of the four floating-point types."""
+    tensor(name, x)
+    _float_type(name, x)
+
+
+def _float_type(name, x):
     if x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {x.dtype}")
 
@@ -68,6 +73,14 @@ def same_device(name: str, x: Any, other: Tensor, of: str = "the student") -> No
         raise ValueError(f"{name} must be on {of}'s device {other.device}, got {x.device}")
 
 
+def shaped(name: str, x: Any, shape: Sequence[int], other: Tensor, of: str = "the student", meaning: str = "") -> None:
+    """`x` has floating-point numbers of this shape, whose `meaning` messages tell, on the device of `other`."""
+    floating(name, x)
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}{meaning}, got {tuple(x.shape)}")
+    same_device(name, x, other, of)
+
+
 def logits(name: str, x: Any) -> None:
     """`x` is a floating-point (B, C) tensor with at least one class."""
     tensor(name, x)
@@ -76,7 +89,7 @@ def logits(name: str, x: Any) -> None:
             f"{name} must be 2-D (batch, classes), got shape {tuple(x.shape)}; flatten other dimensions into the "
             "batch, for example x.flatten(0, -2) for (B, L, C) or x.movedim(1, -1).flatten(0, -2) for (B, C, H, W)"
         )
-    floating(name, x)
+    _float_type(name, x)
     if x.shape[1] == 0:
         raise ValueError(f"{name} must have at least one class, got shape {tuple(x.shape)}")
 
@@ -104,7 +117,7 @@ def embeddings(name: str, x: Any) -> None:
     tensor(name, x)
     if x.dim() < 2:
         raise ValueError(f"{name} must be (batch, features) or (batch, ...), got shape {tuple(x.shape)}")
-    floating(name, x)
+    _float_type(name, x)
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} must have at least one feature, got shape {tuple(x.shape)}")
 
@@ -125,11 +138,27 @@ def same_shape(name: str, x: Any, other: Tensor, of: str = "the student") -> Non
     same_device(name, x, other, of)
 
 
+def two_embeddings(student: Any, teacher: Any, fit: Callable[..., None] = same_batch) -> None:
+    """Embeddings of student and teacher, with one batch size, or one shape (`fit`)."""
+    embeddings("student", student)
+    fit("teacher", teacher, student)
+
+
 def maps(name: str, x: Any) -> None:
     """`x` is a floating-point (B, C, H, W) map with at least one channel and position."""
     embeddings(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name} must be (batch, channels, height, width), got shape {tuple(x.shape)}")
+
+
+def two_maps(student: Any, teacher: Any) -> None:
+    """Maps of student and teacher of one batch size, height and width."""
+    maps("student", student)
+    maps("teacher", teacher)
+    same_batch("teacher", teacher, student)
+    if student.shape[2:] != teacher.shape[2:]:
+        want, got = tuple(student.shape[2:]), tuple(teacher.shape[2:])
+        raise ValueError(f"teacher must have the student's height and width {want}, got {got}")
 
 
 def layers(
@@ -175,7 +204,6 @@ def _listed(words):
 
 def channel_values(name: str, values: Any, maps: Tensor) -> None:
     """`values` has one floating-point number for each channel of `maps`, as (C,) or (1, C, 1, 1), on its device."""
-    tensor(name, values)
     floating(name, values)
     channels = maps.shape[1]
     if values.shape not in ((channels,), (1, channels), (1, channels, 1), (1, channels, 1, 1)):
@@ -225,7 +253,6 @@ def label_message(row: int, label: int, classes: int, ignore_index: int | None =
 
 def top_k(values: Any, indices: Any, rest: Any, student: Tensor) -> Tensor:
     """A top-k teacher (B, k), (B, k), (B,) or None on the student's device, without gradient -> indices as int64."""
-    tensor("teacher.values", values)
     floating("teacher.values", values)
     rows, classes = student.shape
     if values.dim() != 2 or values.shape[0] != rows or not 1 <= values.shape[1] <= classes:
@@ -245,7 +272,6 @@ def top_k(values: Any, indices: Any, rest: Any, student: Tensor) -> Tensor:
         )
     given = {"teacher.values": values, "teacher.indices": indices}
     if rest is not None:
-        tensor("teacher.rest", rest)
         floating("teacher.rest", rest)
         if rest.shape != student.shape[:1]:
             raise ValueError(f"teacher.rest must have shape ({rows},), got {tuple(rest.shape)}")
@@ -305,7 +331,6 @@ def permutation(permutation: Any, logits: Tensor) -> None:
 
 def class_probabilities(name: str, probabilities: Any, student: Tensor) -> None:
     """(B, C) floating-point target probabilities on the student's device, without gradient."""
-    tensor(name, probabilities)
     floating(name, probabilities)
     if probabilities.dim() == 1 and name == "labels":
         raise TypeError(
@@ -335,11 +360,7 @@ def mass_message(row: int, mass: float) -> str:
 
 def row_weight(weight: Any, student: Tensor) -> None:
     """(B,) floating-point weights on the student's device, without gradient."""
-    tensor("weight", weight)
-    floating("weight", weight)
-    if weight.shape != student.shape[:1]:
-        raise ValueError(f"weight must have shape ({student.shape[0]},), got {tuple(weight.shape)}")
-    same_device("weight", weight, student)
+    shaped("weight", weight, student.shape[:1], student)
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: use reduction='none' and multiply the values instead")
 

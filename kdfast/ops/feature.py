@@ -25,14 +25,8 @@ from kdfast.ops.blocks import by_block
 from kdfast.ops.differentiable import statistics_kept
 from kdfast.ops.layout import flat, gradient_memory
 
-__all__ = [
-    "activation_boundary",
-    "channel_squared_error",
-    "normalized_error",
-    "partial_squared_error",
-    "pyramid_error",
-    "squared_error",
-]
+__all__ = ["activation_boundary", "channel_squared_error", "normalized_error"]
+__all__ += ["partial_squared_error", "pyramid_error", "squared_error"]
 
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
@@ -85,13 +79,7 @@ def _gradient_shapes(student, teacher, need_student, need_teacher, **_):
 
 @op("feature", _error_shape)
 def _feature_error(
-    student: Tensor,
-    teacher: Tensor,
-    margin: Tensor | None,
-    kind: int,
-    boundary: float,
-    over: int,
-    divisor: int,
+    student: Tensor, teacher: Tensor, margin: Tensor | None, kind: int, boundary: float, over: int, divisor: int
 ) -> Tensor:
     """-> the terms of maps (B, C, N) over `divisor`, summed over everything (0-d), a sample (B,) or a channel (C,)."""
     dtype = accumulator(student, teacher)
@@ -165,11 +153,7 @@ def _power(gap, power):
         shapes.sums((4, student.shape[0]), student, teacher),
     ),
 )
-def _normalized_error(
-    student: Tensor,
-    teacher: Tensor,
-    power: int,
-) -> tuple[Tensor, Tensor]:
+def _normalized_error(student: Tensor, teacher: Tensor, power: int) -> tuple[Tensor, Tensor]:
     """-> loss, stats [4, B]: norms of the samples, and products of the slopes with the unit samples, of both sides."""
     dtype = accumulator(student, teacher)
 
@@ -186,13 +170,7 @@ def _normalized_error(
 
 @op("feature", _gradient_shapes)
 def _normalized_error_backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    stats: Tensor,
-    power: int,
-    need_student: bool,
-    need_teacher: bool,
+    grad: Tensor, student: Tensor, teacher: Tensor, stats: Tensor, power: int, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
 
@@ -244,10 +222,7 @@ def _add_to_windows(slopes, averages):
 
 
 @op("feature", lambda student, teacher: shapes.sums((), student, teacher))
-def _pyramid_error(
-    student: Tensor,
-    teacher: Tensor,
-) -> Tensor:
+def _pyramid_error(student: Tensor, teacher: Tensor) -> Tensor:
     """-> the weighted mean squared error of maps (B, C, H, W) and of their averages, 0-d."""
     dtype = accumulator(student, teacher)
     own, levels = _pyramid(student.shape)
@@ -263,11 +238,7 @@ def _pyramid_error(
 
 @op("feature", _gradient_shapes)
 def _pyramid_error_backward(
-    grad: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    need_student: bool,
-    need_teacher: bool,
+    grad: Tensor, student: Tensor, teacher: Tensor, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
     own, levels = _pyramid(student.shape)
@@ -292,8 +263,7 @@ _pyramid_error_function = statistics_kept(_pyramid_error, _pyramid_error_backwar
 
 
 def _pair(student, teacher):
-    check.embeddings("student", student)
-    check.same_shape("teacher", teacher, student)
+    check.two_embeddings(student, teacher, check.same_shape)
     return flat(student), flat(teacher)
 
 

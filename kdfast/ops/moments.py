@@ -19,9 +19,7 @@ def _per_channel(values):
 
 
 @op("moments", lambda x: shapes.sums((2, x.shape[1]), x))
-def _channel_moments(
-    x: Tensor,
-) -> Tensor:
+def _channel_moments(x: Tensor) -> Tensor:
     """-> mean, biased variance [2, C], the variance from centred values: a large mean costs no digits."""
     channels = x.transpose(0, 1).to(accumulator(x))
     count = max(x.shape[0] * x.shape[2], 1)
@@ -33,11 +31,7 @@ def _channel_moments(
 
 
 @op("moments", lambda x, **_: gradient_memory(x, x))
-def _channel_moments_backward(
-    grad: Tensor,
-    x: Tensor,
-    moments: Tensor,
-) -> Tensor:
+def _channel_moments_backward(grad: Tensor, x: Tensor, moments: Tensor) -> Tensor:
     """-> the gradient of x from that of mean and variance [2, C], in the memory order of x."""
     channels = x.transpose(0, 1).to(moments.dtype)
     mean, of_mean, of_variance = (_per_channel(values) for values in (moments[0], *grad))

@@ -55,7 +55,6 @@ def network_list(name: str, x: Networks, like: Tensor | None = None, of: str = "
     else:
         other = [i - 1 for i in check.unlike_first([like, *tensors])[1:]]
     for i in other:
-        check.tensor(named(i), tensors[i])
         check.floating(named(i), tensors[i])
         if tensors[i].dim() not in (2, 3):
             raise ValueError(

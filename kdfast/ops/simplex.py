@@ -21,11 +21,7 @@ STEPS = 60  # at most, of KDCL's linear rule; logits of 1e2 take 30
 
 
 @op("teachers", lambda slope, **_: shapes.gradient(slope))
-def simplex_minimum(
-    gram: Tensor,
-    slope: Tensor,
-    cap: float,
-) -> Tensor:
+def simplex_minimum(gram: Tensor, slope: Tensor, cap: float) -> Tensor:
     """argmin_a a' G a / 2 + slope' a with sum a = 1, 0 <= a <= cap, for a small convex G (M, M) in float64.
 
     An active set, exact up to rounding. Every step solves for the free weights with the others at their bounds, goes
@@ -71,10 +67,7 @@ def simplex_minimum(
 
 # An op without kernels of its own, so that a compiled graph does not unroll it.
 @op("teachers", lambda networks, **_: networks[0].new_empty(len(networks), dtype=torch.float64), has_kernels=False)
-def best_mixture(
-    networks: list[Tensor],
-    labels: Tensor,
-) -> Tensor:
+def best_mixture(networks: list[Tensor], labels: Tensor) -> Tensor:
     """argmin_a CE(sum_m a_m z_m, labels) over a (M,) on the simplex, in float64.
 
     Damped Newton steps, each an exact quadratic programme; a step that does not help is undone and the next one damped

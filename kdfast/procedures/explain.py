@@ -28,7 +28,6 @@ class NoiseSigma(nn.Module):
 
     def __init__(self, sigma: Tensor | Sequence[float], image_size: float) -> None:
         super().__init__()
-        check.tensor("sigma", sigma)
         check.floating("sigma", sigma)
         check.count("image_size", image_size)
         if sigma.dim() != 4 or sigma.shape[:2] != (1, 1) or sigma.shape[2] != sigma.shape[3] or not sigma.numel():
@@ -151,7 +150,6 @@ def quantify_knowledge(
     has, 0 for an image without any); and ``total_percent``. Deviations are those of the whole set, without Bessel's
     correction. The official code forgets to shift checkpoints back where it has skipped the first (its resnet case).
     """
-    check.tensor("sigma", sigma)
     check.floating("sigma", sigma)
     if sigma.dim() != 4 or sigma.shape[2] != sigma.shape[3] or not sigma.numel():
         raise ValueError(f"sigma must be (images, checkpoints, size, size), got shape {tuple(sigma.shape)}")

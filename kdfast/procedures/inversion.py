@@ -56,6 +56,7 @@ class Change:
         return torch.stack([left, top - self.down, right, bottom - self.down], dim=-1).clamp(0, self.side)
 
 
+@dataclass(eq=False)
 class Augment:
     """Draws a :class:`Change` of each step: images that the network likes only as they are, pixel by pixel, are noise.
 
@@ -67,23 +68,16 @@ class Augment:
         generator: of the draws, on the CPU.
     """
 
-    def __init__(
-        self,
-        flip: bool = True,
-        jitter: int = 2,
-        contrast: float = 0.1,
-        brightness: float = 0.1,
-        erase: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        for name, value in (("jitter", jitter), ("contrast", contrast), ("brightness", brightness), ("erase", erase)):
-            check.number(name, value, 0)
-        self.flip = flip
-        self.jitter = jitter
-        self.contrast = contrast
-        self.brightness = brightness
-        self.erase = erase
-        self.generator = generator
+    flip: bool = True
+    jitter: int = 2
+    contrast: float = 0.1
+    brightness: float = 0.1
+    erase: int = 0
+    generator: torch.Generator | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("jitter", "contrast", "brightness", "erase"):
+            check.number(name, getattr(self, name), 0)
 
     def draw(self, side: int) -> Change:
         """A change of images with `side` pixels."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator
+from kdfast.ops.differentiable import gradient_formed
 
 __all__ = ["data_inefficiency", "effective_logit"]
 
@@ -46,29 +47,24 @@ def _root(teacher, positive, rho, temperature):
     return torch.where(positive, high, -high)
 
 
-class _EffectiveLogit(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, teacher, label, rho, temperature):
-        t = teacher.double()
-        root = _root(t, label > 0, rho, temperature)
-        # Implicit function: rho / T^2 (sigma'(z / T) dz - sigma'(t / T) dt) + (1 - rho) sigma'(z) dz = 0.
-        if rho in (0, 1):
-            slope = torch.full_like(t, rho)
-        else:
-            share = math.log(rho) - 2 * math.log(temperature)
-            own = torch.logaddexp(
-                share + _log_sigmoid_slope(root / temperature), math.log1p(-rho) + _log_sigmoid_slope(root)
-            )
-            slope = torch.exp(share + _log_sigmoid_slope(t / temperature) - own)
-        ctx.save_for_backward(slope)
-        ctx.dtype = teacher.dtype
-        return root.to(accumulator(teacher))
+def _logit_and_slope(teacher, label, rho, temperature, need_teacher):
+    t = teacher.double()
+    root = _root(t, label > 0, rho, temperature)
+    # Implicit function: rho / T^2 (sigma'(z / T) dz - sigma'(t / T) dt) + (1 - rho) sigma'(z) dz = 0.
+    if rho in (0, 1):
+        slope = torch.full_like(t, rho)
+    else:
+        share = math.log(rho) - 2 * math.log(temperature)
+        own = torch.logaddexp(
+            share + _log_sigmoid_slope(root / temperature), math.log1p(-rho) + _log_sigmoid_slope(root)
+        )
+        slope = torch.exp(share + _log_sigmoid_slope(t / temperature) - own)
+    return root.to(accumulator(teacher)), slope
 
-    @staticmethod
-    def backward(ctx, grad):
-        check.first_derivative_only("effective_logit")
-        (slope,) = ctx.saved_tensors
-        return (grad * slope).to(ctx.dtype), None, None, None
+
+_effective_logit_function = gradient_formed(
+    _logit_and_slope, lambda grad, slope, x, *_: (grad * slope).to(x.dtype), "effective_logit", sides=1
+)
 
 
 def effective_logit(
@@ -85,7 +81,6 @@ def effective_logit(
 
     Raises: TypeError, ValueError naming the argument.
     """
-    check.tensor("teacher_logit", teacher_logit)
     check.floating("teacher_logit", teacher_logit)
     check.tensor("label", label)
     check.number("soft_ratio", soft_ratio, 0, 1)
@@ -97,7 +92,7 @@ def effective_logit(
     check.same_device("label", label, teacher_logit, of="teacher_logit")
     if label.device.type == "cpu" and not torch.compiler.is_compiling() and not ((label == 0) | (label == 1)).all():
         raise ValueError(f"label must be 0 or 1, got {label[(label != 0) & (label != 1)][0].item()}")
-    return _EffectiveLogit.apply(teacher_logit, label, soft_ratio, temperature)
+    return _effective_logit_function((soft_ratio, temperature), teacher_logit, label)
 
 
 def data_inefficiency(sizes: Sequence[int], weight_changes: Tensor | Sequence[Any]) -> Tensor:
