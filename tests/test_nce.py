@@ -1,7 +1,6 @@
 """CRD, and what the contract of every op (test_ops_*.py) does not say of the ops that it is made of."""
 
 import copy
-import json
 import math
 import os
 import pickle
@@ -12,12 +11,12 @@ import time
 from pathlib import Path
 
 import behaviour
-import numpy as np
 import oracles
 import pytest
 import registry
 import torch
 from behaviour import FLOATS, HALVES, check_oracle
+from official import Official, every_file
 from registry.nce import crd as small_crd
 
 import kdfast
@@ -25,8 +24,6 @@ from kdfast import ops
 from kdfast.ops.nce import philox
 
 raw = torch.ops.kdfast
-GOLDEN = Path(__file__).parent / "golden"
-
 
 GROUP = registry.family("nce").GROUPS[0]
 NCE, CASES, SMALL = GROUP["nce"], GROUP.cases, GROUP.small
@@ -392,77 +389,57 @@ def test_deterministic(implementation, shape, same_bits):
 
 
 # ---- CRD -------------------------------------------------------------------------------------------------------------
-def golden(path, device, dtype):
-    with np.load(path) as stored:
-        arrays = dict(stored)
-    parameters = json.loads(str(arrays.pop("about")))["params"]
-    tensors = {name: torch.from_numpy(x).to(device) for name, x in arrays.items()}
-    inputs = {
-        name[3:]: x.to(dtype) if x.is_floating_point() else x for name, x in tensors.items() if name.startswith("in_")
-    }
-    return parameters, inputs, tensors
+def assert_official(x, got, want, gradient=False):
+    x.assert_close("number", got, want, x.of_type(1e-8 if gradient else 1e-9, 2e-5))
 
 
-def assert_official(got, want, dtype, gradient=False):
-    tolerance = (1e-8 if gradient else 1e-9) if dtype == torch.float64 else 2e-5
-    assert (got.detach().double() - want.double()).abs().max() <= tolerance * want.abs().max()
-
-
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("crd_full__*.npz")), ids=lambda path: path.stem)
+@every_file("crd_full")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_matches_official_code(implementation, path, dtype):
     """RepDistiller's CRDLoss: loss, gradients, banks and Z of a first step, from a checkpoint of its own."""
-    p, given, want = golden(path, implementation.device, dtype)
-    student, teacher = given["f_s"].requires_grad_(), given["f_t"].requires_grad_()
+    x = Official(path, dtype, implementation.device)
+    p, student, teacher = x.parameters, x("f_s"), x("f_t")
     sizes = student.shape[1], teacher.shape[1], p["n_data"], p["feat_dim"], p["K"], p["T"], p["momentum"]
     crd = kdfast.CRD(*sizes, bank_dtype=dtype).to(implementation.device, dtype)
-    checkpoint = {
-        f"embed_{side}.linear.{part}": given[f"{part[0]}_{side}"] for side in "st" for part in ("weight", "bias")
-    }
-    checkpoint |= {f"contrast.memory_v{i}": given[f"memory_v{i}"] for i in (1, 2)}
+    linears = {f"{part[0]}_{side}": f"embed_{side}.linear.{part}" for side in "st" for part in ("weight", "bias")}
+    checkpoint = {name: x(key).detach() for key, name in linears.items()}
+    checkpoint |= {f"contrast.memory_v{i}": x(f"memory_v{i}") for i in (1, 2)}
     checkpoint["contrast.params"] = torch.tensor([p["K"], p["T"], -1.0, -1.0, p["momentum"]])
     kdfast.load_repdistiller_crd(crd, checkpoint)
-    loss = crd(student, teacher, given["idx"], given["contrast_idx"])
+    loss = crd(student, teacher, x("idx"), x("contrast_idx"))
     assert loss.shape == () and loss.dtype == dtype
-    assert_official(loss, want["loss"], dtype)
-    leaves = {
-        "f_s": student,
-        "f_t": teacher,
-        "w_s": crd.embed_student.weight,
-        "b_s": crd.embed_student.bias,
-        "w_t": crd.embed_teacher.weight,
-        "b_t": crd.embed_teacher.bias,
-    }
+    assert_official(x, loss, "loss")
+    leaves = {"f_s": student, "f_t": teacher, **dict(zip(linears, crd.parameters(), strict=True))}
     for name, grad in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
-        assert_official(grad, want[f"grad_{name}"], dtype, gradient=True)
-    assert_official(crd.bank_student, want["state_after_memory_v1"], dtype)
-    assert_official(crd.bank_teacher, want["state_after_memory_v2"], dtype)
-    assert_official(torch.stack([crd.z_student, crd.z_teacher]), want["state_after_Z"], dtype)
+        assert_official(x, grad, f"grad_{name}", gradient=True)
+    assert_official(x, crd.bank_student, "state_after_memory_v1")
+    assert_official(x, crd.bank_teacher, "state_after_memory_v2")
+    assert_official(x, torch.stack([crd.z_student, crd.z_teacher]), "state_after_Z")
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("crd_memory__*.npz")), ids=lambda path: path.stem)
+@every_file("crd_memory")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_matches_official_memory(implementation, path, dtype):
     """RepDistiller's ContrastMemory on anchors that are not unit rows: two steps with the ops alone."""
-    p, given, want = golden(path, implementation.device, dtype)
-    student, teacher = given["f_s"].requires_grad_(), given["f_t"].requires_grad_()
-    banks, index, pairs = [given["memory_v1"], given["memory_v2"]], given["idx"], given["contrast_idx"]
+    x = Official(path, dtype, implementation.device)
+    p, student, teacher = x.parameters, x("f_s"), x("f_t")
+    banks, pairs = [x("memory_v1"), x("memory_v2")], x("contrast_idx")
     unset = torch.tensor(-1.0, device=implementation.device)
     with torch.no_grad():
         sums = raw.nce_log_sums(student, teacher, *banks, pairs, unset, unset, p["T"])
     z = (sums - math.log(pairs.numel())).exp() * p["n_data"]
-    assert_official(z, want["state_after_Z"], dtype)
+    assert_official(x, z, "state_after_Z")
     loss = ops.nce(student, teacher, *banks, pairs, *z, p["T"])
-    assert_official(loss, want["loss"], dtype)
-    for name, grad in zip(("f_s", "f_t"), torch.autograd.grad(loss, (student, teacher)), strict=True):
-        assert_official(grad, want[f"grad_{name}"], dtype, gradient=True)
+    assert_official(x, loss, "loss")
+    for name, grad in x.gradients(loss).items():
+        assert_official(x, grad, f"grad_{name}", gradient=True)
     for step in ("", "step2_"):
         for bank, rows, name in zip(banks, (student, teacher), ("memory_v1", "memory_v2"), strict=True):
-            ops.update_bank(bank, rows, index, p["momentum"])
-            assert_official(bank, want[f"state_after_{step}{name}"], dtype)
+            ops.update_bank(bank, rows, x("idx"), p["momentum"])
+            assert_official(x, bank, f"state_after_{step}{name}")
         if not step:
             second = ops.nce(student, teacher, *banks, pairs, *z, p["T"])
-            assert_official(second, want["out_step2_loss_s"] + want["out_step2_loss_t"], dtype)
+            assert_official(x, second.view(1), x["out_step2_loss_s"] + x["out_step2_loss_t"])
 
 
 def example(implementation, rows=6, dtype=torch.float32, **options):
