@@ -2,6 +2,7 @@
 
 import math
 
+import behaviour
 import oracles
 import pytest
 import registry
@@ -206,13 +207,14 @@ def test_deterministic(implementation, shape, same_bits):
     assert same_bits(run)
 
 
+@behaviour.every_compiled
 @pytest.mark.parametrize("kind", ["int", "tensor"])
 @pytest.mark.parametrize("name", ["ONE", "OKDDip", "FFL", "CollaborativeLearning", "Codistillation"])
 def test_compile_epochs(implementation, name, kind):
     """Thirty epochs of training compile at most two graphs, with the numbers of the loss as it is."""
     from torch._dynamo.testing import CompileCounter
 
-    for_simt(implementation, False)
+    behaviour.compiles(implementation)
     d = make(implementation, *SMALL)
     z, y, mix = d.networks, d.labels, d.mix
     module, inputs = {
@@ -231,9 +233,10 @@ def test_compile_epochs(implementation, name, kind):
     assert counter.frame_count <= 2
 
 
+@behaviour.every_compiled
 @pytest.mark.parametrize("name", ["KDCL linear", "KDCL naive", "KDCL minlogit", "KDCL general", "AEKD"])
 def test_compile_losses(implementation, name):
-    for_simt(implementation, False)
+    behaviour.compiles(implementation)
     d = make(implementation, *SMALL)
     student, *teachers = leaves = [x.clone().requires_grad_() for x in d.networks]
     torch.compiler.reset()
