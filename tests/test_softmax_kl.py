@@ -534,26 +534,11 @@ def test_more_than_2_31_elements(implementation):
 def test_compile_dynamic(implementation):
     """Another batch size or temperature needs no graph break; sizes and numbers may be symbols."""
     torch.compiler.reset()
-    compiled = torch.compile(kdfast.KD(4.0), fullgraph=True, backend="aot_eager", dynamic=True)
     by_argument = torch.compile(ops.softmax_kl, fullgraph=True, backend="aot_eager")
     for rows, temperature in ((5, 2.0), (6, 3.0), (7, 4.0)):
         d = make(implementation, rows, 9)
-        torch.testing.assert_close(compiled(d.student, d.teacher), kdfast.KD(4.0)(d.student, d.teacher))
         got, want = (f(d.student, d.teacher, temperature) for f in (by_argument, ops.softmax_kl))
         torch.testing.assert_close(got, want)
-
-
-def test_autocast(implementation):
-    """Logits that autocast itself made are taken in the dtype in which they come."""
-    d = make(implementation, *SMALL, torch.float32)
-    leaves = collecting(d)
-    with torch.autocast(implementation.device.type, dtype=torch.bfloat16):
-        product = torch.nn.functional.linear(leaves.student, torch.eye(9, device=leaves.student.device))
-        assert product.dtype == torch.bfloat16
-        from_autocast = ops.softmax_kl(product, leaves.teacher)
-    assert from_autocast.dtype == torch.float32
-    assert torch.equal(from_autocast, ops.softmax_kl(d.student.bfloat16(), d.teacher))
-    assert torch.autograd.grad(from_autocast, leaves.student)[0].dtype == torch.float32
 
 
 def test_sum_over_many_rows(implementation):
