@@ -38,10 +38,11 @@ def rows(path):
 def refused(capsys, argv):
     """The one line that the refused command prints to stderr beside its progress."""
     capsys.readouterr()
-    assert main(argv) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
+    code, printed = main(argv), capsys.readouterr()
+    assert code == 2, printed
+    lines = [line for line in printed.err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
     assert len(lines) == 1, lines
-    assert re.match(r"kdfast (distill|study[ \w-]*): error: ", lines[0])
+    assert re.match(r"kdfast (distill|study[ \w-]*): error: ", lines[0]), lines
     return lines[0]
 
 

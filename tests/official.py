@@ -68,5 +68,6 @@ class Official:
         """Within `digits` of the largest entry of `want`, which may be a result's name."""
         want = self[want] if isinstance(want, str) else want
         got = got.detach().double().cpu()
-        assert got.shape == want.shape, what
-        assert (got - want).abs().max() <= digits * want.abs().max() + floor, what
+        assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+        error, allowed = (got - want).abs().max(), digits * want.abs().max() + floor
+        assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"

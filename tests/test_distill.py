@@ -472,17 +472,12 @@ def test_unreadable_image(tmp_path, capsys):
 
 def test_class_folders(tmp_path, capsys):
     """An empty class folder, a single class, a single image, and a training folder without a test folder."""
-    write_images(tmp_path / "empty/a", 2)
+    counts = {"empty/a": 2, "single/a": 2, "few/a": 2, "few/b": 1, "untested/train/a": 2}
+    counts |= dict.fromkeys(("differ/train/a", "differ/train/b", "differ/test/a", "differ/test/c"), 1)
+    for folder, count in counts.items():
+        write_images(tmp_path / folder, count)
     (tmp_path / "empty/b").mkdir()
     (tmp_path / "empty/b/notes.txt").write_text("no image")
-    write_images(tmp_path / "single/a", 2)
-    write_images(tmp_path / "few/a", 2)
-    write_images(tmp_path / "few/b", 1)
-    write_images(tmp_path / "untested/train/a", 2)
-    write_images(tmp_path / "differ/train/a", 1)
-    write_images(tmp_path / "differ/train/b", 1)
-    write_images(tmp_path / "differ/test/a", 1)
-    write_images(tmp_path / "differ/test/c", 1)
     for name, named in (
         ("empty", f"{tmp_path / 'empty'} has no images in 'b'; expected some in every class folder"),
         ("single", "only the class folder a"),

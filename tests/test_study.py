@@ -35,18 +35,9 @@ def private_state(monkeypatch, tmp_path):
 def tiny(monkeypatch, request):
     """The studies' networks and samples, as few as show that the parts fit together."""
     monkeypatch.setattr(residual, "BLOCKS", 1)
-    for name, value in (
-        *(
-            ("TRAINING", 64),
-            ("TEST", 8),
-            ("EPOCHS", 1),
-            ("STUDENT_STEPS", 2),
-            ("IMAGES", 32),
-            ("BATCHES", 1),
-            ("STEPS", 3),
-        ),
-        *(("DIGITS", 20), ("DIGIT_EPOCHS", 1), ("DIGIT_STEPS", 2), ("DIGIT_STUDENT_STEPS", 2)),
-    ):
+    sizes = {"TRAINING": 64, "TEST": 8, "EPOCHS": 1, "STUDENT_STEPS": 2, "IMAGES": 32, "BATCHES": 1, "STEPS": 3}
+    sizes |= {"DIGITS": 20, "DIGIT_EPOCHS": 1, "DIGIT_STEPS": 2, "DIGIT_STUDENT_STEPS": 2}
+    for name, value in sizes.items():
         monkeypatch.setattr(data_free, name, value)
     for cached in (data_free._training_scenes, data_free._test_scenes):
         cached.cache_clear()  # they were drawn, or will be, in another number
