@@ -541,6 +541,19 @@ def test_compile_dynamic(implementation):
         torch.testing.assert_close(got, want)
 
 
+def test_autocast(implementation):
+    """Logits that autocast itself made are taken in the dtype in which they come."""
+    d = make(implementation, *SMALL, torch.float32)
+    leaves = collecting(d)
+    with torch.autocast(implementation.device.type, dtype=torch.bfloat16):
+        product = torch.nn.functional.linear(leaves.student, torch.eye(9, device=leaves.student.device))
+        assert product.dtype == torch.bfloat16
+        from_autocast = ops.softmax_kl(product, leaves.teacher)
+    assert from_autocast.dtype == torch.float32
+    assert torch.equal(from_autocast, ops.softmax_kl(d.student.bfloat16(), d.teacher))
+    assert torch.autograd.grad(from_autocast, leaves.student)[0].dtype == torch.float32
+
+
 def test_sum_over_many_rows(implementation):
     """8193 rows: one more than one block adds up, so that the sum has two levels."""
     d = make(implementation, 8193, 2, torch.float32)
