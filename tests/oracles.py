@@ -119,6 +119,7 @@ def _split(z, labels, temperature):
 
 
 def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
+    """Zhao et al. 2022, eq. 6 and 7."""
     target_s, rest_s = _split(student, labels, temperature)
     target_t, rest_t = _split(teacher, labels, temperature)
     rows = alpha * _kl(target_t, target_s) + beta * _kl(rest_t, rest_s)
@@ -147,6 +148,7 @@ def _over_mean(x):
 
 
 def rkd_distance(student, teacher):
+    """Park et al. 2019, eq. 3 to 5."""
     if len(student) < 2:
         return 0 * student.double().sum()
     return F.smooth_l1_loss(_over_mean(student), _over_mean(teacher.detach()))
@@ -161,6 +163,7 @@ def _cosines(x):
 
 
 def rkd_angle(student, teacher):
+    """Park et al. 2019, eq. 6 and 7."""
     if not len(student):
         return 0 * student.double().sum()
     return F.smooth_l1_loss(_cosines(student), _cosines(teacher.detach()))
@@ -419,11 +422,6 @@ def JSD(student, teacher, beta=0.5, temperature=1.0):
     return temperature**2 * total / len(p)
 
 
-def DKD(student, teacher, labels, temperature=4.0, alpha=1.0, beta=8.0):
-    """Zhao et al. 2022, eq. 6 and 7."""
-    return dkd(student, teacher, labels, temperature, alpha=alpha, beta=beta)
-
-
 def _pearson(a, b):
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1) + 1e-8)
@@ -457,20 +455,6 @@ def TfKDReg(student, labels, temperature=20.0, alpha=0.1, multiplier=50.0):
 def LabelRefinery(student, teacher_probabilities, reduction="mean"):
     rows = -(teacher_probabilities.detach().double() * _log_softmax(student)).sum(1)
     return _reduce(rows, reduction)
-
-
-def RKDDistance(student, teacher):
-    """Park et al. 2019, eq. 3 to 5."""
-    return rkd_distance(student, teacher)
-
-
-def RKDAngle(student, teacher):
-    """Park et al. 2019, eq. 6 and 7."""
-    return rkd_angle(student, teacher)
-
-
-def RKD(student, teacher, distance_weight=25.0, angle_weight=50.0):
-    return rkd(student, teacher, distance_weight, angle_weight)
 
 
 def HardDarkRank(student, teacher, alpha=3.0, beta=3.0, permute_len=4):
@@ -530,18 +514,21 @@ def _to_smaller_square(a, b):
     )
 
 
-def _layers(student, teacher):
-    return zip(student, teacher, strict=True) if isinstance(student, list) else [(student, teacher)]
+def _each(loss, *arguments):
+    """The sum over layers of a loss of one."""
+    if isinstance(arguments[0], torch.Tensor):
+        return loss(*arguments)
+    return sum(loss(*layer) for layer in zip(*arguments, strict=True))
 
 
 def AT(student, teacher, p=2):
     """Zagoruyko and Komodakis 2017, as their code has it: the mean of squares in place of the norm in eq. 2."""
-    return sum(attention_transfer(*_to_smaller_square(s, t), p) for s, t in _layers(student, teacher))
+    return _each(lambda s, t: attention_transfer(*_to_smaller_square(s, t), p), student, teacher)
 
 
 def SP(student, teacher):
     """Tung and Mori 2019, eq. 1 to 4."""
-    return sum(gram_distance(s.flatten(1), t.flatten(1)) for s, t in _layers(student, teacher))
+    return _each(lambda s, t: gram_distance(s.flatten(1), t.flatten(1)), student, teacher)
 
 
 def PKT(student, teacher, eps=1e-7):
@@ -565,7 +552,7 @@ def FAKD(student, teacher, affinity="spatial"):
             return _normal_rows(x.flatten(1))
         return _cosines_of_rows(x if affinity == "channel" else x.transpose(1, 2), 1e-8)
 
-    return sum((of(s) - of(t)).abs().mean() for s, t in _layers(student, teacher))
+    return _each(lambda s, t: (of(s) - of(t)).abs().mean(), student, teacher)
 
 
 def FSP(student, teacher):
@@ -581,38 +568,34 @@ def FSP(student, teacher):
 
 def NST(student, teacher):
     """Huang and Wang 2017, eq. 4 with the polynomial kernel of degree 2; k(t, t) is a constant."""
-    loss = 0.0
-    for s, t in _layers(student, teacher):
+
+    def layer(s, t):
         s, t = (F.normalize(x.flatten(2), dim=2) for x in _to_smaller_square(s, t))
         k_tt, k_ss, k_st = ((a @ b.transpose(1, 2)).pow(2).mean() for a, b in ((t, t), (s, s), (s, t)))
-        loss = loss + k_tt.detach() + k_ss - 2 * k_st
-    return loss
+        return k_tt.detach() + k_ss - 2 * k_st
+
+    return _each(layer, student, teacher)
 
 
 def LKD(student, teacher, patches=4, intra_weight=1.0, inter_weight=1.0, cross_weight=1.0):
     """The relations of Li et al. 2020 as kdfast chooses them: pair by pair."""
-    loss = 0.0
-    for s, t in _layers(student, teacher):
-        vectors = []
-        for x in (s.double(), t.double()):
-            height, width = (size // patches * patches for size in x.shape[2:])
-            x = F.adaptive_avg_pool2d(x, (height, width))
-            rows = [band.chunk(patches, 3) for band in x.chunk(patches, 2)]
-            vectors.append(torch.stack([p.flatten(1) for band in rows for p in band], 1))
-        (c, d), (batch, places) = (_cosines_of_rows(v.flatten(0, 1), 0.0) for v in vectors), vectors[0].shape[:2]
+
+    def vectors(x):
+        height, width = (size // patches * patches for size in x.shape[2:])
+        x = F.adaptive_avg_pool2d(x, (height, width))
+        rows = [band.chunk(patches, 3) for band in x.chunk(patches, 2)]
+        return torch.stack([p.flatten(1) for band in rows for p in band], 1)
+
+    def layer(s, t):
+        s, t = (vectors(x.double()) for x in (s, t))
+        (c, d), (batch, places) = (_cosines_of_rows(v.flatten(0, 1), 0.0) for v in (s, t)), s.shape[:2]
         error = (c - d).pow(2)
         sample, place = torch.arange(batch * places, device=c.device) // places, torch.arange(batch * places) % places
         one_sample, one_place = sample[:, None] == sample, (place[:, None] == place).to(c.device)
-        loss = loss + intra_weight * error[one_sample].mean() + inter_weight * error[one_place].mean()
-        loss = loss + cross_weight * error[~one_sample & ~one_place].mean()
-    return loss
+        intra, inter = error[one_sample].mean(), error[one_place].mean()
+        return intra_weight * intra + inter_weight * inter + cross_weight * error[~one_sample & ~one_place].mean()
 
-
-def _each(loss, *arguments):
-    """The sum over layers of a loss of one."""
-    if isinstance(arguments[0], torch.Tensor):
-        return loss(*arguments)
-    return sum(loss(*layer) for layer in zip(*arguments, strict=True))
+    return _each(layer, student, teacher)
 
 
 def FitNets(student, teacher):
@@ -901,11 +884,11 @@ LOSSES = {
     f.__name__: f
     for f in (
         *(CWTM, DKPP, DiversityCooperation, EnDD),
-        *(DIST, DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
+        *(DIST, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf),
         *(AT, CCKD, FAKD, FSP, LKD, NST, PKT, SP),
         *(AB, FT, HCL, OFD, VID, FitNets, JacobianMatching),
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
-        *(HardDarkRank, IRG, IRGEdge, IRGTransformation, RKD, RKDAngle, RKDDistance),
+        *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
     )
-}
+} | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

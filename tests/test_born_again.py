@@ -1,11 +1,10 @@
 """CWTM and DKPP: what they add to the ops that they run on."""
 
 import behaviour
-import numpy as np
 import oracles
 import pytest
 import torch
-from test_papers import GOLDEN
+from official import Official, every_file
 
 import kdfast
 
@@ -43,14 +42,11 @@ def test_cwtm_edges(implementation):
 
 
 # ---- DKPP ------------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("ban_dkpp_permute*")), ids=lambda path: path.stem)
+@every_file("ban_dkpp_permute")
 def test_permute_matches_public_code(path):
-    with np.load(path) as stored:
-        teacher, labels, permutation, moved = (
-            torch.from_numpy(stored[name])
-            for name in ("in_teacher", "in_labels", "in_permutation", "out_permuted_teacher")
-        )
-    assert torch.equal(kdfast.DKPP().permute(teacher.double(), labels, permutation), moved)
+    x = Official(path)
+    moved = kdfast.DKPP().permute(x("teacher"), x("labels"), x("permutation"))
+    assert torch.equal(moved, x["out_permuted_teacher"])
 
 
 @pytest.mark.parametrize("keep", ["label", "argmax"])

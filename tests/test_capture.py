@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from copies import DUPLICATES, pickled, saved
 from processes import HAVE_GLOO, NO_GLOO, in_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -424,21 +424,7 @@ def test_two_captures_of_one_model():
     assert untouched(net)
 
 
-def pickled(net):
-    return pickle.loads(pickle.dumps(net))
-
-
-def saved(net):
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-DUPLICATES = pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
-
-
-@DUPLICATES
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
 def test_copies_of_the_model_alone_are_not_watched(duplicate):
     """As for a moving average of the weights, in the middle of the training."""
     net, x = make(), images()
@@ -493,14 +479,10 @@ class OfItself(Net):
         self.__dict__["net"] = self
 
 
-def of_average(module):
-    return torch.optim.swa_utils.AveragedModel(module).module
-
-
 MOMENTS = ["before a forward", "after a forward", "after a step", "after an error", "after remove"]
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, of_average])
+@pytest.mark.parametrize("duplicate", DUPLICATES)
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("build", [lambda: Watched(make()), lambda: CaptureFirst(make()), OfItself])
 def test_copies_of_a_capture_watch_their_own_model(build, moment, duplicate):

@@ -3,11 +3,10 @@
 import math
 
 import behaviour
-import numpy as np
 import oracles
 import pytest
 import torch
-from test_papers import GOLDEN
+from official import Official, every_file
 
 import kdfast
 
@@ -51,14 +50,6 @@ def test_matches_oracle(device, variant, dtype):
     for shape in ((1, 1, 2), (3, 5, 9), (2, 33, 1025)):
         check(*make(device, *shape, dtype=dtype), variant=variant, temperature=2.5)
     check(*make(device, 3, 5, 9, dtype=dtype), variant=variant, smoothing=1e-3, teacher_smoothing=0.5)
-
-
-def test_gradcheck(device):
-    student, teachers = make(device, 2, 3, 4, scale=1.0)
-    for variant in VARIANTS:
-        loss = kdfast.EnDD(2.0, teacher_smoothing=0.1, variant=variant)
-        leaves = behaviour.leaves_of([student, *teachers])
-        assert torch.autograd.gradcheck(lambda s, *t, loss=loss: loss(s, t), leaves)
 
 
 def test_stacked_teachers(device):
@@ -179,12 +170,11 @@ def test_errors(dtensor):
 
 
 # ---- uncertainties ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("endd_uncertainties*")), ids=lambda path: path.stem)
+@every_file("endd_uncertainties")
 def test_uncertainties_match_official_code(path):
-    with np.load(path) as stored:
-        teachers = torch.from_numpy(stored["in_teacher_logits"]).double()
-        want = {key[4:].lower(): torch.from_numpy(stored[key]) for key in stored if key.startswith("out_")}
-    got = kdfast.ensemble_uncertainty(teachers)
+    x = Official(path)
+    want = {name.lower(): value for name, value in x.results("out_").items()}
+    got = kdfast.ensemble_uncertainty(x("teacher_logits"))
     assert set(got) == set(want)
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-14)
@@ -207,11 +197,12 @@ def test_uncertainties(device):
 
 
 # ---- the temperature -------------------------------------------------------------------------------------------------
-def test_annealing_matches_official_code():
-    with np.load(GOLDEN / "endd_temperature__t10.npz") as stored:
-        epochs, want, cycle = stored["in_epoch"], stored["out_temp"], stored["out_temp_reproduce"]
+@every_file("endd_temperature")
+def test_annealing_matches_official_code(path):
+    x = Official(path)
+    epochs, want, cycle = (x[name].tolist() for name in ("in_epoch", "out_temp", "out_temp_reproduce"))
     official, half_cycles = kdfast.TemperatureAnnealing(10.0, 5, 10, 1.0), kdfast.TemperatureAnnealing(10.0, 10, 10)
-    for epoch in epochs.tolist():
+    for epoch in map(int, epochs):
         assert official(epoch) == pytest.approx(want[epoch], rel=1e-12)
         assert half_cycles(epoch) == pytest.approx(cycle[epoch], rel=1e-12)
         assert official(torch.tensor(epoch)).item() == pytest.approx(want[epoch], rel=1e-6)

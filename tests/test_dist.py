@@ -93,11 +93,6 @@ def test_maps(device):
             torch.testing.assert_close(got, expected)
 
 
-def test_gradcheck(device):
-    inputs = [x.requires_grad_() for x in make(device, 4, 5, scale=1.0)]
-    assert torch.autograd.gradcheck(kdfast.DIST(1.0, 2.0, 2.0), inputs)
-
-
 def test_layouts(device):
     student, teacher = make(device, 6, 9)
     want = kdfast.DIST()(student, teacher)
@@ -128,13 +123,6 @@ def test_edges(device, dtype):
     empty = student[:0].requires_grad_()
     loss = kdfast.DIST()(empty, teacher[:0])
     assert loss == 0 and torch.autograd.grad(loss, empty)[0].shape == (0, 9)
-
-
-def test_upstream_gradients(device):
-    student, teacher = (x.requires_grad_() for x in make(device, 6, 9))
-    loss = kdfast.DIST()(student, teacher)
-    once = torch.autograd.grad(loss, student, retain_graph=True)[0]
-    torch.testing.assert_close(torch.autograd.grad(-3 * loss, student)[0], -3 * once)
 
 
 def test_errors(dtensor):

@@ -1,8 +1,8 @@
 """`kdfast distill`: what it writes, that a stopped run continues bit for bit, and that each error is one clear line."""
 
-import csv
-import errno
+import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -10,11 +10,11 @@ import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import ENVIRONMENT, full_disk, refused, rows
 from processes import held
 from torch import nn
 
@@ -42,10 +42,6 @@ from kdfast.distill import (  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# A child runs the package that is tested here, be it installed or a source tree.
-PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
-CHILD_ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_PATH, "COLUMNS": "80"}
-
 
 @pytest.fixture(autouse=True)
 def private_state(monkeypatch, tmp_path):
@@ -72,6 +68,11 @@ def images(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="module")
+def loaded(images):
+    return data.load(str(images), 8)
+
+
 def arguments(images, out, *more):
     """A run of two epochs with one seed and one loss."""
     names = {"--data": images, "--image-size": 8, "--loss": "kd", "--epochs": 2, "--batch-size": 8, "--seeds": 1}
@@ -86,11 +87,6 @@ def uninterrupted(images, tmp_path_factory):
     return out
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def assert_same_results(out, expected):
     """Equal accuracies, losses and weights, bit for bit; times differ."""
     columns = ("loss", "seed", "accuracy_percent")
@@ -102,20 +98,27 @@ def assert_same_results(out, expected):
         assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
-def error_line(capsys):
-    """The one line that the command has printed to stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("kdfast distill: error: ")
-    return lines[0]
+@pytest.fixture
+def few_repeats(monkeypatch):
+    """Times are measured in a moment: what is written and when does not depend on them."""
+    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
+        monkeypatch.setattr(timing, name, 1)
+
+
+# `python -m kdfast` with times that are measured in a moment.
+QUICK = """
+import runpy
+from kdfast.distill import timing
+timing.WARM_UP = timing.REPEATS = timing.MIN_REPEATS = 1
+runpy.run_module("kdfast", run_name="__main__", alter_sys=True)
+"""
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
 def test_digits_end_to_end(tmp_path):
     """All losses on the bundled digits, as a command in a process of its own."""
-    command = [sys.executable, "-m", "kdfast", "distill", "--loss=all", "--epochs=1", "--seeds=1", "--seed=5"]
-    command += ["--out=run"]
-    done = subprocess.run(command, env=CHILD_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+    command = [sys.executable, "-c", QUICK, "distill", "--loss=all", "--epochs=1", "--seeds=1", "--seed=5", "--out=run"]
+    done = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = ["teacher", "student", *losses.ROWS]
     for name in names:
@@ -131,20 +134,25 @@ def test_digits_end_to_end(tmp_path):
         assert min(image.size) > 300
 
 
-def test_accuracy_is_of_the_test_set(images):
+def test_accuracy_is_of_the_test_set(loaded):
     """A network that always answers class 1 is right on the test images of class 1 alone."""
-    loaded = data.load(str(images), 8)
-    trainer = train.Trainer(train.Run("student", "student", losses.ALONE, 0), loaded, 1, 8, None)
+    trainer = trainer_of(losses.ALONE, loaded, 1)
     with torch.no_grad():
         trainer.student.classifier.weight.zero_()
         trainer.student.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
     assert trainer.accuracy() == 100 * (loaded.test_labels == 1).float().mean().item()
 
 
+def results_of(*accuracies, **changed):
+    """A training with each of these accuracies."""
+    times = {"step_ms": 2.0, "objective_ms": 0.5, "loss_ms": 0.1, "fallback_ms": 0.3, "path": "kernel"} | changed
+    return [report.Result("kd", seed, [(0.0, accuracy)], times) for seed, accuracy in enumerate(accuracies)]
+
+
 def test_table_mean_and_spread(capsys):
-    times = {"step_ms": 2.0, "objective_ms": 0.5, "loss_ms": 0.1, "fallback_ms": 0.3, "path": "kernel"}
-    histories = [[(0.0, 50.0), (0.0, accuracy)] for accuracy in (90.0, 92.0)]
-    results = [report.Result("kd", seed, history, times) for seed, history in enumerate(histories)]
+    results = results_of(90.0, 92.0)
+    for result in results:
+        result.history.insert(0, (0.0, 50.0))
     report.write_table(results, ["a note"])
     output = capsys.readouterr().out
     for expected in ("91.00 ± 1.41", "2.00", "25 %", "0.10 : 0.30 (3.0x)", "a note"):
@@ -159,8 +167,7 @@ def test_table_on_a_narrow_terminal(capsys, monkeypatch):
 
 
 def test_spread_of_one_seed_is_left_out(capsys):
-    times = {"step_ms": 2.0, "objective_ms": 0.5, "loss_ms": 0.1, "fallback_ms": None, "path": "fallback"}
-    report.write_table([report.Result("kd", 0, [(0.0, 90.0)], times)], [])
+    report.write_table(results_of(90.0, fallback_ms=None, path="fallback"), [])
     output = capsys.readouterr().out
     assert "90.00" in output and "±" not in output and output.split().count("fallback") == 2  # the column and the cell
 
@@ -189,7 +196,7 @@ def test_kill_and_resume(images, uninterrupted, tmp_path):
     # The first kill leaves the student's first checkpoint half made; the second comes after one of kd's.
     for moment, when, more in (("5", "before", []), ("5", "after", ["--resume"])):
         command = [sys.executable, "-c", KILLED, moment, when, *arguments(images, out, *more)]
-        killed = subprocess.run(command, env=CHILD_ENVIRONMENT, capture_output=True, text=True)
+        killed = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not (out / "results.csv").exists()
     assert storage.load_checkpoint(out / "checkpoints/kd-seed0.pt")["history"], "kd was not reached"
@@ -197,50 +204,40 @@ def test_kill_and_resume(images, uninterrupted, tmp_path):
     assert_same_results(out, uninterrupted)
 
 
+WRITES = 13  # settings, 3 trainings of 2 epochs and their times, 3 files of results
+
+
+@pytest.mark.usefixtures("few_repeats")
 def test_full_disk_at_every_write(images, uninterrupted, tmp_path, monkeypatch, capsys):
     """Wherever the disk is full: one line, exit code 2, earlier files intact, and --resume ends with the same bits."""
-    replace, writes = os.replace, 0
-    # What is written and when does not depend on these; the test makes two runs for each write.
-    monkeypatch.setattr(report, "_curves_png", lambda results, title: b"no picture")
-    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
-        monkeypatch.setattr(timing, name, 1)
+    replace = os.replace
+    monkeypatch.setattr(report, "_curves_png", lambda results, title: b"no picture")  # two runs for each write
 
-    def full_disk(source, target):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    for allowed in range(100):
+    for allowed in range(WRITES + 1):
         out = tmp_path / str(allowed)
         remaining = iter(range(allowed))
 
         def replace_while_room(source, target, remaining=remaining):
             return (full_disk if next(remaining, None) is None else replace)(source, target)
 
-        monkeypatch.setattr(os, "replace", replace_while_room)
-        code = main(arguments(images, out))
-        monkeypatch.setattr(os, "replace", replace)
-        if code == 0:
-            break
-        assert code == 2
-        line = error_line(capsys)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace_while_room)
+            if allowed == WRITES:
+                assert main(arguments(images, out)) == 0
+                break
+            line = refused(capsys, arguments(images, out))
         assert "No space left on device" in line and "--resume" in line
         assert not list(out.rglob("*.tmp")), "a full disk keeps a temporary file"
         before = {path: path.read_bytes() for path in out.rglob("*.pt")}
         assert main(arguments(images, out, "--resume")) == 0
-        capsys.readouterr()
         assert_same_results(out, uninterrupted)
         finished = {path: content for path, content in before.items() if b"times" in content}
         assert all(path.read_bytes() == content for path, content in finished.items()), "a finished training ran again"
-        writes += 1
-    assert writes == 13  # settings, 3 trainings of 2 epochs and their times, 3 files of results
 
 
 def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     storage.write_atomically(path, b"old")
-
-    def full_disk(descriptor):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(storage.DistillError, match="No space left on device"):
         storage.write_atomically(path, b"new")
@@ -289,8 +286,7 @@ def test_a_run_that_began_meanwhile(images, tmp_path, monkeypatch, capsys):
         return load(*arguments)
 
     monkeypatch.setattr(data, "load", load_while_another_runs)
-    assert main(arguments(images, tmp_path / "run")) == 2
-    assert "holds a run already" in error_line(capsys)
+    assert "holds a run already" in refused(capsys, arguments(images, tmp_path / "run"))
     assert (tmp_path / "run/settings.json").read_text() == "another's"
 
 
@@ -343,8 +339,7 @@ def test_resume_without_out_takes_the_newest(images, tmp_path, capsys):
     assert main(["distill", "--resume"]) == 0
     assert len(list(tmp_path.glob("runs/distill-*"))) == 1
     capsys.readouterr()
-    assert main(["distill", "--resume", "--epochs", "3"]) == 2
-    assert "--epochs was 2 and is 3" in error_line(capsys)
+    assert "--epochs was 2 and is 3" in refused(capsys, ["distill", "--resume", "--epochs", "3"])
 
 
 @pytest.mark.parametrize("more", [[], ["--lr", "0.2"]], ids=["alone", "timm"])
@@ -352,8 +347,9 @@ def test_resume_of_nothing(more, tmp_path, capsys):
     """A mistyped folder starts no default run."""
     (tmp_path / "empty").mkdir()
     for out, where in ((["--out", "typo"], "typo"), (["--out", "empty"], "empty"), ([], "runs")):
-        assert main(["distill", "--resume", *out, *more]) == 2
-        assert f"--resume: there is no run in {where} to continue; to start one" in error_line(capsys)
+        assert f"--resume: there is no run in {where} to continue; to start one" in refused(
+            capsys, ["distill", "--resume", *out, *more]
+        )
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
 
 
@@ -374,8 +370,7 @@ def test_resume_at_the_first_start(images, uninterrupted, tmp_path, capsys):
     ],
 )
 def test_resume_refuses_other_settings(images, uninterrupted, capsys, more, named):
-    assert main(arguments(images, uninterrupted, *more, "--resume")) == 2
-    assert named in error_line(capsys)
+    assert named in refused(capsys, arguments(images, uninterrupted, *more, "--resume"))
 
 
 def test_resume_refuses_other_images_and_other_software(images, uninterrupted, tmp_path, capsys):
@@ -385,8 +380,7 @@ def test_resume_refuses_other_images_and_other_software(images, uninterrupted, t
         ("environment", {**settings["environment"], "torch": "1.0"}, f"torch was 1.0 and is {torch.__version__}"),
     ):
         (tmp_path / "settings.json").write_text(json.dumps({**settings, key: value}))
-        assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
-        assert named in error_line(capsys)
+        assert named in refused(capsys, ["distill", "--resume", "--out", str(tmp_path)])
 
 
 def damage_cut(content):
@@ -405,14 +399,12 @@ def test_damaged_checkpoint(images, uninterrupted, tmp_path, capsys, damage):
     (tmp_path / "settings.json").write_bytes((uninterrupted / "settings.json").read_bytes())
     checkpoint = tmp_path / "checkpoints/teacher-seed0.pt"
     checkpoint.write_bytes(damage((uninterrupted / "checkpoints" / checkpoint.name).read_bytes()))
-    assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
-    assert str(checkpoint) in error_line(capsys)
+    assert str(checkpoint) in refused(capsys, ["distill", "--resume", "--out", str(tmp_path)])
 
 
 def test_damaged_settings(tmp_path, capsys):
     (tmp_path / "settings.json").write_text('{"settings": ')
-    assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
-    assert str(tmp_path / "settings.json") in error_line(capsys)
+    assert str(tmp_path / "settings.json") in refused(capsys, ["distill", "--resume", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(
@@ -429,8 +421,7 @@ def test_tampered_settings(name, value, expected, uninterrupted, tmp_path, capsy
     stored = json.loads((uninterrupted / "settings.json").read_text())
     stored["settings"][name] = value
     (tmp_path / "settings.json").write_text(json.dumps(stored))
-    assert main(["distill", "--resume", "--out", str(tmp_path)]) == 2
-    assert expected in error_line(capsys)
+    assert expected in refused(capsys, ["distill", "--resume", "--out", str(tmp_path)])
 
 
 # ---- wrong arguments and data ----------------------------------------------------------------------------------------
@@ -459,15 +450,13 @@ def test_wrong_arguments(options, named, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/results.csv").write_text("of something else")
-    assert main(["distill", *options]) == 2
-    assert named in error_line(capsys)
+    assert named in refused(capsys, ["distill", *options])
     assert sorted(os.listdir(tmp_path)) == ["file", "other"], "a refused run leaves files"
 
 
 def test_existing_run_is_not_overwritten(images, uninterrupted, capsys):
     before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
-    assert main(arguments(images, uninterrupted)) == 2
-    assert "holds a run already; continue it with --resume" in error_line(capsys)
+    assert "holds a run already; continue it with --resume" in refused(capsys, arguments(images, uninterrupted))
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
@@ -477,24 +466,18 @@ def test_unreadable_image(tmp_path, capsys):
         write_images(root / "a", 2)
         write_images(root / "b", 2)
         (root / "b" / name).write_bytes(content or (root / "a/0.png").read_bytes()[:60])
-        assert main(arguments(root, tmp_path / "run")) == 2
-        assert str(root / "b" / name) in error_line(capsys)
+        assert str(root / "b" / name) in refused(capsys, arguments(root, tmp_path / "run"))
         assert not (tmp_path / "run").exists()
 
 
 def test_class_folders(tmp_path, capsys):
     """An empty class folder, a single class, a single image, and a training folder without a test folder."""
-    write_images(tmp_path / "empty/a", 2)
+    counts = {"empty/a": 2, "single/a": 2, "few/a": 2, "few/b": 1, "untested/train/a": 2}
+    counts |= dict.fromkeys(("differ/train/a", "differ/train/b", "differ/test/a", "differ/test/c"), 1)
+    for folder, count in counts.items():
+        write_images(tmp_path / folder, count)
     (tmp_path / "empty/b").mkdir()
     (tmp_path / "empty/b/notes.txt").write_text("no image")
-    write_images(tmp_path / "single/a", 2)
-    write_images(tmp_path / "few/a", 2)
-    write_images(tmp_path / "few/b", 1)
-    write_images(tmp_path / "untested/train/a", 2)
-    write_images(tmp_path / "differ/train/a", 1)
-    write_images(tmp_path / "differ/train/b", 1)
-    write_images(tmp_path / "differ/test/a", 1)
-    write_images(tmp_path / "differ/test/c", 1)
     for name, named in (
         ("empty", f"{tmp_path / 'empty'} has no images in 'b'; expected some in every class folder"),
         ("single", "only the class folder a"),
@@ -502,8 +485,7 @@ def test_class_folders(tmp_path, capsys):
         ("untested", "no test or val"),
         ("differ", f"{tmp_path / 'differ/test'} has no 'b' and {tmp_path / 'differ/train'} has no 'c'; expected"),
     ):
-        assert main(arguments(tmp_path / name, tmp_path / "run")) == 2
-        assert named in error_line(capsys)
+        assert named in refused(capsys, arguments(tmp_path / name, tmp_path / "run"))
 
 
 def test_train_and_test_folders(tmp_path):
@@ -527,8 +509,7 @@ def test_every_broken_image_is_named(tmp_path, capsys):
     broken = [tmp_path / "images" / name for name in ("a/1.png", "b/0.png")]
     for path in broken:
         path.write_text("no image")
-    assert main(arguments(tmp_path / "images", tmp_path / "run")) == 2
-    line = error_line(capsys)
+    line = refused(capsys, arguments(tmp_path / "images", tmp_path / "run"))
     assert "cannot read 2 images, such as " in line and all(f"{path}: " in line for path in broken)
 
 
@@ -568,8 +549,9 @@ def test_memory_of_the_images(tmp_path, monkeypatch, capsys):
     pixels = 20 * 3 * 128 * 128
     assert peak < 12 * pixels
     monkeypatch.setattr(data, "_read", lambda *arguments: (_ for _ in ()).throw(MemoryError))
-    assert main(arguments(tmp_path, tmp_path / "run")) == 2
-    assert "do not fit into the memory; expected fewer images, or less than the 8 of --image-size" in error_line(capsys)
+    assert "do not fit into the memory; expected fewer images, or less than the 8 of --image-size" in refused(
+        capsys, arguments(tmp_path, tmp_path / "run")
+    )
 
 
 def test_split_is_stratified_and_fixed(images):
@@ -594,8 +576,7 @@ def test_missing_extra(module, package, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "meta_path", [Blocker(), *sys.meta_path])
     importlib.invalidate_caches()
     options = ["--out", "run"] if module == "sklearn" else arguments(images, tmp_path / "run")[1:]
-    assert main(["distill", *options]) == 2
-    line = error_line(capsys)
+    line = refused(capsys, ["distill", *options])
     assert (
         f"{package} is not installed; install it with: pip install " in line and package in line.split("pip install")[1]
     )
@@ -606,8 +587,7 @@ def test_missing_extra(module, package, images, tmp_path, monkeypatch, capsys):
 def test_student_without_timm(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     options = ["--student", "resnet18", "--teacher", "resnet34", "--data", "images", "--out", "run"]
-    assert main(["distill", *options]) == 2
-    assert "timm is not installed; install it with: pip install " in error_line(capsys)
+    assert "timm is not installed; install it with: pip install " in refused(capsys, ["distill", *options])
     assert not (tmp_path / "run").exists()
 
 
@@ -635,6 +615,14 @@ def example(row):
     students = models.Observed(row.layout(lambda: convnet(models.STUDENT), row.students))(pictures)
     index, epoch, samples = torch.arange(6), 6, 6
     return train.Example(students, teacher, several, pictures, labels, index, epoch, samples, labels, teachers[0])
+
+
+def a_teacher():
+    return models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
+
+
+def trainer_of(row, loaded, epochs=2, teacher=None, teachers=(), seed=0):
+    return train.Trainer(train.Run(row.name, "student", row, seed), loaded, epochs, 8, teacher, teachers)
 
 
 def objectives(row, batch):
@@ -725,13 +713,12 @@ def test_layers_of_the_losses():
     assert factors.paraphraser is reconstruction.paraphraser and reconstruction.factors == models.TEACHER[-1] // 2
 
 
-def test_runs_of_a_seed_are_paired(images):
+def test_runs_of_a_seed_are_paired(loaded):
     """Equal first weights and equal batches for each loss of a seed; others for another seed."""
-    loaded = data.load(str(images), 8)
     rows = ((losses.ALONE, 0), (losses.ROWS["tfkd-reg"], 0), (losses.ALONE, 1))
     weights, batches = [], []
     for row, seed in rows:
-        trainer = train.Trainer(train.Run(row.name, "student", row, seed), loaded, 2, 8, None)
+        trainer = trainer_of(row, loaded, seed=seed)
         torch.rand(seed + len(row.name))  # a loss that draws random numbers must not change the order
         weights.append(trainer.student.classifier.weight)
         batches.append(torch.cat(trainer._batches(1)).tolist())
@@ -740,13 +727,12 @@ def test_runs_of_a_seed_are_paired(images):
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
-def test_students_that_learn_together(images):
+def test_students_that_learn_together(loaded):
     """The first starts as the student alone does, the others do not; branches have the same first stages."""
-    loaded = data.load(str(images), 8)
-    alone = train.Trainer(train.Run("student", "student", losses.ALONE, 0), loaded, 2, 8, None)
+    alone = trainer_of(losses.ALONE, loaded, 2)
     for name in ("dml", "one"):
         row = losses.ROWS[name]
-        trainer = train.Trainer(train.Run(name, "student", row, 0), loaded, 2, 8, None)
+        trainer = trainer_of(row, loaded)
         both = [t.network.eval() and t.observed(loaded.test_images) for t in (alone, trainer)]
         assert len(both[1]) == row.students
         assert torch.equal(both[0][0].logits, both[1][0].logits)
@@ -793,46 +779,58 @@ def test_rescaled_branches():
     assert torch.equal(grads[0][1], grads[1][1])
 
 
-def test_earlier_students_and_other_teachers_are_trained_first(images, tmp_path, capsys):
-    """A second generation needs the first, which the table shows; an ensemble needs teachers that it does not show."""
-    assert main(arguments(images, tmp_path / "run", "--loss", "ban-2,aekd", "--epochs", "1", "--seed", "3")) == 0
-    names = [row["loss"] for row in rows(tmp_path / "run/results.csv")]
-    assert names == ["teacher", "student", "ban", "ban-2", "aekd"]
-    trained = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert trained == [
-        *(f"{name}-seed3.pt" for name in ("aekd", "ban-2", "ban", "student")),
-        *(f"teacher-seed{seed}.pt" for seed in (1003, 2003, 3)),
-    ]
-    teachers = [storage.load_checkpoint(tmp_path / f"run/checkpoints/teacher-seed{s}.pt") for s in (3, 1003)]
-    weights = [state["network"]["networks.0.classifier.weight"] for state in teachers]
-    assert not torch.equal(*weights)
-
-
-def test_who_teaches_whom(images, tmp_path, monkeypatch):
-    taught = {}
+@pytest.fixture(scope="module")
+def taught(images, tmp_path_factory):
+    """A run of losses that need other trainings: its folder, its table, and (name, seed) -> student, teachers."""
+    seen, table, out = {}, io.StringIO(), tmp_path_factory.mktemp("taught") / "run"
 
     class Spy(train.Trainer):
         def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
             super().__init__(run, data, epochs, batch_size, teacher, teachers)
-            taught[run.name, run.seed] = self.student, teacher, teachers
+            seen[run.name, run.seed] = self.student, teacher, teachers
 
-    monkeypatch.setattr(pipeline, "Trainer", Spy)
-    assert main(arguments(images, tmp_path / "run", "--loss", "ban-2,endd", "--epochs", "1")) == 0
-    network = {key: value[0] for key, value in taught.items()}
-    assert taught["ban", 0][1] is network["student", 0] and taught["ban-2", 0][1] is network["ban", 0]
-    assert taught["endd", 0][1:] == (None, [network["teacher", 1000 * i] for i in range(3)])
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(table):
+        patch.setattr(pipeline, "Trainer", Spy)
+        options = ("--loss", "ban-2,aekd,endd,kd,ab,ft", "--epochs", "1", "--seed", "3")
+        assert main(arguments(images, out, *options)) == 0
+    return out, table.getvalue(), seen
+
+
+def test_earlier_students_and_other_teachers_are_trained_first(taught):
+    """A second generation needs the first, which the table shows; an ensemble needs teachers that it does not show."""
+    out, *_ = taught
+    names = ["teacher", "student", "ban", "ban-2", "aekd", "endd", "kd", "ab", "ft"]
+    assert [row["loss"] for row in rows(out / "results.csv")] == names
+    trained = {path.name for path in (out / "checkpoints").iterdir()}
+    assert trained == {f"{name}-seed3.pt" for name in names} | {f"teacher-seed{seed}.pt" for seed in (1003, 2003)}
+    teachers = [storage.load_checkpoint(out / f"checkpoints/teacher-seed{s}.pt") for s in (3, 1003)]
+    weights = [state["network"]["networks.0.classifier.weight"] for state in teachers]
+    assert not torch.equal(*weights)
+
+
+def test_who_teaches_whom(taught):
+    *_, seen = taught
+    network = {key: value[0] for key, value in seen.items()}
+    assert seen["ban", 3][1] is network["student", 3] and seen["ban-2", 3][1] is network["ban", 3]
+    for several in ("aekd", "endd"):
+        assert seen[several, 3][1:] == (None, [network["teacher", 1000 * i + 3] for i in range(3)])
     for trained in network.values():  # what a trainer watched, it has left as it was
         assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in trained.modules())
 
 
-def test_what_runs_in_a_step(images):
+def test_table_says_what_came_before(taught):
+    out, table, _ = taught
+    assert "epochs of a pre-stage before: 1 (ab, ft)" in table
+    assert {row["epoch"] for row in rows(out / "history.csv")} == {"1"}
+
+
+def test_what_runs_in_a_step(loaded):
     """The layers of a teacher are looked at only where a loss reads them, and what no loss reads does not run."""
-    loaded = data.load(str(images), 8)
-    teachers = [models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False) for _ in range(3)]
+    teachers = [a_teacher() for _ in range(3)]
     index = torch.arange(8)
     for name, layers_read in (("kd", False), ("fitnets", True), ("ft", True), ("ofd", True), ("label-refinery", False)):
         row = losses.ROWS[name]
-        with train.Trainer(train.Run(name, "student", row, 0), loaded, 1, 8, teachers[0]) as trainer:
+        with trainer_of(row, loaded, 1, teachers[0]) as trainer:
             assert bool(teachers[0].classifier._forward_hooks) == row.observes_teacher == layers_read
             for stage in row.stages:
                 batch = trainer.batch(index, stage)
@@ -841,7 +839,7 @@ def test_what_runs_in_a_step(images):
             assert (batch.teacher.maps is not None) == layers_read
             torch.testing.assert_close(batch.teacher.logits, teachers[0](batch.images))
         assert not teachers[0].classifier._forward_hooks
-    trainer = train.Trainer(train.Run("aekd", "student", losses.ROWS["aekd"], 0), loaded, 1, 8, None, teachers)
+    trainer = trainer_of(losses.ROWS["aekd"], loaded, 1, teachers=teachers)
     batch = trainer.batch(index, trainer.run.row)
     assert batch.teacher is None and len(batch.teachers) == 3
     torch.testing.assert_close(batch.teachers.logits, [network(batch.images) for network in teachers])
@@ -872,12 +870,11 @@ def changes(trainer, steps):
         ("fsp", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
     ],
 )
-def test_what_a_pre_stage_trains(images, name, first, others_first, then):
+def test_what_a_pre_stage_trains(loaded, name, first, others_first, then):
     """The layers that each stage changes are exactly these; the teacher does not change, nor do the layers before."""
-    loaded = data.load(str(images), 8)
-    teacher = models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
+    teacher = a_teacher()
     weights = [parameter.clone() for parameter in teacher.parameters()]
-    trainer = train.Trainer(train.Run(name, "student", losses.ROWS[name], 0), loaded, 9, 8, teacher)
+    trainer = trainer_of(losses.ROWS[name], loaded, 9, teacher)
     assert (trainer.pre_stage_epochs, trainer.all_epochs, trainer.epochs_done) == (2, 11, 0)
     changed = changes(trainer, 2)
     assert len(trainer.pre_stage_losses) == trainer.epochs_done == 2 and not trainer.history
@@ -891,24 +888,22 @@ def test_what_a_pre_stage_trains(images, name, first, others_first, then):
     assert all(torch.equal(now, was) for now, was in zip(teacher.parameters(), weights, strict=True))
 
 
-def test_a_pre_stage_lowers_its_loss(images):
+def test_a_pre_stage_lowers_its_loss(loaded):
     """Each of the pre-stages learns, and its length is RepDistiller's share of the epochs."""
-    loaded = data.load(str(images), 8)
     staged = [row for row in losses.ROWS.values() if row.pre_stage]
     assert [row.name for row in staged] == ["fitnets", "ft", "ab", "fsp"]
     for row in staged:
         assert [row.pre_stage_epochs(epochs) for epochs in (1, 8, 9, 240)] == [1, 1, 2, 30]
-        teacher = models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
-        trainer = train.Trainer(train.Run(row.name, "student", row, 0), loaded, 80, 8, teacher)
+        teacher = a_teacher()
+        trainer = trainer_of(row, loaded, 80, teacher)
         for _ in range(10):
             trainer.train_epoch()
         assert trainer.pre_stage_losses[-1] < 0.8 * trainer.pre_stage_losses[0], row.name
 
 
+@pytest.mark.usefixtures("few_repeats")
 def test_stop_after_every_epoch(images, tmp_path, monkeypatch):
     """Pre-stages, Jacobians and students that learn together, resumed after each epoch, end with the same bits."""
-    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
-        monkeypatch.setattr(timing, name, 1)
     monkeypatch.setattr(losses.LossRow, "pre_stage_epochs", lambda row, epochs: 2 if row.pre_stage else 0)
     assert main(arguments(images, tmp_path / "whole", "--loss", "ft,fitnets,jacobian,okddip")) == 0
     train_epoch, epochs = train.Trainer.train_epoch, 0
@@ -933,12 +928,6 @@ def test_stop_after_every_epoch(images, tmp_path, monkeypatch):
         assert states[0]["pre_stage_losses"] == states[1]["pre_stage_losses"]
         for key, x in states[0]["objective"].items():
             assert torch.equal(x, states[1]["objective"][key])
-
-
-def test_table_says_what_came_before(images, tmp_path, capsys):
-    assert main(arguments(images, tmp_path / "run", "--loss", "kd,ab,ft", "--epochs", "1")) == 0
-    assert "epochs of a pre-stage before: 1 (ab, ft)" in capsys.readouterr().out
-    assert {row["epoch"] for row in rows(tmp_path / "run/history.csv")} == {"1"}
 
 
 class Hint(nn.Module):
@@ -978,14 +967,12 @@ def test_new_row_is_enough(images, tmp_path, monkeypatch):
     assert_same_results(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_path_of_a_loss(images):
+def test_path_of_a_loss(loaded):
     """A loss on kernels is timed against its fallback; one without an op of kdfast has nothing to compare."""
-    loaded = data.load(str(images), 8)
-    teacher = models.ConvNet(1, 2, models.TEACHER).eval().requires_grad_(False)
+    teacher = a_teacher()
 
     def times(name):
-        run = train.Run(name, "student", losses.ROWS[name], 0)
-        return timing.measure(train.Trainer(run, loaded, 1, 8, teacher))
+        return timing.measure(trainer_of(losses.ROWS[name], loaded, 1, teacher))
 
     # Any function registered for CPU counts as a kernel, so the plain form stands in where none is built.
     with _kernels.override({name: op.fallback for name, op in _kernels.OPS.items()}, keys=("CPU",)):

@@ -1,5 +1,7 @@
 """Batches spread over processes give the banks, losses and gradients of one process with the whole batch."""
 
+import functools
+
 import pytest
 import torch
 from processes import HAVE_GLOO, NO_GLOO, in_processes
@@ -114,20 +116,33 @@ def unequal_job(rank, split, mine):
     return messages
 
 
-def run(split, folder, job):
-    """-> what `job` gave on each rank."""
-    return in_processes(len(split), folder, of_rank, job, split)
+JOBS = {split: [crd_job, relations_job] for split in SPLITS}
+JOBS[3, 5].append(ddp_job)
+JOBS[4, 4].append(loaded_job)
+JOBS[2, 3] = [unequal_job]
 
 
-def of_rank(rank, job, split):
-    return job(rank, split, slice(sum(split[:rank]), sum(split[: rank + 1])))
+def of_rank(rank, split):
+    mine = slice(sum(split[:rank]), sum(split[: rank + 1]))
+    return {job.__name__: job(rank, split, mine) for job in JOBS[split]}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """`run(split, job)`: what the job gave on each rank; processes are started once for all jobs of a split."""
+
+    @functools.cache
+    def ranks(split):
+        return in_processes(len(split), tmp_path_factory.mktemp("ranks"), of_rank, split)
+
+    return lambda split, job: [results[job.__name__] for results in ranks(split)]
 
 
 @pytest.mark.parametrize("split", SPLITS, ids=str)
-def test_crd_is_that_of_one_process(split, tmp_path):
+def test_crd_is_that_of_one_process(split, run):
     model = make_crd()
     want = train(model, sum(split))
-    ranks = run(split, tmp_path, crd_job)
+    ranks = run(split, crd_job)
     for _, state in ranks:
         for name, x in model.state_dict().items():
             assert torch.equal(state[name], ranks[0][1][name]), f"{name} differs between the ranks"
@@ -140,36 +155,36 @@ def test_crd_is_that_of_one_process(split, tmp_path):
             torch.testing.assert_close(sum(s[i] for s in steps) / len(split), grad, **EQUAL)
 
 
-def test_ddp_averages_to_one_process_and_sends_no_bank(tmp_path):
+def test_ddp_averages_to_one_process_and_sends_no_bank(run):
     model = make_crd()
     want = descend(model, 8)
     own = ["bank_student", "bank_teacher", "seed", "z_student", "z_teacher"]
-    for state, ddp in run((3, 5), tmp_path, ddp_job):
+    for state, ddp in run((3, 5), ddp_job):
         for name, x in want.items():
             torch.testing.assert_close(state[name], x, **EQUAL)
         assert ddp == [(own, 0), ([f"crd.{name}" for name in own], 3)]  # three of the batch norm
 
 
-def test_a_loaded_state_reaches_every_rank(tmp_path):
+def test_a_loaded_state_reaches_every_rank(run):
     model = make_crd()
     train(model, 8)
-    for state in run((4, 4), tmp_path, loaded_job):
+    for state in run((4, 4), loaded_job):
         for name, x in model.state_dict().items():
             torch.testing.assert_close(state[name], x, **EQUAL)
 
 
-@pytest.mark.parametrize("split", SPLITS[1:], ids=str)
-def test_gathered_relations_are_those_of_one_process(split, tmp_path):
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_gathered_relations_are_those_of_one_process(split, run):
     student, teacher, *_ = next(batches(sum(split)))
     loss, grad = relations(student, teacher)
-    ranks = run(split, tmp_path, relations_job)
+    ranks = run(split, relations_job)
     for got, _ in ranks:
         torch.testing.assert_close(got, loss, **EQUAL)
     torch.testing.assert_close(torch.cat([g for _, g in ranks]) / len(split), grad, **EQUAL)
 
 
-def test_an_error_reaches_every_rank(tmp_path):
-    ranks = run((2, 3), tmp_path, unequal_job)
+def test_an_error_reaches_every_rank(run):
+    ranks = run((2, 3), unequal_job)
     assert ranks[0] == ["rank 1 could not score its batch: its own error says why"]
     assert ranks[1] == [f"index[0] is {N_DATA}, expected a row from 0 to {N_DATA - 1}"]
 

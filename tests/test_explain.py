@@ -1,43 +1,26 @@
 """What a network knows of its input: the noise layer and the metrics, against the official numbers and by hand."""
 
-import json
 import math
 
 import behaviour
-import numpy as np
 import pytest
 import torch
-from test_papers import GOLDEN
+from official import Official, every_file
 
 import kdfast
 from kdfast.procedures import pixel_entropy
 
 
-def golden(pattern):
-    """A test for each golden file, which gets its arrays, inputs in float64, and its parameters."""
-    paths = sorted(GOLDEN.glob(f"{pattern}__*.npz"))
-    assert paths
-    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
-
-
-def read(path):
-    with np.load(path) as stored:
-        arrays = {name: stored[name] for name in stored}
-    parameters = json.loads(str(arrays.pop("about")))["params"]
-    tensors = {name: torch.from_numpy(x) for name, x in arrays.items()}
-    return {name: x.double() if x.is_floating_point() else x for name, x in tensors.items()}, parameters
-
-
 # ---- noise -----------------------------------------------------------------------------------------------------------
-@golden("explain_sigma")
+@every_file("explain_sigma")
 def test_noise_matches_official_code(path):
     """The objective of the official loop, over features relu(w image)."""
-    x, parameters = read(path)
-    noise = kdfast.NoiseSigma(x["in_sigma"], parameters["image_size"])
+    x = Official(path)
+    noise = kdfast.NoiseSigma(x["in_sigma"], x.parameters["image_size"])
     noisy, penalty = noise(x["in_image"], x["in_unit_noise"])
     features, wanted = (torch.relu(image.flatten(1) @ x["in_w"].t()) for image in (noisy, x["in_image"]))
-    error = (features - wanted).square().mean() / parameters["sigma_f"]
-    loss = error - parameters["lambda_param"] * penalty
+    error = (features - wanted).square().mean() / x.parameters["sigma_f"]
+    loss = error - x.parameters["lambda_param"] * penalty
     got = {"out_noise_image": noisy, "out_penalty": penalty, "loss": loss, "loss_feature": error}
     got |= {"grad_sigma": torch.autograd.grad(loss, noise.sigma)[0], "state_after_sigma": noise.sigma}
     for name, value in got.items():
@@ -58,16 +41,6 @@ def test_noise():
     (grad,) = torch.autograd.grad(penalty, noise.sigma)
     torch.testing.assert_close(grad[0, 0], 1 / (4 * held))
     assert repr(noise) == "NoiseSigma(size=2, image_size=4)"
-
-
-def test_noise_gradcheck():
-    image, unit_noise = torch.randn(1, 2, 6, 6).double(), torch.randn(3, 2, 6, 6).double()
-    noise = kdfast.NoiseSigma(torch.rand(1, 1, 3, 3).double() * 0.5 + 0.1, 6)
-
-    def call(sigma):
-        return torch.func.functional_call(noise, {"sigma": sigma}, (image, unit_noise))
-
-    assert torch.autograd.gradcheck(call, noise.sigma.detach().clone().requires_grad_())
 
 
 def test_noise_of_two_images():
@@ -107,16 +80,16 @@ def test_entropy():
 
 
 # ---- metrics ---------------------------------------------------------------------------------------------------------
-@golden("explain_metrics")
+@every_file("explain_metrics")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_metrics_match_official_code(path, dtype):
-    x, parameters = read(path)
-    sigma, distance = (x[name].to(dtype) for name in ("in_sigma", "in_weight_distance"))
-    got = kdfast.quantify_knowledge(sigma, distance, x["in_checkpoints"], threshold=parameters["threshold"])
-    wanted = {name[4:]: value for name, value in x.items() if name.startswith("out_")}
+    x = Official(path, dtype)
+    sigma, distance, checkpoints = (x(name) for name in ("sigma", "weight_distance", "checkpoints"))
+    got = kdfast.quantify_knowledge(sigma, distance, checkpoints, threshold=x.parameters["threshold"])
+    wanted = x.results("out_")
     assert set(got) == set(wanted) | {"fore_max_std", "back_max_std"}
     for name, value in wanted.items():
-        digits = {"rtol": 1e-10, "atol": 1e-13} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+        digits = x.of_type({"rtol": 1e-10, "atol": 1e-13}, {"rtol": 1e-4, "atol": 1e-6})
         torch.testing.assert_close(got[name].double(), value.view(got[name].shape), **digits)
     for side in ("fore", "back"):
         torch.testing.assert_close(got[f"{side}_max_std"] ** 2, got[f"{side}_max_var"])

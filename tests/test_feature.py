@@ -1,20 +1,17 @@
 """Feature maps element by element: what the contract of every op (test_ops_*.py) does not say."""
 
-from pathlib import Path
-
 import behaviour
-import numpy as np
 import oracles
 import pytest
 import registry
 import torch
 from behaviour import check_oracle
 from conftest import assert_close
+from official import Official, every_file
 
 import kdfast
 from kdfast import ops
 
-GOLDEN = Path(__file__).parent / "golden"
 GROUP = registry.family("feature").GROUPS[0]
 
 
@@ -109,15 +106,14 @@ def test_margin():
     assert kdfast.ofd_margin(weight.half(), bias.float()).dtype == torch.float32
 
 
-@pytest.mark.parametrize("path", sorted(GOLDEN.glob("ofd_margin__*.npz")), ids=lambda path: path.stem)
+@every_file("ofd_margin")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_margin_of_official_code(path, dtype):
     """Each channel to 1e-7: the official margins are float32."""
-    with np.load(path) as stored:
-        weight, bias, want = (torch.from_numpy(stored[name]) for name in ("in_bnw", "in_bnb", "loss"))
-    margin = kdfast.ofd_margin(weight.to(dtype), bias.to(dtype))
+    x = Official(path, dtype)
+    margin = kdfast.ofd_margin(x("bnw"), x("bnb"))
     assert margin.dtype == dtype
-    torch.testing.assert_close(margin.double(), want, rtol=1e-7 if dtype == torch.float64 else 2e-7, atol=0)
+    torch.testing.assert_close(margin.double(), x["loss"], rtol=x.of_type(1e-7, 2e-7), atol=0)
 
 
 @pytest.mark.parametrize("log_scale", [-30.0, -8.5, 0.0, 100.0])

@@ -1,7 +1,5 @@
 """`kdfast distill --student`: small timm models on photographs, stopped, killed, spread over processes, misused."""
 
-import csv
-import errno
 import io
 import json
 import multiprocessing
@@ -19,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import ENVIRONMENT, as_command, full_disk, rows
 from processes import held
 
 for extra in ("timm.task", "torchvision", "tensorboard", "webdataset", "sklearn", "rich"):
@@ -29,7 +28,6 @@ from PIL import Image  # noqa: E402
 from sklearn.datasets import load_sample_images  # noqa: E402
 from timm.data import create_transform  # noqa: E402
 
-import kdfast  # noqa: E402
 from kdfast._text import printable  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.distill import images  # noqa: E402
@@ -42,8 +40,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, TRAIN, VAL, SIDE = 4, 12, 4, 48  # images of a class and their side
 BATCH, EPOCHS = 12, 2
 STEPS_AN_EPOCH = CLASSES * TRAIN // BATCH
-PACKAGE_PATH = str(Path(kdfast.__file__).parents[1])
-CHILD_ENVIRONMENT = {**os.environ, "PYTHONPATH": PACKAGE_PATH, "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
 # Without batch norm, so that the batch may be cut.
 STUDENT, TEACHER = "test_efficientnet_gn", "test_resnet"
 
@@ -88,11 +84,6 @@ def arguments(root, out, *more):
     return ["distill", *(str(part) for pair in names.items() for part in pair), *map(str, more)]
 
 
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def weights(out, name="student.pt"):
     return torch.load(out / name)
 
@@ -109,17 +100,17 @@ def assert_same_results(out, expected):
     assert ours == theirs
 
 
-def error_line(capsys):
-    """The one line that the command has printed to stderr, but for progress."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("kdfast distill: error: ")
-    return lines[0]
-
-
 def refused(capsys, argv):
+    """The one line of the error that ends the command."""
     assert main(argv) == 2
-    return error_line(capsys)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith("kdfast distill: error: ")
+    return line
+
+
+def without(argv, option):
+    place = argv.index(option)
+    return argv[:place] + argv[place + 2 :]
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +134,7 @@ def test_end_to_end(photographs, tmp_path):
         "--preset at --amp --channels-last --accumulate 2 --ema 0.9 --optimizer adamw --lr 0.002 --warmup-epochs 1"
     )
     options += " --auto-augment rand-m9-mstd0.5 --workers 2 --seed 3"
-    command = [sys.executable, "-m", "kdfast", *arguments(photographs, "run", *options.split())]
-    done = subprocess.run(command, env=CHILD_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = as_command(*arguments(photographs, "run", *options.split()), cwd=tmp_path)
     assert [line.split()[0] for line in done.stdout.splitlines()[2:4]] == ["student", "its"]
     assert "images/s" in done.stderr and "to go" in done.stderr and "\x1b" not in done.stdout + done.stderr
     out = tmp_path / "run"
@@ -262,8 +251,8 @@ def test_compiled(photographs, undisturbed, tmp_path, monkeypatch, capsys):
 
 
 # ---- stopping and going on -------------------------------------------------------------------------------------------
-def stop_after(monkeypatch, step, number=signal.SIGTERM):
-    """A signal arrives while the trainer computes this step."""
+def stop_after(monkeypatch, step, argv, number=signal.SIGTERM):
+    """The command, to which a signal comes while its trainer computes this step."""
     compute = train.Trainer.step
 
     def compute_and_stop(self, batches):
@@ -271,7 +260,13 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
         if self.steps == step:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(train.Trainer, "step", compute_and_stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Trainer, "step", compute_and_stop)
+        assert main(argv) == 128 + number
+
+
+def resume(out, *more):
+    return ["distill", "--resume", "--out", str(out), *more]
 
 
 @pytest.mark.parametrize("preset", ["kd", "crd"])
@@ -280,22 +275,18 @@ def test_stop_and_resume(preset, photographs, undisturbed, tmp_path, monkeypatch
     options = ("--preset", preset, "--ema", 0.9)
     expected, out = undisturbed(*options), tmp_path / "run"
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    resume = []
     for step, number in ((1, signal.SIGTERM), (STEPS_AN_EPOCH, signal.SIGTERM), (5, signal.SIGINT)):
-        with monkeypatch.context() as patch:
-            stop_after(patch, step, number)
-            argv = ["distill", "--resume", "--out", str(out)] if resume else arguments(photographs, out, *options)
-            assert main(argv) == 128 + number
+        argv = resume(out) if out.exists() else arguments(photographs, out, *options)
+        stop_after(monkeypatch, step, argv, number)
         assert f"continue with: kdfast distill --resume --out {out}" in capsys.readouterr().err
         assert (out / f"checkpoints/step-{step:010d}.pt").exists() and not (out / "student.pt").exists()
-        resume = ["--resume"]
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
     with open(out / "train.csv", "a") as file:
         file.write("6,2,1")  # of a process that was killed while it wrote
-    assert main(["distill", "--resume", "--out", str(out), "--workers", "1"]) == 0
+    assert main(resume(out, "--workers", "1")) == 0
     assert "resumed after step 5 of 8" in capsys.readouterr().err
     assert_same_results(out, expected)
-    assert main(["distill", "--resume", "--out", str(out)]) == 0  # of a finished run
+    assert main(resume(out)) == 0  # of a finished run
     assert_same_results(out, expected)
 
 
@@ -326,13 +317,11 @@ def test_a_variable_of_torchrun_alone(name, value, photographs, tmp_path, monkey
 def test_garbage_in_the_log(photographs, undisturbed, tmp_path, monkeypatch):
     """Rows that are none are left out on --resume."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert main(arguments(photographs, out)) == 128 + signal.SIGTERM
+    stop_after(monkeypatch, 3, arguments(photographs, out))
     with open(out / "train.csv", "ab") as file:
         file.write(b"what,is,this\n\0\0\xff,,,\n3,1,1.0,nan,1.0\n")
     (out / "epochs.csv").write_bytes(b"\xfe\0")
-    assert main(["distill", "--resume", "--out", str(out)]) == 0
+    assert main(resume(out)) == 0
     assert_same_results(out, undisturbed())
 
 
@@ -346,7 +335,7 @@ def test_tampered_settings(photographs, undisturbed, tmp_path, capsys):
         stored = json.loads((undisturbed() / "settings.json").read_text())
         stored["settings"][name] = value
         path.write_text(json.dumps(stored))
-        assert expected in refused(capsys, ["distill", "--resume", "--out", str(tmp_path)])
+        assert expected in refused(capsys, resume(tmp_path))
 
 
 def test_second_signals(monkeypatch):
@@ -443,24 +432,20 @@ def test_dropout_goes_on_where_it_was(photographs, tmp_path, monkeypatch):
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda name, **more: create(name, drop_rate=0.5, **more))
     assert main(arguments(photographs, tmp_path / "expected")) == 0
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert main(arguments(photographs, tmp_path / "run")) == 128 + signal.SIGTERM
+    stop_after(monkeypatch, 3, arguments(photographs, tmp_path / "run"))
     torch.manual_seed(1)
-    assert main(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
+    assert main(resume(tmp_path / "run")) == 0
     assert_same_results(tmp_path / "run", tmp_path / "expected")
 
 
 def test_damaged_checkpoints(photographs, undisturbed, tmp_path, monkeypatch, capsys):
     """A flipped bit in the newest: it is named, and the one before is used. In both: one line."""
     out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        assert main(arguments(photographs, out, "--checkpoint-every", 1)) == 128 + signal.SIGTERM
+    stop_after(monkeypatch, 3, arguments(photographs, out, "--checkpoint-every", 1))
     older, newest = sorted((out / "checkpoints").iterdir())
     flip_a_bit(newest)
     shutil.copytree(out, tmp_path / "both")
-    assert main(["distill", "--resume", "--out", str(out)]) == 0
+    assert main(resume(out)) == 0
     said = capsys.readouterr().err
     assert f"{newest} is damaged" in said and "resumed after step 2 of 8" in said
     assert_same_results(out, undisturbed())
@@ -483,9 +468,7 @@ def test_full_disk(write, photographs, undisturbed, tmp_path, monkeypatch, capsy
     replace = os.replace
 
     def replace_while_room(source, target):
-        if next(writes) == write:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        replace(source, target)
+        (full_disk if next(writes) == write else replace)(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_while_room)
@@ -498,8 +481,7 @@ def test_full_disk(write, photographs, undisturbed, tmp_path, monkeypatch, capsy
 
 def test_full_disk_at_the_log(photographs, tmp_path, monkeypatch, capsys):
     class Full(io.StringIO):
-        def tell(self):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        tell = full_disk
 
     monkeypatch.setattr("kdfast.imagenet.log.open", lambda *args, **more: Full(), raising=False)
     line = refused(capsys, arguments(photographs, tmp_path / "run"))
@@ -537,7 +519,7 @@ def torchrun(processes, argv, restarts=0, disturbed=None):
     else:
         Path("disturbed.py").write_text(DISTURBED)
         command += ["disturbed.py", *map(str, disturbed), *argv, "--resume"]
-    done = subprocess.run(command, env=CHILD_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -590,7 +572,7 @@ def test_stopped_processes_and_one_that_goes_on(photographs, undisturbed, tmp_pa
     code, output = torchrun(2, arguments(photographs, out, "--workers", 1), disturbed=(1, 3, "SIGTERM"))
     assert code != 0 and output.count("continue with: kdfast distill --resume") == 1 and "exitcode: 143" in output
     assert_ended(output, 2)
-    assert main(["distill", "--resume", "--out", str(out)]) == 0
+    assert main(resume(out)) == 0
     assert "resumed after step 3 of 8" in capsys.readouterr().err
     assert_one_process(photographs, out, undisturbed(), ["student.pt"])
 
@@ -883,15 +865,12 @@ def test_missing_arguments(photographs, tmp_path, capsys):
 
 def test_changed_arguments_and_data(photographs, tmp_path, capsys, monkeypatch):
     root, out = copy_of(photographs, tmp_path), tmp_path / "run"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        assert main(arguments(root, out)) == 128 + signal.SIGTERM
+    stop_after(monkeypatch, 1, arguments(root, out))
     capsys.readouterr()
     assert "holds a run already; continue it with --resume" in refused(capsys, arguments(root, out))
-    resume = ["distill", "--resume", "--out", str(out)]
-    assert "--lr was 0.02 and is 0.03" in refused(capsys, [*resume, "--lr", "0.03"])
+    assert "--lr was 0.02 and is 0.03" in refused(capsys, resume(out, "--lr", "0.03"))
     next(root.glob("train/*/*.jpg")).unlink()
-    assert "have changed" in refused(capsys, resume)
+    assert "have changed" in refused(capsys, resume(out))
 
 
 # ---- the teacher -----------------------------------------------------------------------------------------------------
@@ -901,9 +880,7 @@ def test_teacher_from_the_cache(photographs, tmp_path, capsys, monkeypatch):
     from safetensors.torch import save_file
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    argv = arguments(photographs, tmp_path / "run")
-    place = argv.index("--teacher-weights")
-    del argv[place : place + 2]
+    argv = without(arguments(photographs, tmp_path / "run"), "--teacher-weights")
     assert "name a file with --teacher-weights" in refused(capsys, argv)
     model = timm.create_model(TEACHER)
     cached = tmp_path / f"cache/models--timm--{TEACHER}.{model.pretrained_cfg['tag']}"

@@ -11,20 +11,22 @@ import sys
 
 import pytest
 import torch
+from commands import ENVIRONMENT, as_command, rows
 
 pytest.importorskip("safetensors")
 test_imagenet = pytest.importorskip("test_imagenet")
 from PIL import Image, ImageOps  # noqa: E402
 from test_imagenet import (  # noqa: E402
-    CHILD_ENVIRONMENT,
     CLASSES,
     EPOCHS,
     TRAIN,
     arguments,
     assert_same_results,
     refused,
-    rows,
+    resume,
+    stop_after,
     weights,
+    without,
 )
 
 import kdfast  # noqa: E402
@@ -41,22 +43,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def in_two_processes(argv):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kdfast"]
-    done = subprocess.run([*torchrun, *argv], env=CHILD_ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*torchrun, *argv], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
 def storing(root, folder, *more):
     """The command that stores the teacher of `arguments`."""
-    command = arguments(root, "", "--store-teacher", folder, *more)
-    at = command.index("--out")
-    return command[:at] + command[at + 2 :]
+    return without(arguments(root, "", "--store-teacher", folder, *more), "--out")
 
 
 def learning(root, folder, out, *more):
     """The command that trains the student of `arguments` from a store."""
-    command = arguments(root, out, "--teacher", folder, *more)
-    at = command.index("--teacher-weights")
-    return command[:at] + command[at + 2 :]
+    return without(arguments(root, out, "--teacher", folder, *more), "--teacher-weights")
 
 
 @pytest.fixture(scope="module")
@@ -122,10 +120,8 @@ def test_resumed(photographs, store, tmp_path, monkeypatch, capsys):
     """A stopped student goes on from the store, as if nothing had been."""
     folder = store()
     assert main(learning(photographs, folder, tmp_path / "whole")) == 0
-    with monkeypatch.context() as patch:
-        test_imagenet.stop_after(patch, 3)
-        assert main(learning(photographs, folder, tmp_path / "run")) == 128 + signal.SIGTERM
-    assert main(["distill", "--resume", "--out", str(tmp_path / "run")]) == 0
+    stop_after(monkeypatch, 3, learning(photographs, folder, tmp_path / "run"))
+    assert main(resume(tmp_path / "run")) == 0
     assert_same_results(tmp_path / "run", tmp_path / "whole")
 
 
@@ -196,9 +192,7 @@ def test_unreadable_image(photographs, tmp_path, capsys, monkeypatch):
 
 def test_as_a_command(photographs, tmp_path):
     """What it prints, and the reading of the options."""
-    command = [sys.executable, "-m", "kdfast", *storing(photographs, "teacher", "--store-top-k", "3")]
-    done = subprocess.run(command, env=CHILD_ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = as_command(*storing(photographs, "teacher", "--store-top-k", "3"), cwd=tmp_path)
     assert done.stdout.startswith("teacher: the top 3 and the rest of test_resnet, weights ")
     assert f"for {CLASSES * TRAIN} images, {EPOCHS} times augmented" in done.stdout
     assert {path.name for path in tmp_path.iterdir()} == {"teacher"}

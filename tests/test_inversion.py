@@ -64,12 +64,6 @@ def test_low_precision(implementation, name, dtype):
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=digits * scale)
 
 
-@every_term
-def test_gradcheck(implementation, name):
-    x = make(implementation.device, (4, 3, 3, 4)).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: TERMS[name](kdfast, x), x)
-
-
 @behaviour.every_compiled
 @every_term
 def test_compile(implementation, name):

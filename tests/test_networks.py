@@ -1,16 +1,15 @@
 """Several networks, mixed or as teachers: what the contract of every op does not say, and the official code."""
 
-import json
 import math
-from pathlib import Path
 
-import numpy as np
+import behaviour
 import oracles
 import pytest
 import registry
 import torch
 from behaviour import FLOATS, check_oracle
 from networks import MIXED, SMALL, TAUGHT, for_simt, given, gradients, make, run
+from official import Official, every_file
 from registry.mixed_logits import mixed_logits_kl
 from registry.teachers import taught, teachers_kl
 from torch.nn import functional as F
@@ -19,7 +18,6 @@ import kdfast
 from kdfast import ops
 
 INF = math.inf
-GOLDEN = Path(__file__).parent / "golden" / "networks"
 every_op = pytest.mark.parametrize("op", [*MIXED.ops, *TAUGHT.ops], ids=str)
 
 
@@ -209,13 +207,14 @@ def test_deterministic(implementation, shape, same_bits):
     assert same_bits(run)
 
 
+@behaviour.every_compiled
 @pytest.mark.parametrize("kind", ["int", "tensor"])
 @pytest.mark.parametrize("name", ["ONE", "OKDDip", "FFL", "CollaborativeLearning", "Codistillation"])
 def test_compile_epochs(implementation, name, kind):
     """Thirty epochs of training compile at most two graphs, with the numbers of the loss as it is."""
     from torch._dynamo.testing import CompileCounter
 
-    for_simt(implementation, False)
+    behaviour.compiles(implementation)
     d = make(implementation, *SMALL)
     z, y, mix = d.networks, d.labels, d.mix
     module, inputs = {
@@ -234,9 +233,10 @@ def test_compile_epochs(implementation, name, kind):
     assert counter.frame_count <= 2
 
 
+@behaviour.every_compiled
 @pytest.mark.parametrize("name", ["KDCL linear", "KDCL naive", "KDCL minlogit", "KDCL general", "AEKD"])
 def test_compile_losses(implementation, name):
-    for_simt(implementation, False)
+    behaviour.compiles(implementation)
     d = make(implementation, *SMALL)
     student, *teachers = leaves = [x.clone().requires_grad_() for x in d.networks]
     torch.compiler.reset()
@@ -274,134 +274,113 @@ def test_gradients_stop(implementation):
 
 
 # ---- numbers of the official code ------------------------------------------------------------------------------------
-class Golden:
-    """One file: inputs as leaves in the tested type, and what the official code gave."""
+class Networks(Official):
+    """Every floating-point input is a leaf, and so are parameters whose values are in the file."""
 
-    def __init__(self, path, device, dtype):
-        with np.load(path) as stored:
-            self.arrays = dict(stored)
-        self.p = json.loads(str(self.arrays["about"]))["params"]
-        self.device, self.dtype, self.leaves = device, dtype, {}
-
-    def __getitem__(self, name):
-        if name not in self.leaves:
-            x = torch.from_numpy(self.arrays[f"in_{name}"]).to(self.device)
-            if not x.is_floating_point():
-                return x
-            self.leaves[name] = x.to(self.dtype).requires_grad_()
-        return self.leaves[name]
+    def __call__(self, name):
+        x = super().__call__(name)
+        if x.is_floating_point():
+            self.leaves.setdefault(name, x.requires_grad_())
+        return x
 
     def bind(self, module, **names):
         module.to(self.device, self.dtype)
         for name, key in names.items():
             parameter = module.get_parameter(name.replace("__", "."))
-            parameter.data.copy_(torch.from_numpy(self.arrays[f"in_{key}"]))
+            parameter.data.copy_(self[f"in_{key}"])
             self.leaves[key] = parameter
         return module
 
 
-def _one(g):
+def _one(g, p):
     gate = g.bind(kdfast.ONEGate(6, 3), linear__weight="gw", linear__bias="gb", norm__weight="bw", norm__bias="bb")
-    loss = kdfast.ONE(float(g.p["T"]), g.p["rampup"])
-    return loss([g["z1"], g["z2"], g["z3"]], gate(g["gate_feat"]), g["labels"], g.p["epoch"])
+    loss = kdfast.ONE(float(p["T"]), p["rampup"])
+    return loss([g("z1"), g("z2"), g("z3")], gate(g("gate_feat")), g("labels"), p["epoch"])
 
 
-def _okddip(g):
-    features = g.arrays["in_feat"].shape[2]
+def _okddip(g, p):
+    features = g["in_feat"].shape[2]
     attention = g.bind(kdfast.OKDDipAttention(features), query__weight="wq", key__weight="wk")
-    loss = kdfast.OKDDip(g.p["T"], g.p["alpha"], g.p["rampup"])
-    peers = g["pro"].permute(2, 0, 1)
-    return loss(peers, g["leader"], attention(g["feat"]), g["labels"], g.p["epoch"])
+    loss = kdfast.OKDDip(p["T"], p["alpha"], p["rampup"])
+    peers = g("pro").permute(2, 0, 1)
+    return loss(peers, g("leader"), attention(g("feat")), g("labels"), p["epoch"])
 
 
-def _fusion(g):
-    module = kdfast.FusionModule(g.p["channel"], g.p["numclass"], g.p["sptial"])
+def _fusion(g, p):
+    module = kdfast.FusionModule(p["channel"], p["numclass"], p["sptial"])
     keys = ("conv1_weight", "bn1_weight", "bn1_bias", "conv1_1_weight", "bn1_1_weight", "bn1_1_bias", "fc2_weight")
     names = [name.replace(".", "__") for name, _ in module.named_parameters()]
     g.bind(module, **dict(zip(names, (*keys, "fc2_bias"), strict=True)))
-    return (module([g["fmap1"], g["fmap2"]]) * g["cot"].detach()).sum()
+    return (module([g("fmap1"), g("fmap2")]) * g("cot").detach()).sum()
 
 
-def _mean_rule(g):
-    a = g.p["alpha"]
-    return (1 - a) * kdfast.KDCL(g.p["T"], "mean", a / (1 - a))(g["logits"], g["labels"])
+def _mean_rule(g, p):
+    a = p["alpha"]
+    return (1 - a) * kdfast.KDCL(p["T"], "mean", a / (1 - a))(g("logits"), g("labels"))
 
 
 OFFICIAL = {
-    "dml_aberhu": lambda g: kdfast.DML()(g["own"], [g["peer"]]),
+    "dml_aberhu": lambda g, p: kdfast.DML()(g("own"), [g("peer")]),
     "one_total": _one,
     "okddip_total": _okddip,
     "kdcl_meanlogit": _mean_rule,
-    "ffl_total": lambda g: kdfast.FFL(float(g.p["T"]), g.p["rampup"], g.p["eps"])(
-        [g["z1"], g["z2"]], g["fused"], g["labels"], g.p["epoch"]
+    "ffl_total": lambda g, p: kdfast.FFL(float(p["T"]), p["rampup"], p["eps"])(
+        [g("z1"), g("z2")], g("fused"), g("labels"), p["epoch"]
     ),
     "ffl_fusion_module": _fusion,
-    "codistill_ce": lambda g: kdfast.Codistillation()(g["output"], [g["peer"]]),
-    "clilr_okddip": lambda g: kdfast.CollaborativeLearning(g.p["T"], g.p["alpha"] * g.p["consistency"])(
-        g["pro"].permute(2, 0, 1), g["labels"]
+    "codistill_ce": lambda g, p: kdfast.Codistillation()(g("output"), [g("peer")]),
+    "clilr_okddip": lambda g, p: kdfast.CollaborativeLearning(p["T"], p["alpha"] * p["consistency"])(
+        g("pro").permute(2, 0, 1), g("labels")
     ),
-    "clilr_backprop_rescale": lambda g: (kdfast.rescale_gradient(g["x"], g.p["num_branches"]) * g["w"].detach()).sum(),
-    "aekd_average": lambda g: kdfast.AEKD(g.p["kd_T"], 1 / len(g["logit_t"]))(g["logit_s"], g["logit_t"]),
-    "endd_endloss": lambda g: kdfast.EnD(g.p["temp"])(g["logits"], g["teacher_logits"].transpose(0, 1)),
+    "clilr_backprop_rescale": lambda g, p: (kdfast.rescale_gradient(g("x"), p["num_branches"]) * g("w").detach()).sum(),
+    "aekd_average": lambda g, p: kdfast.AEKD(p["kd_T"], 1 / len(g("logit_t")))(g("logit_s"), g("logit_t")),
+    "endd_endloss": lambda g, p: kdfast.EnD(p["temp"])(g("logits"), g("teacher_logits").transpose(0, 1)),
 }
-TARGETS = ("kdcl_naive", "kdcl_minlogit")
-FILES = sorted(GOLDEN.glob("*.npz"))
 
 
-def files(*names):
-    return [path for path in FILES if path.name.split("__")[0] in names]
-
-
-@pytest.mark.parametrize("path", files(*OFFICIAL), ids=lambda path: path.stem)
+@every_file(*OFFICIAL)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_matches_official_code(implementation, path, dtype):
     """float64: 1e-9 of the loss, 1e-8 of the largest gradient; float32: 2e-5, with floors as in test_papers.py."""
     for_simt(implementation, dtype == torch.float32)
-    g = Golden(path, implementation.device, dtype)
-    loss = OFFICIAL[path.name.split("__")[0]](g)
+    g = Networks(path, dtype, implementation.device)
+    loss = OFFICIAL[g.name](g, g.parameters)
     assert loss.shape == () and loss.dtype == dtype
-    wide, want = dtype == torch.float64, g.arrays["loss"].sum()
-    temperature = max([1.0, *(float(v) for k, v in g.p.items() if k in ("T", "temp", "kd_T"))])
-    assert abs(loss.item() - want) <= (1e-9 if wide else 2e-5) * abs(want) + (1e-14 if wide else 2e-7 * temperature**2)
-    expected = {key[5:]: x for key, x in g.arrays.items() if key.startswith("grad_")}
+    temperature = max([1.0, *(float(v) for k, v in g.parameters.items() if k in ("T", "temp", "kd_T"))])
+    floor = g.of_type(1e-14, 2e-7 * temperature**2)
+    g.assert_close("loss", loss, g["loss"].sum(), g.of_type(1e-9, 2e-5), floor)
     grads = dict(zip(g.leaves, torch.autograd.grad(loss, list(g.leaves.values()), allow_unused=True), strict=True))
-    for name, x in expected.items():
+    for name, want in g.results("grad_").items():
         if name == "gb":  # 0 behind a batch norm: both are rounding
             continue
         if grads[name] is None:
             assert name == "peer"  # a constant here; the public code leaves it to the caller
             continue
-        error = (grads[name].cpu().double() - torch.from_numpy(x)).abs().max()
         # Batch norm over few samples loses a digit in float32.
-        rel = 1e-8 if wide else 5e-5
-        assert error <= rel * np.abs(x).max() + (1e-13 if wide else 2e-8 * temperature), name
+        g.assert_close(name, grads[name], want, g.of_type(1e-8, 5e-5), g.of_type(1e-13, 2e-8 * temperature))
 
 
-@pytest.mark.parametrize("path", files(*TARGETS), ids=lambda path: path.stem)
+@every_file("kdcl_naive", "kdcl_minlogit")
 def test_targets_of_public_code(implementation, path):
-    g = Golden(path, implementation.device, torch.float64)
-    target = kdfast.KDCL(rule=path.name.split("__")[0][5:]).target(g["logits"], g["labels"])
-    torch.testing.assert_close(target.cpu(), torch.from_numpy(g.arrays["out_target"]).double())
+    g = Networks(path, device=implementation.device)
+    target = kdfast.KDCL(rule=g.name.removeprefix("kdcl_")).target(g("logits"), g("labels"))
+    torch.testing.assert_close(target.cpu(), g["out_target"])
 
 
-@pytest.mark.parametrize("path", files("aekd_logits"), ids=lambda path: path.stem)
+@every_file("aekd_logits")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_aekd_on_official_gradients(implementation, path, dtype):
     """Weights no worse than an independent solver's on the official gradients; loss and gradient with our weights."""
-    g = Golden(path, implementation.device, dtype)
-    module = kdfast.AEKD(g.p["kd_T"], g.p["C"], g.p["svm_norm"])
-    loss = module(g["logit_s"], g["logit_t"].detach())
-    w, per = module.weights.double().cpu(), torch.from_numpy(g.arrays["out_grads"])
-    wide = dtype == torch.float64
-    if not g.p["svm_norm"]:
-        gram = torch.from_numpy(g.arrays["out_gram"])
-        best = float(g.arrays["out_qp_objective"])
-        assert w @ gram @ w / 2 <= best * (1 + (1e-9 if wide else 1e-4))
-    torch.testing.assert_close(loss.item(), float(w @ torch.from_numpy(g.arrays["out_losses"])), rtol=2e-5, atol=1e-6)
-    (grad,) = torch.autograd.grad(loss, g["logit_s"])
-    want = (w[:, None, None] * per).sum(0)
-    error = (grad.cpu().double() - want).abs().max()
-    assert error <= (1e-8 if wide else 2e-5) * want.abs().max() + (1e-13 if wide else 1e-7)
+    g = Networks(path, dtype, implementation.device)
+    module = kdfast.AEKD(g.parameters["kd_T"], g.parameters["C"], g.parameters["svm_norm"])
+    loss = module(g("logit_s"), g("logit_t").detach())
+    w = module.weights.double().cpu()
+    if not g.parameters["svm_norm"]:
+        assert w @ g["out_gram"] @ w / 2 <= float(g["out_qp_objective"]) * (1 + g.of_type(1e-9, 1e-4))
+    torch.testing.assert_close(loss.item(), float(w @ g["out_losses"]), rtol=2e-5, atol=1e-6)
+    (grad,) = torch.autograd.grad(loss, g("logit_s"))
+    want = (w[:, None, None] * g["out_grads"]).sum(0)
+    g.assert_close("gradient", grad, want, g.of_type(1e-8, 2e-5), g.of_type(1e-13, 1e-7))
 
 
 # ---- CUDA only -------------------------------------------------------------------------------------------------------

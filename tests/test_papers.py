@@ -2,19 +2,17 @@
 
 import functools
 import inspect
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import oracles
 import pytest
 import torch
+from official import GOLDEN, Official
 
 import kdfast
 
-GOLDEN = Path(__file__).parent / "golden"
 README = Path(__file__).parents[1] / "README.md"
 MODULES = [
     name
@@ -173,8 +171,8 @@ FIXED = {"labels", "probabilities", "permutations", "epoch"}  # kinds that no lo
 
 
 @dataclass(frozen=True)
-class Official:
-    """Official code as a golden file names it: our module from its parameters, and which arrays are the inputs."""
+class Code:
+    """Code code as a golden file names it: our module from its parameters, and which arrays are the inputs."""
 
     build: callable
     inputs: tuple  # a tuple in it is a list of inputs
@@ -184,23 +182,23 @@ class Official:
 
 
 def _relation(build, inputs=("student", "teacher"), grad_scale=1.0):
-    return Official(build, inputs, grad_scale, softmax=False)
+    return Code(build, inputs, grad_scale, softmax=False)
 
 
 LAYERS = ("fm1", "fm2", "feat", "out")
 OFFICIAL = {
-    "kd_distillkl": Official(lambda p: kdfast.KD(p["T"]), "st"),
-    "kd_at_distillation": Official(lambda p: kdfast.KD(p["T"], alpha=p["alpha"]), "sty"),
-    "codistill_rkl": Official(lambda p: kdfast.ReverseKD(), ("output", "peer")),
-    "dkd": Official(lambda p: kdfast.DKD(p["temperature"], p["alpha"], p["beta"]), "sty"),
-    "dist": Official(lambda p: kdfast.DIST(p["beta"], p["gamma"], p["tau"]), "st"),
-    "dist_seg": Official(lambda p: kdfast.DIST(p["beta"], p["gamma"]), "st"),
-    "tf_loss_kd": Official(lambda p: kdfast.TfKDSelf(p["temperature"], p["alpha"]), "sty"),
-    "tf_loss_kd_self": Official(lambda p: kdfast.TfKDSelf(p["temperature"], p["alpha"], p["multiplier"]), "sty"),
-    "tf_loss_kd_regularization": Official(
+    "kd_distillkl": Code(lambda p: kdfast.KD(p["T"]), "st"),
+    "kd_at_distillation": Code(lambda p: kdfast.KD(p["T"], alpha=p["alpha"]), "sty"),
+    "codistill_rkl": Code(lambda p: kdfast.ReverseKD(), ("output", "peer")),
+    "dkd": Code(lambda p: kdfast.DKD(p["temperature"], p["alpha"], p["beta"]), "sty"),
+    "dist": Code(lambda p: kdfast.DIST(p["beta"], p["gamma"], p["tau"]), "st"),
+    "dist_seg": Code(lambda p: kdfast.DIST(p["beta"], p["gamma"]), "st"),
+    "tf_loss_kd": Code(lambda p: kdfast.TfKDSelf(p["temperature"], p["alpha"]), "sty"),
+    "tf_loss_kd_self": Code(lambda p: kdfast.TfKDSelf(p["temperature"], p["alpha"], p["multiplier"]), "sty"),
+    "tf_loss_kd_regularization": Code(
         lambda p: kdfast.TfKDReg(p["reg_temperature"], p["reg_alpha"], p["multiplier"]), "sy"
     ),
-    "label_refinery": Official(
+    "label_refinery": Code(
         lambda p: kdfast.LabelRefinery("mean" if p["size_average"] else "sum"), ("model_output", "refined_labels")
     ),
     "rkd_distance": _relation(lambda p: kdfast.RKDDistance()),
@@ -219,8 +217,8 @@ OFFICIAL = {
 
 
 def _maps(build):
-    """Official code on one list of maps per network, s0, s1 ... and t0, t1 ...: all that the file has."""
-    return Official(build, ("s*", "t*"), softmax=False)
+    """Code code on one list of maps per network, s0, s1 ... and t0, t1 ...: all that the file has."""
+    return Code(build, ("s*", "t*"), softmax=False)
 
 
 OFFICIAL |= {
@@ -273,9 +271,7 @@ OFFICIAL |= {
     "ab_official": _relation(lambda p: kdfast.AB(p["margin"]), "st"),
     "ofd_official": _relation(lambda p: kdfast.OFD(), ("s", "t", "margin")),
     # Its margins are float32.
-    "ofd_distiller": Official(
-        lambda p: _ofd, ("s*", "t*", "w*", "g*", "b*", "bnw*", "bnb*"), softmax=False, digits=1e-7
-    ),
+    "ofd_distiller": Code(lambda p: _ofd, ("s*", "t*", "w*", "g*", "b*", "bnw*", "bnb*"), softmax=False, digits=1e-7),
     "vid_rep": _relation(_vid, ("s", "t", "w1", "w2", "w3", "log_scale")),
     "jacobian_zoo_mlp": _relation(
         lambda p: functools.partial(of_two_networks, kdfast.JacobianMatching()),
@@ -293,14 +289,14 @@ def _endd(variant):
     )
 
 
-_DIVERSITY = Official(
+_DIVERSITY = Code(
     lambda p: kdfast.DiversityCooperation(
         p["reg_type"].removeprefix("neg_"), p["T"], sign=-1 if p["reg_type"].startswith("neg_") else 1
     ),
     ("logits", "labels"),
 )
 OFFICIAL |= {
-    "ban_cwtm": Official(lambda p: kdfast.CWTM(), ("student", "teacher", "labels")),
+    "ban_cwtm": Code(lambda p: kdfast.CWTM(), ("student", "teacher", "labels")),
     **{f"divcoop_{relation}": _DIVERSITY for relation in ("l2", "cos", "js", "distil", "neg_js")},
     "endd_dirichletenddloss": _endd("dirichlet"),
     "endd_dirichletenddentemploss": _endd("ensemble_temperature"),
@@ -314,7 +310,7 @@ def _joint(stage):
         loss = kdfast.JointLoss(p["dis_weight"], p["dc"], stage=stage)
         return functools.partial(loss, epoch=p["epoch"])
 
-    return Official(build, ("logits_student", "labels", "loss_dis"))
+    return Code(build, ("logits_student", "labels", "loss_dis"))
 
 
 def _total_variation(p):
@@ -327,7 +323,7 @@ OFFICIAL |= {
     "jointrd_joint": _joint("joint"),
     "jointrd_ta": _joint("ta"),
     # Its margins are float32.
-    "jointrd_margin": Official(
+    "jointrd_margin": Code(
         lambda p: kdfast.residual_margin_loss,
         ("source", "target", "bn_weight", "bn_bias"),
         softmax=False,
@@ -350,7 +346,7 @@ OFFICIAL |= {
         lambda p: functools.partial(kdfast.self_similarity, threshold=p["threshold"]),
         "x",
     ),
-    "deepinversion_adi": Official(
+    "deepinversion_adi": Code(
         lambda p: functools.partial(kdfast.adaptive_inversion, temperature=p["T"]), ("student", "teacher")
     ),
 }
@@ -464,41 +460,21 @@ def test_matches_official_code(implementation, path, dtype):
 
     A log-probability in float32 is off by 1e-7, so a KL of 1e-8 between nearly equal networks has no digits to compare.
     """
-    official = OFFICIAL[path.name.split("__")[0]]
-    with np.load(path) as stored:
-        arrays = dict(stored)
-    parameters = json.loads(str(arrays["about"]))["params"]
-    leaves = {}
-
-    def tensor(name):
-        x = torch.from_numpy(arrays[f"in_{name}"]).to(implementation.device)
-        if x.is_floating_point():
-            x = x.to(dtype)
-        if f"grad_{name}" in arrays:
-            leaves[name] = x.requires_grad_()
-        return x
-
-    def argument(name):
-        if name.endswith("*"):
-            return [tensor(key[3:]) for key in sorted(arrays) if re.fullmatch(f"in_{name[:-1]}[0-9]", key)]
-        return tensor(name)
-
-    arguments = [[tensor(n) for n in name] if isinstance(name, tuple) else argument(name) for name in official.inputs]
-    loss = official.build(parameters)(*arguments)
+    x = Official(path, dtype, implementation.device)
+    code, p = OFFICIAL[x.name], x.parameters
+    arguments = [[x(n) for n in name] if isinstance(name, tuple) else x(name) for name in code.inputs]
+    loss = code.build(p)(*arguments)
     assert loss.shape == () and loss.dtype == dtype
-    wide = dtype == torch.float64
-    temperature = max([1.0, *(v for k, v in parameters.items() if k in ("T", "temperature", "tau", "reg_temperature"))])
-    rows = len(arguments[0]) if parameters.get("size_average") is False else 1
-    weight = parameters.get("loss_weight", 1.0)
-    want = arrays["loss"].sum() / weight  # its parts are the layers
-    floor = 1e-14 if wide else 2e-7 * temperature**2 * rows * official.softmax
-    assert abs(loss.item() - want) <= (official.digits if wide else 2e-5) * abs(want) + floor
-    grads = torch.autograd.grad(loss, list(leaves.values()))
-    for name, grad in zip(leaves, grads, strict=True):
-        expected = official.grad_scale / weight * torch.from_numpy(arrays[f"grad_{name}"])
-        floor = 1e-13 if wide else 2e-8 * temperature * rows * official.softmax
-        allowed = (10 * official.digits if wide else 2e-5) * expected.abs().max() + floor
-        assert (grad.cpu().double() - expected).abs().max() <= allowed, name
+    temperature = max([1.0, *(v for k, v in p.items() if k in ("T", "temperature", "tau", "reg_temperature"))])
+    rows = len(arguments[0]) if p.get("size_average") is False else 1
+    weight = p.get("loss_weight", 1.0)
+    floor = x.of_type(1e-14, 2e-7 * temperature**2 * rows * code.softmax)
+    want = x["loss"].sum() / weight  # its parts are the layers
+    x.assert_close("loss", loss, want, x.of_type(code.digits, 2e-5), floor)
+    floor = x.of_type(1e-13, 2e-8 * temperature * rows * code.softmax)
+    for name, grad in x.gradients(loss).items():
+        want = code.grad_scale / weight * x[f"grad_{name}"]
+        x.assert_close(name, grad, want, x.of_type(10 * code.digits, 2e-5), floor)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -310,15 +310,16 @@ def test_exchange_errors(tmp_path):
         PeerExchange(network(), tmp_path, peer=0, peers=2).exchange()
 
 
-STEPS, EVERY = 60, 10
+STEPS, EVERY, DEATH = 60, 10, 25
+RANKS, DEAD, ALIVE = 3, 1, (0, 2)
 
 
-def rank(number, ranks, port, folder, results, dies_at):
-    """One process of gloo with its own share of the digits; rank 1 dies in the middle of step `dies_at`."""
+def rank(number, port, folder, results):
+    """One process of gloo with its own share of the digits; one of them dies in the middle of a step."""
     torch.set_num_threads(1)
     torch.manual_seed(number)
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    dist.init_process_group("gloo", store=store, rank=number, world_size=ranks)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=RANKS)
     images, labels, test_images, test_labels = digits()
     net = network()
     first = torch.nn.Linear(1, 1)  # the first step loads parts of torch, for longer than peers wait
@@ -328,19 +329,18 @@ def rank(number, ranks, port, folder, results, dies_at):
     exchange = PeerExchange(net, folder, every=EVERY, timeout=0.5)
 
     def before_step(step):
-        if number == 1 and step == dies_at:
+        if number == DEAD and step == DEATH:
             os.kill(os.getpid(), signal.SIGKILL)
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        codistil(exchange, net, images[number::ranks], labels[number::ranks], STEPS, number, before_step)
-        if dies_at is None:
-            dist.barrier()
-        else:
-            give_up = time.monotonic() + 60
-            while exchange.peer_steps.get(1) != 20 and time.monotonic() < give_up:
-                exchange.exchange()
-            time.sleep(0.6)
+        codistil(exchange, net, images[number::RANKS], labels[number::RANKS], STEPS, number, before_step)
+        store.set(f"trained by {number}", "")
+        store.wait([f"trained by {other}" for other in ALIVE])
+        give_up = time.monotonic() + 60
+        while exchange.peer_steps.get(DEAD) != 20 and time.monotonic() < give_up:
+            exchange.exchange()
+        time.sleep(0.6)
         exchange.exchange()
     messages = [str(w.message) for w in caught if w.category is PeerWarning]
     results.put((number, exchange.peer_steps, messages, accuracy(net, test_images, test_labels)))
@@ -349,46 +349,32 @@ def rank(number, ranks, port, folder, results, dies_at):
     dist.destroy_process_group()
 
 
-def start(ranks, folder, dies_at=None):
-    """Rank -> [steps of its peers' weights, warnings, accuracy], of those that live to the end."""
+@pytest.mark.skipif(not HAVE_GLOO, reason=NO_GLOO)
+def test_codistillation_between_processes(tmp_path):
+    """Of three, one is killed after 25 steps: the others learn, and end with each other's last weights.
+
+    Of the dead one they have the weights of step 20, and say so.
+    """
     context = multiprocessing.get_context("spawn")
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # it outlives every rank
     results = context.Queue()
-    arguments = [(i, ranks, store.port, str(folder), results, dies_at) for i in range(ranks)]
-    processes = [context.Process(target=rank, args=a) for a in arguments]
+    processes = [
+        context.Process(target=rank, args=(number, store.port, str(tmp_path), results)) for number in range(RANKS)
+    ]
     for process in processes:
         process.start()
-    alive = [i for i in range(ranks) if dies_at is None or i != 1]
     try:
-        found = {number: rest for number, *rest in (results.get(timeout=120) for _ in alive)}
+        found = [results.get(timeout=120) for _ in ALIVE]
         for process in processes:
             process.join(60)
-        codes = [process.exitcode for process in processes]
+        assert [process.exitcode for process in processes] == [0, -signal.SIGKILL, 0]
     finally:
         for process in processes:
             process.kill()
-    assert codes == [0 if i in alive else -signal.SIGKILL for i in range(ranks)]
-    return found
-
-
-needs_gloo = pytest.mark.skipif(not HAVE_GLOO, reason=NO_GLOO)
-
-
-@needs_gloo
-def test_codistillation_between_processes(tmp_path):
-    """Two processes with half of the digits each: both have learnt, and heard the other's last weights."""
-    found = start(2, tmp_path)
-    for number, (steps, _, score) in found.items():
-        assert steps == {1 - number: STEPS} and score > 0.85
-
-
-@needs_gloo
-def test_a_dead_peer_is_tolerated(tmp_path):
-    """Of three, one is killed after 25 steps: the others end their training with its weights of step 20 and say so."""
-    found = start(3, tmp_path, dies_at=25)
-    assert found.keys() == {0, 2}
-    for steps, messages, score in found.values():
-        assert steps[1] == 20 and score > 0.85
+    assert sorted(number for number, *_ in found) == list(ALIVE)
+    for number, steps, messages, score in found:
+        (other,) = set(ALIVE) - {number}
+        assert steps == {DEAD: 20, other: STEPS} and score > 0.85
         dead = [message for message in messages if message.startswith("peer 1 ")]
         assert len(dead) == 1 and dead[0].endswith("going on with those of its step 20")
 

@@ -1,12 +1,12 @@
 """`kdfast study`: what each study writes, that a stopped one continues to the same bits, that errors are one line."""
 
-import csv
 import importlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from commands import refused, rows
 from processes import held
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
@@ -35,18 +35,9 @@ def private_state(monkeypatch, tmp_path):
 def tiny(monkeypatch, request):
     """The studies' networks and samples, as few as show that the parts fit together."""
     monkeypatch.setattr(residual, "BLOCKS", 1)
-    for name, value in (
-        *(
-            ("TRAINING", 64),
-            ("TEST", 8),
-            ("EPOCHS", 1),
-            ("STUDENT_STEPS", 2),
-            ("IMAGES", 32),
-            ("BATCHES", 1),
-            ("STEPS", 3),
-        ),
-        *(("DIGITS", 20), ("DIGIT_EPOCHS", 1), ("DIGIT_STEPS", 2), ("DIGIT_STUDENT_STEPS", 2)),
-    ):
+    sizes = {"TRAINING": 64, "TEST": 8, "EPOCHS": 1, "STUDENT_STEPS": 2, "IMAGES": 32, "BATCHES": 1, "STEPS": 3}
+    sizes |= {"DIGITS": 20, "DIGIT_EPOCHS": 1, "DIGIT_STEPS": 2, "DIGIT_STUDENT_STEPS": 2}
+    for name, value in sizes.items():
         monkeypatch.setattr(data_free, name, value)
     for cached in (data_free._training_scenes, data_free._test_scenes):
         cached.cache_clear()  # they were drawn, or will be, in another number
@@ -65,19 +56,6 @@ TINY = {
     "explain": ["--epochs", "3", "--seeds", "2"],
     "data-free": [],
 }
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def error_line(capsys):
-    """The one line that the command has printed to stderr."""
-    lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("kdfast study") and ": error: " in lines[0]
-    return lines[0]
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -254,8 +232,7 @@ def test_wrong_arguments(options, named, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/results.csv").write_text("of something else")
-    assert main(["study", *options]) == 2
-    assert named in error_line(capsys)
+    assert named in refused(capsys, ["study", *options])
     assert sorted(os.listdir(tmp_path)) == ["file", "other"], "a refused study leaves files"
 
 
@@ -263,31 +240,31 @@ def test_resume_refuses_other_settings_and_damaged_files(tiny, tmp_path, capsys)
     arguments = ["study", "residual", "--epochs", "1", "--seeds", "1", "--out", "run"]
     assert main(arguments) == 0
     capsys.readouterr()
-    assert main(arguments) == 2
-    assert "holds a run already; continue it with --resume" in error_line(capsys)
-    assert main([*arguments, "--resume", "--epochs", "2"]) == 2
-    assert "--epochs was 1 and is 2" in error_line(capsys)
+    assert "holds a run already; continue it with --resume" in refused(capsys, arguments)
+    assert "--epochs was 1 and is 2" in refused(capsys, [*arguments, "--resume", "--epochs", "2"])
     checkpoint = tmp_path / "run/checkpoints/kd-seed-0.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    assert main(["study", "residual", "--out", "run", "--resume"]) == 2
-    assert f"{checkpoint.relative_to(tmp_path)} is damaged" in error_line(capsys)
+    assert f"{checkpoint.relative_to(tmp_path)} is damaged" in refused(
+        capsys, ["study", "residual", "--out", "run", "--resume"]
+    )
     (tmp_path / "run/settings.json").write_text("{}")
-    assert main(["study", "residual", "--out", "run", "--resume"]) == 2
-    assert "settings.json is damaged" in error_line(capsys)
+    assert "settings.json is damaged" in refused(capsys, ["study", "residual", "--out", "run", "--resume"])
 
 
 def test_one_folder_is_of_one_process(tiny, tmp_path, capsys):
     out = tmp_path / "run"
     with held(out):
-        assert main(["study", "wide", *TINY["wide"], "--out", str(out)]) == 2
-        assert f"--out: another process is writing into {out}; " in error_line(capsys)
+        assert f"--out: another process is writing into {out}; " in refused(
+            capsys, ["study", "wide", *TINY["wide"], "--out", str(out)]
+        )
     assert main(["study", "wide", *TINY["wide"], "--out", str(out)]) == 0
 
 
 def test_resume_of_nothing(tmp_path, capsys):
     for out, where in ((["--out", "typo"], "typo"), ([], "runs")):
-        assert main(["study", "residual", "--resume", *out]) == 2
-        assert f"--resume: there is no run in {where} to continue" in error_line(capsys)
+        assert f"--resume: there is no run in {where} to continue" in refused(
+            capsys, ["study", "residual", "--resume", *out]
+        )
     assert not os.listdir(tmp_path)
 
 

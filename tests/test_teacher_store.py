@@ -1,7 +1,6 @@
 """The store of a teacher's logits: what comes back, what a kill or a full disk leaves, and what is refused."""
 
 import dataclasses
-import errno
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import textwrap
 
 import pytest
 import torch
+from commands import full_disk
 
 import kdfast
 from kdfast import teacher_store as stores
@@ -180,12 +180,8 @@ def test_killed_in_a_write(tmp_path):
 def test_full_disk(tmp_path, monkeypatch):
     """One line, the shards before intact, no part left."""
     write(tmp_path, shards=slice(0, 3))
-
-    def full(file):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patch:
-        patch.setattr(storage.os, "fsync", full)
+        patch.setattr(storage.os, "fsync", full_disk)
         with pytest.raises(DistillError, match="cannot write .*00003.*No space left.*the same command continues$") as e:
             write(tmp_path)
         assert "\n" not in str(e.value)

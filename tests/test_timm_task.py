@@ -1,13 +1,12 @@
 """`kdfast.integrations.timm` in timm's own training loop: its optimizers, checkpoints, averages, compile and ranks."""
 
 import copy
-import io
-import pickle
 from argparse import Namespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from copies import DUPLICATES
 from processes import HAVE_GLOO, NO_GLOO, in_processes
 from torch import nn
 
@@ -573,21 +572,6 @@ def test_wrong_tasks():
 
 
 # ---- copies ----------------------------------------------------------------------------------------------------------
-def pickled(task):
-    return pickle.loads(pickle.dumps(task))
-
-
-def saved(task):
-    file = io.BytesIO()
-    torch.save(task, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def averaged(task):
-    return torch.optim.swa_utils.AveragedModel(task).module
-
-
 def timms_average(task):
     return ModelEmaV3(task).module.train()
 
@@ -606,7 +590,7 @@ def loss_by_hand(task, images):
         return sum(kdfast.AT()(s[a], t[b]) for a, b in zip(*sides, strict=True))
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved, averaged, timms_average])
+@pytest.mark.parametrize("duplicate", [*DUPLICATES, timms_average])
 @pytest.mark.parametrize("moment", ["before a forward", "after a forward", "after a step"])
 def test_copies_have_layers_of_their_own(moment, duplicate):
     """The losses of a task and of its copy are those of their own networks and batches, in turns."""
