@@ -42,6 +42,11 @@ def add_arguments(parser: Any) -> Any:
     parser.add_argument(
         "--shape", action="append", default=[], metavar="ROWSxCOLS", help="measure this shape (repeatable)"
     )
+    parser.add_argument(
+        "--against",
+        metavar="COMMIT",
+        help="in a checkout: time a --family against this commit's, in pairs; -k is then a part of a case's name",
+    )
     parser.add_argument("-k", dest="select", metavar="EXPRESSION", help="only the figures that pytest -k selects")
     parser.add_argument(
         "--readme", metavar="FILE", help="measure nothing; write this README's table anew from the results in --out"
@@ -58,6 +63,8 @@ def run(options: Any) -> int:
     if options.readme:
         return write_readme(options.readme, options.out)
     missing = [name for name in REQUIRED if not installed(name)]
+    if options.against and not missing:
+        return against(options)
     if missing:
         needed = install("bench", [name.replace("_", "-") for name in missing])
         print(f"kdfast bench needs {' and '.join(missing)}: {needed}", file=sys.stderr)
@@ -79,6 +86,8 @@ def check(options: Any) -> Any:
         whole(1, 1024)("--threads", options.threads)
     if options.seconds is not None and not options.seconds >= 0:
         raise DistillError(f"--seconds: got {options.seconds}, expected a number of at least 0")
+    if options.against and not (options.family and (FOLDERS[1].parent / ".git").exists()):
+        raise DistillError("--against: needs a --family, and a kdfast that is imported from a git checkout")
     for shape in options.shape:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
             raise DistillError(f"--shape: got {shape!r}, expected sizes of at least 1 as in 256x1000")
@@ -92,6 +101,19 @@ def check(options: Any) -> Any:
         raise DistillError(f"--out: {there} is a file; expected a folder")
     if not os.access(there, os.W_OK):
         raise DistillError(f"--out: cannot write to {there}")
+
+
+def against(options: Any) -> int:
+    """Print how the time of each case compares with another commit's; returns the exit status."""
+    other = load("against")
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shape]
+    try:
+        found = other.compare(options.against, options.family, options.select or "", options.quick, shapes)
+    except ValueError as error:
+        print(f"kdfast bench: error: {error}", file=sys.stderr)
+        return 2
+    print(other.text(options.against, found))
+    return 0 if found else NOTHING_SELECTED
 
 
 def run_family(family: Any, options: Any, chart: Any) -> int:

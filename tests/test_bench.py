@@ -3,10 +3,12 @@
 import argparse
 import copy
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import require_cpu_kernels
 
 from kdfast import bench
 
@@ -435,6 +437,25 @@ def test_bench_measures_a_tiny_shape(family, loss, baselines, tmp_path, capfd):
     assert report.text(results) in capfd.readouterr().out
 
 
+def test_bench_against_a_commit(monkeypatch, capfd):
+    """Pairs of processes that measure the same cases; here both are this checkout."""
+    require_cpu_kernels()
+    against = bench.load("against")
+    monkeypatch.setattr(against, "checkout", lambda commit: against.ROOT)
+    monkeypatch.setattr(against, "PAIRS", 1)
+    command = ("--against", "HEAD", "--family", "softmax_kl", "--shape", "4x16", "-k", "KD")
+    assert bench.run(options(*command)) == 0
+    table = capfd.readouterr().out
+    rows = re.findall(r"^(\S+)-4x16-float32 +[\d.]+ +([\d.]+)  \[([\d.]+), ([\d.]+)\]$", table, re.MULTILINE)
+    assert {"KD", "KD+CE", "DKD", "ReverseKD"} <= {row[0] for row in rows}
+    assert all(median == low == high and float(median) > 0 for _, median, low, high in rows)
+
+
+def test_bench_against_no_commit(capsys):
+    assert bench.run(options("--against", "no-such-commit", "--family", "nce")) == 2
+    assert "--against: no-such-commit is no commit of" in capsys.readouterr().err
+
+
 def test_bench_measures_all_families_by_default(monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(bench, "measure", lambda family, options, raw: measured.append(family) or 5)
@@ -472,6 +493,7 @@ def test_bench_names_the_missing_extra(monkeypatch, capsys):
         (["--seconds", "nan"], "--seconds: got nan, expected a number of at least 0"),
         (["--out", "file"], "--out: file is a file; expected a folder"),
         (["--out", "file/results"], "file is a file; expected a folder"),
+        (["--against", "HEAD"], "--against: needs a --family"),
         (["--readme", "nothing.md"], "--readme: nothing.md is not a file"),
     ],
 )

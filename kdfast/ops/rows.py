@@ -43,7 +43,7 @@ def sums(logits: Tensor, top: Tensor, temperature: float | Tensor) -> Tensor:
 def maxima(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """The maximum of each row; 0 of an empty row."""
     top = logits.amax(1).to(dtype)
-    return top.masked_fill_(top == -INF, 0.0)
+    return top.masked_fill(top == -INF, 0.0)
 
 
 def log_softmax(logits: Tensor, top: Tensor, total: Tensor, temperature: float | Tensor) -> Tensor:
