@@ -195,10 +195,10 @@ def compiles(implementation):
         pytest.skip("runs where the graph for the kernels does")
 
 
-def check_compiled_for_all(implementation, function, tensors):
+def check_compiled_for_all(implementation, function, tensors, backend="aot_eager"):
     """One graph, with the numbers of the function as it is; with the fallback's where that runs."""
     compiles(implementation)
-    compiled = check_compiled(function, tensors, backend="aot_eager")
+    compiled = check_compiled(function, tensors, backend=backend)
     with kdfast.fallback():
         check_same(compiled, function, tensors)
 

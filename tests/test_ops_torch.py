@@ -16,7 +16,8 @@ every_family = pytest.mark.parametrize("family", registry.FAMILIES)
 PROGRAMS = [program for family in registry.FAMILIES for program in registry.family(family).PROGRAMS]
 every_program = pytest.mark.parametrize("program", PROGRAMS, ids=str)
 # A graph reads tensors of any strides: of programs that differ in these alone, one is enough.
-every_graph = pytest.mark.parametrize("program", [p for p in PROGRAMS if "channels_last" not in p.name], ids=str)
+GRAPHS = [program for program in PROGRAMS if "channels_last" not in program.name]
+every_graph = pytest.mark.parametrize("program", GRAPHS, ids=str)
 
 
 # ---- schemas ---------------------------------------------------------------------------------------------------------
@@ -74,16 +75,10 @@ def test_dtensor_refused(dtensor, op):
 @behaviour.every_compiled
 @every_program
 def test_compile(implementation, program):
-    """One graph, forward and backward, with the numbers of the program as it is."""
-    behaviour.check_compiled_for_all(
-        implementation, program.function, program.make(implementation.device, program.rows, torch.float32)
-    )
-
-
-@pytest.mark.parametrize("implementation", ["cpu", "cuda"], indirect=True)
-@every_graph
-def test_compile_inductor(implementation, program):
-    behaviour.check_compiled(program.function, program.make(implementation.device, program.rows, torch.float32))
+    """One graph, forward and backward, with the numbers of the program as it is; through the compiler itself once."""
+    compiler = "inductor" if program in GRAPHS else "aot_eager"
+    tensors = program.make(implementation.device, program.rows, torch.float32)
+    behaviour.check_compiled_for_all(implementation, program.function, tensors, compiler)
 
 
 @behaviour.every_compiled

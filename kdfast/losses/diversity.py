@@ -90,7 +90,7 @@ class _Diversity(torch.autograd.Function):
         logit = p * (slope - fixed_sum(p * slope)[..., None])
         if log_slope is not None:
             logit = logit + log_slope - p * fixed_sum(log_slope)[..., None]
-        logit = logit * (grad * (_Diversity.scale(heads, sign) / temperature))
+        logit = logit * (grad * _Diversity.scale(heads, sign) / temperature)
         needs = ctx.needs_input_grad[5:]
         grads = [g.to(x.dtype) if need else None for g, x, need in zip(logit, heads, needs, strict=True)]
         return None, None, None, None, None, *grads
