@@ -55,7 +55,9 @@ def checkout(commit):
         print(f"building {commit} in {folder}", flush=True)
         subprocess.run(["git", "worktree", "add", "--force", "--detach", str(folder), commit], cwd=ROOT, check=True)
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(build, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+        built = subprocess.run(build, cwd=folder, capture_output=True, text=True)
+        if built.returncode:
+            raise ValueError(f"--against: {commit} does not build\n{built.stderr[-2000:]}")
     return folder
 
 
