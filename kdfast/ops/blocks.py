@@ -12,18 +12,23 @@ from torch import Tensor
 
 from kdfast._types import Index
 
-ELEMENTS = 2**17  # of a block: some five tensors of that size are 2.5 MiB in float32
+ELEMENTS = 2**16  # of a block, for each thread: some five tensors of that size are 1.3 MiB in float32
 
 
 def by_block(
-    function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None, into: Sequence[Tensor] = ()
+    function: Callable[..., tuple[Tensor, ...]],
+    *tensors: Tensor | None,
+    into: Sequence[Tensor] = (),
+    elements: int | None = None,
 ) -> tuple[Tensor, ...]:
     """``function(*tensors)``, of tensors and with results that have one entry for each row; None is passed on.
 
     A result without elements stays one: what the function need not compute. The first results go to the memory `into`.
+    elements: of a block, where sums over its rows must not depend on the threads, or where it takes many operations.
     """
     first, whole = tensors[0], list(into)
-    rows = max(1, ELEMENTS // max(1, math.prod(first.shape[1:])))
+    elements = elements or ELEMENTS * torch.get_num_threads()
+    rows = max(1, elements // max(1, math.prod(first.shape[1:])))
     if first.device.type != "cpu" or len(first) <= 2 * rows:
         rows = max(1, len(first))
         if not into:

@@ -31,6 +31,7 @@ __all__ += ["partial_squared_error", "pyramid_error", "squared_error"]
 SQUARE, BOUNDARY, PARTIAL = range(3)  # the terms of feature_error
 TOTAL, SAMPLE, CHANNEL = range(3)  # what it sums over: everything, or what one sample or one channel has
 SMALLEST = 1e-12  # norms are clamped from below
+PYRAMID_BLOCK = 2**21  # elements of a block, which takes a hundred operations
 LEVELS = (4, 2, 1)  # windows of the pyramid in each direction; level k of those used weighs 1 / 2^k
 
 
@@ -126,10 +127,10 @@ def _feature_error_backward(
     return _in_memory(block, (student, need_student), (teacher, need_teacher), factor)
 
 
-def _in_memory(block, student, teacher, *others):
+def _in_memory(block, student, teacher, *others, elements=None):
     """Gradients of (map, needed) by blocks, in the memory order of the student's map; empty where not needed."""
     grads = [gradient_memory(x, student[0]) if need else x.new_empty(0) for x, need in (student, teacher)]
-    by_block(block, student[0], teacher[0], *others, into=[x for x in grads if x.numel()])
+    by_block(block, student[0], teacher[0], *others, into=[x for x in grads if x.numel()], elements=elements)
     return tuple(grads)
 
 
@@ -233,7 +234,7 @@ def _pyramid_error(student: Tensor, teacher: Tensor) -> Tensor:
         values = own * _sample_sum(gap.mul_(gap))
         return (values + sum(weight * _sample_sum(x * x) for weight, x in averages),)
 
-    return fixed_sum(by_block(block, student, teacher)[0])
+    return fixed_sum(by_block(block, student, teacher, elements=PYRAMID_BLOCK)[0])
 
 
 @op("feature", _gradient_shapes)
@@ -253,7 +254,7 @@ def _pyramid_error_backward(
             x for x, need in ((slopes, need_student), (-slopes if need_teacher else None, need_teacher)) if need
         )
 
-    return _in_memory(block, (student, need_student), (teacher, need_teacher))
+    return _in_memory(block, (student, need_student), (teacher, need_teacher), elements=PYRAMID_BLOCK)
 
 
 # ---- public functions ------------------------------------------------------------------------------------------------

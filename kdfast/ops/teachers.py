@@ -44,6 +44,7 @@ from kdfast.ops.temperature import temperature_argument, temperature_of
 
 __all__ = ["aekd", "teachers_kl"]
 
+FIXED_BLOCK = 2**17  # elements of a block, over whose rows AE-KD sums
 KINDS = ("kl", "cross_entropy", "reverse_kl")
 
 
@@ -138,7 +139,7 @@ def _statistics(student, teachers, labels, kind, temperature, dtype, visit=None)
         sides = [*(p.top for p in networks), *(p.total for p in networks)]
         return ce, torch.stack([*q.side, sum_1, *sides, *values], 1)
 
-    ce, stats = by_block(block, student, column, wrong, *teachers)
+    ce, stats = by_block(block, student, column, wrong, *teachers, elements=None if visit is None else FIXED_BLOCK)
     return ce, stats.t().contiguous()
 
 
