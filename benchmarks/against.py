@@ -45,15 +45,16 @@ def measure(family, words, quick, shapes):
 # ---- both
 def checkout(commit):
     """The folder of a commit with its kernels built, made once: build/against/COMMIT of this checkout."""
-    name = subprocess.run(
-        ["git", "rev-parse", "--verify", f"{commit}^{{commit}}"], cwd=ROOT, capture_output=True, text=True
-    )
+    git = ["git", "-C", str(ROOT)]
+    name = subprocess.run([*git, "rev-parse", "--verify", f"{commit}^{{commit}}"], capture_output=True, text=True)
     if name.returncode:
         raise ValueError(f"--against: {commit} is no commit of {ROOT}")
     folder = ROOT / "build/against" / name.stdout.strip()[:12]
     if not list(folder.glob("kdfast/_C.*")):
         print(f"building {commit} in {folder}", flush=True)
-        subprocess.run(["git", "worktree", "add", "--force", "--detach", str(folder), commit], cwd=ROOT, check=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = subprocess.run([*git, "archive", commit], check=True, stdout=subprocess.PIPE).stdout
+        subprocess.run(["tar", "-x", "-C", str(folder)], input=files, check=True)
         build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
         built = subprocess.run(build, cwd=folder, capture_output=True, text=True)
         if built.returncode:
@@ -61,15 +62,17 @@ def checkout(commit):
     return folder
 
 
-def compare(commit, family, words="", quick=False, shapes=()):
-    """-> {case: (seconds here, median and quartiles of here / there)}"""
+def compare(commit, family, words, quick, shapes, instruction_set):
+    """-> {case: (seconds here, median and quartiles of here / there)}; `instruction_set`: variables for one."""
     folders, seconds = {"here": ROOT, "there": checkout(commit)}, {"here": [], "there": []}
-    argument = json.dumps([family, words, quick, [list(shape) for shape in shapes]])
+    argument = json.dumps([family, words, quick, shapes])
     for turn in range(PAIRS):
         for name in sorted(folders, reverse=turn % 2 == 1):
-            environment = {**os.environ, **ALONE, "PYTHONPATH": str(folders[name])}
+            environment = {**os.environ, **ALONE, **instruction_set, "PYTHONPATH": str(folders[name])}
             command = [sys.executable, __file__, argument]
-            done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise ValueError(f"--against: {family} cannot be measured in {folders[name]}")
             seconds[name].append(json.loads(done.stdout.splitlines()[-1]))
     found = {}
     for case in seconds["here"][0]:

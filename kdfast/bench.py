@@ -86,8 +86,11 @@ def check(options: Any) -> Any:
         whole(1, 1024)("--threads", options.threads)
     if options.seconds is not None and not options.seconds >= 0:
         raise DistillError(f"--seconds: got {options.seconds}, expected a number of at least 0")
-    if options.against and not (options.family and (FOLDERS[1].parent / ".git").exists()):
-        raise DistillError("--against: needs a --family, and a kdfast that is imported from a git checkout")
+    if options.against:
+        if not (options.family and (FOLDERS[1].parent / ".git").exists()):
+            raise DistillError("--against: needs a --family, and a kdfast that is imported from a git checkout")
+        if options.device != "cpu" or options.threads is not None or options.seconds is not None:
+            raise DistillError("--against: measures one thread of a CPU, without --device, --threads and --seconds")
     for shape in options.shape:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
             raise DistillError(f"--shape: got {shape!r}, expected sizes of at least 1 as in 256x1000")
@@ -106,9 +109,10 @@ def check(options: Any) -> Any:
 def against(options: Any) -> int:
     """Print how the time of each case compares with another commit's; returns the exit status."""
     other = load("against")
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shape]
+    shapes = [list(map(int, shape.split("x"))) for shape in options.shape]
+    chosen = (options.family, options.select or "", options.quick, shapes, variables(options.isa))
     try:
-        found = other.compare(options.against, options.family, options.select or "", options.quick, shapes)
+        found = other.compare(options.against, *chosen)
     except ValueError as error:
         print(f"kdfast bench: error: {error}", file=sys.stderr)
         return 2
@@ -146,8 +150,13 @@ def measure(family: Any, options: Any, raw: Any) -> Any:
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     # torch.compile's pool of workers would start, and load torch, while the first figures are measured.
     environment = {**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-    environment |= {"KDFAST_ISA": options.isa, **SETS[options.isa]} if options.isa else {}
+    environment |= variables(options.isa)
     return subprocess.run(command, env=environment).returncode
+
+
+def variables(isa: str | None) -> dict[str, str]:
+    """What holds a process to an instruction set."""
+    return {"KDFAST_ISA": isa, **SETS[isa]} if isa else {}
 
 
 def write_readme(readme: Any, folder: Any) -> Any:

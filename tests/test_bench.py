@@ -494,6 +494,7 @@ def test_bench_names_the_missing_extra(monkeypatch, capsys):
         (["--out", "file"], "--out: file is a file; expected a folder"),
         (["--out", "file/results"], "file is a file; expected a folder"),
         (["--against", "HEAD"], "--against: needs a --family"),
+        (["--against", "HEAD", "--family", "nce", "--threads", "2"], "--against: measures one thread of a CPU"),
         (["--readme", "nothing.md"], "--readme: nothing.md is not a file"),
     ],
 )

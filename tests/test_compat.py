@@ -691,6 +691,15 @@ def of_others(kind):
     return {f"student_{kind}_path": "other s", f"teacher_{kind}_path": "other t"}
 
 
+def one_by_one(table):
+    """The parameters of rows (loss, arguments, call, {name: value}), a name at a time."""
+    return [
+        pytest.param(loss, arguments, call, name, value, id=f"{loss}-{name}")
+        for loss, arguments, call, values in table
+        for name, value in values.items()
+    ]
+
+
 # A loss, its arguments, a call, and the second values of attributes.
 ATTRIBUTES = [
     ("repdistiller.DistillKL", {"T": 4.0}, of_rows, {"T": 1.0}),
@@ -726,11 +735,7 @@ ATTRIBUTES = [
     ("torchdistill.HierarchicalContextLoss", {"output_sizes": [4, 2, 1]}, of_named_pair, {"output_sizes": [5, 3]}),
     ("torchdistill.DISTLoss", {}, of_named_rows, {"beta": 2.0, "gamma": 2.0, "tau": 2.0, "eps": 1.0}),
 ]
-EACH_ATTRIBUTE = [
-    pytest.param(name, arguments, call, attribute, value, id=f"{name}-{attribute}")
-    for name, arguments, call, second in ATTRIBUTES
-    for attribute, value in second.items()
-]
+EACH_ATTRIBUTE = one_by_one(ATTRIBUTES)
 
 
 @pytest.mark.parametrize(("name", "arguments", "call", "attribute", "second"), EACH_ATTRIBUTE)
@@ -951,11 +956,7 @@ METHODS = [
         },
     ),
 ]
-EACH_METHOD = [
-    pytest.param(name, arguments, call, method, formula, id=f"{name}-{method}")
-    for name, arguments, call, formulas in METHODS
-    for method, formula in formulas.items()
-]
+EACH_METHOD = one_by_one(METHODS)
 
 
 @pytest.mark.parametrize(("name", "arguments", "call", "method", "formula"), EACH_METHOD)

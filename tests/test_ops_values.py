@@ -9,6 +9,7 @@ import torch
 from behaviour import FLOATS, HALVES, check_oracle
 
 from kdfast import ops
+from kdfast.ops import blocks
 
 OPS = registry.every_op()
 every_op = pytest.mark.parametrize("op", OPS, ids=str)
@@ -202,6 +203,22 @@ def test_deterministic(implementation, group, shape, same_bits):
         return results
 
     assert same_bits(run)
+
+
+@pytest.mark.parametrize("implementation", ["fallback"], indirect=True)
+@pytest.mark.parametrize(("op", "shape"), CASES, ids=[f"{op}-{shape}" for op, shape in CASES])
+def test_blocks_do_not_show(implementation, op, shape, monkeypatch):
+    """Plain PyTorch goes through rows in blocks, whose size depends on the number of threads: the same bits for any."""
+    x = op.group.inputs(implementation, shape, torch.float32)
+    results = []
+    for elements in (1, 64, 2**30):
+        monkeypatch.setattr(blocks, "ELEMENTS", elements)
+        leaves = op.collecting(x)
+        value = op(ops, leaves)
+        grads = torch.autograd.grad(value.sum(), registry.tensors(leaves, op.leaves), allow_unused=True)
+        results.append([value.detach(), *(g for g in grads if g is not None)])
+    for one_row, some, whole in zip(*results, strict=True):
+        assert torch.equal(one_row, whole) and torch.equal(some, whole)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

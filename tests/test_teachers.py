@@ -13,6 +13,7 @@ from networks import SMALL, TAUGHT, for_simt, given, make, taught_by
 from registry.teachers import sizes_teachers_kl
 
 from kdfast import ops
+from kdfast.ops import blocks
 from kdfast.ops.simplex import simplex_minimum
 from kdfast.ops.teachers import aekd_weights
 
@@ -118,6 +119,17 @@ def test_edges_minus_infinity_of_the_teachers(implementation, op):
 
 
 # ---- behaviour in PyTorch --------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("implementation", ["fallback"], indirect=True)
+def test_aekd_in_blocks_of_any_size(implementation, monkeypatch):
+    """Its weights come from sums over all rows: these have blocks of their own, which no number of threads changes."""
+    torch.manual_seed(0)
+    student, *teachers = (torch.randn(300, 1000, dtype=torch.float64) for _ in range(4))
+    monkeypatch.setattr(blocks, "ELEMENTS", 1)
+    small = ops.aekd(student, teachers)
+    monkeypatch.setattr(blocks, "ELEMENTS", 2**30)
+    assert all(map(torch.equal, small, ops.aekd(student, teachers)))
+
+
 def test_double_backward_of_aekd_raises(implementation):
     student, *teachers = taught_by(implementation, 3)
     leaf = student.requires_grad_()

@@ -48,9 +48,9 @@ def _gap(s, t, margin, kind, boundary):
     if kind == BOUNDARY:
         gap = (boundary - _side(t).mul_(s)).clamp_(min=0)
         return gap.add_(t.clamp(0, 0))  # NaN where the teacher is
-    gap, u = s - torch.maximum(t, margin), torch.maximum(t, margin)
+    u = torch.maximum(t, margin)
     least = u.sign().clamp_(min=0).mul_(-torch.finfo(s.dtype).max)  # 0 where u <= 0, else none
-    return torch.maximum(gap, least)
+    return torch.maximum(s - u, least)
 
 
 def _side(t):
