@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +32,8 @@ from timm.data import create_transform  # noqa: E402
 from kdfast._text import printable  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.distill import images  # noqa: E402
-from kdfast.imagenet import data, networks, readers, settings, train  # noqa: E402
-from kdfast.imagenet.ranks import Ranks, Stop  # noqa: E402
+from kdfast.imagenet import command, data, networks, readers, settings, train  # noqa: E402
+from kdfast.imagenet.ranks import Ranks, Stop, Stopped  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -263,6 +264,19 @@ def stop_after(monkeypatch, step, argv, number=signal.SIGTERM):
     with monkeypatch.context() as patch:
         patch.setattr(train.Trainer, "step", compute_and_stop)
         assert main(argv) == 128 + number
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_every_rank_ends_with_the_signal(photographs, tmp_path, monkeypatch, capsys, first):
+    """torchrun sees the same status from each; the first says what happened, the others nothing."""
+
+    def stopped(*_):
+        raise Stopped(signal.SIGTERM)
+
+    monkeypatch.setattr(command, "join", lambda device: types.SimpleNamespace(first=first))
+    monkeypatch.setattr("kdfast.imagenet.run.train", stopped)
+    assert main(arguments(photographs, tmp_path / "run")) == 128 + signal.SIGTERM
+    assert bool(capsys.readouterr().err) == first
 
 
 def resume(out, *more):
