@@ -46,6 +46,10 @@ def _reduce(rows, reduction):
     return rows.sum() / (max(len(rows), 1) if reduction in ("mean", "batchmean") else 1)
 
 
+def _weighted(rows, weight):
+    return rows if weight is None else torch.where(weight == 0, 0.0, weight.double() * rows)
+
+
 def _outcomes(student, teacher, temperature):
     """Of a top-k teacher (values, indices, rest): log-probabilities [rows, k + 1] of student and teacher.
 
@@ -78,10 +82,7 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
         log_q, log_p = (_log_softmax_or_nothing(z, temperature) for z in (student, teacher))
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
         rows = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
-    rows = temperature**2 * rows
-    if weight is not None:
-        rows = torch.where(weight == 0, 0.0, weight.double() * rows)
-    return _reduce(rows, reduction)
+    return _reduce(_weighted(temperature**2 * rows, weight), reduction)
 
 
 def _targets(labels, shape, ignore_index):
@@ -92,20 +93,31 @@ def _targets(labels, shape, ignore_index):
     return F.one_hot(torch.where(kept, labels.long(), 0), shape[1]).double(), kept
 
 
-def cross_entropy(student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, reduction="batchmean"):
+def cross_entropy(
+    student, labels, *, ce_weight=1.0, label_smoothing=0.0, ignore_index=-100, weight=None, reduction="batchmean"
+):
     target, kept = _targets(labels, student.shape, ignore_index)
     target = (1 - label_smoothing) * target + label_smoothing / student.shape[1]
-    rows = ce_weight * torch.where(kept, -_expect(target, _log_softmax(student)), 0.0)
+    rows = _weighted(ce_weight * torch.where(kept, -_expect(target, _log_softmax(student)), 0.0), weight)
     if reduction in ("mean", "batchmean"):
         return rows.sum() / max(int(kept.sum()), 1)
     return _reduce(rows, reduction)
 
 
 def cross_entropy_kl(
-    student, teacher, labels, temperature=1.0, *, kl_weight=1.0, ce_weight=1.0, reduction="batchmean", **options
+    student,
+    teacher,
+    labels,
+    temperature=1.0,
+    *,
+    kl_weight=1.0,
+    ce_weight=1.0,
+    reduction="batchmean",
+    weight=None,
+    **options,
 ):
-    kl = kl_weight * softmax_kl(student, teacher, temperature, reduction=reduction)
-    return kl + cross_entropy(student, labels, ce_weight=ce_weight, reduction=reduction, **options)
+    kl = kl_weight * softmax_kl(student, teacher, temperature, reduction=reduction, weight=weight)
+    return kl + cross_entropy(student, labels, ce_weight=ce_weight, reduction=reduction, weight=weight, **options)
 
 
 def _split(z, labels, temperature):
@@ -118,12 +130,83 @@ def _split(z, labels, temperature):
     return torch.stack([log_p[is_target], log_rest], 1), others - log_rest[:, None]
 
 
-def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0):
+def dkd(student, teacher, labels, temperature=4.0, *, alpha=1.0, beta=8.0, weight=None, reduction="batchmean"):
     """Zhao et al. 2022, eq. 6 and 7."""
     target_s, rest_s = _split(student, labels, temperature)
     target_t, rest_t = _split(teacher, labels, temperature)
     rows = alpha * _kl(target_t, target_s) + beta * _kl(rest_t, rest_s)
-    return temperature**2 * rows.sum() / max(len(rows), 1)
+    return _reduce(_weighted(temperature**2 * rows, weight), reduction)
+
+
+def standardized(z):
+    """(z - mean) / (1e-7 + std) of rows, Sun et al. 2024; zeros of a single class."""
+    if z.shape[-1] == 1:
+        return 0 * z
+    return (z - z.mean(-1, keepdim=True)) / (1e-7 + z.std(-1, keepdim=True))
+
+
+def _two(student, teacher, temperature=1.0, teacher_temperature=None, standardize=False):
+    """-> log-probabilities of student and teacher."""
+    student, teacher = student.double(), teacher.double()
+    if standardize:
+        student, teacher = standardized(student), standardized(teacher)
+    of_teacher = temperature if teacher_temperature is None else teacher_temperature
+    return _log_softmax(student, temperature), _log_softmax(teacher, of_teacher)
+
+
+def _mixed(log_p, log_q, skew):
+    """log(skew p + (1 - skew) q)"""
+    skew = torch.as_tensor(skew, dtype=torch.float64, device=log_p.device)
+    skew = skew[..., None] if skew.dim() else skew
+    return torch.logaddexp(log_p + skew.log(), log_q + (1 - skew).log())
+
+
+def skew_kl(student, teacher, skew=0.1, *, reverse=False, temperature=1.0, weight=None, reduction="batchmean"):
+    """Ko et al. 2024: KL(p || skew p + (1 - skew) q), or of the student likewise."""
+    own, other = _two(student, teacher, temperature)[:: 1 if reverse else -1]
+    return _reduce(_weighted(temperature**2 * _kl(own, _mixed(own, other, skew)), weight), reduction)
+
+
+def total_variation_distance(student, teacher, *, temperature=1.0, weight=None, reduction="batchmean"):
+    log_q, log_p = _two(student, teacher, temperature)
+    rows = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    return _reduce(_weighted(temperature**2 * rows, weight), reduction)
+
+
+def alpha_beta(student, teacher, alpha, beta, *, temperature=1.0, weight=None, reduction="batchmean"):
+    """Wang et al. 2025, and the limits of that formula."""
+    a, b, (log_q, log_p) = alpha, beta, _two(student, teacher, temperature)
+    if a and b and a + b:
+        powers = (a * log_p + b * log_q).exp(), ((a + b) * log_p).exp(), ((a + b) * log_q).exp()
+        terms = -(powers[0] - a / (a + b) * powers[1] - b / (a + b) * powers[2]) / (a * b)
+    elif a + b == 0:
+        d = log_p - log_q
+        terms = d**2 / 2 if a == 0 else ((a * d).exp() - 1 - a * d) / a**2
+    else:
+        c, log_p, log_q = (a, log_p, log_q) if a else (b, log_q, log_p)
+        p, q = (c * log_p).exp(), (c * log_q).exp()
+        terms = (c * p * (log_p - log_q) - p + q) / c**2
+    return _reduce(_weighted(temperature**2 * terms.sum(-1), weight), reduction)
+
+
+def non_target_cross_entropy(student, teacher, labels, *, temperature=1.0, weight=None, reduction="batchmean"):
+    """The second term of Yang et al. 2023, without its factor."""
+    _, log_q = _split(student, labels, temperature)
+    _, log_p = _split(teacher, labels, temperature)
+    return _reduce(_weighted(-(temperature**2) * _expect(log_p.exp(), log_q), weight), reduction)
+
+
+def divergence_kl(
+    student, teacher, temperature=1.0, *, beta=0.0, teacher_temperature=None, standardize=False, **options
+):
+    """:func:`softmax_kl` of two temperatures, or of standardised rows."""
+    log_q, log_p = _two(student, teacher, temperature, teacher_temperature, standardize)
+    if 0 < beta < 1:
+        log_m = _mixed(log_p, log_q, beta)
+        rows = beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+    else:
+        rows = _kl(log_q, log_p) if beta else _kl(log_p, log_q)
+    return _reduce(_weighted(temperature**2 * rows, options.get("weight")), options.get("reduction", "batchmean"))
 
 
 def _squared_distances(x, y):
@@ -397,9 +480,10 @@ def KD(
     label_smoothing=0.0,
     ignore_index=-100,
     reduction="batchmean",
+    **more,
 ):
     """Hinton et al. 2014, eq. 1 and section 2: softened targets with T^2 for the gradient's size, and true labels."""
-    kl = softmax_kl(student, teacher, temperature, reduction=reduction)
+    kl = (divergence_kl if more else softmax_kl)(student, teacher, temperature, reduction=reduction, **more)
     if alpha is None:
         return kl
     ce = cross_entropy(student, labels, label_smoothing=label_smoothing, ignore_index=ignore_index, reduction=reduction)
@@ -880,6 +964,72 @@ def adaptive_inversion(student, teacher, temperature=3.0):
     return 1 - divergence.clamp(0, 1)
 
 
+# ---- logits, since 2022 ----------------------------------------------------------------------------------------------
+def LSKD(student, teacher, temperature=2.0):
+    """Sun et al. 2024, with the std of C - 1 of the code."""
+    return divergence_kl(student, teacher, temperature, standardize=True)
+
+
+def NKD(student, teacher, labels, temperature=1.0, gamma=1.5):
+    """Yang et al. 2023, eq. 9."""
+    log_q, log_p = (_log_softmax(z).gather(1, labels[:, None])[:, 0] for z in (student, teacher))
+    target = -(log_p.detach().exp() * log_q).mean()
+    return target + gamma * non_target_cross_entropy(student, teacher, labels, temperature=temperature)
+
+
+def TTM(student, teacher, temperature=4.0):
+    """Zheng and Yang 2024, eq. 13."""
+    return _kl(_log_softmax(teacher, temperature), _log_softmax(student)).mean()
+
+
+def WTTM(student, teacher, temperature=4.0):
+    """Zheng and Yang 2024, eq. 17."""
+    log_p = _log_softmax(teacher)
+    weight = (log_p / temperature).exp().sum(1)
+    return (weight * _kl(_log_softmax(teacher, temperature), _log_softmax(student))).mean()
+
+
+def CTKD(student, teacher, epoch, weights, minimum=1.0, maximum=21.0, ramp_epochs=10):
+    """Li et al. 2023: the temperature maximises the loss, by a cosine of the epoch."""
+    strength = (1 - math.cos(math.pi * min(float(epoch) / ramp_epochs, 1))) / 2
+    raw = weights["raw"].detach() - strength * (weights["raw"] - weights["raw"].detach())
+    temperature = minimum + (maximum - minimum) / (1 + torch.exp(-raw))
+    return temperature**2 * _kl(*(torch.log_softmax(z / temperature, 1) for z in (teacher, student))).mean()
+
+
+def SkewKL(student, teacher, skew=0.1, reverse=False):
+    return skew_kl(student, teacher, skew, reverse=reverse)
+
+
+def TVD(student, teacher):
+    """Wen et al. 2023, eq. 6."""
+    return total_variation_distance(student, teacher)
+
+
+def AKL(student, teacher, head=0.5):
+    """Wu et al. 2025, class by class."""
+    log_q, log_p = _two(student, teacher)
+    p, q, shares = log_p.exp().detach(), log_q.exp().detach(), []
+    for of_p, of_q in zip(p.tolist(), q.tolist(), strict=True):
+        largest = sorted(range(len(of_p)), key=lambda c: (-of_p[c], c))
+        kept = [c for i, c in enumerate(largest) if i == 0 or sum(of_p[j] for j in largest[: i + 1]) <= head]
+        gaps = [abs(x - y) for x, y in zip(of_p, of_q, strict=True)]
+        shares.append(sum(gaps[c] for c in kept) / sum(gaps))
+    share = torch.tensor(shares, dtype=torch.float64, device=p.device)
+    return (share * _kl(log_p, log_q) + (1 - share) * _kl(log_q, log_p)).mean()
+
+
+def TAID(student, teacher, start=0.4, end=1.0, alpha=5e-4, beta=0.99):
+    """Shing et al. 2025, eq. 3, at the start, which is float32 as in the code."""
+    start = float(torch.tensor(start))
+    mixed = (1 - start) * student.detach() + start * teacher
+    return _kl(_log_softmax(mixed), _log_softmax(student)).mean()
+
+
+def AlphaBeta(student, teacher, alpha=0.2, beta=0.7):
+    return alpha_beta(student, teacher, alpha, beta)
+
+
 LOSSES = {
     f.__name__: f
     for f in (
@@ -890,5 +1040,6 @@ LOSSES = {
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
+        *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta),
     )
 } | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

@@ -25,6 +25,8 @@ PUBLIC = [
 # Losses with weights, and how they are made.
 WITH_STATE = {
     "CRD": lambda: kdfast.CRD(student_dim=11, teacher_dim=7, n_data=20),
+    "CTKD": lambda: kdfast.CTKD(),
+    "TAID": lambda: kdfast.TAID(),
     "VID": lambda: kdfast.VID(student_channels=4, mid_channels=6, teacher_channels=7),
 }
 # Of CRD's steps each depends on the ones before: tests/test_nce.py compares them.
@@ -43,6 +45,29 @@ CALLS |= {"JointLoss": lambda loss, *tensors: loss(*tensors, epoch=30)}
 
 # Parameters other than the defaults, and the kinds of the arguments, see `inputs`.
 CASES = [
+    ("AKL", {}, "student teacher"),
+    ("AKL", {"head": 0.8}, "student teacher"),
+    ("AlphaBeta", {}, "student teacher"),
+    ("AlphaBeta", {"alpha": 1.0, "beta": 0.0}, "student teacher"),
+    ("AlphaBeta", {"alpha": 0.0, "beta": 0.6}, "student teacher"),
+    ("AlphaBeta", {"alpha": 0.5, "beta": -0.5}, "student teacher"),
+    ("AlphaBeta", {"alpha": 0.0, "beta": 0.0}, "student teacher"),
+    ("CTKD", {}, "student teacher epoch"),
+    ("CTKD", {"minimum": 2.0, "maximum": 5.0, "ramp_epochs": 20}, "student teacher epoch"),
+    ("KD", {"teacher_temperature": 2.0}, "student teacher"),
+    ("KD", {"standardize": True, "temperature": 2.0, "alpha": 0.5}, "student teacher labels"),
+    ("LSKD", {}, "student teacher"),
+    ("LSKD", {"temperature": 5.0}, "student teacher"),
+    ("NKD", {}, "student teacher labels"),
+    ("NKD", {"temperature": 3.0, "gamma": 3.5}, "student teacher labels"),
+    ("SkewKL", {}, "student teacher"),
+    ("SkewKL", {"skew": 0.4, "reverse": True}, "student teacher"),
+    ("TAID", {}, "student teacher"),
+    ("TAID", {"start": 0.75}, "student teacher"),
+    ("TTM", {}, "student teacher"),
+    ("TVD", {}, "student teacher"),
+    ("WTTM", {}, "student teacher"),
+    ("WTTM", {"temperature": 2.0}, "student teacher"),
     ("AB", {}, "map map"),
     ("AB", {"margin": 2.0, "reduction": "none"}, "maps maps"),
     ("AB", {"margin": 0.5, "reduction": "mean"}, "vectors vectors"),
@@ -350,8 +375,61 @@ OFFICIAL |= {
         lambda p: functools.partial(kdfast.adaptive_inversion, temperature=p["T"]), ("student", "teacher")
     ),
 }
+
+
+def _masked(build, entropy=None):
+    """Code of language models, on the rows of a mask; entropy: (s, t, p) -> logits whose entropy it has beside ours."""
+
+    def masked(p):
+        def loss(student, teacher, mask):
+            value = build(p)(student, teacher, mask=mask)
+            if entropy:
+                log_p = entropy(student, teacher, p)[mask].log_softmax(-1)
+                value = value - torch.where(log_p > -INF, log_p.exp() * log_p, 0.0).sum(-1).mean()
+            return value
+
+        return loss
+
+    return Code(masked, ("s", "t", "mask"))
+
+
+def _alpha_beta(p):
+    """Its branches for the limits lack a factor."""
+    a, b = p["alpha"], p["beta"]
+    factor = (1 if a == 0 == b else b if a == 0 else a) if a * b * (a + b) == 0 else 1
+    return lambda s, t, mask: factor * kdfast.AlphaBeta(a, b)(s, t, mask=mask)
+
+
+INF = float("inf")
+OFFICIAL |= {
+    "lskd": Code(lambda p: kdfast.LSKD(p["temperature"]), "st"),
+    "nkd": Code(lambda p: kdfast.NKD(p["temp"], p["gamma"]), "sty"),
+    "ttm": Code(lambda p: kdfast.TTM(1 / p["l"]), "st"),
+    "wttm": Code(lambda p: kdfast.WTTM(1 / p["l"]), "st"),
+    "distillm_forward_kl": _masked(lambda p: kdfast.KD(1.0), lambda s, t, p: t),
+    "distillm_reverse_kl": _masked(lambda p: kdfast.ReverseKD()),
+    "distillm_js": _masked(lambda p: kdfast.JSD(1 - p["lam"])),
+    "distillm_tv": _masked(lambda p: kdfast.TVD()),
+    "distillm_skew_forward": _masked(lambda p: kdfast.SkewKL(p["lam"]), lambda s, t, p: t),
+    "distillm_skew_reverse": _masked(lambda p: kdfast.SkewKL(p["lam"], reverse=True)),
+    "akl": _masked(lambda p: kdfast.AKL(p["mu"])),
+    "abkd": _masked(_alpha_beta),
+    "taid": _masked(
+        lambda p: kdfast.TAID(p["t_start"]),
+        lambda s, t, p: (1 - p["t_start"]) * s.detach() + p["t_start"] * t,
+    ),
+}
 # The others are no losses, or have a state: the tests of their own files read them.
-OTHERS = ("crd_", "ban_dkpp_permute", "endd_uncertainties", "endd_temperature", "ofd_margin__", "explain_")
+OTHERS = (
+    "ctkd_",
+    "topk_",
+    "crd_",
+    "ban_dkpp_permute",
+    "endd_uncertainties",
+    "endd_temperature",
+    "ofd_margin__",
+    "explain_",
+)
 FILES = sorted(path for path in GOLDEN.glob("*.npz") if not path.name.startswith(OTHERS))
 
 

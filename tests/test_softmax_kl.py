@@ -286,7 +286,7 @@ def test_top_k_student_without_the_rest(implementation, low):
 def test_top_k_unusable_indices(implementation):
     """No class, or a class twice: an error where the host can look; else the row is NaN, memory untouched."""
     d = collecting(make(implementation, *SMALL))
-    values, indices, rest, _ = kdfast.TopK.of(d.teacher, 4)
+    values, indices, rest, *_ = kdfast.TopK.of(d.teacher, 4)
     twice = int(indices[3, 0])
     for at, index in ((1, -1), (2, 9), (0, 2**40), (3, -(2**63)), (2, twice)):
         bad = indices.clone()
@@ -321,7 +321,7 @@ def test_top_k_in_kd(implementation):
 
 TOP_K_ERRORS = [
     (lambda s, t: (t[0],), ValueError, r"got a tuple of 1"),
-    (lambda s, t: (*t, 1.0, 2), ValueError, r"got a tuple of 5"),
+    (lambda s, t: (*t, 1.0, "rest", 2), ValueError, r"got a tuple of 6"),
     (
         lambda s, t: (t[0][:4], t[1][:4]),
         ValueError,
@@ -352,12 +352,13 @@ def test_top_k_of_errors():
     for call, error, message in (
         (lambda: kdfast.TopK.of(logits, 10), ValueError, "k must be at most the number of classes 9, got 10"),
         (lambda: kdfast.TopK.of(logits, 0), ValueError, "k must be at least 1, got 0"),
-        (lambda: kdfast.TopK.of(logits[0], 1), ValueError, "logits must be 2-D"),
+        (lambda: kdfast.TopK.of(logits[0], 1), ValueError, r"logits must be \(batch, classes\) or"),
         (lambda: kdfast.TopK.of(logits, 1, 0.0), ValueError, "temperature must be finite and above 0"),
+        (lambda: ops.softmax_kl(logits, kdfast.TopK.of(logits, 1), beta=1.5), ValueError, "beta must be from 0 to 1"),
         (
-            lambda: ops.softmax_kl(logits, kdfast.TopK.of(logits, 1), beta=0.5),
+            lambda: ops.softmax_kl(logits, kdfast.TopK.of(logits, 1), standardize=True),
             ValueError,
-            "beta must be 0 with a top-k",
+            "a top-k teacher takes neither teacher_temperature nor standardize",
         ),
         (
             lambda: ops.dkd(logits, kdfast.TopK.of(logits, 1), None),

@@ -27,6 +27,37 @@ void for_rows(int64_t rows, int64_t cols, const F& f) {
   for_each(rows, row_grain(cols), f);
 }
 
+// One row of logits.
+template <class A>
+struct Row {
+  const Matrix& m;
+  int64_t row;
+  A* buffer;
+
+  const A* piece(int64_t begin, int64_t n) const { return read<A>(m, row, begin, n, buffer); }
+  A at(int64_t col) const { return read_one<A>(m, row, col); }
+};
+
+// f(begin, n) for the pieces of a row, without the class `skipped` if that is not negative.
+template <class F>
+void for_row_pieces(int64_t cols, int64_t skipped, const F& f) {
+  if (skipped < 0) return for_pieces(0, cols, f);
+  for_pieces(0, skipped, f);
+  for_pieces(skipped + 1, cols, f);
+}
+
+// A gradient of zeros, where one is needed.
+template <class A>
+void write_zeros(const Matrix& to, int64_t row, int64_t cols) {
+  if (!to.data) return;
+  alignas(64) A buffer[kChunk];
+  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
+    A* out = target(to, row, begin, buffer);
+    std::fill(out, out + n, A(0));
+    write(to, row, begin, n, out);
+  });
+}
+
 // Scratch memory of one thread, in pieces of kChunk elements. The padding of a few cache lines keeps equal offsets of
 // different pieces out of the same cache set.
 constexpr int64_t kPieceStride = kChunk + 5 * 16;
@@ -122,6 +153,21 @@ void write_exponentials(const A* z, int64_t n, A max, A rate, A* e) {
 template <class A>
 A near_sum(const A* z_p, const A* z_q, int64_t n, NearRow<A> row) {
   return sum_each<A>(n, [&](int64_t i) KD_INLINED { return row.term(z_p[i], z_q[i]); });
+}
+
+// The softmax of a row, without the class `skipped` if that is not negative. kKeep: `e` holds the exponentials of its
+// last piece; that is all of them where the row has one piece.
+template <bool kKeep, class A>
+Softmax<A> softmax_sweep(const Row<A>& z, int64_t cols, int64_t skipped, A rate, A* e) {
+  A max = -infinity<A>();
+  double sum = 0;
+  for_row_pieces(cols, skipped, [&](int64_t begin, int64_t n) {
+    const A *piece = z.piece(begin, n), top = max_of(piece, n, max);
+    if (top > max) sum *= exp2((double(max) - top) * rate);
+    max = top;
+    sum += exponential_sum<kKeep>(piece, n, finite_max(max), rate, e);
+  });
+  return {finite_max(max), static_cast<A>(sum)};
 }
 
 }  // namespace kdfast

@@ -51,7 +51,7 @@ KD_HD A kl_term(A e_p, A log_ratio) {
 
 // sum p (log p - log q), or the cross-entropy sum p (-log q), in nats; `dot` is sum e_p (c_p - c_q), or sum e_p (-c_q).
 template <class A>
-KD_HD A divergence(A sum_p, A sum_q, A dot, A rate, bool cross = false) {
+KD_HD A kl_of_sums(A sum_p, A sum_q, A dot, A rate, bool cross = false) {
   if (sum_p == 0) return 0;
   if (sum_q == 0) return infinity<A>();
   const A log2_q = log2(sum_q);
@@ -114,6 +114,13 @@ KD_HD double small_excess(double d) {
   const double excess = ::expm1(-d) + d;
   return excess < 0 ? 0.0 : excess;  // a rounding
 }
+
+// log(1 + x) for |x| <= 0.3.
+KD_HD float small_log1p(float x) {
+  const float t = x / (x + 2.0f), t2 = t * t;
+  return 2.0f * t * (1.0f + t2 * (3.33333333e-1f + t2 * (0.2f + t2 * (1.42857143e-1f + t2 * 1.11111111e-1f))));
+}
+KD_HD double small_log1p(double x) { return ::log1p(x); }
 
 // p (e^-d - 1 + d), d = log(p / q).
 template <class A>

@@ -52,6 +52,13 @@ inline Column column(const Tensor& x) { return {x.data_ptr(), x.scalar_type(), x
 
 inline Column column(const std::optional<Tensor>& x) { return x ? column(*x) : Column{}; }
 
+// One column of a matrix, or the only one.
+inline Column column(const std::optional<Tensor>& x, int64_t index) {
+  if (!x || x->dim() < 2) return column(x);
+  char* first = static_cast<char*>(x->data_ptr()) + index * x->stride(1) * static_cast<int64_t>(x->element_size());
+  return {first, x->scalar_type(), x->stride(0)};
+}
+
 // The dtype of an accumulation type.
 template <class A>
 constexpr ScalarType kDtype = sizeof(A) == 8 ? ScalarType::Double : ScalarType::Float;

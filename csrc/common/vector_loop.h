@@ -40,10 +40,10 @@ KD_INLINED inline void update_elements(A* x, int64_t n, const F& f) {
   for (int64_t i = 0; i < kLanes; ++i) x[last + i] = f(last + i, old[i]);
 }
 
-// Up to five terms, or their reductions.
+// Up to seven terms, or their reductions.
 template <class A>
 struct Terms {
-  A a = 0, b = 0, c = 0, d = 0, e = 0;
+  A a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0;
 };
 
 // x, or 0 where the mask is 0; see exp2.
@@ -81,8 +81,8 @@ KD_INLINED inline A fold_lanes(const A* lanes) {
 // reduction one lane after another, which takes as long as hundreds of elements.
 template <int kTerms, class Fold, class A, class F>
 KD_INLINED inline Terms<A> fold_elements(int64_t n, const F& f) {
-  alignas(64) A a[kLanes], b[kLanes], c[kLanes], d[kLanes], e[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) a[i] = b[i] = c[i] = d[i] = e[i] = Fold::start();
+  alignas(64) A a[kLanes], b[kLanes], c[kLanes], d[kLanes], e[kLanes], sixth[kLanes], seventh[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) a[i] = b[i] = c[i] = d[i] = e[i] = sixth[i] = seventh[i] = Fold::start();
   const auto fold = [&](int64_t i, int32_t lane, uint32_t mask) KD_INLINED {
     const Terms<A> t = f(i);
     a[lane] = Fold::of(a[lane], Fold::once(t.a, mask));
@@ -90,6 +90,8 @@ KD_INLINED inline Terms<A> fold_elements(int64_t n, const F& f) {
     if (kTerms > 2) c[lane] = Fold::of(c[lane], Fold::once(t.c, mask));
     if (kTerms > 3) d[lane] = Fold::of(d[lane], Fold::once(t.d, mask));
     if (kTerms > 4) e[lane] = Fold::of(e[lane], Fold::once(t.e, mask));
+    if (kTerms > 5) sixth[lane] = Fold::of(sixth[lane], Fold::once(t.f, mask));
+    if (kTerms > 6) seventh[lane] = Fold::of(seventh[lane], Fold::once(t.g, mask));
   };
   constexpr int32_t lanes = kLanes;
   const int64_t whole = n / kLanes * kLanes, last = n - kLanes;
@@ -104,7 +106,8 @@ KD_INLINED inline Terms<A> fold_elements(int64_t n, const F& f) {
   } else {
     for (int32_t lane = 0; whole + lane < n; ++lane) fold(whole + lane, lane, ~0u);
   }
-  return {fold_lanes<Fold>(a), fold_lanes<Fold>(b), fold_lanes<Fold>(c), fold_lanes<Fold>(d), fold_lanes<Fold>(e)};
+  return {fold_lanes<Fold>(a), fold_lanes<Fold>(b),     fold_lanes<Fold>(c),      fold_lanes<Fold>(d),
+          fold_lanes<Fold>(e), fold_lanes<Fold>(sixth), fold_lanes<Fold>(seventh)};
 }
 
 // Sums of the first kTerms terms.

@@ -175,7 +175,7 @@ class ForwardRow {
     for (int64_t i = 0; i < op_.learners; ++i) {
       LearnerState& learner = learners_[i];
       const double sum_t = targets_[op_.target_of(i)].sum;
-      learner.kl = divergence<double>(sum_t, learner.sum, learner.cross.dot, rate_);
+      learner.kl = kl_of_sums<double>(sum_t, learner.sum, learner.cross.dot, rate_);
       learner.near = learner.kl < kNear && sum_t > 0;
       if (learner.near) learner.kl = 0;
       any_near |= learner.near;

@@ -137,7 +137,7 @@ __device__ void learners_of(const MixedLogits<A>& op, int64_t row, int64_t r, So
     cross[k].dot = group_reduce<kThreads>(cross[k].dot, Add{});
     cross[k].sum_c = group_reduce<kThreads>(cross[k].sum_c, Add{});
     cross[k].n_masked_in_target = group_reduce<kThreads>(cross[k].n_masked_in_target, Add{});
-    A plain = divergence(side.sum, sum[k], cross[k].dot, rate);
+    A plain = kl_of_sums(side.sum, sum[k], cross[k].dot, rate);
     if (plain < A(kNear) && side.sum > 0) {
       plain = near_kl<kThreads>(op, row, r, learner, NearRow<A>(side.max, top[k], side.sum, sum[k], rate, false));
     }

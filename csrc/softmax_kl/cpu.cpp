@@ -138,25 +138,6 @@ void subtract_targets(const A* target, int64_t n, A coef, A* out) {
 
 // ---- rows
 
-// One row of logits.
-template <class A>
-struct Row {
-  const Matrix& m;
-  int64_t row;
-  A* buffer;
-
-  const A* piece(int64_t begin, int64_t n) const { return read<A>(m, row, begin, n, buffer); }
-  A at(int64_t col) const { return read_one<A>(m, row, col); }
-};
-
-// f(begin, n) for the pieces of a row, without the class `skipped` if that is not negative.
-template <class F>
-void for_row_pieces(int64_t cols, int64_t skipped, const F& f) {
-  if (skipped < 0) return for_pieces(0, cols, f);
-  for_pieces(0, skipped, f);
-  for_pieces(skipped + 1, cols, f);
-}
-
 template <class A>
 using State = KlState<A, double>;
 
@@ -196,39 +177,14 @@ A row_kl(const State<A>& s, const Row<A>& p, const Row<A>& q, int64_t cols, int6
   return static_cast<A>(kl);
 }
 
-// A gradient of zeros, where one is needed.
-template <class A>
-void write_zeros(const Matrix& to, int64_t row, int64_t cols) {
-  if (!to.data) return;
-  alignas(64) A buffer[kChunk];
-  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
-    A* out = target(to, row, begin, buffer);
-    std::fill(out, out + n, A(0));
-    write(to, row, begin, n, out);
-  });
-}
-
 // ---- softmax_kl: p is the side whose probabilities weigh
-
-// The softmax of a row. `e` holds the exponentials of its last chunk; that is all of them where the row is no longer.
-template <class A>
-Softmax<A> softmax_sweep(const Row<A>& z, int64_t cols, A rate, A* e) {
-  A max = -infinity<A>();
-  double sum = 0;
-  for_pieces(0, cols, [&](int64_t begin, int64_t n) {
-    const A *piece = z.piece(begin, n), top = max_of(piece, n, max);
-    if (top > max) sum *= exp2((double(max) - top) * rate);
-    max = top;
-    sum += exponential_sum<true>(piece, n, finite_max(max), rate, e);
-  });
-  return {finite_max(max), static_cast<A>(sum)};
-}
 
 // One row's KL(q || m) and KL(p || m) into its statistics, for 0 < beta < 1.
 template <class A>
 void mixture_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, const Shares<A>& shares, Stats<A> stats) {
   alignas(64) A e_s[kChunk], e_t[kChunk];
-  const Softmax<A> side_s = softmax_sweep(s, cols, rate, e_s), side_t = softmax_sweep(t, cols, rate, e_t);
+  const Softmax<A> side_s = softmax_sweep<true>(s, cols, -1, rate, e_s),
+                   side_t = softmax_sweep<true>(t, cols, -1, rate, e_t);
   const LogSoftmax<A> log_s(side_s, rate), log_t(side_t, rate);
   double kl_s = 0, kl_t = 0;
   for_pieces(0, cols, [&](int64_t begin, int64_t n) {
@@ -274,6 +230,7 @@ void kl_row(const Row<A>& s, const Row<A>& t, int64_t cols, A rate, bool reverse
 template <class A>
 void softmax_kl_rows(const Inputs<A>& in, const Shares<A>& shares) {
   for_rows(in.rows, in.cols, [&](int64_t row) {
+    if (in.is_masked(row)) return in.stats.clear(kKlStats, row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
     const A rate = in.temperature.rate(row);
@@ -326,7 +283,7 @@ void softmax_kl_grad_rows(const Inputs<A>& in, const Shares<A>& shares, A scale,
     const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
     const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
     const A kl_s = stats[kStudent + kKl][row], kl_t = stats[kTeacher + kKl][row];
-    const A factor = to.of_row(row, scale * in.temperature[row]);
+    const A factor = to.of_row(in, row, scale * in.temperature[row]);
     const A rate = in.temperature.rate(row);
     if (factor == 0) {
       write_zeros<A>(to.student, row, cols);
@@ -458,6 +415,10 @@ void softmax_kl_topk_rows(const Inputs<A>& in, const TopK& teacher) {
     alignas(64) A buffer[kChunk];
     Kept<A> kept(teacher, cols);
     for (int64_t row = begin; row < end; ++row) {
+      if (in.is_masked(row)) {
+        in.stats.clear(kTopKStats, row);
+        continue;
+      }
       kept.set_row(row);
       const A rate = in.temperature.rate(row);
       const Softmax<A> rest = rest_sweep(Row<A>{in.student, row, buffer}, cols, rate, kept);
@@ -496,7 +457,7 @@ void softmax_kl_topk_grad_rows(const Inputs<A>& in, const TopK& teacher, A scale
       const Row<A> s{in.student, row, student_buffer};
       const Softmax<A> p = stats.softmax(kTeacher, row), q = stats.softmax(kStudent, row),
                        rest = stats.softmax(kTopKRest, row);
-      const A factor = to.of_row(row, scale * in.temperature[row]);
+      const A factor = to.of_row(in, row, scale * in.temperature[row]);
       if (factor == 0) {
         write_zeros<A>(to.student, row, cols);
         continue;
@@ -524,6 +485,7 @@ void softmax_kl_topk_grad_rows(const Inputs<A>& in, const TopK& teacher, A scale
 template <class A>
 void check_masses(const Inputs<A>& in, A smoothing) {
   for (int64_t row = 0; row < in.rows; ++row) {
+    if (in.is_masked(row)) continue;
     const double mass = (in.stats[kMass][row] - smoothing) / (smoothing < 1 ? 1 - smoothing : A(1));
     if (!(mass < kMinMass)) continue;
     char number[32];
@@ -539,6 +501,11 @@ void cross_entropy_kl_rows(const Inputs<A>& in, const Labels& labels, int64_t ig
   const Stats<A>& stats = in.stats;
   const int64_t cols = in.cols;
   for_rows(in.rows, cols, [&](int64_t row) {
+    const bool kept = !labels.index || labels.at(row) != ignore_index;
+    if (in.is_masked(row) || (!kept && !in.teacher.data)) {
+      ce_rows[row] = 0;
+      return stats.clear(kCeStats, row);
+    }
     const A rate = in.temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
@@ -569,7 +536,6 @@ void cross_entropy_kl_rows(const Inputs<A>& in, const Labels& labels, int64_t ig
       }
       ce.seen += n;
     });
-    const bool kept = !labels.index || labels.at(row) != ignore_index;
     if (labels.index && kept) {
       ce.target_dot = s.at(labels.at(row)) - state.q().max;
       ce.target_mass = 1;
@@ -578,7 +544,7 @@ void cross_entropy_kl_rows(const Inputs<A>& in, const Labels& labels, int64_t ig
         kept ? cross_entropy<double>(ce.sum_1, ce.centred, ce.target_dot, ce.target_mass, smoothing, cols) : 0;
     stats.set_softmax(kStudent, row, state.q());
     stats[kSum1][row] = static_cast<A>(ce.sum_1);
-    stats[kCeWeight][row] = kept;
+    stats[kCeWeight][row] = kept ? in.ce_weight_of(row) : A(0);
     stats[kMass][row] = (1 - smoothing) * static_cast<A>(ce.target_mass) + smoothing;
     stats.set_softmax(kCeTeacher, row, state.p());
     stats[kCeKl][row] = in.teacher.data ? row_kl(state, t, s, cols, -1, rate) : A(0);
@@ -595,8 +561,8 @@ void cross_entropy_kl_grad_rows(const Inputs<A>& in, const Labels& labels, A kl_
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk], buffer[kChunk];
     const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
     const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kCeTeacher, row);
-    const CeGrad<A> g =
-        ce_grad(stats, row, cols, rate, read<A>(to.upstream, row), kl_scale * in.temperature[row], smoothing);
+    const CeGrad<A> g = ce_grad(stats, row, cols, rate, read<A>(to.upstream, row),
+                                kl_scale * in.temperature[row] * in.weight_of(row), smoothing);
     if (!g.has_kl) write_zeros<A>(to.teacher, row, cols);
     if (!g.has_kl && !g.has_ce) return write_zeros<A>(to.student, row, cols);
     for_pieces(0, cols, [&](int64_t begin, int64_t n) {
@@ -638,6 +604,7 @@ void dkd_rows(const Inputs<A>& in, const Labels& labels) {
   const Stats<A>& stats = in.stats;
   const int64_t cols = in.cols;
   for_rows(in.rows, cols, [&](int64_t row) {
+    if (in.is_masked(row)) return stats.clear(kDkdStats, row);
     const A rate = in.temperature.rate(row);
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const int64_t label = labels.at(row);
@@ -663,8 +630,7 @@ void dkd_grad_rows(const Inputs<A>& in, const Labels& labels, A alpha, A beta, A
     const int64_t label = labels.at(row);
     const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
     const Softmax<A> side_s = stats.softmax(kStudent, row), side_t = stats.softmax(kTeacher, row);
-    const DkdGrad<A> g =
-        dkd_grad(stats, row, rate, alpha, beta, read<A>(to.upstream, row) * (scale * in.temperature[row]));
+    const DkdGrad<A> g = dkd_grad(stats, row, rate, alpha, beta, to.of_row(in, row, scale * in.temperature[row]));
     if (!g.has_rest) {
       write_zeros<A>(to.student, row, cols);
       return write_zeros<A>(to.teacher, row, cols);

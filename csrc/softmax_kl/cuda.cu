@@ -24,6 +24,14 @@ __device__ void read_skipping(const Matrix& p, const Matrix& q, int64_t row, int
   skip(skipped - col, z_q);
 }
 
+// Whether a row is masked; then its statistics are written.
+template <int kThreads, class A>
+__device__ bool skips(const Inputs<A>& in, int64_t row, int64_t stats) {
+  if (!in.is_masked(row)) return false;
+  if (is_leader<kThreads>()) in.stats.clear(stats, row);
+  return true;
+}
+
 // ---- forward sweeps
 template <class A>
 using State = KlState<A, A>;
@@ -105,12 +113,12 @@ __device__ void near_mixture_row(const Matrix& student, const Matrix& teacher, i
 }
 
 template <class A, int kThreads>
-__global__ void __launch_bounds__(kBlock, min_blocks<A>())
-    softmax_kl_forward_kernel(Matrix student, Matrix teacher, int64_t rows, int64_t cols, Temperature<A> temperature,
-                              Shares<A> shares, Stats<A> stats) {
-  const int64_t row = group_index<kThreads>();
-  if (row >= rows) return;
-  const A rate = temperature.rate(row);
+__global__ void __launch_bounds__(kBlock, min_blocks<A>()) softmax_kl_forward_kernel(Inputs<A> in, Shares<A> shares) {
+  const int64_t row = group_index<kThreads>(), cols = in.cols;
+  if (row >= in.rows || skips<kThreads>(in, row, kKlStats)) return;
+  const Matrix &student = in.student, &teacher = in.teacher;
+  const Stats<A>& stats = in.stats;
+  const A rate = in.temperature.rate(row);
   const Matrix p = choose(shares.reverse, student, teacher), q = choose(shares.reverse, teacher, student);
   const State<A> s = kl_sweep<kThreads>(p, q, row, cols, -1, rate);
   const Softmax<A> side_s = shares.reverse ? s.p() : s.q(), side_t = shares.reverse ? s.q() : s.p();
@@ -221,7 +229,7 @@ template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, min_blocks<A>()) softmax_kl_topk_forward_kernel(Inputs<A> in, TopK teacher) {
   KD_SHARED(unsigned, all_bits, kPiece / 32);
   const int64_t row = group_index<kThreads>();
-  if (row >= in.rows) return;
+  if (row >= in.rows || skips<kThreads>(in, row, kTopKStats)) return;
   const A rate = in.temperature.rate(row);
   int wrong = 0;
   unsigned* bits = all_bits + threadIdx.x / kThreads * (kMarked<kThreads> / 32);
@@ -271,6 +279,10 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
     cross_entropy_kl_forward_kernel(Inputs<A> in, Labels labels, int64_t ignore_index, A smoothing, A* ce) {
   const int64_t row = group_index<kThreads>();
   if (row >= in.rows) return;
+  if (skips<kThreads>(in, row, kCeStats)) {
+    if (is_leader<kThreads>()) ce[row] = 0;
+    return;
+  }
   const A rate = in.temperature.rate(row);
   State<A> s;
   CeState<A> c;
@@ -328,7 +340,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
   ce[row] = cross_entropy(c.sum_1, c.centred, c.target_dot, c.target_mass, smoothing, in.cols);
   in.stats.set_softmax(kStudent, row, s.q());
   in.stats[kSum1][row] = c.sum_1;
-  in.stats[kCeWeight][row] = weight;
+  in.stats[kCeWeight][row] = weight == 0 ? A(0) : weight * in.ce_weight_of(row);
   in.stats[kMass][row] = (1 - smoothing) * c.target_mass + smoothing;
   in.stats.set_softmax(kCeTeacher, row, s.p());
   in.stats[kCeKl][row] = kl;
@@ -337,7 +349,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
 template <class A, int kThreads>
 __global__ void __launch_bounds__(kBlock, min_blocks<A>()) dkd_forward_kernel(Inputs<A> in, Labels labels) {
   const int64_t row = group_index<kThreads>();
-  if (row >= in.rows) return;
+  if (row >= in.rows || skips<kThreads>(in, row, kDkdStats)) return;
   const A rate = in.temperature.rate(row);
   const int64_t label = labels.at(row);
   const State<A> s = kl_sweep<kThreads>(in.teacher, in.student, row, in.cols, label, rate);
@@ -385,7 +397,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
   if (row >= in.rows) return;
   const Softmax<A> side_s = in.stats.softmax(kStudent, row), side_t = in.stats.softmax(kTeacher, row);
   const A kl_s = in.stats[kStudent + kKl][row], kl_t = in.stats[kTeacher + kKl][row];
-  const A factor = to.of_row(row, scale * in.temperature[row]);
+  const A factor = to.of_row(in, row, scale * in.temperature[row]);
   if (factor == 0) {
     write_zeros<kThreads, A>(to.student, at);
     return write_zeros<kThreads, A>(to.teacher, at);
@@ -425,7 +437,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
   const Softmax<A> p = in.stats.softmax(kTeacher, row), q = in.stats.softmax(kStudent, row),
                    rest = in.stats.softmax(kTopKRest, row);
   const A kl = in.stats[kTeacher + kKl][row];
-  const A factor = to.of_row(row, scale * in.temperature[row]);
+  const A factor = to.of_row(in, row, scale * in.temperature[row]);
   if (factor == 0) return write_zeros<kThreads, A>(to.student, at);
   const A rate = in.temperature.rate(row);
   const KlGrad<A> g = kl_grad(p, q, kl, kl == kl ? factor : kl, rate);
@@ -456,8 +468,8 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
   if (row >= in.rows) return;
   const Softmax<A> side_s = in.stats.softmax(kStudent, row), side_t = in.stats.softmax(kCeTeacher, row);
   const A rate = in.temperature.rate(row);
-  const CeGrad<A> g =
-      ce_grad(in.stats, row, in.cols, rate, read<A>(to.upstream, row), kl_scale * in.temperature[row], smoothing);
+  const CeGrad<A> g = ce_grad(in.stats, row, in.cols, rate, read<A>(to.upstream, row),
+                              kl_scale * in.temperature[row] * in.weight_of(row), smoothing);
   if (!g.has_kl) write_zeros<kThreads, A>(to.teacher, at);
   if (!g.has_kl && !g.has_ce) return write_zeros<kThreads, A>(to.student, at);
   const int64_t label = labels.index ? labels.at(row) : -1;
@@ -499,8 +511,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
   const int64_t label = labels.at(row);
   const A max_s = in.stats.softmax(kStudent, row).max, max_t = in.stats.softmax(kTeacher, row).max;
   const A rate = in.temperature.rate(row);
-  const DkdGrad<A> g =
-      dkd_grad(in.stats, row, rate, alpha, beta, read<A>(to.upstream, row) * (scale * in.temperature[row]));
+  const DkdGrad<A> g = dkd_grad(in.stats, row, rate, alpha, beta, to.of_row(in, row, scale * in.temperature[row]));
   if (!g.has_rest) {
     write_zeros<kThreads, A>(to.student, at);
     return write_zeros<kThreads, A>(to.teacher, at);
@@ -526,7 +537,7 @@ struct Cuda : DeviceBackend {
   template <class A>
   void softmax_kl(const Inputs<A>& in, const Shares<A>& shares) const {
     launch_rows(device, softmax_kl_forward_kernel<A, kWarp>, softmax_kl_forward_kernel<A, kBlock>, in.rows, in.cols, 1,
-                in.student, in.teacher, in.rows, in.cols, in.temperature, shares, in.stats);
+                in, shares);
   }
 
   template <class A>

@@ -10,32 +10,30 @@ namespace softmax_kl {
 // ---- one row of a loss, from its statistics
 template <class A>
 struct SoftmaxKlValue {
-  Stats<A> stats;
-  Column weight;
-  Temperature<A> temperature;
+  Inputs<A> in;
   Shares<A> shares;
   A scale;
 
   KD_HD A operator()(int64_t row) const {
-    const A w = weight.data ? read<A>(weight, row) : A(1), t = temperature[row];
-    return row_value(stats[kTeacher + kKl][row], stats[kStudent + kKl][row], shares, w, scale * (t * t));
+    const A t = in.temperature[row];
+    return row_value(in.stats[kTeacher + kKl][row], in.stats[kStudent + kKl][row], shares, in.weight_of(row),
+                     scale * (t * t));
   }
 };
 
 // Scales the row's weight for the backward, too.
 template <class A>
 struct CrossEntropyValue {
-  Stats<A> stats;
+  Inputs<A> in;
   const A* ce;
   const double* kept;  // null: the cross-entropy is not divided by the rows kept
-  Temperature<A> temperature;
   A kl_scale;
   double ce_scale;
 
   KD_HD A operator()(int64_t row) const {
-    const A share = static_cast<A>(kept ? ce_scale / max(*kept, 1.0) : ce_scale), t = temperature[row];
-    const A weight = stats[kCeWeight][row] *= share;
-    return row_value_ce(stats[kCeKl][row], ce[row], kl_scale * (t * t), weight);
+    const A share = static_cast<A>(kept ? ce_scale / max(*kept, 1.0) : ce_scale), t = in.temperature[row];
+    const A weight = in.stats[kCeWeight][row] *= share;
+    return row_value_ce(in.stats[kCeKl][row], ce[row], kl_scale * (t * t) * in.weight_of(row), weight);
   }
 };
 
@@ -49,22 +47,22 @@ struct KeptValue {
 
 template <class A>
 struct DkdValue {
-  Stats<A> stats;
-  Temperature<A> temperature;
+  Inputs<A> in;
   A alpha, beta, scale;
 
   KD_HD A operator()(int64_t row) const {
-    const A t = temperature[row];
-    return row_value_dkd(stats[kTargetKl][row], stats[kRestKl][row], alpha, beta, scale * (t * t));
+    const A t = in.temperature[row];
+    return row_value_dkd(in.stats[kTargetKl][row], in.stats[kRestKl][row], alpha, beta,
+                         scale * (t * t) * in.weight_of(row));
   }
 };
 
 // ---- the ops
 template <class A>
-Inputs<A> inputs(const Tensor& student, const std::optional<Tensor>& teacher, const std::optional<Tensor>& temperatures,
-                 double temperature, const Tensor& stats) {
-  return {matrix(student),   matrix(teacher), student.size(0), student.size(1), {temperature, temperatures},
-          stats_of<A>(stats)};
+Inputs<A> inputs(const Tensor& student, const std::optional<Tensor>& teacher, const std::optional<Tensor>& weight,
+                 const std::optional<Tensor>& temperatures, double temperature, const Tensor& stats) {
+  return {matrix(student),    matrix(teacher),   student.size(0),  student.size(1), {temperature, temperatures},
+          stats_of<A>(stats), column(weight, 0), column(weight, 1)};
 }
 
 template <class Backend>
@@ -75,10 +73,10 @@ TwoTensors softmax_kl(Tensor student, Tensor teacher, std::optional<Tensor> weig
   Tensor loss = empty_loss(student, dtype, reduce), stats = empty(student, dtype, {kKlStats, student.size(0)});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const Inputs<A> in = inputs<A>(student, teacher, temperatures, temperature, stats);
+    const Inputs<A> in = inputs<A>(student, teacher, weight, temperatures, temperature, stats);
     const Shares<A> shares(beta);
     backend.softmax_kl(in, shares);
-    const SoftmaxKlValue<A> value{in.stats, column(weight), in.temperature, shares, A(1.0 / divisor)};
+    const SoftmaxKlValue<A> value{in, shares, A(1.0 / divisor)};
     backend.reduce(value, in.rows, reduce, loss, data<A>(loss));
   });
   return {loss, stats};
@@ -93,8 +91,8 @@ TwoTensors softmax_kl_backward(Tensor grad, Tensor student, Tensor teacher, std:
                    to_teacher = matrix_grad(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    backend.softmax_kl_backward(inputs<A>(student, teacher, temperatures, temperature, stats), Shares<A>(beta),
-                                A(1.0 / divisor), Gradients{column(grad), column(weight), to_student.m, to_teacher.m});
+    backend.softmax_kl_backward(inputs<A>(student, teacher, weight, temperatures, temperature, stats), Shares<A>(beta),
+                                A(1.0 / divisor), Gradients{column(grad), to_student.m, to_teacher.m});
   });
   return {to_student.tensor, to_teacher.tensor};
 }
@@ -108,9 +106,9 @@ TwoTensors softmax_kl_topk(Tensor student, Tensor values, Tensor indices, std::o
   Tensor loss = empty_loss(student, dtype, reduce), stats = empty(student, dtype, {kTopKStats, student.size(0)});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const Inputs<A> in = inputs<A>(student, std::nullopt, temperatures, temperature, stats);
+    const Inputs<A> in = inputs<A>(student, std::nullopt, weight, temperatures, temperature, stats);
     backend.softmax_kl_topk(in, top_k(values, indices, rest));
-    const SoftmaxKlValue<A> value{in.stats, column(weight), in.temperature, Shares<A>(0), A(scale / divisor)};
+    const SoftmaxKlValue<A> value{in, Shares<A>(0), A(scale / divisor)};
     backend.reduce(value, in.rows, reduce, loss, data<A>(loss));
   });
   return {loss, stats};
@@ -124,15 +122,15 @@ Tensor softmax_kl_topk_backward(Tensor grad, Tensor student, Tensor values, Tens
   const MatrixGrad to_student = matrix_grad(student, true, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    backend.softmax_kl_topk_backward(inputs<A>(student, std::nullopt, temperatures, temperature, stats),
+    backend.softmax_kl_topk_backward(inputs<A>(student, std::nullopt, weight, temperatures, temperature, stats),
                                      top_k(values, indices, rest), A(scale / divisor),
-                                     Gradients{column(grad), column(weight), to_student.m, Matrix{}});
+                                     Gradients{column(grad), to_student.m, Matrix{}});
   });
   return to_student.tensor;
 }
 
 template <class Backend>
-TwoTensors cross_entropy_kl(Tensor student, std::optional<Tensor> teacher, Tensor labels,
+TwoTensors cross_entropy_kl(Tensor student, std::optional<Tensor> teacher, Tensor labels, std::optional<Tensor> weight,
                             std::optional<Tensor> temperatures, double temperature, double kl_scale, int64_t kl_divisor,
                             double ce_scale, int64_t ce_divisor, double smoothing, int64_t ignore_index, bool ce_mean,
                             bool reduce) {
@@ -144,16 +142,12 @@ TwoTensors cross_entropy_kl(Tensor student, std::optional<Tensor> teacher, Tenso
     using A = decltype(tag);
     using Rows = typename Backend::template Memory<A>;
     using Count = typename Backend::template Memory<double>;
-    const Inputs<A> in = inputs<A>(student, teacher, temperatures, temperature, stats);
+    const Inputs<A> in = inputs<A>(student, teacher, weight, temperatures, temperature, stats);
     Rows ce(student, rows);
     Count kept(student, ce_mean ? 1 : 0);
     backend.cross_entropy_kl(in, labels_of(labels), ignore_index, A(smoothing), ce.data());
     if (ce_mean) backend.reduce(KeptValue<A>{in.stats}, rows, true, student, kept.data());
-    const CrossEntropyValue<A> value{in.stats,
-                                     ce.data(),
-                                     ce_mean ? kept.data() : nullptr,
-                                     in.temperature,
-                                     A(kl_scale / kl_divisor),
+    const CrossEntropyValue<A> value{in, ce.data(), ce_mean ? kept.data() : nullptr, A(kl_scale / kl_divisor),
                                      ce_mean ? ce_scale : ce_scale / ce_divisor};
     backend.reduce(value, rows, reduce, loss, data<A>(loss));
   });
@@ -162,48 +156,49 @@ TwoTensors cross_entropy_kl(Tensor student, std::optional<Tensor> teacher, Tenso
 
 template <class Backend>
 TwoTensors cross_entropy_kl_backward(Tensor grad, Tensor student, std::optional<Tensor> teacher, Tensor labels,
-                                     std::optional<Tensor> temperatures, Tensor stats, double temperature,
-                                     double kl_scale, int64_t kl_divisor, double smoothing, bool need_student,
-                                     bool need_teacher) {
+                                     std::optional<Tensor> weight, std::optional<Tensor> temperatures, Tensor stats,
+                                     double temperature, double kl_scale, int64_t kl_divisor, double smoothing,
+                                     bool need_student, bool need_teacher) {
   const Backend backend(student);
   const MatrixGrad to_student = matrix_grad(student, need_student, grad),
                    to_teacher = matrix_grad(teacher ? *teacher : student, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    backend.cross_entropy_kl_backward(inputs<A>(student, teacher, temperatures, temperature, stats), labels_of(labels),
-                                      A(kl_scale / kl_divisor), A(smoothing),
-                                      Gradients{column(grad), Column{}, to_student.m, to_teacher.m});
+    backend.cross_entropy_kl_backward(inputs<A>(student, teacher, weight, temperatures, temperature, stats),
+                                      labels_of(labels), A(kl_scale / kl_divisor), A(smoothing),
+                                      Gradients{column(grad), to_student.m, to_teacher.m});
   });
   return {to_student.tensor, to_teacher.tensor};
 }
 
 template <class Backend>
-TwoTensors dkd(Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures, double temperature,
-               double alpha, double beta, int64_t divisor) {
+TwoTensors dkd(Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> weight,
+               std::optional<Tensor> temperatures, double temperature, double alpha, double beta, int64_t divisor,
+               bool reduce) {
   const Backend backend(student);
   const ScalarType dtype = accumulator(student, teacher);
-  Tensor loss = empty(student, dtype, {}), stats = empty(student, dtype, {kDkdStats, student.size(0)});
+  Tensor loss = empty_loss(student, dtype, reduce), stats = empty(student, dtype, {kDkdStats, student.size(0)});
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
-    const Inputs<A> in = inputs<A>(student, teacher, temperatures, temperature, stats);
+    const Inputs<A> in = inputs<A>(student, teacher, weight, temperatures, temperature, stats);
     backend.dkd(in, labels_of(labels));
-    const DkdValue<A> value{in.stats, in.temperature, A(alpha), A(beta), A(1.0 / divisor)};
-    backend.reduce(value, in.rows, true, loss, data<A>(loss));
+    const DkdValue<A> value{in, A(alpha), A(beta), A(1.0 / divisor)};
+    backend.reduce(value, in.rows, reduce, loss, data<A>(loss));
   });
   return {loss, stats};
 }
 
 template <class Backend>
-TwoTensors dkd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> temperatures,
-                        Tensor stats, double temperature, double alpha, double beta, int64_t divisor, bool need_student,
-                        bool need_teacher) {
+TwoTensors dkd_backward(Tensor grad, Tensor student, Tensor teacher, Tensor labels, std::optional<Tensor> weight,
+                        std::optional<Tensor> temperatures, Tensor stats, double temperature, double alpha, double beta,
+                        int64_t divisor, bool need_student, bool need_teacher) {
   const Backend backend(student);
   const MatrixGrad to_student = matrix_grad(student, need_student, grad),
                    to_teacher = matrix_grad(teacher, need_teacher, grad);
   dispatch_accumulator(stats.scalar_type(), [&](auto tag) {
     using A = decltype(tag);
-    backend.dkd_backward(inputs<A>(student, teacher, temperatures, temperature, stats), labels_of(labels), A(alpha),
-                         A(beta), A(1.0 / divisor), Gradients{column(grad), Column{}, to_student.m, to_teacher.m});
+    backend.dkd_backward(inputs<A>(student, teacher, weight, temperatures, temperature, stats), labels_of(labels),
+                         A(alpha), A(beta), A(1.0 / divisor), Gradients{column(grad), to_student.m, to_teacher.m});
   });
   return {to_student.tensor, to_teacher.tensor};
 }

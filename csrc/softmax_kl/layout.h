@@ -2,31 +2,13 @@
 #pragma once
 
 #include "common/labels.h"
+#include "common/row_stats.h"
 #include "common/temperature.h"
 #include "common/tensor.h"
 #include "softmax_kl/math.h"
 
 namespace kdfast {
 namespace softmax_kl {
-
-// Statistics of all rows, one after another in memory: stats[k] is the k-th of them, for every row.
-template <class A>
-struct Stats {
-  A* data;
-  int64_t rows;
-
-  KD_HD A* operator[](int64_t k) const { return data + k * rows; }
-  KD_HD Softmax<A> softmax(int64_t k, int64_t row) const { return {(*this)[k][row], (*this)[k + 1][row]}; }
-  KD_HD void set_softmax(int64_t k, int64_t row, Softmax<A> s) const {
-    (*this)[k][row] = s.max;
-    (*this)[k + 1][row] = s.sum;
-  }
-};
-
-template <class A>
-Stats<A> stats_of(const Tensor& stats) {
-  return {static_cast<A*>(stats.data_ptr()), stats.size(1)};
-}
 
 // softmax_kl: student max, sum, KL of the student's side; teacher max, sum, KL of the teacher's side.
 constexpr int64_t kStudent = 0, kTeacher = 3, kKl = 2, kKlStats = 6;
@@ -58,24 +40,30 @@ inline TopK top_k(const Tensor& values, const Tensor& indices, const std::option
           indices.size(1),   column(rest)};
 }
 
-// What the ops read; without a teacher its matrix is null.
+// What the ops read; without a teacher its matrix is null, and without weights their column. A row of weight 0 is
+// masked: it is not read, its value and its gradients are 0.
 template <class A>
 struct Inputs {
   Matrix student, teacher;
   int64_t rows, cols;
   Temperature<A> temperature;
   Stats<A> stats;
+  Column weight, ce_weight;  // the latter of a cross-entropy beside a KL
+
+  KD_HD A weight_of(int64_t row) const { return weight.data ? read<A>(weight, row) : A(1); }
+  KD_HD A ce_weight_of(int64_t row) const { return ce_weight.data ? read<A>(ce_weight, row) : A(1); }
+  KD_HD bool is_masked(int64_t row) const { return weight.data && read<A>(weight, row) == 0; }
 };
 
 // What a backward reads beside the inputs, and writes; matrices are null where no gradient is needed.
 struct Gradients {
-  Column upstream, weight;
+  Column upstream;
   Matrix student, teacher;
 
   // The gradient of a row's divergence, but for its temperature.
   template <class A>
-  KD_HD A of_row(int64_t row, A scale) const {
-    return read<A>(upstream, row) * scale * (weight.data ? read<A>(weight, row) : A(1));
+  KD_HD A of_row(const Inputs<A>& in, int64_t row, A scale) const {
+    return read<A>(upstream, row) * scale * in.weight_of(row);
   }
 };
 

@@ -34,7 +34,7 @@ struct KlState {
   KD_HD Softmax<A> p() const { return {finite_max(max_p), A(sum_p)}; }
   KD_HD Softmax<A> q() const { return {finite_max(max_q), A(sum_q)}; }
 
-  KD_HD S kl(A rate) const { return divergence<S>(sum_p, sum_q, dot, rate); }
+  KD_HD S kl(A rate) const { return kl_of_sums<S>(sum_p, sum_q, dot, rate); }
 };
 
 template <class A, class S>
@@ -145,13 +145,6 @@ template <class A>
 KD_HD Mixture<A> mixture(A log2_p, A log2_q, A of_p, A of_q) {
   return mixture(exp2(log2_p), exp2(log2_q), log2_p, log2_q, of_p, of_q);
 }
-
-// log(1 + x) for |x| <= 0.3.
-KD_HD float small_log1p(float x) {
-  const float t = x / (x + 2.0f), t2 = t * t;
-  return 2.0f * t * (1.0f + t2 * (3.33333333e-1f + t2 * (0.2f + t2 * (1.42857143e-1f + t2 * 1.11111111e-1f))));
-}
-KD_HD double small_log1p(double x) { return ::log1p(x); }
 
 // The terms of KL(p || m) and KL(q || m) in nats, where these are near; d = log(p / q).
 template <class A>
@@ -274,7 +267,7 @@ KD_HD A target_grad_p(A odds_p, A odds_q) {
 
 template <class A>
 KD_HD A row_value_dkd(A target, A rest, A alpha, A beta, A scale) {
-  return scale * ((alpha == 0 ? A(0) : alpha * target) + (beta == 0 ? A(0) : beta * rest));
+  return scale == 0 ? A(0) : scale * ((alpha == 0 ? A(0) : alpha * target) + (beta == 0 ? A(0) : beta * rest));
 }
 
 }  // namespace softmax_kl

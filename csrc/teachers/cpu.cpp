@@ -220,7 +220,7 @@ class ForwardRow {
   }
 
   double teacher_divergence(int64_t m) {
-    double value = divergence<double>(sum_p_[m], sum_q_, dot_[m], static_cast<double>(rate_), op_.is_cross());
+    double value = kl_of_sums<double>(sum_p_[m], sum_q_, dot_[m], static_cast<double>(rate_), op_.is_cross());
     if (op_.kind != Kind::kKl || !(value < kNear) || !(sum_p_[m] > 0)) return value;
     const NearRow<A> near(finite_max(max_p_[m]), max_q_, sum_p_[m], sum_q_, rate_, true);
     value = 0;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>(2)) teachers_forward_ker
     });
     sum_p = group_reduce<kThreads>(sum_p, Add{});
     dot = group_reduce<kThreads>(dot, Add{});
-    A value = op.is_reverse() ? A(0) : divergence(sum_p, sum_q, dot, rate, op.is_cross());
+    A value = op.is_reverse() ? A(0) : kl_of_sums(sum_p, sum_q, dot, rate, op.is_cross());
     if (op.kind == Kind::kKl && value < A(kNear) && sum_p > 0) {
       value = near_kl<kThreads>(op, row, m, NearRow<A>(max_p, max_q, sum_p, sum_q, rate, true));
     }

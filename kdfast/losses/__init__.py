@@ -4,6 +4,7 @@ from kdfast.losses.attention import AT
 from kdfast.losses.born_again import CWTM, DKPP
 from kdfast.losses.composite import DIST
 from kdfast.losses.dirichlet import EnDD, TemperatureAnnealing, ensemble_uncertainty
+from kdfast.losses.divergence import AKL, CTKD, LSKD, NKD, TAID, TTM, TVD, WTTM, AlphaBeta, SkewKL
 from kdfast.losses.diversity import DiversityCooperation
 from kdfast.losses.feature import (
     AB,
@@ -42,6 +43,7 @@ from kdfast.losses.teachers import AEKD, DML, Codistillation, EnD
 LAYERS = (FusionModule, HintRegressor, OFDConnector, OKDDipAttention, ONEGate, Paraphraser, Translator)
 # In the order of the imports.
 __all__ = ["AT", "CWTM", "DKPP", "DIST"]
+__all__ += ["AKL", "CTKD", "LSKD", "NKD", "TAID", "TTM", "TVD", "WTTM", "AlphaBeta", "SkewKL"]
 __all__ += ["EnDD", "TemperatureAnnealing", "ensemble_uncertainty", "DiversityCooperation"]
 __all__ += ["AB", "FT", "HCL", "OFD", "VID", "FitNets", "HintRegressor", "JacobianMatching", "OFDConnector"]
 __all__ += ["Paraphraser", "Translator", "ofd_margin", "CCKD", "FAKD", "FSP", "LKD", "NST", "PKT", "SP"]

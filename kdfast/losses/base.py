@@ -14,6 +14,13 @@ Check: TypeAlias = Callable[[str, Any], None]  # of (name, value)
 Settings: TypeAlias = Mapping[str, Check]
 SHARE = partial(check.number, low=0, high=1)
 AT_LEAST_0 = partial(check.number, low=0)
+
+
+def _temperature(name, value):
+    check.floating(name, value) if isinstance(value, Tensor) else check.positive(name, value)
+
+
+TEMPERATURE = _temperature  # a number above 0, or a tensor, whose shape and values are the op's to check
 REDUCTION = partial(check.one_of, choices=check.REDUCTIONS)
 
 

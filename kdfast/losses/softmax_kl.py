@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import AT_LEAST_0, REDUCTION, SHARE, Loss, made_of_settings, or_none, setting
+from kdfast.losses.base import AT_LEAST_0, REDUCTION, SHARE, TEMPERATURE, Loss, made_of_settings, or_none, setting
 from kdfast.ops import check
 from kdfast.ops.rows import batch_size
 from kdfast.ops.softmax_kl import Teacher, cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
@@ -16,29 +16,58 @@ class KD(Loss):
     """KD - Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, NIPS workshop 2014).
 
     ``T^2 KL(p || q)`` with p = softmax(teacher / T), q = softmax(student / T), summed over classes, averaged over the
-    batch. With `alpha`: ``alpha T^2 KL + (1 - alpha) CE(student, labels)`` from one read of the student's logits.
+    rows. With `alpha`: ``alpha T^2 KL + (1 - alpha) CE(student, labels)`` from one read of the student's logits.
 
-    Shapes: student, teacher (B, C) logits; labels (B,) integers or (B, C) probabilities (mixup). Loss in nats, 0-d
-    (``reduction="none"``: one value per sample, (B,)).
+    Shapes: student, teacher (..., C) logits, every leading index a row; labels (...) integers or (..., C) probabilities
+    (mixup). Loss in nats, 0-d (``reduction="none"``: one value a row, (...)).
 
-    Rows whose label is `ignore_index` leave the cross-entropy only, which is divided by the rows kept (torch's own is
-    NaN when none is). Without `alpha` labels are ignored. Gradients flow to the teacher too.
-    The teacher may be a :class:`kdfast.TopK`, k logits of a row and the rest as one; it gets no gradient.
+    Args:
+        temperature: a number, a 0-d tensor, or a tensor of one for each row; one that requires a gradient gets it.
+        alpha: weight of the KL, from 0 to 1; None: no cross-entropy, and labels are ignored.
+        label_smoothing, ignore_index: of the cross-entropy, which is divided by the rows that are not ignored (torch's
+            own is NaN when there is none); the KL takes them all.
+        reduction: as in :func:`kdfast.ops.softmax_kl`.
+        teacher_temperature: None: the student's, whose square stays the factor in any case.
+        standardize: both sides become (z - mean) / (1e-7 + std) of their row, see :class:`LSKD`.
+
+    `mask`, `weight`, `divisor` of forward: as in :func:`kdfast.ops.softmax_kl`; masked rows may hold NaN.
+    Gradients flow to the teacher too. It may be a :class:`kdfast.TopK`, k logits of a row and the rest as one, or k
+    log-probabilities; it gets no gradient then.
     Differs from ``nn.KLDivLoss()``, whose default divides by B * C. Op: :func:`kdfast.ops.softmax_kl`,
     :func:`kdfast.ops.cross_entropy_kl`.
     """
 
-    temperature: float = setting(4.0, check.positive)
+    temperature: float | Tensor = setting(4.0, TEMPERATURE)
     alpha: float | None = setting(None, or_none(SHARE))
     label_smoothing: float = setting(0.0, SHARE)
     ignore_index: int = setting(-100)
     reduction: str = setting("batchmean", REDUCTION)
+    teacher_temperature: float | Tensor | None = setting(None, or_none(TEMPERATURE))
+    standardize: bool = setting(False)
 
-    def forward(self, student: Tensor, teacher: Teacher, labels: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Teacher,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
         if self.alpha is None:
             if labels is not None:
                 check.tensor("labels", labels)
-            return softmax_kl(student, teacher, self.temperature, reduction=self.reduction)
+            return softmax_kl(
+                student,
+                teacher,
+                self.temperature,
+                teacher_temperature=self.teacher_temperature,
+                standardize=self.standardize,
+                mask=mask,
+                weight=weight,
+                divisor=divisor,
+                reduction=self.reduction,
+            )
         if labels is None:
             raise ValueError(f"labels are required because alpha={self.alpha} weighs a cross-entropy, got None")
         return cross_entropy_kl(
@@ -50,6 +79,11 @@ class KD(Loss):
             ce_weight=1 - self.alpha,
             label_smoothing=self.label_smoothing,
             ignore_index=self.ignore_index,
+            teacher_temperature=self.teacher_temperature,
+            standardize=self.standardize,
+            mask=mask,
+            weight=weight,
+            divisor=divisor,
             reduction=self.reduction,
         )
 
@@ -58,14 +92,22 @@ class KD(Loss):
 class ReverseKD(Loss):
     """Reverse KD - the mode-seeking direction, as in codistillation (Anil et al., ICLR 2018) and later language models.
 
-    ``T^2 KL(q || p)`` with q = softmax(student / T), p = softmax(teacher / T), averaged over the batch.
-    Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both. Op: ``softmax_kl(beta=1)``.
+    ``T^2 KL(q || p)`` with q = softmax(student / T), p = softmax(teacher / T), averaged over the rows that count.
+    Shapes: student, teacher (..., C) logits; 0-d loss in nats. Gradients flow to both. `mask`, `weight`, `divisor`: as
+    in :class:`KD`. Op: ``softmax_kl(beta=1)``.
     """
 
-    temperature: float = setting(1.0, check.positive)
+    temperature: float | Tensor = setting(1.0, TEMPERATURE)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return softmax_kl(student, teacher, self.temperature, beta=1.0)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Teacher,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        return softmax_kl(student, teacher, self.temperature, beta=1.0, mask=mask, weight=weight, divisor=divisor)
 
 
 @made_of_settings
@@ -73,34 +115,52 @@ class JSD(Loss):
     """JSD - generalised Jensen-Shannon divergence, as in on-policy distillation (Agarwal et al., ICLR 2024).
 
     ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, ``m = beta p + (1 - beta) q``, p the teacher's softmax and q the
-    student's, averaged over the batch. By definition beta=0 is ``T^2 KL(p || q)`` and beta=1 is ``T^2 KL(q || p)``.
-    Shapes: student, teacher (B, C) logits; 0-d loss in nats. Gradients flow to both.
+    student's, averaged over the rows that count. By definition beta=0 is ``T^2 KL(p || q)`` and beta=1 is
+    ``T^2 KL(q || p)``. Shapes: student, teacher (..., C) logits; 0-d loss in nats. Gradients flow to both. `mask`,
+    `weight`, `divisor`: as in :class:`KD`.
     The mixture is formed from log-probabilities, so that nothing is NaN where both underflow. Op: ``softmax_kl``.
     """
 
     beta: float = setting(0.5, SHARE)
-    temperature: float = setting(1.0, check.positive)
+    temperature: float | Tensor = setting(1.0, TEMPERATURE)
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return softmax_kl(student, teacher, self.temperature, beta=self.beta)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Teacher,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        return softmax_kl(student, teacher, self.temperature, beta=self.beta, mask=mask, weight=weight, divisor=divisor)
 
 
 @made_of_settings
 class DKD(Loss):
     """DKD - Decoupled Knowledge Distillation (Zhao et al., CVPR 2022).
 
-    ``T^2 [alpha TCKD + beta NCKD]`` averaged over the batch: TCKD is the KL of (p_y, 1 - p_y), NCKD the KL of the
-    softmax among the non-target classes. Shapes: student, teacher (B, C) logits, labels (B,) integers; 0-d, in nats.
-    Gradients flow to both. The official code takes logarithms of probabilities and masks with -1000: NaN at T=1 for
-    confident logits, and always NaN in the teacher's gradient; this closed form has neither. Op: ``dkd``.
+    ``T^2 [alpha TCKD + beta NCKD]`` averaged over the rows that count: TCKD is the KL of (p_y, 1 - p_y), NCKD the KL of
+    the softmax among the non-target classes. Shapes: student, teacher (..., C) logits, labels (...) integers; 0-d, in
+    nats. Gradients flow to both. `mask`, `weight`, `divisor`: as in :class:`KD`. The official code takes logarithms of
+    probabilities and masks with -1000: NaN at T=1 for confident logits, and always NaN in the teacher's gradient; this
+    closed form has neither. Op: ``dkd``.
     """
 
     temperature: float = setting(4.0, check.positive)
     alpha: float = setting(1.0, check.number)
     beta: float = setting(8.0, check.number)
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return dkd(student, teacher, labels, self.temperature, alpha=self.alpha, beta=self.beta)
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        of_rows = {"mask": mask, "weight": weight, "divisor": divisor}
+        return dkd(student, teacher, labels, self.temperature, alpha=self.alpha, beta=self.beta, **of_rows)
 
 
 @made_of_settings

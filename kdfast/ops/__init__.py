@@ -5,6 +5,7 @@ A family's functions are those of its module's `__all__`.
 
 # ruff: noqa: F403
 import kdfast.ops.attention as _attention
+import kdfast.ops.divergence as _divergence
 import kdfast.ops.feature as _feature
 import kdfast.ops.gram as _gram
 import kdfast.ops.mixed_logits as _mixed_logits
@@ -14,6 +15,7 @@ import kdfast.ops.pairwise as _pairwise
 import kdfast.ops.softmax_kl as _softmax_kl
 import kdfast.ops.teachers as _teachers
 from kdfast.ops.attention import *
+from kdfast.ops.divergence import *
 from kdfast.ops.feature import *
 from kdfast.ops.gram import *
 from kdfast.ops.mixed_logits import *
@@ -25,6 +27,7 @@ from kdfast.ops.teachers import *
 
 __all__: list[str] = []
 __all__ += _attention.__all__
+__all__ += _divergence.__all__
 __all__ += _feature.__all__
 __all__ += _gram.__all__
 __all__ += _mixed_logits.__all__

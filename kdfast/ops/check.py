@@ -94,9 +94,19 @@ def logits(name: str, x: Any) -> None:
         raise ValueError(f"{name} must have at least one class, got shape {tuple(x.shape)}")
 
 
-def pair(student: Any, teacher: Any) -> None:
-    """Student and teacher logits of one shape on one device; dtypes may differ."""
-    logits("student", student)
+def rows_of_logits(name: str, x: Any) -> None:
+    """`x` is a floating-point (..., C) tensor with at least one leading dimension and one class."""
+    tensor(name, x)
+    if x.dim() < 2:
+        raise ValueError(f"{name} must be (batch, classes) or (..., classes), got shape {tuple(x.shape)}")
+    _float_type(name, x)
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have at least one class, got shape {tuple(x.shape)}")
+
+
+def pair(student: Any, teacher: Any, each: Callable[[str, Any], None] = logits) -> None:
+    """Student and teacher logits of one shape on one device, each as `each` checks it; dtypes may differ."""
+    each("student", student)
     if (
         type(teacher) in _PLAIN
         and teacher.dtype is student.dtype
@@ -106,7 +116,7 @@ def pair(student: Any, teacher: Any) -> None:
         and not teacher.is_nested
     ):
         return  # what passed for the student passes for the teacher
-    logits("teacher", teacher)
+    each("teacher", teacher)
     if student.shape != teacher.shape:
         raise ValueError(f"teacher must have the student's shape {tuple(student.shape)}, got {tuple(teacher.shape)}")
     same_device("teacher", teacher, student)
@@ -212,17 +222,17 @@ def channel_values(name: str, values: Any, maps: Tensor) -> None:
 
 
 def class_indices(labels: Any, student: Tensor, ignore_index: int | None = None) -> Tensor:
-    """(B,) integer labels on the student's device, as int64; values are the kernel's to check, see `label_range`."""
+    """Integer labels, one a row, on the student's device, as int64; values are the kernel's to check: `label_range`."""
     tensor("labels", labels)
+    leading = student.shape[:-1]
     if labels.dtype not in INTEGERS:
-        raise TypeError(
-            f"labels must be integers of shape ({student.shape[0]},), got {labels.dtype} of shape {tuple(labels.shape)}"
-        )
-    if labels.shape != student.shape[:1]:
-        raise ValueError(f"labels must have shape ({student.shape[0]},), got {tuple(labels.shape)}")
+        got = f"got {labels.dtype} of shape {tuple(labels.shape)}"
+        raise TypeError(f"labels must be integers of shape {tuple(leading)}, {got}")
+    if labels.shape != leading:
+        raise ValueError(f"labels must have shape {tuple(leading)}, got {tuple(labels.shape)}")
     same_device("labels", labels, student)
     if labels.is_cuda and not torch.compiler.is_compiling() and os.environ.get("KDFAST_CHECK") == "1":
-        label_range(labels, student.shape[1], ignore_index)
+        label_range(labels.flatten(), student.shape[-1], ignore_index)
     return labels if labels.dtype == torch.int64 else labels.long()
 
 
@@ -251,14 +261,17 @@ def label_message(row: int, label: int, classes: int, ignore_index: int | None =
     return f"labels[{row}] is {label}, expected a class from 0 to {classes - 1}{but}"
 
 
-def top_k(values: Any, indices: Any, rest: Any, student: Tensor) -> Tensor:
-    """A top-k teacher (B, k), (B, k), (B,) or None on the student's device, without gradient -> indices as int64."""
+def top_k(values: Any, indices: Any, rest: Any, student: Tensor, padded: bool = False) -> Tensor:
+    """A top-k teacher (..., k), (..., k), (...) or None on the student's device, without gradient -> indices as int64.
+
+    padded: slots may have the index -1, and there may be more of them than classes.
+    """
     floating("teacher.values", values)
-    rows, classes = student.shape
-    if values.dim() != 2 or values.shape[0] != rows or not 1 <= values.shape[1] <= classes:
+    leading, classes = student.shape[:-1], student.shape[-1]
+    if values.shape[:-1] != leading or not 1 <= values.shape[-1] <= (values.shape[-1] if padded else classes):
         raise ValueError(
-            f"teacher.values must be ({rows}, k) with k from 1 to {classes} for a student of shape {(rows, classes)}, "
-            f"got {tuple(values.shape)}"
+            f"teacher.values must be ({', '.join(map(str, leading))}, k) with k from 1 to {classes} for a student of "
+            f"shape {tuple(student.shape)}, got {tuple(values.shape)}"
         )
     tensor("teacher.indices", indices)
     if indices.dtype not in INTEGERS:
@@ -273,32 +286,36 @@ def top_k(values: Any, indices: Any, rest: Any, student: Tensor) -> Tensor:
     given = {"teacher.values": values, "teacher.indices": indices}
     if rest is not None:
         floating("teacher.rest", rest)
-        if rest.shape != student.shape[:1]:
-            raise ValueError(f"teacher.rest must have shape ({rows},), got {tuple(rest.shape)}")
+        if rest.shape != leading:
+            raise ValueError(f"teacher.rest must have shape {tuple(leading)}, got {tuple(rest.shape)}")
         given["teacher.rest"] = rest
     for name, x in given.items():
         same_device(name, x, student)
         if x.requires_grad:
             raise ValueError(f"{name} must not require a gradient: a top-k teacher gets none, pass {name}.detach()")
-    if indices.is_cuda and not torch.compiler.is_compiling() and os.environ.get("KDFAST_CHECK") == "1":
-        distinct_classes(indices, classes)
+    look = padded and indices.device.type == "cpu" or indices.is_cuda and os.environ.get("KDFAST_CHECK") == "1"
+    if look and not torch.compiler.is_compiling():
+        distinct_classes(indices.reshape(-1, indices.shape[-1]), classes, padded)
     return indices if indices.dtype == torch.int64 else indices.long()
 
 
-def unusable_rows(indices: Tensor, classes: int) -> Tensor:
-    """-> (B,) whether an index of the row is no class, or comes twice."""
+def unusable_rows(indices: Tensor, classes: int, padded: bool = False) -> Tensor:
+    """-> (B,) whether an index of the row is no class (nor, if `padded`, -1), or comes twice."""
     ordered = indices.sort(1).values
-    return (ordered[:, 0] < 0) | (ordered[:, -1] >= classes) | (ordered[:, 1:] == ordered[:, :-1]).any(1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return (ordered[:, 0] < (-1 if padded else 0)) | (ordered[:, -1] >= classes) | twice.any(1)
 
 
-def distinct_classes(indices: Tensor, classes: int) -> None:
-    """Every index is a class, none of them twice in a row. On CUDA this waits for the device."""
-    wrong = unusable_rows(indices, classes)
+def distinct_classes(indices: Tensor, classes: int, padded: bool = False) -> None:
+    """Every index is a class (or, if `padded`, -1), none of them twice in a row. On CUDA this waits for the device."""
+    wrong = unusable_rows(indices, classes, padded)
     if not wrong.any():
         return
     row = int(wrong.nonzero()[0])
     seen = set()
     for i, index in enumerate(indices[row].tolist()):
+        if padded and index == -1:
+            continue
         if not 0 <= index < classes or index in seen:
             raise ValueError(top_k_message(row, i, index, classes))
         seen.add(index)
@@ -330,11 +347,11 @@ def permutation(permutation: Any, logits: Tensor) -> None:
 
 
 def class_probabilities(name: str, probabilities: Any, student: Tensor) -> None:
-    """(B, C) floating-point target probabilities on the student's device, without gradient."""
+    """Floating-point target probabilities of the student's shape on its device, without gradient."""
     floating(name, probabilities)
-    if probabilities.dim() == 1 and name == "labels":
+    if probabilities.dim() == student.dim() - 1 and name == "labels":
         raise TypeError(
-            f"labels must be integers of shape ({student.shape[0]},), or probabilities of shape "
+            f"labels must be integers of shape {tuple(student.shape[:-1])}, or probabilities of shape "
             f"{tuple(student.shape)}, got {probabilities.dtype} of shape {tuple(probabilities.shape)}"
         )
     if probabilities.shape != student.shape:
@@ -359,10 +376,41 @@ def mass_message(row: int, mass: float) -> str:
 
 
 def row_weight(weight: Any, student: Tensor) -> None:
-    """(B,) floating-point weights on the student's device, without gradient."""
-    shaped("weight", weight, student.shape[:1], student)
+    """Floating-point weights, one a row, on the student's device, without gradient."""
+    shaped("weight", weight, student.shape[:-1], student)
     if weight.requires_grad:
         raise ValueError("weight must not require a gradient: use reduction='none' and multiply the values instead")
+
+
+def row_mask(mask: Any, student: Tensor) -> None:
+    """Booleans, one a row, on the student's device."""
+    tensor("mask", mask)
+    leading = tuple(student.shape[:-1])
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor of shape {leading}, True for rows that count, got {mask.dtype}")
+    if mask.shape != leading:
+        raise ValueError(f"mask must have shape {leading}, got {tuple(mask.shape)}")
+    same_device("mask", mask, student)
+
+
+def divisor(value: Any) -> None:
+    """`value` is a number above 0, or a tensor of one, whose value is not looked at: that would wait for a device."""
+    if not isinstance(value, torch.Tensor):
+        return positive("divisor", value)
+    tensor("divisor", value)
+    if value.numel() != 1 or value.requires_grad:
+        raise ValueError(f"divisor must be a number or a 0-d tensor without gradient, got shape {tuple(value.shape)}")
+
+
+def temperatures(name: str, value: Any, student: Tensor) -> None:
+    """`value` is a number above 0, or a tensor of one or of one a row, whose values are not looked at."""
+    if not isinstance(value, torch.Tensor):
+        return positive(name, value)
+    floating(name, value)
+    if value.dim() and value.shape != student.shape[:-1]:
+        leading = tuple(student.shape[:-1])
+        raise ValueError(f"{name} must be a number, a 0-d tensor or one of shape {leading}, got {tuple(value.shape)}")
+    same_device(name, value, student)
 
 
 def positive(name: str, value: Any) -> None:

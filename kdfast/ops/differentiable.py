@@ -61,7 +61,7 @@ def statistics_kept(forward: OpOverload, backward: OpOverload, name: str | None 
             return None, grads, *rest
         return None, *[x if need else None for x, need in zip(grads, needs, strict=True)], *rest
 
-    return _function(name, run, differentiate).apply
+    return function_of(name, run, differentiate)
 
 
 def gradient_formed(
@@ -91,7 +91,7 @@ def gradient_formed(
         ]
         return None, None, *grads, *[None] * ctx.others
 
-    apply = _function(name, run, differentiate).apply
+    apply = function_of(name, run, differentiate)
 
     def function(settings, *tensors):
         recording = torch.is_grad_enabled()
@@ -100,13 +100,13 @@ def gradient_formed(
     return function
 
 
-def _function(name, forward, backward):
-    """An autograd function; its nodes in a graph are called after `name`.
+def function_of(name: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd function of the two, to be called; its nodes in a graph are called after `name`.
 
     forward takes ``*args``: without gradients, dynamo passes no ctx to one with as many parameters as arguments.
     """
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(f"_{name}_", (torch.autograd.Function,), methods)
+    return type(f"_{name}_", (torch.autograd.Function,), methods).apply
 
 
 def _arguments(op):

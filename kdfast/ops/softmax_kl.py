@@ -14,7 +14,7 @@ A row that is -inf everywhere is an empty distribution, sum = 0: all its probabi
 """
 
 import math
-from typing import Any, NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,11 +24,12 @@ from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.blocks import by_block
 from kdfast.ops.differentiable import statistics_kept
+from kdfast.ops.divergence import divergence, kl_kind
 from kdfast.ops.elementwise import sigmoid
+from kdfast.ops.reduction import Reduction, rows_of
 from kdfast.ops.rows import (
     INF,
     Rows,
-    batch_size,
     kl_grad_p,
     kl_grad_q,
     kl_rows,
@@ -45,58 +46,14 @@ from kdfast.ops.rows import (
     sums,
 )
 from kdfast.ops.temperature import temperature_argument, temperature_of
+from kdfast.ops.top_k import TAILS, TopK, of_outcomes, topk_overlap, truncated
 
-__all__ = ["TopK", "cross_entropy", "cross_entropy_kl", "dkd", "softmax_kl"]
+__all__ = ["TopK", "cross_entropy", "cross_entropy_kl", "dkd", "softmax_kl", "topk_overlap"]
 
 LEAST_MASS = -1e-3  # of a row of target probabilities: below, they are something else
 
 
-class TopK(NamedTuple):
-    """A teacher's k largest logits of each row, and what its other classes weigh; :func:`softmax_kl` says how.
-
-    Attributes:
-        values: (B, k) logits, any floating-point dtype.
-        indices: (B, k) their classes, integers, each class at most once in a row.
-        rest: (B,) one logit for all other classes: ``T logsumexp_j(z_j / T)`` over them, -inf if there are none.
-            None: the teacher gives them no probability, at any temperature.
-        temperature: the T of `rest`. The log-sum at one temperature does not tell that at another.
-    """
-
-    values: torch.Tensor
-    indices: torch.Tensor
-    rest: torch.Tensor | None = None
-    temperature: float = 1.0
-
-    @classmethod
-    def of(cls, logits: Tensor, k: int, temperature: float = 1.0) -> "TopK":
-        """The k largest of logits (B, C), with the rest at `temperature` in the accumulation type.
-
-        Example::
-
-            loss = kdfast.KD(temperature=4.0)(student, kdfast.TopK.of(teacher, 50, temperature=4.0))
-
-        Raises: TypeError, ValueError naming the argument.
-        """
-        check.logits("logits", logits)
-        check.count("k", k)
-        check.positive("temperature", temperature)
-        if k > logits.shape[1]:
-            raise ValueError(f"k must be at most the number of classes {logits.shape[1]}, got {k}")
-        logits = logits.detach()
-        values, indices = logits.topk(k, dim=1)
-        others = logits.to(accumulator(logits)).scatter(1, indices, -INF)
-        top, total = row_stats(others, temperature, others.dtype)
-        return cls(values, indices, top + temperature * total.log(), float(temperature))
-
-    def to(self, *args: Any, **kwargs: Any) -> "TopK":
-        """The same on another device or in another dtype, as ``torch.Tensor.to``; indices keep their dtype."""
-        values = self.values.to(*args, **kwargs)
-        indices = self.indices.to(values.device, non_blocking=kwargs.get("non_blocking", False))
-        rest = None if self.rest is None else self.rest.to(*args, **kwargs)
-        return TopK(values, indices, rest, self.temperature)
-
-
-Teacher: TypeAlias = Tensor | TopK | tuple[Tensor, ...]  # logits (B, C), or the largest of them
+Teacher: TypeAlias = Tensor | TopK | tuple[Tensor, ...]  # logits (..., C), or the largest of them
 
 
 # ---- plain PyTorch: the readable definition --------------------------------------------------------------------------
@@ -355,11 +312,16 @@ def _cross_entropy_slope(q, labels, mass, smoothing):
     return q.scatter_add_(1, labels, q.new_full((), smoothing - 1).expand_as(labels))
 
 
+def _two_weights(weight):
+    return (weight, weight) if weight is None or weight.dim() == 1 else (weight[:, 0], weight[:, 1])
+
+
 @op("softmax_kl", lambda student, teacher, reduce, **_: _reduced_and_stats(8, reduce, student, teacher))
 def _cross_entropy_kl(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
+    weight: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
     kl_scale: float,
@@ -371,14 +333,21 @@ def _cross_entropy_kl(
     ce_mean: bool,
     reduce: bool,
 ) -> tuple[Tensor, Tensor]:
-    """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL."""
+    """-> loss, stats: student max, sum at T, sum at 1, weight of the row's CE, target mass; teacher max, sum; KL.
+
+    weight: [rows] of both terms, or [rows, 2] of the KL and the cross-entropy.
+    """
+    weight, weight_ce = _two_weights(weight)
     dtype = accumulator(student, teacher)
     t = temperature_of(temperatures, temperature, dtype)
     labels, mass, kept, wrong = _target_rows(student, labels, smoothing, ignore_index, dtype)
+    kept = kept if weight is None else kept & (weight != 0)
     ce_weight = ce_scale * kept.to(dtype) / (kept.sum().clamp(min=1) if ce_mean else ce_divisor)
     ce_weight = torch.where(wrong, float("nan"), ce_weight)
+    if weight is not None:
+        ce_weight = scale_rows(weight_ce.to(dtype), ce_weight)
 
-    def block(student, labels, mass, ce_weight, teacher):
+    def block(student, labels, mass, ce_weight, teacher, weight):
         top = maxima(student, dtype)
         sum_1, ce = _cross_entropy_rows(student, top, labels, smoothing)
         rows = scale_rows(ce_weight, ce)
@@ -386,11 +355,12 @@ def _cross_entropy_kl(
         if teacher is not None:
             q, p = Rows.of(student, t, dtype, top), Rows.of(teacher, t, dtype)
             kl = kl_rows(p.log_p.exp(), p.log_p - q.log_p, near_of(p, q, t))
-            rows = rows + (kl_scale / kl_divisor * (t * t) * kl if kl_scale else 0.0)
+            kl_value = kl_scale / kl_divisor * (t * t) * kl if kl_scale else torch.zeros_like(kl)
+            rows = rows + (kl_value if weight is None else scale_rows(weight.to(dtype), kl_value))
             sum_s, (top_t, sum_t) = q.total, p.side
         return rows, torch.stack([top, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl], 1)
 
-    return _reduced(*by_block(block, student, labels, mass, ce_weight, teacher), reduce)
+    return _reduced(*by_block(block, student, labels, mass, ce_weight, teacher, weight), reduce)
 
 
 @op("softmax_kl", _gradient_shapes)
@@ -399,6 +369,7 @@ def _cross_entropy_kl_backward(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
+    weight: Tensor | None,
     temperatures: Tensor | None,
     stats: Tensor,
     temperature: float,
@@ -409,11 +380,13 @@ def _cross_entropy_kl_backward(
     need_teacher: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> gradients of student and teacher; an empty tensor for one that is not needed."""
-    t = temperature_of(temperatures, temperature, stats.dtype)
+    t, (weight, _) = temperature_of(temperatures, temperature, stats.dtype), _two_weights(weight)
     row = grad.to(stats.dtype).expand(student.shape[0])
     labels = labels if labels.is_floating_point() else labels.clamp(0, student.shape[1] - 1)[:, None]
+    kl_row = row * (kl_scale / kl_divisor * t)
+    kl_row = kl_row if weight is None else kl_row * weight.to(stats.dtype)
 
-    def block(student, labels, row, stats, teacher):
+    def block(student, labels, row, kl_row, stats, teacher):
         top_s, sum_s, sum_1, ce_weight, mass, top_t, sum_t, kl = stats.unbind(1)
         student_grad = teacher_grad = row.new_empty(0)
         if need_student:
@@ -421,7 +394,7 @@ def _cross_entropy_kl_backward(
             student_grad = scale_rows(row * ce_weight, slope)
         if teacher is not None:
             log_q, log_p = log_softmax(student, top_s, sum_s, t), log_softmax(teacher, top_t, sum_t, t)
-            kl_row, p = row * (kl_scale / kl_divisor * t), log_p.exp()
+            p = log_p.exp()
             if need_teacher:
                 teacher_grad = scale_rows(kl_row, kl_grad_p(p, log_p - log_q, kl))
             if need_student:
@@ -429,7 +402,7 @@ def _cross_entropy_kl_backward(
         of_teacher = teacher_grad if teacher is None else teacher_grad.to(teacher.dtype).contiguous()
         return student_grad.to(student.dtype).contiguous(), of_teacher
 
-    return by_block(block, student, labels, row, stats.t(), teacher)
+    return by_block(block, student, labels, row, kl_row, stats.t(), teacher)
 
 
 def _split_target(logits, column, temperature, dtype):
@@ -456,16 +429,18 @@ def _target_kl(odds_p, odds_q, gap):
     return torch.where(gap.abs() <= 0.25, sum(terms), far)
 
 
-@op("softmax_kl", lambda student, teacher, **_: _reduced_and_stats(8, True, student, teacher))
+@op("softmax_kl", lambda student, teacher, reduce, **_: _reduced_and_stats(8, reduce, student, teacher))
 def _dkd(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
+    weight: Tensor | None,
     temperatures: Tensor | None,
     temperature: float,
     alpha: float,
     beta: float,
     divisor: int,
+    reduce: bool,
 ) -> tuple[Tensor, Tensor]:
     """-> loss, stats: max, sum of the non-target classes, log-odds of the target, for both sides; KL of the rest, KL of
 
@@ -475,7 +450,7 @@ def _dkd(
     t = temperature_of(temperatures, temperature, dtype)
     column, _, wrong = label_column(labels, student.shape[1])
 
-    def block(student, teacher, column, wrong):
+    def block(student, teacher, column, wrong, weight):
         q, odds_s = _split_target(student, column, t, dtype)
         p, odds_t = _split_target(teacher, column, t, dtype)
         targets = (x._replace(logits=x.logits.gather(1, column)) for x in (p, q))
@@ -483,9 +458,10 @@ def _dkd(
         rest_kl = kl_rows(p.log_p.exp(), _non_target_ratio(p.log_p, q.log_p, column), near_of(p, q, t))
         rows = (alpha * target_kl if alpha else 0.0) + (beta * rest_kl if beta else torch.zeros_like(rest_kl))
         odds_s, rows = (torch.where(wrong, float("nan"), x) for x in (odds_s, rows * (t * t) / divisor))
+        rows = rows if weight is None else scale_rows(weight.to(dtype), rows)
         return rows, torch.stack([*q.side, odds_s, *p.side, odds_t, rest_kl, target_kl], 1)
 
-    return _reduced(*by_block(block, student, teacher, column, wrong))
+    return _reduced(*by_block(block, student, teacher, column, wrong, weight), reduce)
 
 
 @op("softmax_kl", _gradient_shapes)
@@ -494,6 +470,7 @@ def _dkd_backward(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
+    weight: Tensor | None,
     temperatures: Tensor | None,
     stats: Tensor,
     temperature: float,
@@ -507,6 +484,7 @@ def _dkd_backward(
     t = temperature_of(temperatures, temperature, stats.dtype)
     column = labels.clamp(0, student.shape[1] - 1)[:, None]
     row = (grad.to(stats.dtype) * t / divisor).expand(student.shape[0])
+    row = row if weight is None else row * weight.to(stats.dtype)
 
     def block(student, teacher, column, row, stats):
         top_s, sum_s, odds_s, top_t, sum_t, odds_t, rest_kl, _ = stats.unbind(1)
@@ -539,19 +517,17 @@ _cross_entropy_kl_function = statistics_kept(_cross_entropy_kl, _cross_entropy_k
 _dkd_function = statistics_kept(_dkd, _dkd_backward)
 
 
-def _divisor(reduction, student):
-    """What a reduced divergence is divided by; a graph's symbol where the batch size is one."""
-    check.reduction(reduction)
-    return batch_size(student) if reduction in ("mean", "batchmean") else 1
-
-
 def softmax_kl(
     student: Tensor,
     teacher: Teacher,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     *,
     beta: float = 0.0,
+    teacher_temperature: float | Tensor | None = None,
+    standardize: bool = False,
+    mask: Tensor | None = None,
     weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """``T^2 D_beta`` of teacher p = softmax(teacher / T) and student q = softmax(student / T), row by row.
@@ -572,13 +548,23 @@ def softmax_kl(
     softmaxes of the kept classes alone, on both sides: ``softmax_kl(student.gather(1, indices), values, T)``.
 
     Args:
-        student, teacher: logits (B, C), float32, float64, float16 or bfloat16, any strides; dtypes may differ.
-        temperature: T > 0.
-        beta: 0 for a top-k teacher.
-        weight: (B,) factors of the rows, without gradient. A row of weight 0 counts as 0 even where it is infinite.
-        reduction: "batchmean" and "mean" divide the sum by B (not by the weights, not by B * C); "sum"; "none" (B,).
+        student, teacher: logits (..., C), float32, float64, float16 or bfloat16, any strides; dtypes may differ. Every
+            leading index is a row.
+        temperature: T > 0: a number, a 0-d tensor, or a tensor with one for each row. A tensor that requires a gradient
+            gets it, through T^2 too. A number below 0 in it is an error on CPU, and a NaN row on CUDA.
+        beta: from 0 to 1.
+        teacher_temperature: another T for the teacher; T^2 stays the student's.
+        standardize: both sides become (z - mean) / (1e-7 + std) of their row first, std with C - 1; the gradient flows
+            through mean and std. A constant row becomes zeros.
+        mask: (...) bool. A row where it is False adds nothing, gets a gradient of 0, is not read (it may hold NaN) and
+            is not counted. If none is left, the loss is 0 with a graph.
+        weight: (...) factors of the rows, without gradient; they do not change the count. A row of weight 0 counts as 0
+            even where it is infinite.
+        divisor: a number or a 0-d tensor in place of the count, for gradient accumulation; not with "none".
+        reduction: "batchmean" and "mean" divide the sum by the rows that count (not by the weights, not by C); "sum";
+            "none" (...).
 
-    Returns: 0-d, or (B,) for "none", in the accumulation type: float64 if student or teacher (its values) is float64,
+    Returns: 0-d, or (...) for "none", in the accumulation type: float64 if student or teacher (its values) is float64,
     else float32.
 
     Gradients flow to student and teacher (to a top-k teacher none); there is no second derivative (RuntimeError). A
@@ -589,81 +575,129 @@ def softmax_kl(
     on CPU; on CUDA it makes the row NaN (KDFAST_CHECK=1 checks first).
     """
     if isinstance(teacher, tuple):
-        return _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, 1.0, reduction)
-    check.pair(student, teacher)
+        if teacher_temperature is not None or standardize:
+            raise ValueError("a top-k teacher takes neither teacher_temperature nor standardize")
+        return _softmax_kl_topk_loss(student, teacher, temperature, beta, mask, weight, divisor, 1.0, reduction)
+    check.pair(student, teacher, check.rows_of_logits)
+    check.number("beta", beta, 0, 1)
+    how = Reduction.of(student, reduction, mask, weight, divisor)
+    if teacher_temperature is not None or standardize or isinstance(temperature, Tensor):
+        check.temperatures("temperature", temperature, student)
+        if teacher_temperature is not None:
+            check.temperatures("teacher_temperature", teacher_temperature, student)
+        kind, standardize = kl_kind(float(beta)), bool(standardize)
+        return divergence(student, teacher, kind, how, temperature, teacher_temperature, standardize=standardize)
+    check.positive("temperature", temperature)
+    student, teacher = rows_of(student), rows_of(teacher)
+    temperatures, temperature = temperature_argument(temperature, student)
+    settings = (temperature, float(beta), how.divisor, how.reduce)
+    return how.finish(_softmax_kl_function(settings, student, teacher, how.weight, temperatures))
+
+
+def _softmax_kl_topk_loss(student, teacher, temperature, beta, mask, weight, divisor, kl_weight, reduction):
+    """kl_weight times the divergence of a top-k teacher."""
+    check.rows_of_logits("student", student)
     check.positive("temperature", temperature)
     check.number("beta", beta, 0, 1)
-    if weight is not None:
-        check.row_weight(weight, student)
-    temperatures, temperature = temperature_argument(temperature, student)
-    settings = (temperature, float(beta), _divisor(reduction, student), reduction != "none")
-    return _softmax_kl_function(settings, student, teacher, weight, temperatures)
-
-
-def _softmax_kl_topk_loss(student, teacher, temperature, beta, weight, kl_weight, reduction):
-    """kl_weight times the KL of a top-k teacher."""
-    check.logits("student", student)
-    check.positive("temperature", temperature)
-    if beta != 0:
-        raise ValueError(f"beta must be 0 with a top-k teacher, got {beta}")
+    how = Reduction.of(student, reduction, mask, weight, divisor)
     if not 2 <= len(teacher) <= len(TopK._fields):
         raise ValueError(
             f"teacher must be logits (B, C) or (values, indices[, rest[, temperature]]), got a tuple of {len(teacher)}"
         )
-    values, indices, rest, stored = TopK(*teacher)
-    indices = check.top_k(values, indices, rest, student)
+    values, indices, rest, stored, tail = TopK(*teacher)
+    tail = _one_tail(tail)
+    indices = check.top_k(values, indices, rest, student, padded=tail != "rest")
     if isinstance(stored, torch.Tensor):  # as a data loader collates the samples' numbers
         stored = check.one_number("teacher.temperature", stored)
     check.positive("teacher.temperature", stored)
-    if rest is not None and stored != temperature:
+    if stored != temperature and (rest is not None or tail in ("bucket", "drop")):
+        held = "rest is the log-sum of the other classes" if tail == "rest" else "values are log-probabilities"
+        other = ", or pass rest=None to give those classes nothing" if tail == "rest" else ""
         raise ValueError(
-            f"teacher.rest is the log-sum of the other classes at temperature {stored}, which does not tell that at "
-            f"temperature {temperature}: store it at {temperature}, or pass rest=None to give those classes nothing"
+            f"teacher.{held} at temperature {stored}, which does not tell that at temperature {temperature}: "
+            f"store it at {temperature}{other}"
         )
-    if weight is not None:
-        check.row_weight(weight, student)
-    temperatures, temperature = temperature_argument(temperature, student)
-    settings = (temperature, float(kl_weight), _divisor(reduction, student), reduction != "none")
-    return _softmax_kl_topk_function(settings, student, values, indices, rest, weight, temperatures)
+    student = rows_of(student)
+    teacher = TopK(rows_of(values), rows_of(indices), None if rest is None else rest.reshape(-1), stored, tail)
+    if tail == "rest" and beta == 0:
+        temperatures, temperature = temperature_argument(temperature, student)
+        settings = (temperature, float(kl_weight), how.divisor, how.reduce)
+        return how.finish(_softmax_kl_topk_function(settings, student, *teacher[:3], how.weight, temperatures))
+    log_q, log_p = of_outcomes(student, teacher, temperature)
+    if how.weight is not None:
+        masked = (how.weight == 0)[:, None]
+        log_q, log_p = torch.where(masked, 0.0, log_q), torch.where(masked, 0.0, log_p)
+    if tail == "drop":
+        rows = truncated(log_q, log_p, beta)
+    else:  # the softmax of log-probabilities
+        rows = _softmax_kl_function((1.0, float(beta), 1, False), log_q, log_p, None, None)
+    rows = rows if how.weight is None else rows * how.weight
+    scale = kl_weight * temperature**2 / how.divisor
+    return how.finish(scale * (fixed_sum(rows) if how.reduce else rows))
+
+
+def _one_tail(tail):
+    """The tail of a teacher, also as a data loader collates those of the samples."""
+    tails = set(tail) if isinstance(tail, (list, tuple)) else {tail}
+    if len(tails) != 1:
+        raise ValueError(f"teacher.tail must be the same in every row, got {sorted(map(str, tails))}")
+    (tail,) = tails
+    check.one_of("teacher.tail", tail, ("rest", *TAILS))
+    return tail
 
 
 def cross_entropy_kl(
     student: Tensor,
     teacher: Teacher,
     labels: Tensor,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     *,
     kl_weight: float = 1.0,
     ce_weight: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    teacher_temperature: float | Tensor | None = None,
+    standardize: bool = False,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """``kl_weight T^2 KL(p || q) + ce_weight CE(student, labels)``, reading the student's logits once.
 
-    The KL is that of :func:`softmax_kl`; the cross-entropy takes the student at temperature 1.
+    The KL is that of :func:`softmax_kl`; the cross-entropy takes the student at temperature 1, as it is.
 
     Args:
-        student, teacher: logits (B, C). For a :class:`TopK` the two terms are two calls, which read the student twice.
-        labels: (B,) integer classes, or (B, C) probabilities (need not sum to 1; no gradient).
+        student, teacher: logits (..., C). For a :class:`TopK`, and for anything that :func:`softmax_kl` takes beside
+            one temperature, the two terms are two calls, which read the student twice.
+        labels: (...) integer classes, or (..., C) probabilities (need not sum to 1; no gradient).
         label_smoothing: moves this share of the target to the uniform distribution.
         ignore_index: rows with this label leave the cross-entropy, not the KL.
-        reduction: "batchmean" and "mean": KL divided by B, cross-entropy by the rows kept (0 if none). "sum", "none".
+        teacher_temperature, standardize: of the KL. mask, weight, divisor: of both terms, as in :func:`softmax_kl`.
+        reduction: "batchmean" and "mean" divide the KL by the rows that count, and the cross-entropy by those of them
+            that are not ignored (0 if there is none). "sum", "none".
 
     Raises: TypeError, ValueError naming the argument; a label that is neither a class nor `ignore_index`, or a row of
     probabilities whose sum is below 0 (they are logits or log-probabilities), is an error on CPU. On CUDA it makes the
     row (and a reduced loss) NaN, unless KDFAST_CHECK=1, which checks labels first.
     """
     check.number("kl_weight", kl_weight)
-    labels_and = (ce_weight, label_smoothing, ignore_index, reduction)
+    of_ce = {"ce_weight": ce_weight, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    of_rows = {"mask": mask, "weight": weight, "divisor": divisor, "reduction": reduction}
+    special = teacher_temperature is not None or standardize or isinstance(temperature, Tensor)
+    if not special and not isinstance(teacher, tuple):
+        check.pair(student, teacher, check.rows_of_logits)
+        check.positive("temperature", temperature)
+        return cross_entropy_loss(student, teacher, labels, temperature, kl_weight, None, *of_ce.values(), **of_rows)
+    ce = cross_entropy(student, labels, **of_ce, **of_rows)
     if isinstance(teacher, tuple):
-        kl = _softmax_kl_topk_loss(student, teacher, temperature, 0.0, None, kl_weight, reduction)
-        ce = cross_entropy_loss(student, None, labels, 1.0, 0.0, 1, *labels_and)
-        return kl + ce if kl_weight else ce
-    check.pair(student, teacher)
-    check.positive("temperature", temperature)
-    divisor = _divisor(reduction, student)
-    return cross_entropy_loss(student, teacher, labels, temperature, kl_weight, divisor, *labels_and)
+        if special:
+            raise ValueError("a top-k teacher takes one number as temperature, and no standardize")
+        kl = _softmax_kl_topk_loss(student, teacher, temperature, 0.0, mask, weight, divisor, kl_weight, reduction)
+    else:
+        of_kl = {"teacher_temperature": teacher_temperature, "standardize": standardize}
+        kl = kl_weight * softmax_kl(student, teacher, temperature, **of_kl, **of_rows)
+    return kl + ce if kl_weight else ce
 
 
 def cross_entropy(
@@ -673,11 +707,15 @@ def cross_entropy(
     ce_weight: float = 1.0,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
     reduction: str = "batchmean",
 ) -> Tensor:
     """``ce_weight CE(student, labels)``: :func:`cross_entropy_kl` without a teacher, with the same labels."""
-    check.logits("student", student)
-    return cross_entropy_loss(student, None, labels, 1.0, 0.0, 1, ce_weight, label_smoothing, ignore_index, reduction)
+    check.rows_of_logits("student", student)
+    of_ce = (ce_weight, label_smoothing, ignore_index)
+    return cross_entropy_loss(student, None, labels, 1.0, 0.0, 1, *of_ce, reduction, mask, weight, divisor)
 
 
 def cross_entropy_loss(
@@ -686,47 +724,77 @@ def cross_entropy_loss(
     labels: Tensor,
     temperature: float,
     kl_weight: float,
-    kl_divisor: int,
+    kl_divisor: int | None,
     ce_weight: float,
     smoothing: float,
     ignore_index: int,
     reduction: str,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
 ) -> Tensor:
-    """``kl_weight / kl_divisor T^2 KL + ce_weight CE`` of logits and a temperature that were checked."""
+    """``kl_weight / kl_divisor T^2 KL + ce_weight CE`` of logits and a temperature that were checked.
+
+    kl_divisor: None for that of the reduction.
+    """
     check.number("ce_weight", ce_weight)
     check.number("label_smoothing", smoothing, 0, 1)
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
         raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    divisor, ce_mean = _divisor(reduction, student), False
+    how = Reduction.of(student, reduction, mask, weight, divisor)
+    ce_mean = False
     if isinstance(labels, torch.Tensor) and labels.is_floating_point():
         check.class_probabilities("labels", labels, student)
-        labels = labels.detach()
+        labels = rows_of(labels.detach())
     else:
         labels = check.class_indices(labels, student, ignore_index)
-        ce_mean = reduction in ("mean", "batchmean")
+        if mask is not None:
+            labels = torch.where(mask, labels, ignore_index)
+        labels = labels.reshape(-1)
+        mean = divisor is None and reduction in ("mean", "batchmean")
+        ce_mean = mean and how.weight is None
+        if mean and not ce_mean:  # each term has its own count: the cross-entropy's weights are those of the KL's count
+            of_ce = (labels != ignore_index).sum().clamp(min=1)
+            of_kl = how.divisor if how.count is None else how.count
+            how = how._replace(weight=torch.stack([how.weight, how.weight * of_kl / of_ce], 1))
+    student, teacher = rows_of(student), None if teacher is None else rows_of(teacher)
     temperatures, temperature = (None, 1.0) if teacher is None else temperature_argument(temperature, student)
-    kl, ce = (float(kl_weight), kl_divisor), (float(ce_weight), divisor)
-    settings = (temperature, *kl, *ce, float(smoothing), ignore_index, ce_mean, reduction != "none")
-    return _cross_entropy_kl_function(settings, student, teacher, labels, temperatures)
+    kl, ce = (float(kl_weight), how.divisor if kl_divisor is None else kl_divisor), (float(ce_weight), how.divisor)
+    settings = (temperature, *kl, *ce, float(smoothing), ignore_index, ce_mean, how.reduce)
+    return how.finish(_cross_entropy_kl_function(settings, student, teacher, labels, how.weight, temperatures))
 
 
 def dkd(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 4.0, *, alpha: float = 1.0, beta: float = 8.0
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float = 4.0,
+    *,
+    alpha: float = 1.0,
+    beta: float = 8.0,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    divisor: float | Tensor | None = None,
+    reduction: str = "batchmean",
 ) -> Tensor:
-    """``T^2 / B sum_b [alpha KL(b_t || b_s) + beta KL(r_t || r_s)]``: decoupled distillation in a stable closed form.
+    """``T^2 [alpha KL(b_t || b_s) + beta KL(r_t || r_s)]`` of each row: decoupled distillation in a stable closed form.
 
     b = (p_y, 1 - p_y) is the target class against the rest, r the softmax among the non-target classes, both at T.
 
     Args:
-        student, teacher: logits (B, C). labels: (B,) integer classes (range: see :func:`cross_entropy_kl`).
+        student, teacher: logits (..., C). labels: (...) integer classes (range: see :func:`cross_entropy_kl`); those of
+            masked rows may be any. mask, weight, divisor, reduction: as in :func:`softmax_kl`.
 
-    Returns: 0-d. Gradients flow to student and teacher. With one class the loss is 0.
+    Gradients flow to student and teacher. With one class the loss is 0.
     """
-    check.pair(student, teacher)
+    check.pair(student, teacher, check.rows_of_logits)
     check.positive("temperature", temperature)
     check.number("alpha", alpha)
     check.number("beta", beta)
+    how = Reduction.of(student, reduction, mask, weight, divisor)
     labels = check.class_indices(labels, student)
+    labels = (labels if mask is None else torch.where(mask, labels, 0)).reshape(-1)
+    student, teacher = rows_of(student), rows_of(teacher)
     temperatures, temperature = temperature_argument(temperature, student)
-    settings = (temperature, float(alpha), float(beta), batch_size(student))
-    return _dkd_function(settings, student, teacher, labels, temperatures)
+    settings = (temperature, float(alpha), float(beta), how.divisor, how.reduce)
+    return how.finish(_dkd_function(settings, student, teacher, labels, how.weight, temperatures))

@@ -30,7 +30,7 @@ def make(shape):
 def top_k_of(x):
     """A teacher's seven largest logits in place of all."""
     teacher = x["teacher"]
-    values, indices, rest, _ = ops.TopK.of(teacher.double(), min(7, teacher.shape[1]), 4.0)
+    values, indices, rest, *_ = ops.TopK.of(teacher.double(), min(7, teacher.shape[1]), 4.0)
     kept = {"values": values.to(teacher.dtype), "rest": rest.float(), "indices": indices}
     return Inputs(student=x["student"], weight=x["weight"], **kept)
 
@@ -250,6 +250,26 @@ GROUPS = [
             cross_entropy_kl("ce_kl_smooth", label_smoothing=0.1, reduction="none"),
             cross_entropy_kl("ce_kl_soft", "probabilities", 2.0, label_smoothing=0.2),
             dkd("dkd"),
+            Op(
+                "ce_kl_weighted",
+                lambda o, student, teacher, labels, weight: o.cross_entropy_kl(
+                    student, teacher, labels, 2.0, weight=weight, reduction="sum"
+                ),
+                lambda g, student, teacher, labels, weight: added(
+                    of_rows(g, sizes_kl(student, teacher, 2.0), weight, 2),
+                    of_rows(g, sizes_ce(student, labels), weight, 2),
+                ),
+            ),
+            Op(
+                "dkd_weighted",
+                lambda o, student, teacher, labels, weight: o.dkd(
+                    student, teacher, labels, 2.0, beta=2.0, weight=weight, reduction="none"
+                ),
+                lambda g, student, teacher, labels, weight: of_rows(
+                    g, sizes_dkd(student, teacher, labels, 2.0), 2 * weight, 2
+                ),
+                equal=equal,
+            ),
         ],
         cases=[
             (1, 1),  # one sample, one class: every divergence is 0, and DKD has no other class
@@ -289,14 +309,15 @@ def raw_calls(device):
     student, teacher, soft, weight, labels = x.values()
     of_tensor, kl, t = (torch.full((), 4.0, device=student.device), 1.0), (0.3, 8), (None, 4.0)
     grad, needs = torch.ones((), device=student.device), (True, True)
-    smooth = (student, teacher, labels, *t, 1.0, 8, 1.0, 8, 0.1, -100, True, True)
-    dkd = (student, teacher, labels, *of_tensor, 1.0, 2.0, 8)
+    smooth = (student, teacher, labels, weight, *t, 1.0, 8, 1.0, 8, 0.1, -100, True, True)
+    dkd = (student, teacher, labels, None, *of_tensor, 1.0, 2.0, 8, True)
     calls = [
         ("softmax_kl", (student, teacher, weight, *t, *kl, True)),
         ("softmax_kl", (student, teacher, None, *of_tensor, *kl, False)),
         ("cross_entropy_kl", smooth),
-        ("cross_entropy_kl", (student, None, soft, *of_tensor, 0.0, 1, 1.0, 8, 0.1, -100, False, False)),
+        ("cross_entropy_kl", (student, None, soft, None, *of_tensor, 0.0, 1, 1.0, 8, 0.1, -100, False, False)),
         ("dkd", dkd),
+        ("dkd", (student, teacher, labels, weight, *of_tensor, 1.0, 2.0, 8, False)),
     ]
     top = ops.TopK.of(teacher.double(), 3, 4.0)
     for rest, of_rows, reduce in ((top.rest.float(), weight, False), (None, None, True)):
@@ -307,10 +328,10 @@ def raw_calls(device):
     _, stats = raw.softmax_kl_topk(*calls[-2][1])
     calls.append(("softmax_kl_topk_backward", (grad, *kept[:6], stats, 1.0, 1.0, 8)))
     _, stats = raw.cross_entropy_kl(*smooth)
-    backward = (grad, student, teacher, labels, None, stats, 4.0, 1.0, 8, 0.1, True, False)
+    backward = (grad, student, teacher, labels, weight, None, stats, 4.0, 1.0, 8, 0.1, True, False)
     calls.append(("cross_entropy_kl_backward", backward))
     _, stats = raw.dkd(*dkd)
-    backward = (grad, student, teacher, labels, of_tensor[0], stats, 1.0, 1.0, 2.0, 8, False, True)
+    backward = (grad, student, teacher, labels, None, of_tensor[0], stats, 1.0, 1.0, 2.0, 8, False, True)
     return [*calls, ("dkd_backward", backward)]
 
 
@@ -324,16 +345,16 @@ def bad_inputs():
 
 ERRORS = [
     (
-        lambda s, t, y: ops.softmax_kl(s[None], t[None]),
+        lambda s, t, y: ops.softmax_kl(s[0], t[0]),
         ValueError,
-        r"student must be 2-D .* got shape \(1, 5, 9\); flatten",
+        r"student must be .*\(\.\.\., classes\), got shape \(9,\)",
     ),
     (
         lambda s, t, y: ops.softmax_kl(s, t[:, :8]),
         ValueError,
         r"teacher must have the student's shape \(5, 9\), got \(5, 8\)",
     ),
-    (lambda s, t, y: ops.softmax_kl(s, y), ValueError, "teacher must be 2-D"),
+    (lambda s, t, y: ops.softmax_kl(s, y), ValueError, r"teacher must be \(batch, classes\) or"),
     (lambda s, t, y: ops.softmax_kl(s.long(), t), TypeError, "student must be float32, float64, float16 or bfloat16"),
     (lambda s, t, y: ops.softmax_kl(s, t.tolist()), TypeError, "teacher must be a torch.Tensor, got list"),
     (lambda s, t, y: ops.softmax_kl(s[:, :0], t[:, :0]), ValueError, "student must have at least one class"),
