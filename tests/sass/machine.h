@@ -60,7 +60,6 @@ struct Fault : std::runtime_error {
 std::string hex(uint64_t x);
 
 // ---- code
-// ------------------------------------------------------------------------------------------------------------
 struct Operand {
   enum Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kConstant, kImmediate, kAddress, kName };
   Kind kind = kName;

@@ -26,7 +26,6 @@ using torch::headeronly::Half;
 using Space = Warp::Space;
 
 // ---- helpers
-// ---------------------------------------------------------------------------------------------------------
 template <class F, class... T>
 Mask where(F f, const T&... x) {
   Mask lanes = 0;
@@ -92,7 +91,6 @@ Operand nothing() {
 }
 
 // ---- integers
-// --------------------------------------------------------------------------------------------------------
 Run iadd3(Source& s) {
   const bool extended = s.has("X");
   const std::vector<Operand> carries = s.predicates(1);
@@ -309,7 +307,6 @@ Run iabs(Source& s) {
 }
 
 // ---- floating point
-// --------------------------------------------------------------------------------------------------
 template <class T>
 Vec<T> reals(const Warp& w, const Operand& x);
 template <>
@@ -461,7 +458,6 @@ Run fchk(Source& s) {
 }
 
 // ---- conversions
-// -----------------------------------------------------------------------------------------------------
 uint32_t half_bits(float x) { return bits<uint16_t>(Half(x)); }
 uint32_t bfloat16_bits(float x) { return bits<uint16_t>(BFloat16(x)); }
 
@@ -554,7 +550,6 @@ Run f2i(Source& s) {
 }
 
 // ---- moves
-// -----------------------------------------------------------------------------------------------------------
 Run mov(Source& s) {
   const Operand to = s.at(0), a = s.at(1);
   return [=](Warp& w, Mask m) { w.put(to, m, w.words(a)); };
@@ -620,7 +615,6 @@ Run r2p(Source& s) {
 }
 
 // ---- between lanes
-// ---------------------------------------------------------------------------------------------------
 Run shfl(Source& s) {
   const int how = s.one_of({"IDX", "UP", "DOWN", "BFLY"});
   const Operand inside = s.at(0), to = s.at(1), a = s.at(2), by = s.at(3), limits = s.at(4);
@@ -657,7 +651,6 @@ Run vote(Source& s) {
 }
 
 // ---- memory
-// ----------------------------------------------------------------------------------------------------------
 struct Width {
   int bytes;
   bool is_signed;
@@ -734,7 +727,6 @@ Run nothing_done(Source&) {
 }
 
 // ---- all of them
-// -----------------------------------------------------------------------------------------------------
 struct Opcode {
   Class kind;
   Run (*make)(Source&);

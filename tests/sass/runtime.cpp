@@ -141,7 +141,6 @@ std::string described(const Counts& c) {
 extern "C" {
 
 // ---- for Python
-// ------------------------------------------------------------------------------------------------------
 #define SASS_API __attribute__((visibility("default")))
 
 SASS_API void sass_disassembler(const char* program) { cuobjdump = program; }
@@ -177,7 +176,6 @@ SASS_API const char* sass_counts() {
 }
 
 // ---- the CUDA runtime
-// ------------------------------------------------------------------------------------------------
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;
   return &handle;
@@ -224,7 +222,6 @@ int cudaGetLastError() {
 const char* cudaGetErrorString(int) { return message.c_str(); }
 
 // ---- torch; the linker puts __wrap_f in place of f
-// -------------------------------------------------------------------
 AOTITorchError __real_aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t,
                                                    TorchLibraryHandle*);
 AOTITorchError __real_aoti_torch_get_data_ptr(AtenTensorHandle, void**);

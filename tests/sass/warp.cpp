@@ -24,7 +24,6 @@ Vec<uint32_t> broadcast(uint32_t x) {
 }  // namespace
 
 // ---- operands
-// --------------------------------------------------------------------------------------------------------
 Vec<uint64_t> Warp::addresses(const Operand& x) const {
   const uint64_t base = x.uniform == kURZ ? 0 : uniforms[x.uniform];
   Vec<uint64_t> all;
@@ -134,7 +133,6 @@ void Warp::put(const Operand& to, Mask lanes, Mask x) {
 }
 
 // ---- control flow
-// ----------------------------------------------------------------------------------------------------
 void Warp::start() {
   const int left = static_cast<int>(block.launch.threads) - number * kLanes;
   alive = left >= kLanes ? kAllLanes : (Mask{1} << left) - 1;
@@ -266,7 +264,6 @@ void Warp::release(int barrier) {
 }
 
 // ---- blocks
-// ----------------------------------------------------------------------------------------------------------
 Block::Block(const Launch& launch, Counts& counts) : launch(launch), counts(counts) {
   const int warps = static_cast<int>((launch.threads + kLanes - 1) / kLanes);
   for (int i = 0; i < warps; ++i) warps_.push_back(std::make_unique<Warp>(*this, i));
