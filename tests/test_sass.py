@@ -169,6 +169,89 @@ def hold(folder, one_thread):
         sass_table.save(TABLE, version, points)
 
 
+# ---- the emulator
+@pytest.fixture(scope="module")
+def planted(folder):
+    """A function that runs a kernel of faults.cu -> its result, its counts."""
+    with simt_library.locked(folder):
+        compiled = sass_library.compiled(folder, sass_library.ROOT / "tests/sass/faults.cu")
+    emulator = sass_library.Emulator(folder, "faults", [compiled])
+    x = torch.arange(1024).roll(-1).int().view(F32)  # as numbers: where the next one is
+
+    def run(name, k, x=x):
+        y, counts = emulator.counted(torch.ops.kdfast_sass_faults.run, x, name, k)
+        (kernel,) = counts["kernels"].values()
+        return y, kernel
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("misaligned", "thread 0 reads 16 bytes of global memory at 0x.*, which is misaligned\n  at 0x.*: .*LDG"),
+        ("reads_global_out_of_bounds", "thread 0 reads 4 bytes of global memory at 0x.*, which is out of bounds"),
+        ("writes_global_out_of_bounds", "thread 0 writes 4 bytes of global memory at 0x.*, which is out of bounds"),
+        ("reads_shared_out_of_bounds", "thread 30 reads 4 bytes of shared memory at 0x480, which is out of bounds"),
+        ("writes_shared_out_of_bounds", "thread 31 writes 4 bytes of shared memory at 0x480, which is out of bounds"),
+        ("divergent_barrier", "a barrier of the block that only some lanes of a warp reach\n  at 0x.*: .*BAR.SYNC"),
+        ("absent_lanes", "a warp collective of lanes that are apart|thread 16 reads lane 0, which takes no part in it"),
+    ],
+)
+def test_fault_is_caught(planted, name, said):
+    planted(name, 0)
+    with pytest.raises(RuntimeError, match=f"(?s)sass: ({said}).*in warp 0 of block 0.*of .*{name}"):
+        planted(name, 1)
+
+
+def test_unknown_opcode(planted):
+    with pytest.raises(RuntimeError, match="(?s)unknown form of opcode MUFU.*at 0x.*: MUFU.SIN.*of .*unknown_opcode"):
+        planted("unknown_opcode", 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "counts"),
+    [
+        ("strided_load", 1, {"loads": [1, 4, 4]}),
+        ("strided_load", 2, {"loads": [1, 8, 8]}),
+        ("strided_load", 8, {"loads": [1, 32, 32]}),
+        ("strided_load", 0, {"loads": [1, 1, 1]}),
+        ("offset_load", 1, {"loads": [1, 5, 5]}),
+        ("offset_load", 8, {"loads": [1, 4, 4]}),
+        ("one_store", 0, {"loads": [1, 16, 16], "stores": [1, 16, 16]}),
+        ("split_store", 0, {"loads": [1, 16, 16], "stores": [4, 64, 16]}),
+        ("chained_loads", 0, {"trips": [1, 1], "in_flight": 4}),
+        ("chained_loads", 7, {"trips": [8, 8], "in_flight": 4}),
+        ("loads_at_once", 0, {"trips": [1, 1], "in_flight": 16}),
+        *(("shared_float", k, {"banks": [2, lost]}) for k, lost in ((1, 0), (2, 2), (3, 0), (8, 14), (32, 62))),
+        *(("shared_float2", k, {"banks": [2, lost]}) for k, lost in ((1, 0), (2, 4), (16, 60))),
+        *(("shared_float4", k, {"banks": [2, lost]}) for k, lost in ((1, 0), (2, 8), (8, 56))),
+    ],
+)
+def test_counts(planted, name, k, counts):
+    """Of patterns whose counts follow from their addresses."""
+    _, found = planted(name, k)
+    assert {key: found[key] for key in counts} == counts
+    assert found["launches"] == found["warps"] == 1
+
+
+def test_what_is_worse(tmp_path, planted):
+    """A table that was written and read says of each number whether it is worse or has to be recorded."""
+    _, kernel = planted("split_store", 0)
+    found = sass_table.by_op([("run", {"allocations": 1, "kernels": {"split": kernel}}, (), torch.zeros(8))])
+    sass_table.save(tmp_path / "table.json", "13.0", {"point": found})
+    recorded = sass_table.load(tmp_path / "table.json")["points"]["point"]
+    assert recorded == found and sass_table.compare(found, recorded) == ([], [])
+    narrow, wide = ({"run": {"kernels": {"split": {"stores": [n, 64, 16]}}}} for n in (4, 1))
+    assert sass_table.compare(narrow, wide) == (["run: kernels: split: stores: 0: 1 -> 4"], [])
+    assert sass_table.compare(wide, narrow) == ([], ["run: kernels: split: stores: 0: 4 -> 1"])
+    more, less = ({"in_flight": 16, "int": 1009}, {"in_flight": 8, "int": 1000})
+    assert sass_table.compare(less, more) == (["in_flight: 16 -> 8"], [])
+    assert sass_table.compare(more, less) == ([], ["in_flight: 8 -> 16"])
+    assert sass_table.compare({"int": 1020}, less) == (["in_flight: 8 -> 0", "int: 1000 -> 1020"], [])
+
+
+# ---- the ops
 @pytest.mark.parametrize("point", POINTS, ids=name_of)
 def test_point(folder, hold, point):
     """The value and the gradients are the formula's."""

@@ -36,9 +36,9 @@ struct Configuration {
 };
 
 std::string cuobjdump;
-std::unordered_map<std::string, Entry> entries;          // by mangled name
-std::unordered_map<const void*, size_t> most_shared;     // what cudaFuncSetAttribute allowed
-std::map<std::string, Counts> counts;                    // since sass_begin
+std::unordered_map<std::string, Entry> entries;       // by mangled name
+std::unordered_map<const void*, size_t> most_shared;  // what cudaFuncSetAttribute allowed
+std::map<std::string, Counts> counts;                 // since sass_begin
 int64_t allocations = 0;
 Configuration configuration;
 int last_error = 0;
