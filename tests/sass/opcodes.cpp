@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <limits>
@@ -90,6 +91,24 @@ Operand nothing() {
   return x;
 }
 
+Vec<uint32_t> words(const Warp& w, const Operand& x) {
+  const bool predicate = x.kind == Operand::kPredicate || x.kind == Operand::kUniformPredicate;
+  return predicate ? ones(w.mask(x)) : w.words(x);
+}
+
+template <size_t... kOperands, class F>
+Run of_words(const Source& s, std::index_sequence<kOperands...>, F f) {
+  const Operand to = s.at(0);
+  const std::array<Operand, sizeof...(kOperands)> from = {s.at(kOperands + 1)...};
+  return [=](Warp& w, Mask m) { w.put(to, m, each(f, words(w, from[kOperands])...)); };
+}
+
+// f of the operands after the first one, of which a predicate is 1 or 0.
+template <int kCount, class F>
+Run of_words(const Source& s, F f) {
+  return of_words(s, std::make_index_sequence<kCount>{}, f);
+}
+
 // ---- integers
 Run iadd3(Source& s) {
   const bool extended = s.has("X");
@@ -169,20 +188,13 @@ Run shf(Source& s) {
   const bool left = s.one_of({"L", "R"}) == 0, high = s.has("HI"), wraps = s.has("W");
   const int type = s.one_of({"U32", "S32", "U64", "S64"});
   const bool is_signed = type % 2, is_long = type > 1;
-  const Operand to = s.at(0), a = s.at(1), by = s.at(2), c = s.at(3);
-  return [=](Warp& w, Mask m) {
-    const auto shifted = each(
-        [&](uint32_t x, uint32_t n, uint32_t upper) {
-          const uint64_t both = join(x, upper);
-          n = wraps ? n & (is_long ? 63 : 31) : std::min(n, is_long ? 63u : 32u);
-          const uint64_t y = left        ? both << n
-                             : is_signed ? static_cast<uint64_t>(static_cast<int64_t>(both) >> n)
-                                         : both >> n;
-          return low(high ? y >> 32 : y);
-        },
-        w.words(a), w.words(by), w.words(c));
-    w.put(to, m, shifted);
-  };
+  return of_words<3>(s, [=](uint32_t x, uint32_t n, uint32_t upper) {
+    const uint64_t both = join(x, upper);
+    n = wraps ? n & (is_long ? 63 : 31) : std::min(n, is_long ? 63u : 32u);
+    uint64_t y = left ? both << n : both >> n;
+    if (is_signed && !left) y = static_cast<uint64_t>(static_cast<int64_t>(both) >> n);
+    return low(high ? y >> 32 : y);
+  });
 }
 
 Run lop3(Source& s) {
@@ -217,30 +229,31 @@ Run plop3(Source& s) {
 }
 
 Run prmt(Source& s) {
-  const Operand to = s.at(0), a = s.at(1), selector = s.at(2), b = s.at(3);
-  return [=](Warp& w, Mask m) {
-    const auto picked = each(
-        [](uint32_t x, uint32_t which, uint32_t y) {
-          uint32_t all = 0;
-          for (int i = 0; i < 4; ++i, which >>= 4) {
-            uint32_t byte = join(x, y) >> 8 * (which & 7) & 0xff;
-            if (which & 8) byte = byte & 0x80 ? 0xff : 0;
-            all |= byte << 8 * i;
-          }
-          return all;
-        },
-        w.words(a), w.words(selector), w.words(b));
-    w.put(to, m, picked);
-  };
+  return of_words<3>(s, [](uint32_t x, uint32_t which, uint32_t y) {
+    uint32_t all = 0;
+    for (int i = 0; i < 4; ++i, which >>= 4) {
+      uint32_t byte = join(x, y) >> 8 * (which & 7) & 0xff;
+      if (which & 8) byte = byte & 0x80 ? 0xff : 0;
+      all |= byte << 8 * i;
+    }
+    return all;
+  });
 }
 
 Run sel(Source& s) {
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2), p = s.at(3);
-  return [=](Warp& w, Mask m) {
-    w.put(to, m,
-          each([](uint32_t x, uint32_t y, uint32_t first) { return first ? x : y; }, w.words(a), w.words(b),
-               ones(w.mask(p))));
-  };
+  return of_words<3>(s, [](uint32_t x, uint32_t y, uint32_t first) { return first ? x : y; });
+}
+
+Run mov(Source& s) {
+  return of_words<1>(s, [](uint32_t x) { return x; });
+}
+
+Run viadd(Source& s) {
+  return of_words<2>(s, [](uint32_t x, uint32_t y) { return x + y; });
+}
+
+Run iabs(Source& s) {
+  return of_words<1>(s, [](uint32_t x) { return x >> 31 ? 0 - x : x; });
 }
 
 Mask combined(int how, Mask x, Mask y) { return how == 0 ? x & y : how == 1 ? x | y : x ^ y; }
@@ -275,35 +288,28 @@ Run isetp(Source& s) {
   };
 }
 
-// min or max of two or three, of which the first may be a sum.
-template <int kCount, bool kAdd>
-Run iminmax(Source& s) {
+// The smaller or the larger one.
+uint32_t pick(uint32_t x, uint32_t y, bool smaller, bool is_unsigned) {
+  const bool less = is_unsigned ? x < y : static_cast<int32_t>(x) < static_cast<int32_t>(y);
+  return less == smaller ? x : y;
+}
+
+Run vimnmx(Source& s) {
   const bool is_unsigned = s.has("U32");
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2), c = s.at(kCount == 2 ? 2 : 3), least = s.at(kCount + 1);
-  return [=](Warp& w, Mask m) {
-    const auto best = each(
-        [&](uint32_t x, uint32_t y, uint32_t z, uint32_t smaller) {
-          const auto pick = [&](uint32_t p, uint32_t q) {
-            const bool less = is_unsigned ? p < q : static_cast<int32_t>(p) < static_cast<int32_t>(q);
-            return less == (smaller != 0) ? p : q;
-          };
-          return kAdd ? pick(x + y, z) : pick(pick(x, y), z);
-        },
-        w.words(a), w.words(b), w.words(c), ones(w.mask(least)));
-    w.put(to, m, best);
-  };
+  return of_words<3>(s, [=](uint32_t x, uint32_t y, uint32_t smaller) { return pick(x, y, smaller, is_unsigned); });
 }
 
-Run viadd(Source& s) {
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2);
-  return [=](Warp& w, Mask m) {
-    w.put(to, m, each([](uint32_t x, uint32_t y) { return x + y; }, w.words(a), w.words(b)));
-  };
+Run vimnmx3(Source& s) {
+  const bool is_unsigned = s.has("U32");
+  return of_words<4>(s, [=](uint32_t x, uint32_t y, uint32_t z, uint32_t smaller) {
+    return pick(pick(x, y, smaller, is_unsigned), z, smaller, is_unsigned);
+  });
 }
 
-Run iabs(Source& s) {
-  const Operand to = s.at(0), a = s.at(1);
-  return [=](Warp& w, Mask m) { w.put(to, m, each([](uint32_t x) { return x >> 31 ? 0 - x : x; }, w.words(a))); };
+Run viaddmnmx(Source& s) {
+  const bool is_unsigned = s.has("U32");
+  return of_words<4>(
+      s, [=](uint32_t x, uint32_t y, uint32_t z, uint32_t smaller) { return pick(x + y, z, smaller, is_unsigned); });
 }
 
 // ---- floating point
@@ -550,11 +556,6 @@ Run f2i(Source& s) {
 }
 
 // ---- moves
-Run mov(Source& s) {
-  const Operand to = s.at(0), a = s.at(1);
-  return [=](Warp& w, Mask m) { w.put(to, m, w.words(a)); };
-}
-
 Run r2ur(Source& s) {
   const Operand to = s.at(0), a = s.at(1);
   return [=](Warp& w, Mask m) {
@@ -728,67 +729,39 @@ Run nothing_done(Source&) {
 
 // ---- all of them
 struct Opcode {
+  const char* name;
   Class kind;
   Run (*make)(Source&);
 };
 
-const std::unordered_map<std::string, Opcode> kOpcodes = {
-    {"FADD", {Class::kFloat, add<float>}},
-    {"FMUL", {Class::kFloat, multiply<float>}},
-    {"FFMA", {Class::kFloat, fused<float>}},
-    {"FSETP", {Class::kFloat, setp<float>}},
-    {"FSET", {Class::kFloat, fset}},
-    {"FSEL", {Class::kFloat, fsel}},
-    {"FMNMX", {Class::kFloat, fmnmx}},
-    {"FCHK", {Class::kFloat, fchk}},
-    {"DADD", {Class::kDouble, add<double>}},
-    {"DMUL", {Class::kDouble, multiply<double>}},
-    {"DFMA", {Class::kDouble, fused<double>}},
-    {"DSETP", {Class::kDouble, setp<double>}},
-    {"MUFU", {Class::kSpecial, mufu}},
-    {"IADD3", {Class::kInteger, iadd3}},
-    {"IMAD", {Class::kInteger, imad}},
-    {"LEA", {Class::kInteger, lea}},
-    {"SHF", {Class::kInteger, shf}},
-    {"LOP3", {Class::kInteger, lop3}},
-    {"PLOP3", {Class::kInteger, plop3}},
-    {"PRMT", {Class::kInteger, prmt}},
-    {"SEL", {Class::kInteger, sel}},
-    {"ISETP", {Class::kInteger, isetp}},
-    {"VIADD", {Class::kInteger, viadd}},
-    {"VIMNMX", {Class::kInteger, iminmax<2, false>}},
-    {"VIMNMX3", {Class::kInteger, iminmax<3, false>}},
-    {"VIADDMNMX", {Class::kInteger, iminmax<3, true>}},
-    {"IABS", {Class::kInteger, iabs}},
-    {"F2F", {Class::kConvert, f2f}},
-    {"F2FP", {Class::kConvert, f2fp}},
-    {"F2I", {Class::kConvert, f2i}},
-    {"I2F", {Class::kConvert, i2f}},
-    {"I2FP", {Class::kConvert, i2f}},
-    {"HADD2", {Class::kConvert, hadd2}},
-    {"HFMA2", {Class::kMove, hfma2}},
-    {"MOV", {Class::kMove, mov}},
-    {"R2UR", {Class::kMove, r2ur}},
-    {"S2R", {Class::kMove, s2r}},
-    {"S2UR", {Class::kMove, s2r}},
-    {"CS2R", {Class::kMove, cs2r}},
-    {"P2R", {Class::kMove, p2r}},
-    {"R2P", {Class::kMove, r2p}},
-    {"SHFL", {Class::kWarp, shfl}},
-    {"VOTE", {Class::kWarp, vote}},
-    {"VOTEU", {Class::kWarp, vote}},
-    {"LDG", {Class::kGlobal, load<Space::kGlobal>}},
-    {"STG", {Class::kGlobal, store<Space::kGlobal>}},
-    {"LDS", {Class::kShared, load<Space::kShared>}},
-    {"STS", {Class::kShared, store<Space::kShared>}},
-    {"ATOMS", {Class::kShared, atoms}},
-    {"LDL", {Class::kLocal, load<Space::kLocal>}},
-    {"STL", {Class::kLocal, store<Space::kLocal>}},
-    {"LDC", {Class::kConstant, ldc}},
-    {"NOP", {Class::kControl, nothing_done}},
-    {"YIELD", {Class::kControl, nothing_done}},
-    {"ENDCOLLECTIVE", {Class::kControl, nothing_done}},
+// clang-format off
+const Opcode kOpcodes[] = {
+    {"FADD", Class::kFloat, add<float>}, {"FMUL", Class::kFloat, multiply<float>},
+    {"FFMA", Class::kFloat, fused<float>}, {"FSETP", Class::kFloat, setp<float>}, {"FSET", Class::kFloat, fset},
+    {"FSEL", Class::kFloat, fsel}, {"FMNMX", Class::kFloat, fmnmx}, {"FCHK", Class::kFloat, fchk},
+    {"DADD", Class::kDouble, add<double>}, {"DMUL", Class::kDouble, multiply<double>},
+    {"DFMA", Class::kDouble, fused<double>}, {"DSETP", Class::kDouble, setp<double>},
+    {"MUFU", Class::kSpecial, mufu},
+    {"IADD3", Class::kInteger, iadd3}, {"IMAD", Class::kInteger, imad}, {"LEA", Class::kInteger, lea},
+    {"SHF", Class::kInteger, shf}, {"LOP3", Class::kInteger, lop3}, {"PLOP3", Class::kInteger, plop3},
+    {"PRMT", Class::kInteger, prmt}, {"SEL", Class::kInteger, sel}, {"ISETP", Class::kInteger, isetp},
+    {"VIADD", Class::kInteger, viadd}, {"VIMNMX", Class::kInteger, vimnmx}, {"VIMNMX3", Class::kInteger, vimnmx3},
+    {"VIADDMNMX", Class::kInteger, viaddmnmx}, {"IABS", Class::kInteger, iabs},
+    {"F2F", Class::kConvert, f2f}, {"F2FP", Class::kConvert, f2fp}, {"F2I", Class::kConvert, f2i},
+    {"I2F", Class::kConvert, i2f}, {"I2FP", Class::kConvert, i2f}, {"HADD2", Class::kConvert, hadd2},
+    {"HFMA2", Class::kMove, hfma2}, {"MOV", Class::kMove, mov}, {"R2UR", Class::kMove, r2ur},
+    {"S2R", Class::kMove, s2r}, {"S2UR", Class::kMove, s2r}, {"CS2R", Class::kMove, cs2r}, {"P2R", Class::kMove, p2r},
+    {"R2P", Class::kMove, r2p},
+    {"SHFL", Class::kWarp, shfl}, {"VOTE", Class::kWarp, vote}, {"VOTEU", Class::kWarp, vote},
+    {"LDG", Class::kGlobal, load<Space::kGlobal>}, {"STG", Class::kGlobal, store<Space::kGlobal>},
+    {"LDS", Class::kShared, load<Space::kShared>}, {"STS", Class::kShared, store<Space::kShared>},
+    {"ATOMS", Class::kShared, atoms},
+    {"LDL", Class::kLocal, load<Space::kLocal>}, {"STL", Class::kLocal, store<Space::kLocal>},
+    {"LDC", Class::kConstant, ldc},
+    {"NOP", Class::kControl, nothing_done}, {"YIELD", Class::kControl, nothing_done},
+    {"ENDCOLLECTIVE", Class::kControl, nothing_done},
 };
+// clang-format on
 
 const std::unordered_map<std::string, Flow> kFlows = {
     {"BRA", Flow::kBranch},  {"CALL", Flow::kBranch},       {"RET", Flow::kReturn},
@@ -833,11 +806,15 @@ void understand(Source& source, Instruction& instruction) {
     instruction.flow = flow->second;
     understand_flow(source, instruction);
   } else {
-    auto opcode = kOpcodes.find(source.name);
-    if (opcode == kOpcodes.end() && source.name[0] == 'U') opcode = kOpcodes.find(source.name.substr(1));
-    if (opcode == kOpcodes.end()) throw Fault("unknown opcode " + source.name);
-    instruction.kind = opcode->second.kind;
-    instruction.run = opcode->second.make(source);
+    const auto named = [](const char* name) {
+      return std::find_if(std::begin(kOpcodes), std::end(kOpcodes),
+                          [&](const Opcode& o) { return !strcmp(o.name, name); });
+    };
+    auto opcode = named(source.name.c_str());
+    if (opcode == std::end(kOpcodes) && source.name[0] == 'U') opcode = named(source.name.c_str() + 1);
+    if (opcode == std::end(kOpcodes)) throw Fault("unknown opcode " + source.name);
+    instruction.kind = opcode->kind;
+    instruction.run = opcode->make(source);
     instruction.loads = source.loads;
   }
   if (!source.unread.empty()) throw Fault("unknown modifier " + source.unread[0] + " of " + source.name);
