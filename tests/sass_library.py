@@ -117,6 +117,7 @@ class Emulator:
         counts = json.loads(self._library.sass_counts())
         names = list(counts["kernels"])
         short = cuda_table.demangle(names) if names else []
+        assert len(set(short)) == len(short), f"kernels of one name: {short}"
         counts["kernels"] = {s: counts["kernels"][name] for s, name in zip(short, names, strict=True)}
         return result, counts
 

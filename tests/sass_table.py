@@ -1,11 +1,18 @@
 """Counts of the machine code: what is kept of them in .ci/sass_counts.json, and what is worse than there.
 
-A point of the table has the ops that it calls, in turn. Of an op: launches and allocations; "per_element", instructions
-of a lane for each element of the largest argument; "traffic", bytes of the different sectors touched over
-those of its arguments and results. Of a kernel: instructions of warps by class; "loads" and "stores" of global memory
-[requests, sectors of each request, different sectors of a launch]; "trips", waits for global memory [all, those of the
-warp with most]; "in_flight", bytes of a lane that are on their way at such a wait; "banks", accesses to shared memory
-[all, wavefronts lost to conflicts]; barriers. What is 0 is left out.
+A point of the table has the ops that it calls, in turn. What is 0 is left out.
+
+Of an op:
+    launches, allocations
+    per_element  instructions of a lane for each element of the largest argument
+    requested    bytes of the sectors of each request, over those of its arguments and results
+    traffic      the same with each sector counted once in a launch
+Of a kernel:
+    warps, barriers, and instructions of warps by class
+    loads, stores of global memory: requests, their sectors, different sectors of a launch
+    trips        waits for global memory: all, those of the warp with most
+    in_flight    bytes of a lane that are on their way at such a wait
+    banks        accesses to shared memory, wavefronts lost to conflicts
 """
 
 import json
@@ -40,13 +47,16 @@ def facts(counts, arguments, result):
     """What the table keeps of an op's call."""
     kernels = counts["kernels"]
     instructions = sum(kernel[name] for kernel in kernels.values() for name in CLASSES)
-    sectors = sum(kernel[way][2] for kernel in kernels.values() for way in ("loads", "stores"))
-    compulsory = sum((sizes(arguments) | sizes(result)).values())
+    asked, touched = (
+        SECTOR * sum(kernel[way][i] for kernel in kernels.values() for way in ("loads", "stores")) for i in (1, 2)
+    )
+    compulsory = max(sum((sizes(arguments) | sizes(result)).values()), 1)
     return {
         "launches": sum(kernel["launches"] for kernel in kernels.values()),
         "allocations": counts["allocations"],
         "per_element": round(32 * instructions / max(elements(arguments), 1), 1),
-        "traffic": round(SECTOR * sectors / max(compulsory, 1), 3),
+        "requested": round(asked / compulsory, 3),
+        "traffic": round(touched / compulsory, 3),
         "kernels": {
             name: {key: value for key, value in kernel.items() if value and value != [0, 0, 0] and value != [0, 0]}
             for name, kernel in sorted(kernels.items())

@@ -76,6 +76,7 @@ void parse_address(const std::string& text, Operand& to) {
       unknown("[" + text + "]");
     }
   }
+  if (to.wide && to.uniform != kURZ) unknown("[" + text + "]");
 }
 
 Operand parse_operand(std::string text, uint32_t immediate) {

@@ -102,7 +102,7 @@ struct Instruction {
   Class kind = Class::kControl;
   Flow flow = Flow::kNext;
   Operand condition;    // of a branch or an exit, beside the guard
-  int number = 0;       // of the barrier, or of the register
+  int number = 0;       // of the barrier
   uint32_t target = 0;  // of a branch
   int loads = 0;        // bytes of global memory, for each lane
   Run run;
@@ -139,24 +139,21 @@ struct Kernel {
 std::vector<Instruction> decode(const std::string& text);
 
 // ---- counts
-// ---------------------------------------------------------------------------------------------------------- Of one
-// kernel; instructions are those of warps.
+// Of one kernel; instructions are those of warps.
 struct Counts {
-  int64_t launches = 0, blocks = 0, warps = 0, barriers = 0;
+  int64_t launches = 0, warps = 0, barriers = 0;
   int64_t instructions[kClasses] = {};
   // Global memory: requests of warps, the 32-byte sectors of each, and the different ones among all of a launch.
   struct Traffic {
     int64_t requests = 0, sectors = 0, distinct = 0;
   } loads, stores;
-  // Waits for global memory: of all warps, of the one with most; and the bytes that a lane has on the way, of all
-  // waits.
+  // Waits for global memory: of all warps, of the one with most; and the bytes that a lane waits for, of all of them.
   int64_t trips = 0, most_trips = 0, in_flight = 0;
   int64_t shared_requests = 0, conflicts = 0;  // conflicts: wavefronts beyond those that the width needs
 };
 
 // ---- memory
-// ---------------------------------------------------------------------------------------------------------- Global
-// memory is that of the process. Only what was registered may be touched.
+// Global memory is that of the process. Only what was registered may be touched.
 void allow(void* begin, size_t bytes);
 void forget_all();
 
@@ -199,7 +196,8 @@ class Warp {
   void leave_barrier() { at_barrier_ = false; }
 
   // ---- operands; with their signs
-  Vec<uint32_t> raw(const Operand& x) const;
+  Vec<uint32_t> raw(const Operand& x, int next = 0) const;
+  Vec<uint64_t> raw_longs(const Operand& x) const;
   Vec<uint32_t> words(const Operand& x) const;
   Vec<uint64_t> longs(const Operand& x) const;
   Vec<float> floats(const Operand& x) const;

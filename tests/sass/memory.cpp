@@ -2,10 +2,10 @@
 // given or made, shared memory inside what the kernel declares and the launch adds, local memory above the stack
 // pointer.
 //
-// Counted are the 32-byte sectors of each global request, which is what passes between L1 and L2 where nothing is found
-// in L1, and the different sectors of a launch, which is what an endless cache would pass. Shared memory has 32 banks
-// of 4 bytes; a request takes a wavefront for each 128 bytes, and one more wherever lanes of it want different words of
-// a bank.
+// Of global memory the 32-byte sectors of each request are counted, which L1 asks L2 for where it has none of them, and
+// the different sectors of a launch, which are asked for if all that was read is kept. Shared memory has 32 banks of 4
+// bytes; a request takes a wavefront for each 128 bytes, and one more wherever lanes of it want different words of a
+// bank.
 #include <algorithm>
 
 #include "machine.h"

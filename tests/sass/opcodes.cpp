@@ -10,8 +10,10 @@
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <unordered_map>
+#include <utility>
 
 #include "machine.h"
 
@@ -540,13 +542,12 @@ Run f2i(Source& s) {
   const Operand to = s.at(0), a = s.at(1);
   const bool is_long = type > 1, is_unsigned = type % 2;
   return [=](Warp& w, Mask m) {
-    const auto truncated =
-        [&](double x) -> uint64_t {  // a number beyond the type's gives its nearest; NaN the largest bit
-      const double end = std::ldexp(1.0, (is_long ? 64 : 32) - !is_unsigned), begin = is_unsigned ? 0 : -end;
-      if (std::isnan(x)) return is_long ? uint64_t{1} << 63 : is_unsigned ? 0 : uint64_t{1} << 31;
-      if (x >= end) return is_unsigned ? ~uint64_t{0} : static_cast<uint64_t>((__int128{1} << (is_long ? 63 : 31)) - 1);
-      if (x <= begin) return is_unsigned ? 0 : static_cast<uint64_t>(static_cast<int64_t>(begin));
-      return is_unsigned ? static_cast<uint64_t>(x) : static_cast<uint64_t>(static_cast<int64_t>(x));
+    const auto truncated = [&](double x) {
+      const int width = is_long ? 64 : 32;
+      if (std::isnan(x)) return wide || is_long ? uint64_t{1} << (width - 1) : 0;
+      const __int128 least = is_unsigned ? 0 : -(__int128{1} << (width - 1));
+      const __int128 most = (__int128{1} << (is_unsigned ? width : width - 1)) - 1;
+      return static_cast<uint64_t>(std::clamp(static_cast<__int128>(std::clamp(x, -0x1p100, 0x1p100)), least, most));
     };
     const auto x = wide ? w.doubles(a) : each([&](float v) { return double{flush ? flushed(v) : v}; }, w.floats(a));
     const auto y = each(truncated, x);
@@ -684,16 +685,11 @@ Run load(Source& s) {
 template <Space kSpace>
 Run store(Source& s) {
   const int bytes = width(s).bytes;
-  const Operand to = s.at(0);
-  Operand from = s.at(1);
+  const Operand to = s.at(0), from = s.at(1);
   if (from.kind != Operand::kRegister) throw Fault("unknown operand " + from.name);
-  return [=](Warp& w, Mask m) mutable {
+  return [=](Warp& w, Mask m) {
     Vec<uint32_t> x[4];
-    for (int i = 0; i < (bytes + 3) / 4; ++i) {
-      Operand part = from;
-      if (part.index != kRZ) part.index += i;
-      x[i] = w.words(part);
-    }
+    for (int i = 0; i < (bytes + 3) / 4; ++i) x[i] = w.raw(from, i);
     w.store(kSpace, to, m, bytes, x);
   };
 }
@@ -791,7 +787,12 @@ void understand_flow(Source& s, Instruction& to) {
     case Flow::kJoin:
     case Flow::kBreak: to.number = s.at(0).index; break;
     case Flow::kWarpSync:
-      if (!s.has("ALL")) s.has("COLLECTIVE") ? (void)(to.flow = Flow::kApart) : throw Fault("unknown form of WARPSYNC");
+      if (s.has("COLLECTIVE")) {  // for lanes that BRA.DIV has found apart
+        to.flow = Flow::kNext;
+        to.run = [](Warp&, Mask) { throw Fault("a warp collective of lanes that are apart"); };
+      } else if (!s.has("ALL")) {
+        throw Fault("unknown form of opcode WARPSYNC");
+      }
       break;
     default:
       if (s.at(0).value != 0) throw Fault("unknown barrier " + s.at(0).name);

@@ -12,8 +12,8 @@
 namespace sass {
 namespace {
 
-constexpr int kWarpSync = kBarriers;        // lanes at WARPSYNC wait as at one more convergence barrier
-constexpr int kGrid = 0x0c, kStack = 0x28;  // places in the constant bank
+constexpr int kWarpSync = kBarriers;  // lanes at WARPSYNC wait as at one more convergence barrier
+constexpr int kStack = 0x28;  // the end of the stack, in the constant bank; the sizes of blocks and grid are at 0
 
 Vec<uint32_t> broadcast(uint32_t x) {
   Vec<uint32_t> y;
@@ -36,15 +36,22 @@ Vec<uint64_t> Warp::addresses(const Operand& x) const {
   return all;
 }
 
-// Its bits, without its sign.
-Vec<uint32_t> Warp::raw(const Operand& x) const {
+// Its bits, without its sign; of a register that many after it.
+Vec<uint32_t> Warp::raw(const Operand& x, int next) const {
   switch (x.kind) {
-    case Operand::kRegister: return registers_[x.index];
-    case Operand::kUniform: return broadcast(uniforms[x.index]);
-    case Operand::kImmediate: return broadcast(static_cast<uint32_t>(x.value));
-    case Operand::kConstant: return broadcast(static_cast<uint32_t>(constant(x.value, 4)));
-    default: throw Fault("unknown operand " + x.name);
+    case Operand::kRegister: return registers_[x.index == kRZ ? kRZ : x.index + next];
+    case Operand::kUniform: return broadcast(x.index == kURZ ? 0 : uniforms[x.index + next]);
+    case Operand::kImmediate: return broadcast(next ? 0 : static_cast<uint32_t>(x.value));
+    case Operand::kConstant:
+      if (x.index != kRZ || x.uniform != kURZ) break;
+      return broadcast(static_cast<uint32_t>(constant(x.value + 4 * next, 4)));
+    default: break;
   }
+  throw Fault("unknown operand " + x.name);
+}
+
+Vec<uint64_t> Warp::raw_longs(const Operand& x) const {
+  return each([](uint32_t low, uint32_t high) { return uint64_t{high} << 32 | low; }, raw(x), raw(x, 1));
 }
 
 Vec<uint32_t> Warp::words(const Operand& x) const {
@@ -56,20 +63,7 @@ Vec<uint32_t> Warp::words(const Operand& x) const {
 
 Vec<uint64_t> Warp::longs(const Operand& x) const {
   if (x.negative || x.inverted || x.absolute) throw Fault("unknown operand " + x.name);
-  const auto join = [](uint32_t low, uint32_t high) { return uint64_t{high} << 32 | low; };
-  switch (x.kind) {
-    case Operand::kRegister:
-      return x.index == kRZ ? Vec<uint64_t>{} : each(join, registers_[x.index], registers_[x.index + 1]);
-    case Operand::kUniform:
-      return x.index == kURZ ? Vec<uint64_t>{}
-                             : each(join, broadcast(uniforms[x.index]), broadcast(uniforms[x.index + 1]));
-    case Operand::kImmediate: return each([](uint32_t v) { return uint64_t{v}; }, raw(x));
-    case Operand::kConstant: {
-      const uint64_t both = constant(x.value, 8);
-      return each([&](uint32_t) { return both; }, Vec<uint32_t>{});
-    }
-    default: throw Fault("unknown operand " + x.name);
-  }
+  return raw_longs(x);
 }
 
 Vec<float> Warp::floats(const Operand& x) const {
@@ -78,11 +72,9 @@ Vec<float> Warp::floats(const Operand& x) const {
 }
 
 Vec<double> Warp::doubles(const Operand& x) const {
-  Operand plain = x;
-  plain.negative = plain.absolute = false;
   const int shift = x.kind == Operand::kImmediate ? 32 : 0;  // an immediate has the upper half
   const uint64_t sign = uint64_t{1} << 63, keep = x.absolute ? ~sign : ~uint64_t{0}, flip = x.negative ? sign : 0;
-  return each([&](uint64_t v) { return bits<double>((v << shift & keep) ^ flip); }, longs(plain));
+  return each([&](uint64_t v) { return bits<double>((v << shift & keep) ^ flip); }, raw_longs(x));
 }
 
 Mask Warp::mask(const Operand& x) const {
@@ -293,7 +285,6 @@ void Block::run(uint32_t block) {
                 launch.kernel->code[running->at() / kStep].text + "\n  in " + "warp " +
                 std::to_string(running->number) + " of block " + std::to_string(index));
   }
-  ++counts.blocks;
   counts.warps += warps_.size();
 }
 
@@ -301,7 +292,6 @@ void run(Launch launch, Counts& counts) {
   const uint32_t size[] = {launch.threads, 1, 1, launch.blocks, 1, 1}, stack = kStackEnd;
   memcpy(launch.constants.data(), size, sizeof(size));
   memcpy(launch.constants.data() + kStack, &stack, sizeof(stack));
-  static_assert(kGrid == 3 * sizeof(uint32_t), "the size of the grid follows that of a block");
   Block block(launch, counts);
   for (uint32_t i = 0; i < launch.blocks; ++i) block.run(i);
   ++counts.launches;
