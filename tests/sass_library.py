@@ -13,6 +13,7 @@ import ctypes
 import functools
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -41,6 +42,8 @@ WRAPPED = (  # runtime.cpp stands in for them
 @functools.cache
 def tools():
     """The programs nvcc and cuobjdump, and nvcc's version."""
+    if not shutil.which("c++filt"):
+        raise Unavailable("no c++filt")
     version, home, _ = setup.find_nvcc()
     if not version:
         raise Unavailable("no nvcc")
