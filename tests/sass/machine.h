@@ -76,7 +76,7 @@ enum class Class {
   kFloat,
   kDouble,
   kInteger,
-  kSpecial,
+  kMufu,
   kConvert,
   kMove,
   kGlobal,
@@ -208,6 +208,7 @@ class Warp {
   void put(const Operand& to, Mask lanes, const Vec<float>& x);
   void put(const Operand& to, Mask lanes, const Vec<uint64_t>& x);
   void put(const Operand& to, Mask lanes, const Vec<double>& x);
+  void put(const Operand& to, Mask lanes, const Vec<bool>& x);
   void put(const Operand& to, Mask lanes, Mask x);
 
   // ---- memory: each lane's bytes lie in words[i][lane], from i = 0 on
@@ -240,7 +241,7 @@ class Warp {
   void release(int barrier);
   void wait(const Instruction& instruction);
   uint8_t* place(Space space, uint64_t address, int bytes, int lane, bool write);
-  void count_access(Space space, const Vec<uint64_t>& addresses, Mask lanes, int bytes, bool write);
+  void count(Space space, const Vec<uint64_t>& addresses, Mask lanes, int bytes, bool write);
 
   Vec<uint32_t> registers_[256];
   std::vector<Group> groups_;

@@ -50,6 +50,38 @@ std::string described(const char* space, bool write, int bytes, uint64_t address
          hex(address);
 }
 
+// The addresses of lanes in steps of `unit` bytes, each once.
+template <class F>
+void each_once(const Vec<uint64_t>& addresses, Mask lanes, int bytes, uint64_t unit, F f) {
+  uint64_t units[kLanes];
+  int count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    if (!(lanes >> lane & 1)) continue;
+    for (uint64_t at = addresses[lane] / unit; at <= (addresses[lane] + bytes - 1) / unit; ++at) units[count++] = at;
+  }
+  std::sort(units, units + count);
+  std::for_each(units, std::unique(units, units + count), f);
+}
+
+void count_sectors(Counts::Traffic& traffic, const Vec<uint64_t>& addresses, Mask lanes, bool write) {
+  ++traffic.requests;
+  each_once(addresses, lanes, 1, kSector, [&](uint64_t sector) {
+    ++traffic.sectors;
+    mark(sector, write);
+  });
+}
+
+void count_banks(Counts& counts, const Vec<uint64_t>& addresses, Mask lanes, int bytes) {
+  ++counts.shared_requests;
+  const int together = std::min(kLanes, 128 / bytes);  // lanes of a wavefront, where they do not conflict
+  for (int first = 0; first < kLanes; first += together) {
+    const Mask part = lanes & (kAllLanes >> (kLanes - together)) << first;
+    int banks[kLanes] = {};
+    each_once(addresses, part, bytes, 4, [&](uint64_t word) { ++banks[word % kLanes]; });
+    counts.conflicts += std::max(*std::max_element(banks, banks + kLanes) - 1, 0);
+  }
+}
+
 const char* const kNames[] = {"global", "shared", "local"};
 
 }  // namespace
@@ -108,41 +140,14 @@ uint8_t* Warp::place(Space space, uint64_t address, int bytes, int lane, bool wr
   }
 }
 
-void Warp::count_access(Space space, const Vec<uint64_t>& addresses, Mask lanes, int bytes, bool write) {
-  if (space == Space::kLocal) return;
-  if (space == Space::kGlobal) {
-    uint64_t sectors[kLanes];
-    int count = 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (lanes >> lane & 1) sectors[count++] = addresses[lane] / kSector;
-    }
-    if (!std::is_sorted(sectors, sectors + count)) std::sort(sectors, sectors + count);
-    count = static_cast<int>(std::unique(sectors, sectors + count) - sectors);
-    Counts::Traffic& traffic = write ? block.counts.stores : block.counts.loads;
-    ++traffic.requests;
-    traffic.sectors += count;
-    for (int i = 0; i < count; ++i) mark(sectors[i], write);
-    return;
-  }
-  const int together = std::min(kLanes, 128 / bytes);  // lanes of a wavefront, where they do not conflict
-  ++block.counts.shared_requests;
-  for (int first = 0; first < kLanes; first += together) {
-    uint64_t words[kLanes];
-    int count = 0, banks[kLanes] = {};
-    for (int lane = first; lane < first + together; ++lane) {
-      if (!(lanes >> lane & 1)) continue;
-      for (int i = 0; i < std::max(bytes / 4, 1); ++i) words[count++] = addresses[lane] / 4 + i;
-    }
-    std::sort(words, words + count);
-    count = static_cast<int>(std::unique(words, words + count) - words);
-    for (int i = 0; i < count; ++i) ++banks[words[i] % kLanes];
-    block.counts.conflicts += std::max(*std::max_element(banks, banks + kLanes) - 1, 0);
-  }
+void Warp::count(Space space, const Vec<uint64_t>& addresses, Mask lanes, int bytes, bool write) {
+  if (space == Space::kGlobal) count_sectors(write ? block.counts.stores : block.counts.loads, addresses, lanes, write);
+  if (space == Space::kShared) count_banks(block.counts, addresses, lanes, bytes);
 }
 
 void Warp::load(Space space, const Operand& from, Mask lanes, int bytes, Vec<uint32_t>* words) {
   const Vec<uint64_t> address = addresses(from);
-  count_access(space, address, lanes, bytes, false);
+  count(space, address, lanes, bytes, false);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(lanes >> lane & 1)) continue;
     uint32_t x[4] = {};
@@ -153,7 +158,7 @@ void Warp::load(Space space, const Operand& from, Mask lanes, int bytes, Vec<uin
 
 void Warp::store(Space space, const Operand& to, Mask lanes, int bytes, const Vec<uint32_t>* words) {
   const Vec<uint64_t> address = addresses(to);
-  count_access(space, address, lanes, bytes, true);
+  count(space, address, lanes, bytes, true);
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(lanes >> lane & 1)) continue;
     uint32_t x[4];
@@ -165,7 +170,7 @@ void Warp::store(Space space, const Operand& to, Mask lanes, int bytes, const Ve
 Vec<uint32_t> Warp::update_shared(const Operand& at, Mask lanes, const Vec<uint32_t>& x,
                                   uint32_t (*f)(uint32_t, uint32_t)) {
   const Vec<uint64_t> address = addresses(at);
-  count_access(Space::kShared, address, lanes, 4, true);
+  count(Space::kShared, address, lanes, 4, true);
   Vec<uint32_t> old = {};
   for (int lane = 0; lane < kLanes; ++lane) {
     if (!(lanes >> lane & 1)) continue;

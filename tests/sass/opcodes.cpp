@@ -12,6 +12,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 
@@ -93,22 +94,33 @@ Operand nothing() {
   return x;
 }
 
-Vec<uint32_t> words(const Warp& w, const Operand& x) {
-  const bool predicate = x.kind == Operand::kPredicate || x.kind == Operand::kUniformPredicate;
-  return predicate ? ones(w.mask(x)) : w.words(x);
+// An operand as a type; a bool is a predicate.
+template <class T>
+Vec<T> read(const Warp& w, const Operand& x) {
+  if constexpr (std::is_same_v<T, bool>) {
+    return each([](uint32_t bit) { return bit != 0; }, ones(w.mask(x)));
+  } else if constexpr (std::is_same_v<T, float>) {
+    return w.floats(x);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return w.doubles(x);
+  } else if constexpr (std::is_same_v<T, uint64_t>) {
+    return w.longs(x);
+  } else {
+    return w.words(x);
+  }
 }
 
-template <size_t... kOperands, class F>
-Run of_words(const Source& s, std::index_sequence<kOperands...>, F f) {
+template <class... T, size_t... kOperands, class F>
+Run apply(const Source& s, std::index_sequence<kOperands...>, F f) {
   const Operand to = s.at(0);
-  const std::array<Operand, sizeof...(kOperands)> from = {s.at(kOperands + 1)...};
-  return [=](Warp& w, Mask m) { w.put(to, m, each(f, words(w, from[kOperands])...)); };
+  const std::array<Operand, sizeof...(T)> from = {s.at(kOperands + 1)...};
+  return [=](Warp& w, Mask m) { w.put(to, m, each(f, read<T>(w, from[kOperands])...)); };
 }
 
-// f of the operands after the first one, of which a predicate is 1 or 0.
-template <int kCount, class F>
-Run of_words(const Source& s, F f) {
-  return of_words(s, std::make_index_sequence<kCount>{}, f);
+// f of the operands after the first one, which gets the result.
+template <class... T, class F>
+Run apply(const Source& s, F f) {
+  return apply<T...>(s, std::index_sequence_for<T...>{}, f);
 }
 
 // ---- integers
@@ -190,7 +202,7 @@ Run shf(Source& s) {
   const bool left = s.one_of({"L", "R"}) == 0, high = s.has("HI"), wraps = s.has("W");
   const int type = s.one_of({"U32", "S32", "U64", "S64"});
   const bool is_signed = type % 2, is_long = type > 1;
-  return of_words<3>(s, [=](uint32_t x, uint32_t n, uint32_t upper) {
+  return apply<uint32_t, uint32_t, uint32_t>(s, [=](uint32_t x, uint32_t n, uint32_t upper) {
     const uint64_t both = join(x, upper);
     n = wraps ? n & (is_long ? 63 : 31) : std::min(n, is_long ? 63u : 32u);
     uint64_t y = left ? both << n : both >> n;
@@ -231,7 +243,7 @@ Run plop3(Source& s) {
 }
 
 Run prmt(Source& s) {
-  return of_words<3>(s, [](uint32_t x, uint32_t which, uint32_t y) {
+  return apply<uint32_t, uint32_t, uint32_t>(s, [](uint32_t x, uint32_t which, uint32_t y) {
     uint32_t all = 0;
     for (int i = 0; i < 4; ++i, which >>= 4) {
       uint32_t byte = join(x, y) >> 8 * (which & 7) & 0xff;
@@ -243,19 +255,19 @@ Run prmt(Source& s) {
 }
 
 Run sel(Source& s) {
-  return of_words<3>(s, [](uint32_t x, uint32_t y, uint32_t first) { return first ? x : y; });
+  return apply<uint32_t, uint32_t, bool>(s, [](uint32_t x, uint32_t y, bool first) { return first ? x : y; });
 }
 
 Run mov(Source& s) {
-  return of_words<1>(s, [](uint32_t x) { return x; });
+  return apply<uint32_t>(s, [](uint32_t x) { return x; });
 }
 
 Run viadd(Source& s) {
-  return of_words<2>(s, [](uint32_t x, uint32_t y) { return x + y; });
+  return apply<uint32_t, uint32_t>(s, [](uint32_t x, uint32_t y) { return x + y; });
 }
 
 Run iabs(Source& s) {
-  return of_words<1>(s, [](uint32_t x) { return x >> 31 ? 0 - x : x; });
+  return apply<uint32_t>(s, [](uint32_t x) { return x >> 31 ? 0 - x : x; });
 }
 
 Mask combined(int how, Mask x, Mask y) { return how == 0 ? x & y : how == 1 ? x | y : x ^ y; }
@@ -298,34 +310,25 @@ uint32_t pick(uint32_t x, uint32_t y, bool smaller, bool is_unsigned) {
 
 Run vimnmx(Source& s) {
   const bool is_unsigned = s.has("U32");
-  return of_words<3>(s, [=](uint32_t x, uint32_t y, uint32_t smaller) { return pick(x, y, smaller, is_unsigned); });
+  return apply<uint32_t, uint32_t, bool>(
+      s, [=](uint32_t x, uint32_t y, bool smaller) { return pick(x, y, smaller, is_unsigned); });
 }
 
-Run vimnmx3(Source& s) {
+template <class First>
+Run vimnmx3(Source& s, First first) {
   const bool is_unsigned = s.has("U32");
-  return of_words<4>(s, [=](uint32_t x, uint32_t y, uint32_t z, uint32_t smaller) {
-    return pick(pick(x, y, smaller, is_unsigned), z, smaller, is_unsigned);
+  return apply<uint32_t, uint32_t, uint32_t, bool>(s, [=](uint32_t x, uint32_t y, uint32_t z, bool smaller) {
+    return pick(first(x, y, smaller, is_unsigned), z, smaller, is_unsigned);
   });
 }
 
+Run vimnmx3(Source& s) { return vimnmx3(s, pick); }
+
 Run viaddmnmx(Source& s) {
-  const bool is_unsigned = s.has("U32");
-  return of_words<4>(
-      s, [=](uint32_t x, uint32_t y, uint32_t z, uint32_t smaller) { return pick(x + y, z, smaller, is_unsigned); });
+  return vimnmx3(s, [](uint32_t x, uint32_t y, bool, bool) { return x + y; });
 }
 
 // ---- floating point
-template <class T>
-Vec<T> reals(const Warp& w, const Operand& x);
-template <>
-Vec<float> reals(const Warp& w, const Operand& x) {
-  return w.floats(x);
-}
-template <>
-Vec<double> reals(const Warp& w, const Operand& x) {
-  return w.doubles(x);
-}
-
 // f of two or three numbers.
 template <class T, int kCount, class F>
 Run arithmetic(Source& s, F f) {
@@ -333,7 +336,7 @@ Run arithmetic(Source& s, F f) {
   const int mode = rounding(s);
   const Operand to = s.at(0), a = s.at(1), b = s.at(2), c = s.at(kCount == 3 ? 3 : 2);
   return [=](Warp& w, Mask m) {
-    auto x = reals<T>(w, a), y = reals<T>(w, b), z = reals<T>(w, c);
+    auto x = read<T>(w, a), y = read<T>(w, b), z = read<T>(w, c);
     if (flush) x = each(flushed<T>, x), y = each(flushed<T>, y), z = each(flushed<T>, z);
     auto r = rounded(mode, f, x, y, z);
     if (flush) r = each(flushed<T>, r);
@@ -376,7 +379,7 @@ Run setp(Source& s) {
   const bool flush = s.has("FTZ");
   const Operand to = s.at(0), other = s.at(1), a = s.at(2), b = s.at(3), with = s.at(4);
   return [=](Warp& w, Mask m) {
-    auto x = reals<T>(w, a), y = reals<T>(w, b);
+    auto x = read<T>(w, a), y = read<T>(w, b);
     if (flush) x = each(flushed<T>, x), y = each(flushed<T>, y);
     if (how >= kMaximum) {  // whether a is the larger or the smaller one, and whether both are NaN
       const auto first = [&](T p, T q) { return std::isnan(q) || (how == kMaximum ? p > q : p < q); };
@@ -393,76 +396,49 @@ Run setp(Source& s) {
 Run fset(Source& s) {
   if (!s.has("BF")) throw Fault("unknown form of opcode FSET");
   const int how = comparison(s), combine = s.one_of({"AND", "OR", "XOR"});
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2), with = s.at(3);
-  return [=](Warp& w, Mask m) {
-    const Mask yes = where([&](float x, float y) { return compare_reals(how, x, y); }, w.floats(a), w.floats(b));
-    w.put(to, m, each([](uint32_t x) { return x ? 1.0f : 0.0f; }, ones(combined(combine, yes, w.mask(with)))));
-  };
+  return apply<float, float, bool>(s, [=](float x, float y, bool with) {
+    return combined(combine, compare_reals(how, x, y), with) & 1 ? 1.0f : 0.0f;
+  });
 }
 
 Run fsel(Source& s) {
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2), p = s.at(3);
-  return [=](Warp& w, Mask m) {
-    const auto x = each(bits<uint32_t, float>, w.floats(a)), y = each(bits<uint32_t, float>, w.floats(b));
-    w.put(to, m, each([](uint32_t v, uint32_t u, uint32_t first) { return first ? v : u; }, x, y, ones(w.mask(p))));
-  };
+  return apply<float, float, bool>(s, [](float x, float y, bool first) { return bits<uint32_t>(first ? x : y); });
 }
 
 Run fmnmx(Source& s) {
   const bool keeps_nan = s.has("NAN");
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2), least = s.at(3);
-  return [=](Warp& w, Mask m) {
-    const auto best = each(
-        [&](float x, float y, uint32_t smaller) {
-          if (std::isnan(x) || std::isnan(y)) return std::isnan(x) == keeps_nan ? x : y;
-          const bool less = x < y || (x == y && std::signbit(x));
-          return less == (smaller != 0) ? x : y;
-        },
-        w.floats(a), w.floats(b), ones(w.mask(least)));
-    w.put(to, m, best);
-  };
+  return apply<float, float, bool>(s, [=](float x, float y, bool smaller) {
+    if (std::isnan(x) || std::isnan(y)) return std::isnan(x) == keeps_nan ? x : y;
+    const bool less = x < y || (x == y && std::signbit(x));
+    return less == smaller ? x : y;
+  });
 }
 
 Run mufu(Source& s) {
-  const int what = s.one_of({"EX2", "RCP", "RSQ", "LG2", "SQRT", "RCP64H", "RSQ64H"});
-  const Operand to = s.at(0), a = s.at(1);
-  if (what >= 5) {  // the upper half of a double
-    return [=](Warp& w, Mask m) {
-      const auto upper = each(
-          [&](float x) {
-            const double wide = bits<double>(join(0, bits<uint32_t>(x)));
-            return low(bits<uint64_t>(what == 5 ? 1 / wide : 1 / std::sqrt(wide)) >> 32);
-          },
-          w.floats(a));
-      w.put(to, m, upper);
-    };
+  const int what = s.one_of({"RCP64H", "RSQ64H", "EX2", "RCP", "RSQ", "LG2", "SQRT"});
+  if (what < 2) {  // of the upper half of a double
+    return apply<float>(s, [=](float x) {
+      const double wide = bits<double>(join(0, bits<uint32_t>(x)));
+      return low(bits<uint64_t>(1 / (what == 0 ? wide : std::sqrt(wide))) >> 32);
+    });
   }
-  return [=](Warp& w, Mask m) {
-    const auto result = each(
-        [&](float narrow) {
-          const double x = flushed(narrow);
-          const double y = what == 0   ? std::exp2(x)
-                           : what == 1 ? 1 / x
-                           : what == 2 ? 1 / std::sqrt(x)
-                           : what == 3 ? std::log2(x)
-                                       : std::sqrt(x);
-          return flushed(static_cast<float>(y));
-        },
-        w.floats(a));
-    w.put(to, m, result);
-  };
+  return apply<float>(s, [=](float narrow) {
+    const double x = flushed(narrow);
+    const double y = what == 2   ? std::exp2(x)
+                     : what == 3 ? 1 / x
+                     : what == 4 ? 1 / std::sqrt(x)
+                     : what == 5 ? std::log2(x)
+                                 : std::sqrt(x);
+    return flushed(static_cast<float>(y));
+  });
 }
 
 // Whether a quotient a / b needs the slow path.
 Run fchk(Source& s) {
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2);
-  return [=](Warp& w, Mask m) {
-    const auto slow = [](float x, float y) {
-      const int p = bits<uint32_t>(x) >> 23 & 255, q = bits<uint32_t>(y) >> 23 & 255;
-      return p == 255 || q == 255 || q == 0 || p < 24 || q > 252 || std::abs(p - q) >= 126;
-    };
-    w.put(to, m, where(slow, w.floats(a), w.floats(b)));
-  };
+  return apply<float, float>(s, [](float x, float y) {
+    const int p = bits<uint32_t>(x) >> 23 & 255, q = bits<uint32_t>(y) >> 23 & 255;
+    return p == 255 || q == 255 || q == 0 || p < 24 || q > 252 || std::abs(p - q) >= 126;
+  });
 }
 
 // ---- conversions
@@ -470,40 +446,27 @@ uint32_t half_bits(float x) { return bits<uint16_t>(Half(x)); }
 uint32_t bfloat16_bits(float x) { return bits<uint16_t>(BFloat16(x)); }
 
 Run f2f(Source& s) {
-  const std::string result = s.next(), from = s.next();
-  const Operand to = s.at(0), a = s.at(1);
-  if (result == "F32" && from == "F64") {
-    return [=](Warp& w, Mask m) { w.put(to, m, each([](double x) { return static_cast<float>(x); }, w.doubles(a))); };
-  }
-  if (from == "F32" && result == "F64") {
-    return [=](Warp& w, Mask m) { w.put(to, m, each([](float x) { return double{x}; }, w.floats(a))); };
-  }
-  if (from != "F32" || (result != "F16" && result != "BF16")) throw Fault("unknown form of opcode F2F");
-  const auto narrow = result == "F16" ? half_bits : bfloat16_bits;
-  return [=](Warp& w, Mask m) { w.put(to, m, each(narrow, w.floats(a))); };
+  const std::string to = s.next(), from = s.next();
+  if (to == "F32" && from == "F64") return apply<double>(s, [](double x) { return static_cast<float>(x); });
+  if (to == "F64" && from == "F32") return apply<float>(s, [](float x) { return double{x}; });
+  if (to == "F16" && from == "F32") return apply<float>(s, half_bits);
+  if (to == "BF16" && from == "F32") return apply<float>(s, bfloat16_bits);
+  throw Fault("unknown form of opcode F2F");
 }
 
 Run f2fp(Source& s) {
-  const bool half = s.one_of({"F16", "BF16"}) == 0;
+  const auto narrow = s.one_of({"F16", "BF16"}) == 0 ? half_bits : bfloat16_bits;
   if (!s.has("F32") || !s.has("PACK_AB")) throw Fault("unknown form of opcode F2FP");
-  const Operand to = s.at(0), a = s.at(1), b = s.at(2);
-  return [=](Warp& w, Mask m) {
-    const auto narrow = half ? half_bits : bfloat16_bits;
-    w.put(to, m, each([&](float x, float y) { return narrow(x) << 16 | narrow(y); }, w.floats(a), w.floats(b)));
-  };
+  return apply<float, float>(s, [=](float x, float y) { return narrow(x) << 16 | narrow(y); });
 }
 
 Run hadd2(Source& s) {
   const Operand to = s.at(0), zero = s.at(1), a = s.at(2);
   if (!s.has("F32") || zero.index != kRZ || !zero.negative) throw Fault("unknown form of opcode HADD2");
+  const uint32_t flip = a.negative ? 1u << 15 : 0;
   return [=](Warp& w, Mask m) {
-    const auto wide = each(
-        [&](uint32_t x) {
-          const float y = bits<Half>(static_cast<uint16_t>(x >> a.half));
-          return a.negative ? -y : y;
-        },
-        w.raw(a));
-    w.put(to, m, wide);
+    w.put(to, m,
+          each([&](uint32_t x) { return float{bits<Half>(static_cast<uint16_t>(x >> a.half ^ flip))}; }, w.raw(a)));
   };
 }
 
@@ -534,26 +497,27 @@ Run i2f(Source& s) {
   };
 }
 
+// Numbers beyond the type's give its nearest one.
+template <class T>
+Run to_integer(Source& s, int width, bool is_signed, bool flush) {
+  const __int128 least = is_signed ? -(__int128{1} << (width - 1)) : 0;
+  const __int128 most = (__int128{1} << (width - is_signed)) - 1;
+  const uint64_t of_nan = sizeof(T) == 8 || width == 64 ? uint64_t{1} << (width - 1) : 0;
+  const auto truncated = [=](T x) {
+    if (std::isnan(x)) return of_nan;
+    const __int128 near = static_cast<__int128>(std::clamp<T>(flush ? flushed(x) : x, -0x1p100, 0x1p100));
+    return static_cast<uint64_t>(std::clamp(near, least, most));
+  };
+  if (width == 64) return apply<T>(s, truncated);
+  return apply<T>(s, [=](T x) { return low(truncated(x)); });
+}
+
 Run f2i(Source& s) {
   const bool flush = s.has("FTZ"), wide = s.has("F64");
-  const int type = s.one_of({"S32", "U32", "S64", "U64"});
+  const int type = s.one_of({"S32", "U32", "S64", "U64"}), width = type > 1 ? 64 : 32;
   s.has("NTZ");
   if (!s.has("TRUNC")) throw Fault("unknown form of opcode F2I");
-  const Operand to = s.at(0), a = s.at(1);
-  const bool is_long = type > 1, is_unsigned = type % 2;
-  return [=](Warp& w, Mask m) {
-    const auto truncated = [&](double x) {
-      const int width = is_long ? 64 : 32;
-      if (std::isnan(x)) return wide || is_long ? uint64_t{1} << (width - 1) : 0;
-      const __int128 least = is_unsigned ? 0 : -(__int128{1} << (width - 1));
-      const __int128 most = (__int128{1} << (is_unsigned ? width : width - 1)) - 1;
-      return static_cast<uint64_t>(std::clamp(static_cast<__int128>(std::clamp(x, -0x1p100, 0x1p100)), least, most));
-    };
-    const auto x = wide ? w.doubles(a) : each([&](float v) { return double{flush ? flushed(v) : v}; }, w.floats(a));
-    const auto y = each(truncated, x);
-    if (is_long) return w.put(to, m, y);
-    w.put(to, m, each(low, y));
-  };
+  return wide ? to_integer<double>(s, width, type % 2 == 0, flush) : to_integer<float>(s, width, type % 2 == 0, flush);
 }
 
 // ---- moves
@@ -737,7 +701,7 @@ const Opcode kOpcodes[] = {
     {"FSEL", Class::kFloat, fsel}, {"FMNMX", Class::kFloat, fmnmx}, {"FCHK", Class::kFloat, fchk},
     {"DADD", Class::kDouble, add<double>}, {"DMUL", Class::kDouble, multiply<double>},
     {"DFMA", Class::kDouble, fused<double>}, {"DSETP", Class::kDouble, setp<double>},
-    {"MUFU", Class::kSpecial, mufu},
+    {"MUFU", Class::kMufu, mufu},
     {"IADD3", Class::kInteger, iadd3}, {"IMAD", Class::kInteger, imad}, {"LEA", Class::kInteger, lea},
     {"SHF", Class::kInteger, shf}, {"LOP3", Class::kInteger, lop3}, {"PLOP3", Class::kInteger, plop3},
     {"PRMT", Class::kInteger, prmt}, {"SEL", Class::kInteger, sel}, {"ISETP", Class::kInteger, isetp},

@@ -113,6 +113,12 @@ void Warp::put(const Operand& to, Mask lanes, const Vec<uint64_t>& x) {
 
 void Warp::put(const Operand& to, Mask lanes, const Vec<double>& x) { put(to, lanes, each(bits<uint64_t, double>, x)); }
 
+void Warp::put(const Operand& to, Mask lanes, const Vec<bool>& x) {
+  Mask bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= Mask{x[lane]} << lane;
+  put(to, lanes, bits);
+}
+
 void Warp::put(const Operand& to, Mask lanes, Mask x) {
   if (to.index == kPT) return;
   if (to.kind == Operand::kPredicate) {
