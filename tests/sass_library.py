@@ -88,12 +88,14 @@ class Emulator:
     def __init__(self, folder, name, objects):
         with simt_library.locked(folder):
             library = linked(folder, name, objects)
-            cubins = [cubin for path in objects for cubin in self._extracted(folder, path)]
+            folders = [self._extracted(folder / f"cubins-{name}", path) for path in objects]
+            for stale in {*folders[0].parent.iterdir()} - {*folders}:
+                shutil.rmtree(stale)
         torch.ops.load_library(str(library))
         self._library = ctypes.CDLL(str(library))
         self._library.sass_counts.restype = ctypes.c_char_p
         self._library.sass_disassembler(tools()[1].encode())
-        for cubin in cubins:
+        for cubin in [cubin for place in folders for cubin in sorted(place.glob("*.cubin"))]:
             for kernel, facts in cuda_table.read_cubin(cubin.read_bytes()).items():
                 places = [part for _, place in sorted(facts.get("parameters", {}).items()) for part in place]
                 array = (ctypes.c_int * len(places))(*places)
@@ -102,16 +104,16 @@ class Emulator:
 
     @staticmethod
     def _extracted(folder, path):
-        """The cubins of sm_90 in an object."""
-        place = folder / "cubins" / simt_library.digest([path], ["cuobjdump"])
+        """-> a folder with the cubins of sm_90 in an object."""
+        place = folder / simt_library.digest([path], ["cuobjdump"])
         if not place.exists():
             partial = Path(f"{place}.{os.getpid()}")
             partial.mkdir(parents=True)
-            done = simt_library.run([tools()[1], "-xelf", "sm_90", str(path)], cwd=partial)
+            done = simt_library.run([tools()[1], "-xelf", "sm_90", str(path.resolve())], cwd=partial)
             if done.returncode:
                 raise RuntimeError(f"cuobjdump failed: {done.stdout}{done.stderr}")
             os.replace(partial, place)
-        return sorted(place.glob("*.cubin"))
+        return place
 
     def counted(self, function, *arguments):
         """-> the function's result, and the counts of what it launched."""
@@ -130,6 +132,8 @@ def kernels(folder):
     """-> the emulator, and op name -> the op of the CUDA build that it runs."""
     if given := os.environ.get("KDFAST_SASS_OBJECTS"):
         objects = sorted(Path(given).glob("*/cuda.o"))
+        if not objects:
+            raise RuntimeError(f"KDFAST_SASS_OBJECTS: there is no */cuda.o in {given}")
     else:
         with simt_library.locked(folder), ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(functools.partial(compiled, folder), sorted(ROOT.glob("csrc/*/cuda.cu"))))
