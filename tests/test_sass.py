@@ -214,6 +214,15 @@ def test_fault_is_caught(planted, name, said):
         planted(name, 1)
 
 
+def test_launch_is_refused(planted):
+    """Of 128 bytes and dynamic ones that are together more than 48 KiB, unasked, or than there are."""
+    planted("too_much_shared", 48 * 1024 - 128)
+    for dynamic in (48 * 1024, 227 * 1024):
+        with pytest.raises(RuntimeError, match=f"1 blocks of 32 threads with {dynamic + 128} bytes of shared memory"):
+            planted("too_much_shared", dynamic)
+    planted("too_much_shared", 227 * 1024 - 128)  # for which `launch` asks
+
+
 def test_unknown_opcode(planted):
     with pytest.raises(RuntimeError, match="(?s)unknown form of opcode MUFU.*at 0x.*: MUFU.SIN.*of .*unknown_opcode"):
         planted("unknown_opcode", 0)

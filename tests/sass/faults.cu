@@ -40,6 +40,13 @@ __global__ void writes_shared_out_of_bounds(const float* x, float* y, int k) {
   y[threadIdx.x] = tile[threadIdx.x ^ 1];
 }
 
+__global__ void too_much_shared(const float* x, float* y, int k) {
+  KD_SHARED(float, tile, kWarp);
+  tile[threadIdx.x] = x[threadIdx.x];
+  __syncwarp();
+  y[threadIdx.x] = tile[threadIdx.x ^ 1];
+}
+
 __global__ void divergent_barrier(const float* x, float* y, int k) {
   if (threadIdx.x >= 16 * k) __syncthreads();
   y[threadIdx.x] = x[threadIdx.x];
@@ -100,6 +107,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"writes_global_out_of_bounds", writes_global_out_of_bounds},
     {"reads_shared_out_of_bounds", reads_shared_out_of_bounds},
     {"writes_shared_out_of_bounds", writes_shared_out_of_bounds},
+    {"too_much_shared", too_much_shared},
     {"divergent_barrier", divergent_barrier},
     {"absent_lanes", absent_lanes},
     {"unknown_opcode", unknown_opcode},
@@ -116,7 +124,9 @@ const std::map<std::string, Kernel> kKernels = {
 
 Tensor run(Tensor x, std::string name, int64_t k) {
   Tensor y = empty(x, ScalarType::Float, {x.size(0)});
-  const size_t dynamic = name == "writes_shared_out_of_bounds" ? kWarp * sizeof(float) : 0;
+  const size_t dynamic = name == "writes_shared_out_of_bounds" ? kWarp * sizeof(float)
+                         : name == "too_much_shared"           ? k
+                                                               : 0;
   launch(OnDevice(x), {1, kWarp, dynamic}, kKernels.at(name), data<const float>(x), data<float>(y),
          static_cast<int>(k));
   return y;

@@ -131,7 +131,7 @@ void understand(Source& source, Instruction& instruction);
 struct Kernel {
   std::string name;
   std::vector<Instruction> code;
-  uint32_t shared_bytes = 0;                   // static
+  uint32_t shared_end = 0;                     // of what it declares
   std::vector<std::array<int, 2>> parameters;  // offset, size
 };
 
@@ -168,8 +168,9 @@ struct Launch {
 
 void run(Launch launch, Counts& counts);
 
-uint32_t shared_bytes(const Launch& launch);  // from address 0 on
-extern const uint32_t kStackEnd;              // of each lane's local memory
+constexpr uint32_t kSharedBegin = 0x400;  // what lies before is the system's
+uint32_t shared_end(const Launch& launch);
+extern const uint32_t kStackEnd;  // of each lane's local memory
 
 class Block {
  public:

@@ -14,7 +14,6 @@ namespace sass {
 namespace {
 
 constexpr uintptr_t kSector = 32;
-constexpr uint64_t kSharedBegin = 0x400;  // what lies before is the system's
 constexpr int kStackPointer = 1;
 
 struct Range {
@@ -182,8 +181,8 @@ Vec<uint32_t> Warp::update_shared(const Operand& at, Mask lanes, const Vec<uint3
   return old;
 }
 
-uint32_t shared_bytes(const Launch& launch) {
-  return std::max<uint32_t>(launch.kernel->shared_bytes, kSharedBegin) + launch.dynamic_shared;
+uint32_t shared_end(const Launch& launch) {
+  return std::max(launch.kernel->shared_end, kSharedBegin) + launch.dynamic_shared;
 }
 
 }  // namespace sass

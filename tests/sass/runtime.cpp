@@ -17,7 +17,8 @@ namespace {
 using namespace sass;
 
 constexpr int kParameters = 0x210;     // their place in the constant bank
-constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that a launch may use without cudaFuncSetAttribute
+constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that a launch may use without cudaFuncSetAttribute,
+constexpr size_t kMost = 227 << 10;    // and with it
 constexpr int kLaunchFailure = 719;    // cudaErrorLaunchFailure
 
 struct Entry {
@@ -77,14 +78,14 @@ const Kernel& kernel_of(const void* function) {
 
 void launch(const void* function, Dim3 grid, Dim3 block, void** arguments, size_t shared) {
   const Kernel& kernel = kernel_of(function);
-  const auto most = most_shared.find(function);
-  const size_t allowed = std::max(kUnasked, most == most_shared.end() ? 0 : most->second);
-  if (grid.x == 0 || grid.y != 1 || grid.z != 1 || block.x == 0 || block.x > 1024 || block.y != 1 || block.z != 1 ||
-      shared > allowed) {
-    throw Fault("a launch that CUDA refuses, or the emulator: " + std::to_string(grid.x) + " blocks of " +
-                std::to_string(block.x) + " threads with " + std::to_string(shared) + " bytes of shared memory");
-  }
   Launch it{&kernel, grid.x, block.x, static_cast<uint32_t>(shared), {}};
+  const auto most = most_shared.find(function);
+  const size_t all = shared_end(it) - kSharedBegin, asked = most == most_shared.end() ? 0 : most->second;
+  const bool flat = grid.y == 1 && grid.z == 1 && block.y == 1 && block.z == 1;
+  if (!flat || grid.x == 0 || block.x == 0 || block.x > 1024 || (all > kUnasked && shared > asked) || all > kMost) {
+    throw Fault("a launch that CUDA refuses, or the emulator: " + std::to_string(grid.x) + " blocks of " +
+                std::to_string(block.x) + " threads with " + std::to_string(all) + " bytes of shared memory");
+  }
   size_t end = kParameters;
   for (const auto& [offset, size] : kernel.parameters) end = std::max<size_t>(end, kParameters + offset + size);
   it.constants.assign((end + 15) / 16 * 16, 0);
@@ -146,11 +147,10 @@ extern "C" {
 SASS_API void sass_disassembler(const char* program) { cuobjdump = program; }
 
 // A kernel of a cubin; `parameters` has the offset and size of each of `count`.
-SASS_API void sass_kernel(const char* name, const char* cubin, uint32_t shared_bytes, const int* parameters,
-                          int count) {
+SASS_API void sass_kernel(const char* name, const char* cubin, uint32_t shared_end, const int* parameters, int count) {
   Entry& entry = entries[name];
   entry = {cubin, {}};
-  entry.kernel.shared_bytes = shared_bytes;
+  entry.kernel.shared_end = shared_end;
   for (int i = 0; i < count; ++i) entry.kernel.parameters.push_back({parameters[2 * i], parameters[2 * i + 1]});
 }
 

@@ -269,7 +269,7 @@ Block::Block(const Launch& launch, Counts& counts) : launch(launch), counts(coun
 
 void Block::run(uint32_t block) {
   index = block;
-  shared.assign(shared_bytes(launch), 0xff);
+  shared.assign(shared_end(launch), 0xff);
   for (auto& warp : warps_) warp->start();
   Warp* running = nullptr;
   try {
