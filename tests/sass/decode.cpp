@@ -23,10 +23,9 @@ bool take(std::string& text, const char* prefix) {
 }
 
 bool take_end(std::string& text, const std::string& suffix) {
-  if (text.size() < suffix.size() || text.compare(text.size() - suffix.size(), suffix.size(), suffix) != 0)
-    return false;
-  text.resize(text.size() - suffix.size());
-  return true;
+  const bool ends = text.size() >= suffix.size() && text.substr(text.size() - suffix.size()) == suffix;
+  if (ends) text.resize(text.size() - suffix.size());
+  return ends;
 }
 
 std::string trimmed(const std::string& text) {
@@ -87,13 +86,8 @@ Operand parse_operand(std::string text, uint32_t immediate) {
     to.value = strtoll(text.c_str(), nullptr, 16);
     return to;
   }
-  if (text.find_first_of("0123456789") <= 1 && !strchr("RUPB", text[0]) && text[0] != '|' &&
-      text.find_first_not_of("+-0123456789.e") == std::string::npos) {
-    to.kind = Operand::kImmediate;
-    to.value = immediate;
-    return to;
-  }
-  if (take_end(text, "INF") || take_end(text, "QNAN")) {
+  const bool decimal = !text.empty() && text.find_first_not_of("+-0123456789.e") == std::string::npos;
+  if (decimal || take_end(text, "INF") || take_end(text, "QNAN")) {
     to.kind = Operand::kImmediate;
     to.value = immediate;
     return to;
