@@ -115,10 +115,14 @@ class Emulator:
             os.replace(partial, place)
         return place
 
+    def run(self, function, *arguments):
+        """The function's kernels may touch its own tensors alone, and are counted from here on."""
+        self._library.sass_begin()
+        return function(*arguments)
+
     def counted(self, function, *arguments):
         """-> the function's result, and the counts of what it launched."""
-        self._library.sass_begin()
-        result = function(*arguments)
+        result = self.run(function, *arguments)
         counts = json.loads(self._library.sass_counts())
         names = list(counts["kernels"])
         short = cuda_table.demangle(names) if names else []
@@ -128,7 +132,7 @@ class Emulator:
 
 
 @functools.cache
-def kernels(folder):
+def library(folder):
     """-> the emulator, and op name -> the op of the CUDA build that it runs."""
     if given := os.environ.get("KDFAST_SASS_OBJECTS"):
         objects = sorted(Path(given).glob("*/cuda.o"))
@@ -146,10 +150,16 @@ def kernels(folder):
     return emulator, {name: getattr(getattr(torch.ops, NAMESPACE), name).default for name in built}
 
 
+def kernels(folder):
+    """-> op name -> the op of the CUDA build under the emulator, for `kdfast._kernels.override`."""
+    emulator, ops = library(folder)
+    return {name: functools.partial(emulator.run, op) for name, op in ops.items()}
+
+
 @contextlib.contextmanager
 def emulated(folder):
     """Inside, ops of tensors on the CPU run under the emulator -> list of (op name, counts, arguments, result)."""
-    emulator, ops = kernels(folder)
+    emulator, ops = library(folder)
     calls = []
 
     def recorded(name):

@@ -4,7 +4,8 @@ There a scheduler runs the threads of a block in random order, and faults of a k
 of tests/simt/scheduler.cpp and memory.cpp. Slow (up to a millisecond per block), so tests give it few rows.
 
 Environment:
-    KDFAST_SIMT=VARIANT        one of VARIANTS below; by default "races"
+    KDFAST_SIMT=VARIANT        one of VARIANTS below; by default "races". "sass" is no build of this file, but nvcc's
+                               machine code under the emulator of sass_library.py
     KDFAST_SIMT_SEED=NUMBER    the order of threads; by default another one in each test
     KDFAST_SIMT_CSRC=FOLDER    the sources, instead of csrc/
 """
