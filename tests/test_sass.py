@@ -223,9 +223,16 @@ def test_launch_is_refused(planted):
     planted("too_much_shared", 227 * 1024 - 128)  # for which `launch` asks
 
 
-def test_unknown_opcode(planted):
-    with pytest.raises(RuntimeError, match="(?s)unknown form of opcode MUFU.*at 0x.*: MUFU.SIN.*of .*unknown_opcode"):
-        planted("unknown_opcode", 0)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("unknown_opcode", "unknown opcode POPC\n  at 0x.*: POPC R"),
+        ("unknown_form", "unknown form of opcode MUFU\n  at 0x.*: MUFU.SIN"),
+    ],
+)
+def test_what_is_unknown(planted, name, said):
+    with pytest.raises(RuntimeError, match=f"(?s)sass: {said}.*of .*{name}"):
+        planted(name, 0)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,9 @@ __global__ void absent_lanes(const float* x, float* y, int k) {
   if (threadIdx.x >= 16 * k) y[threadIdx.x] = __shfl_xor_sync(kAll, x[threadIdx.x], 16);
 }
 
-__global__ void unknown_opcode(const float* x, float* y, int k) { y[threadIdx.x] = __sinf(x[threadIdx.x] + k); }
+__global__ void unknown_opcode(const float* x, float* y, int k) { y[threadIdx.x] = __popc(__float_as_int(x[k])); }
+
+__global__ void unknown_form(const float* x, float* y, int k) { y[threadIdx.x] = __sinf(x[threadIdx.x] + k); }
 
 // ---- counts, which depend on k
 __global__ void strided_load(const float* x, float* y, int k) { y[threadIdx.x] = x[threadIdx.x * k]; }
@@ -111,6 +113,7 @@ const std::map<std::string, Kernel> kKernels = {
     {"divergent_barrier", divergent_barrier},
     {"absent_lanes", absent_lanes},
     {"unknown_opcode", unknown_opcode},
+    {"unknown_form", unknown_form},
     {"strided_load", strided_load},
     {"offset_load", offset_load},
     {"one_store", one_store},
