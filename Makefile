@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
-CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu)
+CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/sass/*)
 
 .PHONY: demo test sanitize lint format bench gpu clean
 

@@ -38,22 +38,29 @@ def demangle(names):
 
 # ---- cubins
 def read_cubin(cubin):
-    """Of each kernel in an ELF file: bytes of code, and the threads of its launch bounds, if it has any."""
+    """Of each kernel in an ELF file: bytes of code and, where it has them, the threads of its launch bounds, the end of
+    its static shared memory, and the offset and size of its parameters by number."""
     table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
     headers = [struct.unpack_from("<II16xQQ", cubin, table + i * size) for i in range(count)]
     kernels = {}
     for name, _, at, length in headers:
         start = headers[names][2] + name
         section, _, kernel = cubin[start : cubin.index(b"\0", start)].decode().rpartition(".")
+        facts = kernels.setdefault(kernel, {})
         if section == ".text":
-            kernels.setdefault(kernel, {})["code"] = length
+            facts["code"] = length
+        if section == ".nv.shared":
+            facts["shared"] = length
         if section == ".nv.info":
             # Attributes: a format, a kind and 16 bits; of format 4 those are the length of what follows.
             end = at + length
             while at < end:
                 form, kind, more = struct.unpack_from("<BBH", cubin, at)
-                if (form, kind) == (4, 5):
-                    kernels.setdefault(kernel, {})["threads"] = struct.unpack_from("<I", cubin, at + 4)[0]
+                if (form, kind) == (4, 0x05):
+                    facts["threads"] = struct.unpack_from("<I", cubin, at + 4)[0]
+                if (form, kind) == (4, 0x17):
+                    number, offset, bits = struct.unpack_from("<4xHHI", cubin, at + 4)
+                    facts.setdefault("parameters", {})[number] = (offset, bits >> 18)
                 at += 4 + (more if form == 4 else 0)
     return {kernel: facts for kernel, facts in kernels.items() if "code" in facts}
 

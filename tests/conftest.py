@@ -39,7 +39,7 @@ def pytest_configure(config):
 
 SLOWEST = (  # files, of which each takes a minute or more
     *("test_simt", "test_ops_torch", "test_contract", "test_ops_values", "test_imagenet", "test_distill", "test_fuzz"),
-    *("test_install", "test_ops_layouts", "test_distributed"),
+    *("test_sass", "test_install", "test_ops_layouts", "test_distributed"),
 )
 
 
@@ -136,7 +136,12 @@ def built_by_simt(build, *arguments):
 
 
 def _simt_kernels(config):
-    kernels = built_by_simt(simt_library.kernels, simt_folder(config))
+    build = simt_library.kernels
+    if os.environ.get("KDFAST_SIMT") == "sass":
+        import sass_library
+
+        build = sass_library.kernels
+    kernels = built_by_simt(build, simt_folder(config))
     return {name: kernels.get(name, _no_kernel(name)) for name, op in _kernels.OPS.items() if op.has_kernels}
 
 

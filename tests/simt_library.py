@@ -4,11 +4,13 @@ There a scheduler runs the threads of a block in random order, and faults of a k
 of tests/simt/scheduler.cpp and memory.cpp. Slow (up to a millisecond per block), so tests give it few rows.
 
 Environment:
-    KDFAST_SIMT=VARIANT        one of VARIANTS below; by default "races"
+    KDFAST_SIMT=VARIANT        one of VARIANTS below; by default "races". "sass" is no build of this file, but nvcc's
+                               machine code under the emulator of sass_library.py
     KDFAST_SIMT_SEED=NUMBER    the order of threads; by default another one in each test
     KDFAST_SIMT_CSRC=FOLDER    the sources, instead of csrc/
 """
 
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -68,14 +70,14 @@ PROBE = """
 """
 
 
-def _run(command, **options):
+def run(command, **options):
     """A compiler, which in a process that runs the variant "address" need not be watched itself."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, **options)
 
 
 @functools.lru_cache(maxsize=1)
-def _compiler():
+def compiler():
     """The first compiler that takes the flags of a kernel, and finds its headers and glibc's ucontext."""
     reasons = []
     for name in COMPILERS:
@@ -83,7 +85,7 @@ def _compiler():
             reasons.append(f"no {name}")
             continue
         command = [compiler, *FLAGS, *KERNEL_FLAGS, *VARIANTS["races"].kernels, "-c", "-", "-o", os.devnull]
-        probe = _run(command, input=PROBE)
+        probe = run(command, input=PROBE)
         if not probe.returncode:
             return compiler
         reasons.append(f"{name}: {(probe.stderr.strip() or 'no reason given').splitlines()[0]}")
@@ -93,8 +95,8 @@ def _compiler():
 def sanitized():
     """The environment of a process that runs the variant "address"."""
     names = "libasan.so", f"libclang_rt.asan-{platform.machine()}.so"  # of gcc, of clang
-    ask = ([_compiler(), f"-print-file-name={name}"] for name in names)
-    found = (_run(command).stdout.strip() for command in ask)
+    ask = ([compiler(), f"-print-file-name={name}"] for name in names)
+    found = (run(command).stdout.strip() for command in ask)
     runtime = next(filter(os.path.isabs, found), None)
     if runtime is None:
         raise Unavailable("no address sanitizer")
@@ -108,23 +110,27 @@ def sanitized():
     }
 
 
-def _digest(csrc, command, inputs):
-    headers = [*csrc.glob("**/*.h"), *csrc.glob("**/*.cuh"), *ROOT.glob("tests/simt/*.h")]
-    digest = hashlib.sha256(repr((command, torch.__version__, torch.__file__)).encode())
-    for path in [*inputs, *sorted(headers)]:
-        digest.update(path.read_bytes())
+def digest(inputs, command):
+    """What a made file depends on, in 16 digits."""
+    result = hashlib.sha256(repr((command, torch.__version__, torch.__file__)).encode())
+    for path in inputs:
+        result.update(path.read_bytes())
     cpuinfo = Path("/proc/cpuinfo")  # what -march=native means
     flags = re.search(r"^(flags|Features).*$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    digest.update(flags[0].encode() if flags else b"")
-    return digest.hexdigest()[:16]
+    result.update(flags[0].encode() if flags else b"")
+    return result.hexdigest()[:16]
 
 
-def _make(folder, name, suffix, csrc, command, inputs):
+def headers(*folders):
+    return [path for folder in folders for pattern in ("*.h", "*.cuh") for path in folder.rglob(pattern)]
+
+
+def make(folder, name, suffix, headers, command, inputs):
     """-> what `command` makes of `inputs`, anew if one of them, a header, a flag, torch or the processor changed."""
-    made = folder / f"{name}-{_digest(csrc, command, inputs)}{suffix}"
+    made = folder / f"{name}-{digest([*inputs, *sorted(headers)], command)}{suffix}"
     if not made.exists():
         partial = folder / f"{made.name}.{os.getpid()}"
-        done = _run([*command, *map(str, inputs), "-o", str(partial)])
+        done = run([*command, *map(str, inputs), "-o", str(partial)])
         if done.returncode:
             raise RuntimeError(f"building {name} failed:\n{' '.join(command)}\n{done.stdout}{done.stderr}")
         for stale in folder.glob(f"{name}-*{suffix}"):
@@ -133,24 +139,31 @@ def _make(folder, name, suffix, csrc, command, inputs):
     return made
 
 
+@contextlib.contextmanager
+def locked(folder):
+    """Processes that run side by side build once."""
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def build(folder, name, sources, variant, csrc=ROOT / "csrc"):
     """-> a library of the .cu files `sources`, with the headers of `csrc`, each source compiled on its own."""
-    compiler, flags = _compiler(), VARIANTS[variant]
+    flags, included = VARIANTS[variant], headers(csrc, ROOT / "tests/simt")
     includes = [f"-I{path}" for path in (ROOT / "tests/simt", csrc, *cpp_extension.include_paths())]
 
     def compile_source(source):
         own = RUNTIME_FLAGS if source in RUNTIME else [*KERNEL_FLAGS, *flags.kernels, *includes]
         part = "runtime" if source in RUNTIME else name  # of which one is enough
         stem = "-".join((part, variant, *source.with_suffix("").parts[-2:]))
-        return _make(folder, stem, ".o", csrc, [compiler, *FLAGS, *own, *flags.all, "-c"], [source])
+        return make(folder, stem, ".o", included, [compiler(), *FLAGS, *own, *flags.all, "-c"], [source])
 
-    link = [compiler, "-shared", "-Wl,-z,defs", *flags.all]
+    link = [compiler(), "-shared", "-Wl,-z,defs", *flags.all]
     link += [*(f"-L{path}" for path in cpp_extension.library_paths()), "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # processes that run side by side build once
+    with locked(folder):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_source, [*sources, *RUNTIME]))
-        return _make(folder, f"{name}-{variant}", ".so", csrc, link, objects)
+        return make(folder, f"{name}-{variant}", ".so", included, link, objects)
 
 
 @functools.lru_cache(maxsize=1)

@@ -164,13 +164,16 @@ def test_sass_is_read():
 
 
 def test_cubins_are_read():
-    """An ELF file of one kernel with 256 threads in its launch bounds, behind another attribute."""
-    names = b"\0.shstrtab\0.text.k\0.nv.info.k\0"
+    """An ELF file of one kernel with 256 threads in its launch bounds, behind another attribute, and two parameters."""
+    names = b"\0.shstrtab\0.text.k\0.nv.info.k\0.nv.shared.k\0"
     info = struct.pack("<BBH", 3, 0x1B, 255) + struct.pack("<BBH3I", 4, 5, 12, 256, 1, 1)
-    header = struct.pack("<40xQ10xHHH", 64 + len(names) + len(info), 64, 4, 1)
-    sections = [(0, 0, 0), (1, 64, len(names)), (11, 64, 128), (19, 64 + len(names), len(info))]
+    for number, offset, size in ((1, 8, 40), (0, 0, 8)):
+        info += struct.pack("<BBHIHHI", 4, 0x17, 12, 0, number, offset, size << 18 | 0x1F00)
+    header = struct.pack("<40xQ10xHHH", 64 + len(names) + len(info), 64, 5, 1)
+    sections = [(0, 0, 0), (1, 64, len(names)), (11, 64, 128), (19, 64 + len(names), len(info)), (30, 64, 1088)]
     table = b"".join(struct.pack("<II16xQQ24x", name, 1, at, size) for name, at, size in sections)
-    assert cuda_table.read_cubin(header.ljust(64, b"\0") + names + info + table) == {"k": {"code": 128, "threads": 256}}
+    (kernel,) = cuda_table.read_cubin(header.ljust(64, b"\0") + names + info + table).values()
+    assert kernel == {"code": 128, "threads": 256, "shared": 1088, "parameters": {0: (0, 8), 1: (8, 40)}}
 
 
 @pytest.mark.parametrize(
