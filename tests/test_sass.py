@@ -45,6 +45,13 @@ ALL = [
     ("softmax_kl.dkd", (2, 32768), F32),
     *(("softmax_kl.topk", (8, 1000), dtype) for dtype in (F32, BF16)),
     ("softmax_kl.topk", (2, 32768), F32),
+    *(("divergence.skew", (8, 1000), dtype) for dtype in (F32, BF16)),
+    ("divergence.skew", (2, 32768), F32),
+    ("divergence.variation", (8, 1000), F32),
+    ("divergence.alpha_beta", (8, 1000), F32),
+    ("divergence.non_target", (8, 1000), F32),
+    *(("divergence.standardized", (8, 1000), dtype) for dtype in (F32, BF16)),
+    ("divergence.two_temperatures_jsd", (8, 1000), F32),
     *(("teachers.kl", (3, 8, 1000), dtype) for dtype in (F32, BF16)),
     ("teachers.cross_entropy", (3, 8, 1000), F32),
     ("teachers.reverse_kl", (3, 2, 32768), F32),
@@ -80,7 +87,7 @@ POINTS = [point for point in ALL if point[0] in OPS]  # of the families that are
 
 
 # Points whose kernels read each input once: they may touch 2 % more sectors than their arguments and results have.
-ONCE = ("softmax_kl", "teachers", "mixed_logits.constant", "feature", "moments")
+ONCE = ("softmax_kl", "divergence", "teachers", "mixed_logits.constant", "feature", "moments")
 TWICE = ("feature.normalized_2",)  # for the norms, and for the difference
 
 

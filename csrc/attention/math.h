@@ -58,7 +58,12 @@ struct Norms {
 // dL/dM of one side from its own q and the gap to the other side, without the factor 2 / (B N); `along` is q . gap.
 template <class A>
 KD_HD A slope(A q, A gap, A along, A inverse) {
+#if defined(__CUDA_ARCH__)
+  return ::fma(-q, along, gap) *
+         inverse;  // the compiler may fuse it in one of two copies of a loop, and not in the other
+#else
   return (gap - q * along) * inverse;
+#endif
 }
 
 }  // namespace attention
