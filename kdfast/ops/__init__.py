@@ -8,6 +8,7 @@ import kdfast.ops.attention as _attention
 import kdfast.ops.divergence as _divergence
 import kdfast.ops.feature as _feature
 import kdfast.ops.gram as _gram
+import kdfast.ops.linear as _linear
 import kdfast.ops.mixed_logits as _mixed_logits
 import kdfast.ops.moments as _moments
 import kdfast.ops.nce as _nce
@@ -18,6 +19,7 @@ from kdfast.ops.attention import *
 from kdfast.ops.divergence import *
 from kdfast.ops.feature import *
 from kdfast.ops.gram import *
+from kdfast.ops.linear import *
 from kdfast.ops.mixed_logits import *
 from kdfast.ops.moments import *
 from kdfast.ops.nce import *
@@ -30,6 +32,7 @@ __all__ += _attention.__all__
 __all__ += _divergence.__all__
 __all__ += _feature.__all__
 __all__ += _gram.__all__
+__all__ += _linear.__all__
 __all__ += _mixed_logits.__all__
 __all__ += _moments.__all__
 __all__ += _nce.__all__
