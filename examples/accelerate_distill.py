@@ -1,6 +1,6 @@
 """Distils under Accelerate, on scikit-learn's digits: KD of the logits, and RKD of the embeddings of all processes.
 
-pip install '.[distill]' accelerate  # in a clone
+pip install '.[compare]' accelerate  # in a clone
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdfast
-from kdfast.study import digits
+from kdfast.lab.studies import digits
 
 torch.manual_seed(0)
 accelerator = Accelerator()

@@ -1,6 +1,6 @@
 """Distils under Lightning, on scikit-learn's digits: KD of the logits and AT of a map, with kdfast.capture.
 
-pip install '.[distill]' lightning  # in a clone
+pip install '.[compare]' lightning  # in a clone
 """
 
 import lightning
@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import kdfast
-from kdfast.distill.models import STUDENT, TEACHER, ConvNet
-from kdfast.study import digits
+from kdfast.lab.networks import STUDENT, TEACHER, ConvNet
+from kdfast.lab.studies import digits
 
 
 class Distillation(lightning.LightningModule):

@@ -42,7 +42,7 @@ def refused(capsys, argv):
     assert code == 2, printed
     lines = [line for line in printed.err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
     assert len(lines) == 1, lines
-    assert re.match(r"kdfast (distill|study[ \w-]*): error: ", lines[0]), lines
+    assert re.match(r"kdfast (compare|study[ \w-]*): error: ", lines[0]), lines
     return lines[0]
 
 

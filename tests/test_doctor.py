@@ -163,7 +163,7 @@ kdfast.cli.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "doctor --help", "bench --help", "study --help"])
+@pytest.mark.parametrize("words", ["--version", *(f"{name} --help".strip() for name in ("", *cli.COMMANDS))])
 def test_help_needs_no_torch(words):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     line = [sys.executable, "-c", WITHOUT_TORCH, *words.split()]
@@ -179,7 +179,7 @@ def test_import_loads_the_library_but_no_compiler():
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("words", ["doctor", "--help", "distill --help"])
+@pytest.mark.parametrize("words", ["doctor", "--help", "compare --help"])
 def test_a_reader_that_has_seen_enough(words):
     """`kdfast doctor | head` ends without a word."""
     process = command(*words.split(), stdout=subprocess.PIPE)
@@ -194,7 +194,7 @@ def test_interrupt_before_a_command_has_begun(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.importlib, "import_module", interrupted)
-    assert cli.main(["distill"]) == 130
+    assert cli.main(["compare"]) == 130
     assert capsys.readouterr().err == "\nkdfast: interrupted\n"
 
 
@@ -222,5 +222,5 @@ def test_command_line(capsys, monkeypatch):
             raise cli.MissingExtra("rich is not installed; install it with: pip install rich")
 
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: NeedsRich)
-    assert cli.main(["distill"]) == 2
+    assert cli.main(["compare"]) == 2
     assert "pip install rich" in capsys.readouterr().err

@@ -10,16 +10,17 @@ from commands import refused, rows
 from processes import held
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
-    pytest.importorskip(extra, reason="the [distill] extra is not installed")
+    pytest.importorskip(extra, reason="the [compare] extra is not installed")
+
 
 from PIL import Image  # noqa: E402
 
 import kdfast  # noqa: E402
 from kdfast import _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.distill import storage  # noqa: E402
+from kdfast.lab.studies import data_free, digits, explain, residual, runner, scenes, wide  # noqa: E402
 from kdfast.procedures import effective_logit  # noqa: E402
-from kdfast.study import data_free, digits, explain, residual, run, scenes, wide  # noqa: E402
+from kdfast.runs import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +62,7 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, monkeypatch, capsys):
     """Each third step is the last before a Ctrl-C; pictures, table and records are those of a run without any."""
-    study = importlib.import_module(f"kdfast.study.{name.replace('-', '_')}")
+    study = importlib.import_module(f"kdfast.lab.studies.{name.replace('-', '_')}")
     arguments = ["study", name, *TINY[name]]
     assert main([*arguments, "--out", "whole"]) == 0
     whole = capsys.readouterr()
@@ -69,7 +70,7 @@ def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, mo
     for picture in study.PICTURES:
         with Image.open(tmp_path / "whole" / picture) as image:
             assert min(image.size) > 200
-    save, done, stops = storage.save_checkpoint, [], 0
+    save, done, stops = checkpoints.save, [], 0
 
     def save_or_stop(path, state):
         if len(done) == 3:
@@ -77,14 +78,14 @@ def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, mo
         done.append(path.name)
         save(path, state)
 
-    monkeypatch.setattr(storage, "save_checkpoint", save_or_stop)
+    monkeypatch.setattr(checkpoints, "save", save_or_stop)
     arguments += ["--out", "pause"]
     while (code := main([*arguments, *(["--resume"] if stops else [])])) == 130:
         assert f"continue with: kdfast study {name} --resume --out pause" in capsys.readouterr().err
         stops += 1
         done.clear()
     assert code == 0 and stops
-    for file in run.files(study):
+    for file in runner.files(study):
         assert (tmp_path / "pause" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert capsys.readouterr().out.replace("pause", "whole") == whole.out
 
@@ -94,10 +95,8 @@ def test_residual_rows(tiny):
     found = rows("run/results.csv")
     assert [row["network"] for row in found] == list(residual.ROWS) and {row["seed"] for row in found} == {"3"}
     assert all(float(row["accuracy_percent"]) > 15 for row in found), "nothing has learnt"
-    teacher = storage.load_checkpoint(Path("run/checkpoints/teacher-seed-3.pt"))["network"]
-    assert len(teacher) > len(storage.load_checkpoint(Path("run/checkpoints/joint-seed-3.pt"))["network"]), (
-        "the shortcuts"
-    )
+    teacher = checkpoints.load(Path("run/checkpoints/teacher-seed-3.pt"))["network"]
+    assert len(teacher) > len(checkpoints.load(Path("run/checkpoints/joint-seed-3.pt"))["network"]), "the shortcuts"
 
 
 @pytest.mark.parametrize("soft_ratio", [0.1, 0.5, 1.0])

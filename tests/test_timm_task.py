@@ -12,7 +12,7 @@ from torch import nn
 
 import kdfast
 
-timm = pytest.importorskip("timm", reason="the [imagenet] extra is not installed")
+timm = pytest.importorskip("timm", reason="the [train] extra is not installed")
 pytest.importorskip("timm.task", reason="this timm has no training tasks")
 
 from timm.optim import create_optimizer_v2  # noqa: E402

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import kdfast
-from kdfast.distill import layers
 from kdfast.integrations.terms import LOGITS, Term, of_layers
+from kdfast.lab import layers
 
 if TYPE_CHECKING:
-    from kdfast.distill.layers import Hints, Overhaul
+    from kdfast.lab.layers import Hints, Overhaul
 
 
 __all__ = ["PRESETS", "AsMaps", "Pair", "Preset", "Recipe", "embedding", "preactivation", "recipe", "stages"]

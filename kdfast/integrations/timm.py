@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["LOGITS", "DistillationTask", "Term", "of_layers"]
 
-_task = require("timm.task", extra="imagenet")
-_models = require("timm.models", extra="imagenet")
-_utils = require("timm.utils", extra="imagenet")
+_task = require("timm.task", extra="train")
+_models = require("timm.models", extra="train")
+_utils = require("timm.utils", extra="train")
 
 # What a model without a pretrained_cfg is taken to expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

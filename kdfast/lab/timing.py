@@ -1,0 +1,117 @@
+"""How long a step and its loss take, measured after a training on its last state, so that no result depends on it."""
+
+import statistics
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kdfast
+from kdfast import _kernels
+from kdfast.lab.networks import Outputs, Together
+
+__all__ = ["measure"]
+
+WARM_UP = 3
+REPEATS = 30
+MIN_REPEATS = 5
+LIMIT_S = 1.0  # large images on a slow machine: fewer repeats
+
+
+def measure(trainer: Any) -> dict[str, float]:
+    """Medians of one step, its objective and its loss on one batch, as a dict in milliseconds.
+
+    ``step_ms``: batch, teachers, students, objective, backward and optimizer. ``objective_ms``: forward and backward of
+    the objective alone (loss and cross-entropy), down to the students' outputs. ``loss_ms`` and ``fallback_ms``: the
+    same of the row's loss alone, as it runs here and under `kdfast.fallback()`. ``path`` is "kernel" if all its ops
+    have a kernel for this device, "fallback" if one has none, "torch" if it uses no op of kdfast; ``fallback_ms`` is
+    None except for "kernel". Where the student learns from its teacher's features in a pre-stage, the times are of that
+    stage; the objective of a loss of Jacobians goes down to the students' weights, there being no outputs to stop at.
+    The steps move the weights: the trainer is of no use afterwards.
+    """
+    device = trainer.device
+    objective = trainer.objective
+    if objective.pre_stage is not None and objective.pre_stage.row.reads_student:
+        objective = objective.pre_stage
+    index = torch.arange(trainer.batch_size, device=device)
+    trainer.network.train()
+    batch = trainer.batch(index, objective.row)
+    if objective.row.jacobians:
+        ends = list(trainer.network.parameters())
+    else:
+        batch = replace(batch, students=Together(_cut(outputs) for outputs in batch.students))
+        ends = [x for logits, embedding, *lists in batch.students for x in (logits, embedding, *sum(lists, []))]
+
+    def gradients(function):
+        # The inputs a loss does not read get no gradient, and cost nothing.
+        inputs = [*ends, *objective.parameters()]
+        return torch.autograd.grad(function(batch), inputs, allow_unused=True, retain_graph=True)
+
+    def loss():
+        return gradients(objective.distillation)
+
+    path = _path(loss, device.type)
+    times = {
+        "objective_ms": _median_ms(lambda: gradients(objective), device),
+        "loss_ms": _median_ms(loss, device),
+        "fallback_ms": None,
+        "path": path,
+    }
+    if path == "kernel":
+        with kdfast.fallback():
+            times["fallback_ms"] = _median_ms(loss, device)
+    # Last, because it changes the weights that the graph of `batch` needs.
+    times["step_ms"] = _median_ms(lambda: trainer.step(index, objective), device)
+    return times
+
+
+def _cut(outputs):
+    """A student's outputs without their graph, each requiring a gradient."""
+
+    def leaf(x):
+        return x.detach().requires_grad_()
+
+    maps, preactivations = ([leaf(x) for x in tensors] for tensors in (outputs.maps, outputs.preactivations))
+    return Outputs(leaf(outputs.logits), leaf(outputs.embedding), maps, preactivations)
+
+
+class _OpRecorder(TorchDispatchMode):
+    """Collects the names of the kdfast ops that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == _kernels.NAMESPACE.ns:
+            self.names.add(function._opname)
+        return function(*args, **(kwargs or {}))
+
+
+def _path(loss, device_type):
+    with _OpRecorder() as recorder:
+        loss()
+    paths = _kernels.paths()
+    taken = {paths[name][device_type] for name in recorder.names if name in paths}
+    return "torch" if not taken else "fallback" if "fallback" in taken else "kernel"
+
+
+def _median_ms(call, device):
+    for _ in range(WARM_UP):
+        call()
+    times = []
+    begin = time.perf_counter()
+    while len(times) < REPEATS and (len(times) < MIN_REPEATS or time.perf_counter() - begin < LIMIT_S):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        times.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(times)
+
+
+def _wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
