@@ -17,9 +17,9 @@ from PIL import Image  # noqa: E402
 
 import kdfast  # noqa: E402
 from kdfast import _kernels  # noqa: E402
+from kdfast.analysis import effective_logit  # noqa: E402
 from kdfast.cli import main  # noqa: E402
 from kdfast.lab.studies import data_free, digits, explain, residual, runner, scenes, wide  # noqa: E402
-from kdfast.procedures import effective_logit  # noqa: E402
 from kdfast.runs import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kdfast._extras import require
+from kdfast.analysis import pixel_entropy, quantify_knowledge
 from kdfast.lab.networks import ConvNet
 from kdfast.lab.studies import Findings, Step, digits
 from kdfast.ops import cross_entropy
-from kdfast.procedures import learn_sigma, pixel_entropy, quantify_knowledge
+from kdfast.procedures import learn_sigma
 from kdfast.procedures.generations import frozen
 from kdfast.runs.determinism import derived_seed
 from kdfast.runs.tables import mean_and_spread

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdfast._extras import require
+from kdfast.analysis import data_inefficiency, effective_logit
 from kdfast.lab.studies import Findings, Step, digits
-from kdfast.procedures import data_inefficiency, effective_logit
 from kdfast.runs.determinism import derived_seed
 from kdfast.runs.tables import mean_and_spread
 
