@@ -5,17 +5,16 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from commands import ENVIRONMENT, full_disk, refused, rows
-from processes import held
 from torch import nn
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
@@ -26,9 +25,9 @@ from PIL import Image  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast import _extras, _kernels  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.lab import compare, comparison, data, experiments, layers, networks, report, students, timing, trainer  # noqa: E402, E501
-from kdfast.runs import checkpoints, files, folder, tables  # noqa: E402
-from kdfast.runs.errors import RunError  # noqa: E402
+from kdfast.lab import compare, comparison, data, experiments, networks, report, timing, trainer  # noqa: E402
+from kdfast.objectives import Part, Recipe, connected  # noqa: E402
+from kdfast.runs import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,7 +97,7 @@ def few_repeats(monkeypatch):
 # `python -m kdfast` with times that are measured in a moment.
 QUICK = """
 import runpy
-from kdfast.lab import timing
+from kdfast.lab import compare, comparison, data, experiments, networks, report, timing, trainer  # noqa: E402
 timing.WARM_UP = timing.REPEATS = timing.MIN_REPEATS = 1
 runpy.run_module("kdfast", run_name="__main__", alter_sys=True)
 """
@@ -149,13 +148,6 @@ def test_table_mean_and_spread(capsys):
         assert expected in output
 
 
-def test_table_on_a_narrow_terminal(capsys, monkeypatch):
-    """Nothing is cut."""
-    monkeypatch.setenv("COLUMNS", "40")
-    tables.print_table(["loss", "accuracy %", "ms a step"], [["label-refinery", "91.00 ± 1.41", "1234567890.12"]], [])
-    assert "label-refinery   91.00 ± 1.41   1234567890.12" in capsys.readouterr().out
-
-
 def test_spread_of_one_seed_is_left_out(capsys):
     report.write_table(results_of(90.0, fallback_ms=None, path="fallback"), [])
     output = capsys.readouterr().out
@@ -194,117 +186,55 @@ def test_kill_and_resume(images, uninterrupted, tmp_path):
     assert_same_results(out, uninterrupted)
 
 
-WRITES = 13  # settings, 3 trainings of 2 epochs and their times, 3 files of results
-
-
 @pytest.mark.usefixtures("few_repeats")
-def test_full_disk_at_every_write(images, uninterrupted, tmp_path, monkeypatch, capsys):
-    """Wherever the disk is full: one line, exit code 2, earlier files intact, and --resume ends with the same bits."""
-    replace = os.replace
-    monkeypatch.setattr(report, "_curves_png", lambda results, title: b"no picture")  # two runs for each write
-
-    for allowed in range(WRITES + 1):
-        out = tmp_path / str(allowed)
-        remaining = iter(range(allowed))
-
-        def replace_while_room(source, target, remaining=remaining):
-            return (full_disk if next(remaining, None) is None else replace)(source, target)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, "replace", replace_while_room)
-            if allowed == WRITES:
-                assert main(arguments(images, out)) == 0
-                break
-            line = refused(capsys, arguments(images, out))
-        assert "No space left on device" in line and "--resume" in line
-        assert not list(out.rglob("*.tmp")), "a full disk keeps a temporary file"
-        before = {path: path.read_bytes() for path in out.rglob("*.pt")}
-        assert main(arguments(images, out, "--resume")) == 0
-        assert_same_results(out, uninterrupted)
-        finished = {path: content for path, content in before.items() if b"times" in content}
-        assert all(path.read_bytes() == content for path, content in finished.items()), "a finished training ran again"
-
-
-def test_full_disk_keeps_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    files.write_atomically(path, b"old")
-    monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(RunError, match="No space left on device"):
-        files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-
-
-def test_planted_link(tmp_path):
-    """Temporary files have names that nobody can know, and the lock follows no link."""
-    target = tmp_path / "target"
-    target.write_bytes(b"precious")
-    (tmp_path / ".settings.json.tmp").symlink_to(target)
-    files.write_atomically(tmp_path / "settings.json", b"new")
-    assert (tmp_path / "settings.json").read_bytes() == b"new" and target.read_bytes() == b"precious"
-    (tmp_path / files.LOCK).symlink_to(tmp_path / "made")
-    with pytest.raises(RunError, match="--out: cannot write to"), files.locked(tmp_path):
-        pass
-    assert not (tmp_path / "made").exists()
-
-
-def test_files_have_the_usual_permissions(tmp_path):
-    files.write_atomically(tmp_path / "ours", b"")
-    (tmp_path / "usual").touch()
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-def test_one_folder_is_of_one_process(images, uninterrupted, tmp_path, capsys):
-    """A second process is refused, at the start and on --resume; the lock of one that was killed is none."""
-    out = tmp_path / "run"
-    with held(out):
-        for more in ([], ["--resume"]):
-            assert main(arguments(images, out, *more)) == 2
-            assert f"--out: another process is writing into {out}; " in capsys.readouterr().err
-        assert sorted(os.listdir(out)) == sorted([files.LOCK, ".part.0.tmp"])
-    assert main(arguments(images, out)) == 0
-    assert not list(out.rglob("*.tmp"))
+@pytest.mark.parametrize("allowed", [0, 3, 9, 12], ids=["settings", "times", "results", "curves"])
+def test_full_disk(allowed, images, uninterrupted, tmp_path, monkeypatch, capsys):
+    """One line, and --resume ends with the same bits without training again what is trained."""
+    out, replace, remaining = tmp_path / "run", os.replace, iter(range(allowed))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *names: (full_disk if next(remaining, None) is None else replace)(*names))
+        line = refused(capsys, arguments(images, out))
+    assert "No space left on device" in line and line.endswith("--resume continues")
+    before = {path: path.read_bytes() for path in out.rglob("*.pt")}
+    assert main(arguments(images, out, "--resume")) == 0
     assert_same_results(out, uninterrupted)
+    finished = {path: content for path, content in before.items() if b"times" in content}
+    assert all(path.read_bytes() == content for path, content in finished.items()), "a finished training ran again"
 
 
-def test_a_run_that_began_meanwhile(images, tmp_path, monkeypatch, capsys):
-    """Between the check of the folder and the first file, another process has started and ended a run there."""
-    load = data.load
-
-    def load_while_another_runs(*arguments):
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run/settings.json").write_text("another's")
-        return load(*arguments)
-
-    monkeypatch.setattr(data, "load", load_while_another_runs)
-    assert "holds a run already" in refused(capsys, arguments(images, tmp_path / "run"))
-    assert (tmp_path / "run/settings.json").read_text() == "another's"
-
-
-def test_newest_after_the_clock_was_set_back(tmp_path, monkeypatch):
-    """The newest run is the one that was started last; two that start at once have two folders."""
-    made = []
-    for stamp, process in (
-        ("20260302-101112", 7),
-        ("20260302-101112", 5),
-        ("20250101-000000", 11),
-        ("20250101-000000", 9),
-    ):
-        monkeypatch.setattr(folder.time, "strftime", lambda form, stamp=stamp: stamp)
-        monkeypatch.setattr(folder.os, "getpid", lambda process=process: process)
-        made.append(folder._unused("compare"))
-        made[-1].mkdir(parents=True)
-        (made[-1] / "settings.json").touch()
-        assert folder._newest("compare") == made[-1]
-    assert len(set(made)) == 4
+def test_resume_refuses(images, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Other losses, other images, a damaged checkpoint, tampered settings; and Ctrl-C says how to go on."""
+    again = arguments(images, uninterrupted, "--resume")
+    assert "--loss was kd and is kd,dkd" in refused(capsys, [*again, "--loss", "kd,dkd"])
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Data, "fingerprint", lambda self: "other")
+        assert f"the images of --data {images} have changed" in refused(capsys, again)
+    out = shutil.copytree(uninterrupted, tmp_path / "run")
+    checkpoint = out / "checkpoints/teacher-seed0.pt"
+    for state in (b"cut", checkpoints_of_another(checkpoint)):
+        checkpoint.write_bytes(state)
+        assert f"{checkpoint} is damaged" in refused(capsys, ["compare", "--resume", "--out", str(out)])
+    settings = (out / "settings.json").read_text()
+    (out / "settings.json").write_text(settings.replace('"kd"', '"kd,nothing"'))
+    assert "settings.json: loss: got 'nothing'" in refused(capsys, ["compare", "--resume", "--out", str(out)])
+    monkeypatch.setattr(trainer.Trainer, "train_epoch", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(arguments(images, tmp_path / "new")) == 130
+    assert f"kdfast compare --resume --out {tmp_path / 'new'}" in capsys.readouterr().err
 
 
-def test_interrupt(images, tmp_path, monkeypatch, capsys):
-    def interrupt(self):
-        raise KeyboardInterrupt
+def checkpoints_of_another(path):
+    """The bytes of a checkpoint that is whole, but of a network of other widths."""
+    state = checkpoints.load(path)
+    state["network"] = {name: x[:1] for name, x in state["network"].items() if x.dim()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
-    monkeypatch.setattr(trainer.Trainer, "train_epoch", interrupt)
-    assert main(arguments(images, tmp_path / "run")) == 130
-    assert f"kdfast compare --resume --out {tmp_path / 'run'}" in capsys.readouterr().err
+
+def test_resume_without_out_takes_the_newest(images, tmp_path):
+    assert main(arguments(images, "x")[:-2]) == 0
+    assert main(["compare", "--resume"]) == 0
+    assert len(list(tmp_path.glob("runs/compare-*"))) == 1
 
 
 def test_timing_does_not_change_results(images, uninterrupted, tmp_path, monkeypatch):
@@ -322,129 +252,25 @@ def test_resume_of_a_finished_run_trains_nothing(uninterrupted, monkeypatch, cap
     assert (uninterrupted / "results.csv").read_bytes() == table
 
 
-def test_resume_without_out_takes_the_newest(images, tmp_path, capsys):
-    options = arguments(images, "x")[:-2]
-    assert main(options) == 0
-    assert len(list(tmp_path.glob("runs/compare-*"))) == 1
-    assert main(["compare", "--resume"]) == 0
-    assert len(list(tmp_path.glob("runs/compare-*"))) == 1
-    capsys.readouterr()
-    assert "--epochs was 2 and is 3" in refused(capsys, ["compare", "--resume", "--epochs", "3"])
-
-
-def test_resume_of_nothing(tmp_path, capsys):
-    """A mistyped folder starts no default run."""
-    (tmp_path / "empty").mkdir()
-    for out, where in ((["--out", "typo"], "typo"), (["--out", "empty"], "empty"), ([], "runs")):
-        assert f"--resume: there is no run in {where} to continue; to start one" in refused(
-            capsys, ["compare", "--resume", *out]
-        )
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["empty"]
-
-
-def test_resume_at_the_first_start(images, uninterrupted, tmp_path, capsys):
-    """With the options of a run it starts, so that one command serves a start and its restarts."""
-    for said in (f"nothing to resume, starting in {tmp_path / 'run'}", ""):
-        assert main(arguments(images, tmp_path / "run", "--resume")) == 0
-        assert said in (stderr := capsys.readouterr().err) and ("nothing to resume" in stderr) == bool(said)
-    assert_same_results(tmp_path / "run", uninterrupted)
-
-
-@pytest.mark.parametrize(
-    ("more", "named"),
-    [
-        (["--epochs", "3"], "--epochs was 2 and is 3"),
-        (["--seed", "1", "--loss", "kd,dkd"], "--loss was kd and is kd,dkd; --seed was 0 and is 1"),
-        (["--batch-size", "4", "--threads", "2"], "--batch-size was 8 and is 4; --threads was 1 and is 2"),
-    ],
-)
-def test_resume_refuses_other_settings(images, uninterrupted, capsys, more, named):
-    assert named in refused(capsys, arguments(images, uninterrupted, *more, "--resume"))
-
-
-def test_resume_refuses_other_images_and_other_software(images, uninterrupted, tmp_path, capsys):
-    settings = json.loads((uninterrupted / "settings.json").read_text())
-    for key, value, named in (
-        ("data", "0", f"the images of --data {images} have changed"),
-        ("environment", {**settings["environment"], "torch": "1.0"}, f"torch was 1.0 and is {torch.__version__}"),
-    ):
-        (tmp_path / "settings.json").write_text(json.dumps({**settings, key: value}))
-        assert named in refused(capsys, ["compare", "--resume", "--out", str(tmp_path)])
-
-
-def damage_cut(content):
-    return content[: len(content) // 2]
-
-
-def damage_bit(content):
-    """Flip one bit among the weights, which the pickle around them does not notice."""
-    middle = len(content) // 2
-    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-
-
-@pytest.mark.parametrize("damage", [damage_cut, damage_bit, lambda content: b""], ids=["cut", "bit", "empty"])
-def test_damaged_checkpoint(images, uninterrupted, tmp_path, capsys, damage):
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "settings.json").write_bytes((uninterrupted / "settings.json").read_bytes())
-    checkpoint = tmp_path / "checkpoints/teacher-seed0.pt"
-    checkpoint.write_bytes(damage((uninterrupted / "checkpoints" / checkpoint.name).read_bytes()))
-    assert str(checkpoint) in refused(capsys, ["compare", "--resume", "--out", str(tmp_path)])
-
-
-def test_damaged_settings(tmp_path, capsys):
-    (tmp_path / "settings.json").write_text('{"settings": ')
-    assert str(tmp_path / "settings.json") in refused(capsys, ["compare", "--resume", "--out", str(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("epochs", -5, "settings.json: epochs: got '-5', expected a whole number of at least 1"),
-        ("threads", True, "settings.json: threads: got 'True', expected a whole number"),
-        ("loss", "kd,nothing", "settings.json: loss: got 'nothing', expected all"),
-        ("seeds", "2", "settings.json is damaged"),
-        ("data", 5, "settings.json is damaged"),
-    ],
-)
-def test_tampered_settings(name, value, expected, uninterrupted, tmp_path, capsys):
-    stored = json.loads((uninterrupted / "settings.json").read_text())
-    stored["settings"][name] = value
-    (tmp_path / "settings.json").write_text(json.dumps(stored))
-    assert expected in refused(capsys, ["compare", "--resume", "--out", str(tmp_path)])
-
-
 # ---- wrong arguments and data ----------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "named"),
     [
         (["--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
-        (["--epochs", "ten"], "--epochs: got 'ten', expected"),
         (["--batch-size", "1"], "--batch-size: got '1', expected a whole number of at least 2"),
-        (["--seed", "-1"], "--seed: got '-1', expected"),
-        (["--seeds", "0"], "--seeds: got '0', expected"),
-        (["--threads", "0"], "--threads: got '0', expected"),
         (["--loss", "kd,hinton"], "--loss: got 'hinton', expected all, or names from kd, reverse-kd"),
         (["--loss", ""], "--loss: got '', expected"),
-        (["--device", "gpu"], "--device: got 'gpu', expected cpu or cuda"),
         (["--device", "cuda:99"], "--device: got 'cuda:99'"),
         (["--image-size", "16"], "--image-size: the digits have a size of their own"),
         (["--data", "nowhere"], "nowhere is not a folder"),
-        (["--out", "file"], "file is a file"),
         (["--out", "other"], "has a results.csv that belongs to no run"),
     ],
 )
 def test_wrong_arguments(options, named, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/results.csv").write_text("of something else")
     assert named in refused(capsys, ["compare", *options])
-    assert sorted(os.listdir(tmp_path)) == ["file", "other"], "a refused run leaves files"
-
-
-def test_existing_run_is_not_overwritten(images, uninterrupted, capsys):
-    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
-    assert "holds a run already; continue it with --resume" in refused(capsys, arguments(images, uninterrupted))
-    assert all(path.read_bytes() == content for path, content in before.items())
+    assert os.listdir(tmp_path) == ["other"], "a refused run leaves files"
 
 
 def test_unreadable_image(tmp_path, capsys):
@@ -587,91 +413,73 @@ def convnet(widths):
     return networks.ConvNet(1, 3, widths)
 
 
-def example(row):
-    torch.manual_seed(0)
-    pictures, labels = torch.rand(6, 1, 8, 8, requires_grad=True), torch.arange(6) % 3
-    teachers = [convnet(networks.TEACHER) for _ in range(experiments.TEACHERS)]
-    teacher, *_ = several = networks.Together(networks.Observed(network)(pictures)[0] for network in teachers)
-    students = networks.Observed(row.layout(lambda: convnet(networks.STUDENT), row.students))(pictures)
-    index, epoch, samples = torch.arange(6), 6, 6
-    return trainer.Example(students, teacher, several, pictures, labels, index, epoch, samples, labels, teachers[0])
+@pytest.fixture(scope="module")
+def noise():
+    """Six images of three classes."""
+    images, labels = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6) % 3
+    return data.Data("noise", ["a", "b", "c"], images, labels, images, labels)
 
 
-def a_teacher():
-    return networks.ConvNet(1, 2, networks.TEACHER).eval().requires_grad_(False)
-
-
-def trainer_of(row, loaded, epochs=2, teacher=None, teachers=(), seed=0):
-    return trainer.Trainer(trainer.Run(row.name, "student", row, seed), loaded, epochs, 8, teacher, teachers)
-
-
-def objectives(row, batch):
-    """The objectives of the row's pre-stage, if it has one, and of the row itself."""
-    objective = trainer.Objective(row, batch)
-    return [stage for stage in (objective.pre_stage, objective) if stage is not None]
+def trainer_of(row, given, epochs=2, teachers=None, seed=0):
+    """A trainer of this row, with teachers that are made here, if no others are given."""
+    torch.manual_seed(7)
+    made = [networks.ConvNet(1, len(given.classes), networks.TEACHER).eval().requires_grad_(False) for _ in range(3)]
+    teachers = made[: row.teachers] if teachers is None else teachers
+    return trainer.Trainer(trainer.Run("row", "student", row, seed), given, epochs, 8, teachers)
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
-@pytest.mark.parametrize("row", [experiments.ALONE, *experiments.ROWS.values()], ids=lambda row: row.name)
-def test_loss_rows(row):
-    """Each row builds, reads what a batch has, and gives a finite value with a gradient for every student."""
-    assert row.summary and row.teacher in ("teacher", "student", *experiments.ROWS)
-    assert experiments.ROWS.get(row.name, row) is row
-    batch = example(row)
-    assert len(batch.students) == row.students and batch.student is batch.students[0]
-    for objective in objectives(row, batch):
-        value = objective(batch)
-        # A pre-stage may leave the logits alone, or even the student: FT's is of the paraphraser.
-        student = batch.students.logits if objective.row is row else batch.student.maps[1:2]
-        if not objective.row.reads_student:
-            student = list(objective.parameters())
-        if objective.row.reads[0] == "student.preactivations":
-            student = batch.student.preactivations
-        for grad in torch.autograd.grad(value, student):
-            assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
+@pytest.mark.parametrize("row", [experiments.ALONE, *experiments.ROWS.values()], ids=["alone", *experiments.ROWS])
+def test_loss_rows(row, noise):
+    """Each row builds, reads what a batch has, and gives a finite value with a gradient for all that it reads."""
+    assert row.teacher in ("teacher", "student", *experiments.ROWS)
+    with trainer_of(row, noise) as made:
+        for objective in made.objectives:
+            batch = made.batch(torch.arange(6), objective)
+            value = objective(**batch)
+            said = batch["student"] or []
+            assert len(said) in (0, row.students)
+            # A pre-stage may leave the logits alone, or even the student: FT's is of the paraphraser.
+            names = ["logits"] if objective is made.objective else objective.layers("student")
+            read = [outputs[name] for outputs in said for name in names] or list(objective.parameters())
+            for grad in torch.autograd.grad(value, read):
+                assert value.shape == () and value.isfinite() and grad.isfinite().all() and grad.abs().sum() > 0
 
 
-def test_rows_cover_the_losses_of_logits():
-    features = {"student.embedding", "student.maps", "student.preactivations", "images"}
-    built = {type(experiments.ROWS["one"].build(example(experiments.ROWS["one"])).loss)}
+def test_rows_cover_the_losses_of_logits(noise):
+    features = {*(f"student.{place}" for place in ("embedding", "map", "maps", "preactivations")), "images"}
+    built = {type(trainer_of(experiments.ROWS["one"], noise).objective.terms[0].loss.loss)}
     for row in experiments.ROWS.values():
-        if not features & set(row.reads) and not row.pre_stage:
-            loss = row.build(example(row))
+        if not features & {read for part in row.recipe.parts for read in part.reads} and not row.pre_stage:
+            loss = trainer_of(row, noise).objective.terms[0].loss
             built.add(type(getattr(loss, "loss", loss)))
     names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery", "CWTM", "DKPP")
     several = ("AEKD", "EnD", "EnDD", "DML", "ONE", "OKDDip", "KDCL", "FFL", "Codistillation")
     names = (*names, *several, "CollaborativeLearning", "DiversityCooperation")
     assert built == {getattr(kdfast, name) for name in names}
+    assert list(experiments.ROWS) == list(compare.LOSSES), "--help lists the table"
 
 
-def test_observed_network():
-    network, pictures = networks.ConvNet(1, 3, networks.STUDENT), torch.rand(4, 1, 8, 8)
-    (outputs,) = networks.Observed(network)(pictures)
-    x = pictures
-    for stage, before, after in zip(network.stages, outputs.preactivations, outputs.maps, strict=True):
-        x = stage.norm(stage.convolution(x))
-        torch.testing.assert_close(before, x)
-        x = x.relu()
-        torch.testing.assert_close(after, x)
-    torch.testing.assert_close(outputs.embedding, x.mean((2, 3)))
-    torch.testing.assert_close(outputs.logits, network.classifier(outputs.embedding))
-    torch.testing.assert_close(outputs.probabilities.sum(1), torch.ones(4))
+LAYERS = [f"stages.{number}" for number in range(3)] + [f"stages.{number}.relu:input" for number in range(3)]
 
 
-@pytest.mark.parametrize("layout", [students.Apart, students.Branches])
+@pytest.mark.parametrize("layout", [networks.Apart, networks.Branches])
 def test_observed_students(layout):
     """What is observed of each of several students is what that network, run alone, computes."""
     model, pictures = layout(lambda: convnet(networks.STUDENT), 3).eval(), torch.rand(4, 1, 8, 8)
-    observed = networks.Observed(model)
+    observed = networks.Observed(model, [*LAYERS, "classifier:input"])
     together = observed(pictures)
-    assert [outputs.logits.shape for outputs in together] == [(4, 3)] * 3
     for network, outputs, logits in zip(model.networks, together, model(pictures), strict=True):
-        (alone,) = networks.Observed(network)(pictures)
-        for key in ("logits", "embedding", "maps", "preactivations"):
-            torch.testing.assert_close(getattr(outputs, key), getattr(alone, key))
-        torch.testing.assert_close(outputs.logits, logits)
-    same = together[0].maps[0] is together[1].maps[0]
-    assert same == (layout is students.Branches), "common stages run once"
+        x = pictures
+        for number, stage in enumerate(network.stages):
+            x = stage.norm(stage.convolution(x))
+            torch.testing.assert_close(outputs[f"stages.{number}.relu:input"], x)
+            x = x.relu()
+            torch.testing.assert_close(outputs[f"stages.{number}"], x)
+        torch.testing.assert_close(outputs["classifier:input"], x.mean((2, 3)))
+        torch.testing.assert_close(outputs["logits"], logits)
+    same = together[0]["stages.0"] is together[1]["stages.0"]
+    assert same == (layout is networks.Branches), "common stages run once"
     observed.remove()
     with pytest.raises(RuntimeError, match="has ended"):
         observed(pictures)
@@ -679,29 +487,34 @@ def test_observed_students(layout):
 
 def test_layers_of_the_losses():
     """What the losses with layers compute, from the public classes and the stages' weights of the official code."""
-    batch = example(experiments.ROWS["ft"])
-    student, teacher = batch.student.preactivations, batch.teacher.preactivations
-    for built, loss in ((layers.Boundaries(batch), kdfast.AB()), (layers.Overhaul(batch), kdfast.OFD())):
+    torch.manual_seed(0)
+    student, teacher = ([torch.randn(6, c, 8, 8) for c in widths] for widths in (networks.STUDENT, networks.TEACHER))
+    norms = [stage.norm for stage in convnet(networks.TEACHER).stages]
+    for built, loss in (
+        (connected.Boundaries(networks.STUDENT, networks.TEACHER), kdfast.AB()),
+        (connected.Overhaul(networks.STUDENT, networks.TEACHER, norms), kdfast.OFD()),
+    ):
         maps = [connector(x) for connector, x in zip(built.connectors, student, strict=True)]
-        margins = [[kdfast.ofd_margin(n.weight, n.bias)] for n in (s.norm for s in batch.teacher_network.stages)]
+        margins = [[kdfast.ofd_margin(n.weight, n.bias)] for n in norms]
         more = margins if isinstance(loss, kdfast.OFD) else [[]] * 3
         parts = [loss(s, t, *rest) / 6 for s, t, rest in zip(maps, teacher, more, strict=True)]
         torch.testing.assert_close(built(student, teacher), parts[0] / 4 + parts[1] / 2 + parts[2])
-    hints = layers.Hints(batch)
-    assert hints.regressor(batch.student.maps[1]).shape == batch.teacher.maps[1].shape
-    reconstruction, factors = (objective.loss for objective in objectives(experiments.ROWS["ft"], batch))
-    assert factors.paraphraser is reconstruction.paraphraser and reconstruction.factors == networks.TEACHER[-1] // 2
+    hints = connected.Hints([x.shape for x in student], [x.shape for x in teacher])
+    assert [layer(x).shape for layer, x in zip(hints.regressors, student, strict=True)] == [x.shape for x in teacher]
+    first = connected.Reconstruction(networks.TEACHER[-1])
+    factors = connected.Factors(networks.STUDENT[-1], first)
+    assert factors.paraphraser is first.paraphraser and first.factors == networks.TEACHER[-1] // 2
 
 
 def test_runs_of_a_seed_are_paired(loaded):
     """Equal first weights and equal batches for each loss of a seed; others for another seed."""
     rows = ((experiments.ALONE, 0), (experiments.ROWS["tfkd-reg"], 0), (experiments.ALONE, 1))
     weights, batches = [], []
-    for row, seed in rows:
-        trainer = trainer_of(row, loaded, seed=seed)
-        torch.rand(seed + len(row.name))  # a loss that draws random numbers must not change the order
-        weights.append(trainer.student.classifier.weight)
-        batches.append(torch.cat(trainer._batches(1)).tolist())
+    for number, (row, seed) in enumerate(rows):
+        made = trainer_of(row, loaded, seed=seed)
+        torch.rand(number)  # a loss that draws random numbers must not change the order
+        weights.append(made.student.classifier.weight)
+        batches.append(torch.cat(made._batches(1)).tolist())
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert batches[0] == batches[1] != batches[2]
 
@@ -712,29 +525,30 @@ def test_students_that_learn_together(loaded):
     alone = trainer_of(experiments.ALONE, loaded, 2)
     for name in ("dml", "one"):
         row = experiments.ROWS[name]
-        trainer = trainer_of(row, loaded)
-        both = [t.network.eval() and t.observed(loaded.test_images) for t in (alone, trainer)]
-        assert len(both[1]) == row.students
-        assert torch.equal(both[0][0].logits, both[1][0].logits)
-        assert not torch.equal(both[1][0].logits, both[1][1].logits)
-        assert torch.equal(both[1][0].maps[0], both[1][1].maps[0]) == (row.layout is students.Branches)
-        trainer.train_epoch()
+        made = trainer_of(row, loaded)
+        one, several = [t.network.eval()(loaded.test_images) for t in (alone, made)]
+        assert len(several) == row.students
+        assert torch.equal(one[0], several[0]) and not torch.equal(*several[:2])
+        stages = [network.stages[0] for network in made.network.networks]
+        assert (stages[0] is stages[1]) == (row.layout is networks.Branches)
+        made.train_epoch()
         # Tested is the first student, which the other ones have moved.
-        answers = trainer.observed(loaded.test_images)[0].logits.argmax(1)
-        assert trainer.history[0][1] == 100 * (answers == loaded.test_labels).float().mean().item()
+        answers = made.network(loaded.test_images)[0].argmax(1)
+        assert made.history[0][1] == 100 * (answers == loaded.test_labels).float().mean().item()
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
-def test_objectives_of_students_that_learn_together():
+def test_objectives_of_students_that_learn_together(noise):
     """Written out: every student has its cross-entropy and what the others say; each its own gradient."""
 
     def value(name, epoch):
-        batch = replace(example(experiments.ROWS[name]), epoch=epoch)
-        a, b = (z.log_softmax(1) for z in batch.students.logits)
-        ce = nn.functional.nll_loss(a, batch.labels) + nn.functional.nll_loss(b, batch.labels)
+        made = trainer_of(experiments.ROWS[name], noise)
+        batch = made.batch(torch.arange(6), made.objective) | {"epoch": epoch}
+        a, b = (said["logits"].log_softmax(1) for said in batch["student"])
+        ce = nn.functional.nll_loss(a, batch["labels"]) + nn.functional.nll_loss(b, batch["labels"])
         soft = -(b.exp() * a + a.exp() * b).sum(1).mean()
         entropies = -(a.exp() * a + b.exp() * b).sum(1).mean()
-        return trainer.Objective(experiments.ROWS[name], batch)(batch), ce, soft, entropies
+        return made.objective(**batch), ce, soft, entropies
 
     loss, ce, soft, entropies = value("dml", 0)
     torch.testing.assert_close(loss, ce + soft - entropies)
@@ -751,7 +565,7 @@ def test_rescaled_branches():
     grads = []
     for rescale in (False, True):
         torch.manual_seed(1)
-        model = students.Branches(lambda: convnet(networks.STUDENT), 3, rescale)
+        model = networks.Branches(lambda: convnet(networks.STUDENT), 3, rescale)
         sum(z.square().sum() for z in model(pictures)).backward()
         common, own = next(model.networks[0].parameters()), model.networks[1].classifier.weight
         grads.append([common.grad, own.grad])
@@ -765,9 +579,9 @@ def taught(images, tmp_path_factory):
     seen, table, out = {}, io.StringIO(), tmp_path_factory.mktemp("taught") / "run"
 
     class Spy(trainer.Trainer):
-        def __init__(self, run, data, epochs, batch_size, teacher, teachers=()):
-            super().__init__(run, data, epochs, batch_size, teacher, teachers)
-            seen[run.name, run.seed] = self.student, teacher, teachers
+        def __init__(self, run, data, epochs, batch_size, teachers):
+            super().__init__(run, data, epochs, batch_size, teachers)
+            seen[run.name, run.seed] = self.student, teachers
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(table):
         patch.setattr(comparison, "Trainer", Spy)
@@ -791,9 +605,9 @@ def test_earlier_students_and_other_teachers_are_trained_first(taught):
 def test_who_teaches_whom(taught):
     *_, seen = taught
     network = {key: value[0] for key, value in seen.items()}
-    assert seen["ban", 3][1] is network["student", 3] and seen["ban-2", 3][1] is network["ban", 3]
+    assert seen["ban", 3][1] == [network["student", 3]] and seen["ban-2", 3][1] == [network["ban", 3]]
     for several in ("aekd", "endd"):
-        assert seen[several, 3][1:] == (None, [network["teacher", 1000 * i + 3] for i in range(3)])
+        assert seen[several, 3][1] == [network["teacher", 1000 * i + 3] for i in range(3)]
     for trained in network.values():  # what a trainer watched, it has left as it was
         assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in trained.modules())
 
@@ -805,24 +619,20 @@ def test_table_says_what_came_before(taught):
 
 
 def test_what_runs_in_a_step(loaded):
-    """The layers of a teacher are looked at only where a loss reads them, and what no loss reads does not run."""
-    teachers = [a_teacher() for _ in range(3)]
+    """The layers of a network are watched only where a loss reads them, and what no loss reads does not run."""
     index = torch.arange(8)
-    for name, layers_read in (("kd", False), ("fitnets", True), ("ft", True), ("ofd", True), ("label-refinery", False)):
-        row = experiments.ROWS[name]
-        with trainer_of(row, loaded, 1, teachers[0]) as trainer:
-            assert bool(teachers[0].classifier._forward_hooks) == row.observes_teacher == layers_read
-            for stage in row.stages:
-                batch = trainer.batch(index, stage)
-                assert bool(batch.students) == stage.reads_student
-                assert (batch.teacher is not None) == stage.reads_teacher and batch.teachers == []
-            assert (batch.teacher.maps is not None) == layers_read
-            torch.testing.assert_close(batch.teacher.logits, teachers[0](batch.images))
-        assert not teachers[0].classifier._forward_hooks
-    trainer = trainer_of(experiments.ROWS["aekd"], loaded, 1, teachers=teachers)
-    batch = trainer.batch(index, trainer.run.row)
-    assert batch.teacher is None and len(batch.teachers) == 3
-    torch.testing.assert_close(batch.teachers.logits, [network(batch.images) for network in teachers])
+    for name, layers in (("kd", 0), ("fitnets", 1), ("ft", 1), ("ofd", 3), ("label-refinery", 0), ("aekd", 0)):
+        with trainer_of(experiments.ROWS[name], loaded, 1) as made:
+            teacher = made.teachers[0].network
+            for objective in made.objectives:
+                batch = made.batch(index, objective)
+                assert (batch["student"] is not None) == bool(objective.reads("student"))
+                assert (batch["teacher"] is not None) == bool(objective.reads("teacher"))
+            hooks = [x for x in teacher.modules() if x is not teacher and (x._forward_hooks or x._forward_pre_hooks)]
+            assert len(hooks) == layers
+            assert len(batch["teacher"]) == (3 if name == "aekd" else 1)
+            torch.testing.assert_close(batch["teacher"][0]["logits"], teacher(batch["images"]))
+        assert not any(x._forward_hooks or x._forward_pre_hooks for x in teacher.modules())
 
 
 def test_all_is_every_row():
@@ -834,7 +644,7 @@ def test_all_is_every_row():
 # ---- pre-stages ------------------------------------------------------------------------------------------------------
 def changes(trainer, steps):
     """Names of the weights that these epochs change, of the student and of the objective."""
-    parameters = [*trainer.student.named_parameters(), *trainer.objective.named_parameters()]
+    parameters = [*trainer.student.named_parameters(), *trainer.objectives.named_parameters()]
     before = [parameter.detach().clone() for _, parameter in parameters]
     for _ in range(steps):
         trainer.train_epoch()
@@ -844,17 +654,22 @@ def changes(trainer, steps):
 @pytest.mark.parametrize(
     ("name", "first", "others_first", "then"),
     [
-        ("fitnets", {"stages.0", "stages.1", "pre_stage"}, {"stages.2", "classifier"}, {"stages", "classifier"}),
-        ("ft", {"pre_stage"}, {"stages", "classifier", "loss.translator"}, {"stages", "classifier", "loss.translator"}),
-        ("ab", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
-        ("fsp", {"stages", "pre_stage"}, {"classifier"}, {"stages", "classifier"}),
+        ("fitnets", {"stages.0", "stages.1", "0."}, {"stages.2", "classifier"}, {"stages", "classifier"}),
+        (
+            "ft",
+            {"0."},
+            {"stages", "classifier", "1.factors.translator"},
+            {"stages", "classifier", "1.factors.translator"},
+        ),
+        ("ab", {"stages", "0."}, {"classifier"}, {"stages", "classifier"}),
+        ("fsp", {"stages", "0."}, {"classifier"}, {"stages", "classifier"}),
     ],
 )
 def test_what_a_pre_stage_trains(loaded, name, first, others_first, then):
     """The layers that each stage changes are exactly these; the teacher does not change, nor do the layers before."""
-    teacher = a_teacher()
-    weights = [parameter.clone() for parameter in teacher.parameters()]
-    trainer = trainer_of(experiments.ROWS[name], loaded, 9, teacher)
+    trainer = trainer_of(experiments.ROWS[name], loaded, 9)
+    teachers = [p for observed in trainer.teachers for p in observed.network.parameters()]
+    weights = [parameter.clone() for parameter in teachers]
     assert (trainer.pre_stage_epochs, trainer.all_epochs, trainer.epochs_done) == (2, 11, 0)
     changed = changes(trainer, 2)
     assert len(trainer.pre_stage_losses) == trainer.epochs_done == 2 and not trainer.history
@@ -864,27 +679,26 @@ def test_what_a_pre_stage_trains(loaded, name, first, others_first, then):
     changed = changes(trainer, 1)
     assert len(trainer.history) == 1 and trainer.epochs_done == 3
     assert all(any(key.startswith(part) for key in changed) for part in then), changed
-    assert not any(key.startswith("pre_stage") for key in changed), changed
-    assert all(torch.equal(now, was) for now, was in zip(teacher.parameters(), weights, strict=True))
+    assert not any(key.startswith("0.") for key in changed), changed
+    assert all(torch.equal(now, was) for now, was in zip(teachers, weights, strict=True))
 
 
 def test_a_pre_stage_lowers_its_loss(loaded):
     """Each of the pre-stages learns, and its length is RepDistiller's share of the epochs."""
-    staged = [row for row in experiments.ROWS.values() if row.pre_stage]
-    assert [row.name for row in staged] == ["fitnets", "ft", "ab", "fsp"]
-    for row in staged:
+    staged = {name: row for name, row in experiments.ROWS.items() if row.pre_stage}
+    assert list(staged) == ["fitnets", "ft", "ab", "fsp"]
+    for name, row in staged.items():
         assert [row.pre_stage_epochs(epochs) for epochs in (1, 8, 9, 240)] == [1, 1, 2, 30]
-        teacher = a_teacher()
-        trainer = trainer_of(row, loaded, 80, teacher)
+        trainer = trainer_of(row, loaded, 80)
         for _ in range(10):
             trainer.train_epoch()
-        assert trainer.pre_stage_losses[-1] < 0.8 * trainer.pre_stage_losses[0], row.name
+        assert trainer.pre_stage_losses[-1] < 0.8 * trainer.pre_stage_losses[0], name
 
 
 @pytest.mark.usefixtures("few_repeats")
 def test_stop_after_every_epoch(images, tmp_path, monkeypatch):
     """Pre-stages, Jacobians and students that learn together, resumed after each epoch, end with the same bits."""
-    monkeypatch.setattr(experiments.LossRow, "pre_stage_epochs", lambda row, epochs: 2 if row.pre_stage else 0)
+    monkeypatch.setattr(experiments.Experiment, "pre_stage_epochs", lambda row, epochs: 2 if row.pre_stage else 0)
     assert main(arguments(images, tmp_path / "whole", "--loss", "ft,fitnets,jacobian,okddip")) == 0
     train_epoch, epochs = trainer.Trainer.train_epoch, 0
 
@@ -906,32 +720,32 @@ def test_stop_after_every_epoch(images, tmp_path, monkeypatch):
         states = [checkpoints.load(tmp_path / f"{f}/checkpoints/{name}-seed0.pt") for f in ("whole", "stopped")]
         assert len(states[0]["pre_stage_losses"]) == 2
         assert states[0]["pre_stage_losses"] == states[1]["pre_stage_losses"]
-        for key, x in states[0]["objective"].items():
-            assert torch.equal(x, states[1]["objective"][key])
+        for key, x in states[0]["objectives"].items():
+            assert torch.equal(x, states[1]["objectives"][key])
 
 
 class Hint(nn.Module):
     """A loss with parameters and randomness of its own, on maps and embeddings."""
 
-    def __init__(self, example):
+    def __init__(self, setting):
         super().__init__()
-        self.regressor = nn.Conv2d(example.student.maps[-1].shape[1], example.teacher.maps[-1].shape[1], 1)
-        self.register_buffer("seen", torch.zeros(example.samples))
+        self.regressor = nn.Conv2d(*setting.channels("student.map"), *setting.channels("teacher.map"), 1)
+        self.register_buffer("seen", torch.zeros(setting.n_data))
 
     def forward(self, student, teacher, embedding, index):
         self.seen[index] += 1
-        noise = torch.rand_like(teacher[-1])
-        return (self.regressor(student[-1]) - teacher[-1]).square().mul(noise).mean() + embedding.square().mean()
+        noise = torch.rand_like(teacher)
+        return (self.regressor(student) - teacher).square().mul(noise).mean() + embedding.square().mean()
 
 
 def test_new_row_is_enough(images, tmp_path, monkeypatch):
     """A loss that reads maps and embeddings, with parameters, buffers and random numbers, trains and resumes."""
-    reads = ("student.maps", "teacher.maps", "student.embedding", "index")
+    reads = ("student.map", "teacher.map", "student.embedding", "index")
     monkeypatch.setitem(compare.LOSSES, "hint", "a test")
-    monkeypatch.setitem(experiments.ROWS, "hint", experiments.LossRow("hint", "a test", Hint, reads))
+    monkeypatch.setitem(experiments.ROWS, "hint", experiments.Experiment(Recipe((Part(Hint, reads),))))
     assert main(arguments(images, tmp_path / "whole", "--loss", "hint")) == 0
     state = checkpoints.load(tmp_path / "whole/checkpoints/hint-seed0.pt")
-    assert state["objective"]["loss.seen"].sum() == 2 * 16  # 2 epochs of 2 full batches of 8 among 20 images
+    assert state["objectives"]["0.hint.seen"].sum() == 2 * 16  # 2 epochs of 2 full batches of 8 among 20 images
     epochs = iter(range(5))  # of the 6 epochs, the last is left to the resumed run
     train_epoch = trainer.Trainer.train_epoch
 
@@ -950,10 +764,9 @@ def test_new_row_is_enough(images, tmp_path, monkeypatch):
 
 def test_path_of_a_loss(loaded):
     """A loss on kernels is timed against its fallback; one without an op of kdfast has nothing to compare."""
-    teacher = a_teacher()
 
     def times(name):
-        return timing.measure(trainer_of(experiments.ROWS[name], loaded, 1, teacher))
+        return timing.measure(trainer_of(experiments.ROWS[name], loaded, 1))
 
     # Any function registered for CPU counts as a kernel, so the plain form stands in where none is built.
     with _kernels.override({name: op.fallback for name, op in _kernels.OPS.items()}, keys=("CPU",)):

@@ -32,8 +32,8 @@ from test_train import (  # noqa: E402
 import kdfast  # noqa: E402
 from kdfast import teacher_store  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.integrations.terms import Term  # noqa: E402
 from kdfast.integrations.timm import DistillationTask  # noqa: E402
+from kdfast.objectives import Term  # noqa: E402
 from kdfast.teacher_store import TeacherStore  # noqa: E402
 from kdfast.training import data, networks  # noqa: E402
 

@@ -61,8 +61,9 @@ OTHER_TEACHERS = 1000  # from the seed of a teacher to that of the next one in a
 def _plan(chosen):
     """The runs: teachers, students alone, then each loss after those that teach it; a seed has its own teachers."""
     rows = needed(chosen.losses)
-    kinds = [("teacher", "teacher", ALONE, OTHER_TEACHERS * i) for i in range(max(1, *(row.teachers for row in rows)))]
-    kinds += [("student", "student", ALONE, 0), *((row.name, "student", row, 0) for row in rows)]
+    teachers = max(1, *(row.teachers for row in rows.values()))
+    kinds = [("teacher", "teacher", ALONE, OTHER_TEACHERS * i) for i in range(teachers)]
+    kinds += [("student", "student", ALONE, 0), *((name, "student", row, 0) for name, row in rows.items())]
     return [Run(name, network, row, seed + more) for name, network, row, more in kinds for seed in chosen.every_seed]
 
 
@@ -75,9 +76,8 @@ def _train_all(chosen, images, folder):
     epochs = sum(run.row.pre_stage_epochs(chosen.epochs) + chosen.epochs for run in runs)
     with report.RunProgress(len(runs), epochs) as progress:
         for run in runs:
-            teacher = trained[run.row.teacher, run.seed] if run.row.taught else None
-            teachers = [trained["teacher", run.seed + OTHER_TEACHERS * i] for i in range(run.row.teachers)]
-            with Trainer(run, images, chosen.epochs, chosen.batch_size, teacher, teachers) as trainer:
+            teachers = [trained[run.row.teacher, run.seed + OTHER_TEACHERS * i] for i in range(run.row.teachers)]
+            with Trainer(run, images, chosen.epochs, chosen.batch_size, teachers) as trainer:
                 times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
             if run.name in learnt_from:
                 trained[run.name, run.seed] = trainer.student.eval().requires_grad_(False)
@@ -114,7 +114,8 @@ def _notes(chosen, images, folder, results):
     sizes = f"{len(images.train_labels)} training and {len(images.test_labels)} test images"
     seeds = f"seeds {chosen.seed} to {chosen.seed + chosen.seeds - 1}" if chosen.seeds > 1 else f"seed {chosen.seed}"
     paths = {result.times["path"] for result in results}
-    before = {row.name: row.pre_stage_epochs(chosen.epochs) for row in needed(chosen.losses) if row.pre_stage}
+    rows = needed(chosen.losses)
+    before = {name: row.pre_stage_epochs(chosen.epochs) for name, row in rows.items() if row.pre_stage}
     stages = [f"epochs of a pre-stage before: {max(before.values())} ({', '.join(before)})"] if before else []
     unbuilt = ["fallback: its kernel is not built for this device, see `kdfast doctor`"] if "fallback" in paths else []
     return [

@@ -1,432 +1,199 @@
-"""The table of losses: one row per loss says how to build it and what it reads. A new loss is a new row.
+"""The table of `kdfast compare`: how each loss is trained and weighed on small images. A new loss is a new row.
 
-A row's ``reads`` are the arguments of the loss in their order, as attributes of `train.Batch`:
-``student.logits``, ``student.embedding``, ``student.maps`` (a list, one map per stage), ``student.preactivations``
-(these before ReLU), the same of ``teacher``, ``teacher.probabilities``, ``labels``, ``images``, ``index`` (positions in
-the training set), ``epoch``; of several networks ``students.logits``, ``students.embedding``, ``students.maps`` and
-``teachers.logits``, lists with one entry per network. A builder is given a `train.Example`, which has more.
+A row's objective is a :class:`kdfast.objectives.Recipe`, whose reads are places of the networks; what stands beside it
+is who teaches, who learns together, and what is trained before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 import kdfast
-from kdfast.lab import layers
-from kdfast.lab import students as ensembles
+from kdfast.lab.networks import Apart, Branches
+from kdfast.objectives import LOGITS, Part, Recipe, connected
+from kdfast.objectives.recipes import (
+    CRD,
+    EMBEDDINGS,
+    LAST_MAP,
+    MAPS,
+    PREACTIVATIONS,
+    hints,
+    information,
+    overhaul,
+    plain,
+)
 
-__all__ = ["ALONE", "ROWS", "TEACHERS", "LossRow", "needed"]
+__all__ = ["ALONE", "ROWS", "TEACHERS", "Experiment", "needed"]
 
 TEACHERS = 3  # of an ensemble of teachers
 
 
 @dataclass(frozen=True)
-class LossRow:
-    """One loss: what it is, what it reads, and what stands beside it in the objective.
+class Experiment:
+    """One row: an objective, and how its students are trained.
 
-    The objective of a training step is ``weight * loss + cross_entropy * CE(student.logits, labels)``.
-    ``cross_entropy`` is 0 where the loss contains the labels' cross-entropy, or replaces it.
-
-    ``pre_stage`` is a row of its own that is trained before, for an eighth of the epochs more, with an optimizer of its
-    own: what the student and the layers of its loss have learnt there is where this row starts.
-
-    Example::
-
-        LossRow("hint", "the last map through a regressor", build_hint, ("student.maps", "teacher.maps"))
+    ``pre_stage`` is an objective of its own that is trained before, for an eighth of the epochs more, with an optimizer
+    of its own: what the student and the layers of its loss have learnt there is where this row starts.
     """
 
-    name: str
-    summary: str
-    # Example -> nn.Module. The example gives shapes to losses with layers of their own, whose parameters are then
-    # trained along with the student's.
-    build: Callable
-    reads: tuple[str, ...]
-    weight: float = 1.0
-    cross_entropy: float = 1.0
+    recipe: Recipe
+    pre_stage: Recipe | None = None
     # Which trained network is the teacher: "teacher", "student" for the student trained alone, or a row's student.
     teacher: str = "teacher"
-    pre_stage: LossRow | None = None
     # How many students learn together, and the model they are: (function that makes one, their number) -> nn.Module.
     students: int = 1
-    layout: Callable = ensembles.Apart
-    # Whether the loss differentiates logits in the images: these then require a gradient, and the teacher has a graph.
-    jacobians: bool = False
+    layout: Callable[..., nn.Module] = field(default=Apart)
 
     @property
-    def reads_student(self) -> bool:
-        """Whether the students have to run in each step."""
-        return bool(self.cross_entropy) or any(name.startswith(("student.", "students.")) for name in self.reads)
-
-    @property
-    def reads_teacher(self) -> bool:
-        """Whether the teacher has to run in each step."""
-        return any(name.startswith("teacher.") for name in self.reads)
+    def stages(self) -> list[Recipe]:
+        """The objectives that are trained, in their order."""
+        return [self.recipe] if self.pre_stage is None else [self.pre_stage, self.recipe]
 
     @property
     def teachers(self) -> int:
-        """How many teachers run beside that one: those of `teachers.logits`, if one of its stages reads them."""
-        return TEACHERS if any(name.startswith("teachers.") for stage in self.stages for name in stage.reads) else 0
-
-    @property
-    def stages(self) -> list[LossRow]:
-        """The rows that are trained, in their order."""
-        return [self] if self.pre_stage is None else [self.pre_stage, self]
-
-    @property
-    def taught(self) -> bool:
-        """Whether one of its stages reads the teacher."""
-        return any(stage.reads_teacher for stage in self.stages)
-
-    @property
-    def observes_teacher(self) -> bool:
-        """Whether one of its stages reads layers of the teacher, and not its last one alone."""
-        layers_read = ("teacher.embedding", "teacher.maps", "teacher.preactivations")
-        return any(name in layers_read for stage in self.stages for name in stage.reads)
+        """How many networks teach: one, several, or none."""
+        if any(stage.reads("teachers") for stage in self.stages):
+            return TEACHERS
+        return int(any(stage.reads("teacher") for stage in self.stages))
 
     def pre_stage_epochs(self, epochs: int) -> int:
         """How many epochs the pre-stage has before `epochs` of this row: RepDistiller's share, 30 before 240."""
         return 0 if self.pre_stage is None else -(-epochs // 8)
 
 
-def _kdfast(name, **arguments):
-    """A builder for ``kdfast.<name>(**arguments)``."""
-    return lambda example: getattr(kdfast, name)(**arguments)
+def _row(loss: Callable[..., nn.Module], reads: Any = LOGITS, weight: float = 1.0, *, labels: float = 1.0, **more: Any):
+    """A row of one loss, beside `labels` times the labels' cross-entropy, which is 0 where the loss contains it."""
+    places = {name: more.pop(name) for name in ("stages", "name") if name in more}
+    return Experiment(Recipe((Part(loss, reads, weight, **places),), labels), **more)
 
 
-def _cross_entropy(example):
-    return nn.CrossEntropyLoss()
+def _before(loss, reads, weight=1.0, **places):
+    """The objective of a pre-stage."""
+    return Recipe((Part(loss, reads, weight, **places),), 0.0)
 
 
-def _crd(example):
-    """CRD with its official settings: negatives of other classes, as many as a third of the training set at most."""
-    dims = example.student.embedding.shape[1], example.teacher.embedding.shape[1]
-    negatives = min(16384, max(1, example.samples // 3))
-    return kdfast.CRD(*dims, example.samples, negatives=negatives, labels=example.train_labels)
+def _channels(loss, reads):
+    """A builder of a loss with connectors, from the channels that it reads."""
+    return lambda setting: loss(*map(setting.channels, reads))
 
 
-_LOGITS = ("student.logits", "teacher.logits")
-_LOGITS_LABELS = (*_LOGITS, "labels")
-_MAPS = ("student.maps", "teacher.maps")
-_PREACTIVATIONS = ("student.preactivations", "teacher.preactivations")
+def _fusion(setting):
+    _, channels, _, side = setting.shapes("student.map")[0]
+    return connected.Fusion(channels, setting.pair.student.classifier.out_features, side, rampup_epochs=RAMP)
+
+
+LABELS = ("student.logits", "labels")
+LOGITS_LABELS = (*LOGITS, "labels")
+STUDENTS = ("students.logits", "labels")
+RAMP = 7  # epochs: of the default 25, as many as the papers' 80 of 300
+GRAPH = tuple(f"{network}.{place}" for network in ("student", "teacher") for place in ("maps", "embedding", "logits"))
 
 # The teacher itself and the student alone: the labels' cross-entropy is the whole objective.
-ALONE = LossRow("alone", "the labels alone", _cross_entropy, ("student.logits", "labels"), cross_entropy=0.0)
+ALONE = _row(plain(nn.CrossEntropyLoss), LABELS, labels=0.0)
+_KD = plain(kdfast.KD, temperature=4.0, alpha=0.9)
+_BORN_AGAIN = plain(kdfast.KD, temperature=1.0, alpha=0.5)
 
 # Settings are the papers' or their official code's, where these name them for image classification. ReverseKD and JSD,
 # which come from other uses, take KD's temperature. JacobianMatching has no official code, so no weight: with 10 to 100
 # the digits are classified worse. HCL stands without ReviewKD's fusion of stages.
-_TABLE = [
-    LossRow(
-        "kd",
-        "Hinton's distillation: softened teacher and labels",
-        _kdfast("KD", temperature=4.0, alpha=0.9),
-        _LOGITS_LABELS,
-        cross_entropy=0.0,
+ROWS = {
+    "kd": _row(_KD, LOGITS_LABELS, labels=0.0),
+    "reverse-kd": _row(plain(kdfast.ReverseKD, temperature=4.0)),
+    "jsd": _row(plain(kdfast.JSD, beta=0.5, temperature=4.0)),
+    "dkd": _row(plain(kdfast.DKD, temperature=4.0, alpha=1.0, beta=8.0), LOGITS_LABELS),
+    "rkd": _row(plain(kdfast.RKD, distance_weight=25.0, angle_weight=50.0), EMBEDDINGS),
+    "irg": _row(plain(connected.Graph), GRAPH, stages=slice(-2, None)),
+    # A mean over 16 times fewer positions than in the paper's 32 x 32 is so much larger.
+    "at": _row(plain(kdfast.AT, p=2), MAPS, 1000.0 / 16),
+    # Grows with 1 / batch size; the paper's batches are of 128.
+    "sp": _row(plain(kdfast.SP), MAPS, 3000.0 / 4),
+    "pkt": _row(plain(kdfast.PKT), EMBEDDINGS, 30000.0),
+    "cckd": _row(plain(kdfast.CCKD), EMBEDDINGS),
+    "nst": _row(plain(kdfast.NST), MAPS, 50.0),
+    "fakd": _row(plain(kdfast.FAKD), MAPS),
+    "lkd": _row(plain(kdfast.LKD, patches=2), MAPS),
+    "crd": Experiment(Recipe((CRD,))),
+    "fitnets": _row(_KD, LOGITS_LABELS, labels=0.0, pre_stage=_before(hints, MAPS, stages=slice(1, 2))),
+    "ft": _row(
+        lambda setting: connected.Factors(setting.channels("student.map")[0], setting.first),
+        LAST_MAP,
+        500.0,
+        pre_stage=_before(lambda setting: connected.Reconstruction(setting.channels("teacher.map")[0]), LAST_MAP[1:]),
     ),
-    LossRow("reverse-kd", "KL the other way round", _kdfast("ReverseKD", temperature=4.0), _LOGITS),
-    LossRow("jsd", "Jensen-Shannon divergence", _kdfast("JSD", beta=0.5, temperature=4.0), _LOGITS),
-    LossRow(
-        "dkd",
-        "decoupled target and non-target classes",
-        _kdfast("DKD", temperature=4.0, alpha=1.0, beta=8.0),
-        _LOGITS_LABELS,
+    "ab": _row(
+        plain(nn.CrossEntropyLoss),
+        LABELS,
+        labels=0.0,
+        pre_stage=_before(_channels(connected.Boundaries, PREACTIVATIONS), PREACTIVATIONS, 3e-3),
     ),
-    LossRow(
-        "rkd",
-        "distances and angles among a batch's embeddings",
-        _kdfast("RKD", distance_weight=25.0, angle_weight=50.0),
-        ("student.embedding", "teacher.embedding"),
+    "ofd": _row(overhaul, PREACTIVATIONS, 1e-3),
+    "vid": _row(information, MAPS),
+    "hcl": _row(_channels(connected.Hierarchy, MAPS), MAPS),
+    "fsp": _row(
+        plain(nn.CrossEntropyLoss), LABELS, labels=0.0, pre_stage=_before(_channels(connected.Flow, MAPS), MAPS)
     ),
-    LossRow(
-        "irg",
-        "a graph of the batch's samples, in two maps, embedding and logits",
-        layers.Graph,
-        tuple(f"{network}.{read}" for network in ("student", "teacher") for read in ("maps", "embedding", "logits")),
-    ),
-    LossRow(
-        "at",
-        "attention maps of every stage",
-        _kdfast("AT", p=2),
-        _MAPS,
-        weight=1000.0 / 16,  # a mean over 16 times fewer positions than in the paper's 32 x 32 is so much larger
-    ),
-    LossRow(
-        "sp",
-        "similarities among a batch's samples",
-        _kdfast("SP"),
-        _MAPS,
-        weight=3000.0 / 4,  # grows with 1 / batch size; the paper's batches are of 128
-    ),
-    LossRow(
-        "pkt",
-        "similarities as probabilities",
-        _kdfast("PKT"),
-        ("student.embedding", "teacher.embedding"),
-        weight=30000.0,
-    ),
-    LossRow(
-        "cckd",
-        "Gaussian correlations among a batch's embeddings",
-        _kdfast("CCKD"),
-        ("student.embedding", "teacher.embedding"),
-        weight=1.0,
-    ),
-    LossRow(
-        "nst",
-        "selectivity of the channels of every stage",
-        _kdfast("NST"),
-        _MAPS,
-        weight=50.0,
-    ),
-    LossRow(
-        "fakd",
-        "affinities among the positions of every stage",
-        _kdfast("FAKD"),
-        _MAPS,
-        weight=1.0,
-    ),
-    LossRow(
-        "lkd",
-        "correlations among local patches",
-        _kdfast("LKD", patches=2),
-        _MAPS,
-        weight=1.0,
-    ),
-    LossRow(
-        "crd",
-        "contrast with memory banks of embeddings",
-        _crd,
-        ("student.embedding", "teacher.embedding", "index"),
-        weight=0.8,
-    ),
-    LossRow(
-        "fitnets",
-        "hints from the middle stage, then kd",
-        _kdfast("KD", temperature=4.0, alpha=0.9),
-        _LOGITS_LABELS,
-        cross_entropy=0.0,
-        pre_stage=LossRow("hints", "the hint through a regressor", layers.Hints, _MAPS, cross_entropy=0.0),
-    ),
-    LossRow(
-        "ft",
-        "factors of the last maps, after their paraphraser",
-        layers.Factors,
-        _MAPS,
-        weight=500.0,
-        pre_stage=LossRow(
-            "paraphraser", "the teacher's maps rebuilt", layers.Reconstruction, ("teacher.maps",), cross_entropy=0.0
-        ),
-    ),
-    LossRow(
-        "ab",
-        "activation boundaries of every stage, then the labels",
-        _cross_entropy,
-        ("student.logits", "labels"),
-        cross_entropy=0.0,
-        pre_stage=LossRow(
-            "boundaries", "the teacher's signs", layers.Boundaries, _PREACTIVATIONS, weight=3e-3, cross_entropy=0.0
-        ),
-    ),
-    LossRow("ofd", "pre-activations above a margin", layers.Overhaul, _PREACTIVATIONS, weight=1e-3),
-    LossRow("vid", "variational information of every stage", layers.Information, _MAPS, weight=1.0),
-    LossRow("hcl", "maps of every stage, pooled to several sizes", layers.Hierarchy, _MAPS, weight=1.0),
-    LossRow(
-        "fsp",
-        "inner products of consecutive stages, then the labels",
-        _cross_entropy,
-        ("student.logits", "labels"),
-        cross_entropy=0.0,
-        pre_stage=LossRow("flow", "the inner products alone", layers.Flow, _MAPS, cross_entropy=0.0),
-    ),
-    LossRow(
-        "jacobian",
-        "gradients of the labelled logit in the image",
-        _kdfast("JacobianMatching"),
-        ("student.logits", "teacher.logits", "images", "labels"),
-        weight=1.0,
-        jacobians=True,
-    ),
-    LossRow("dist", "correlations between and within classes", _kdfast("DIST", beta=1.0, gamma=1.0), _LOGITS),
-    LossRow(
-        "tfkd-self",
-        "teacher-free: the student trained alone teaches",
-        _kdfast("TfKDSelf"),
-        _LOGITS_LABELS,
-        cross_entropy=0.0,
-        teacher="student",
-    ),
-    LossRow(
-        "tfkd-reg",
-        "teacher-free: a hand-made teacher",
-        _kdfast("TfKDReg"),
-        ("student.logits", "labels"),
-        cross_entropy=0.0,
-    ),
-    LossRow(
-        "label-refinery",
-        "the teacher's probabilities replace the labels",
-        _kdfast("LabelRefinery"),
+    "jacobian": _row(plain(kdfast.JacobianMatching), (*LOGITS, "images", "labels")),
+    "dist": _row(plain(kdfast.DIST, beta=1.0, gamma=1.0)),
+    "tfkd-self": _row(plain(kdfast.TfKDSelf), LOGITS_LABELS, labels=0.0, teacher="student"),
+    "tfkd-reg": _row(plain(kdfast.TfKDReg), LABELS, labels=0.0),
+    "label-refinery": _row(plain(kdfast.LabelRefinery), ("student.logits", "teacher.probabilities"), labels=0.0),
+    # Earlier generations as teachers.
+    "ban": _row(_BORN_AGAIN, LOGITS_LABELS, labels=0.0, teacher="student"),
+    "ban-2": _row(_BORN_AGAIN, LOGITS_LABELS, labels=0.0, teacher="ban"),
+    "cwtm": _row(plain(kdfast.CWTM), LOGITS_LABELS, labels=0.0, teacher="student"),
+    "dkpp": _row(plain(kdfast.DKPP), LOGITS_LABELS, teacher="student"),
+    "refinery-2": _row(
+        plain(kdfast.LabelRefinery),
         ("student.logits", "teacher.probabilities"),
-        cross_entropy=0.0,
-    ),
-]
-
-_STUDENTS = ("students.logits", "labels")
-_RAMP = 7  # epochs: of the default 25, as many as the papers' 80 of 300
-
-# Earlier generations as teachers.
-_TABLE += [
-    LossRow(
-        "ban",
-        "Born-Again: the student alone teaches one like it",
-        _kdfast("KD", temperature=1.0, alpha=0.5),
-        _LOGITS_LABELS,
-        cross_entropy=0.0,
-        teacher="student",
-    ),
-    LossRow(
-        "ban-2",
-        "Born-Again: ban's student teaches the next generation",
-        _kdfast("KD", temperature=1.0, alpha=0.5),
-        _LOGITS_LABELS,
-        cross_entropy=0.0,
-        teacher="ban",
-    ),
-    LossRow(
-        "cwtm",
-        "Born-Again: labels weighted by the confidence of the student alone",
-        _kdfast("CWTM"),
-        _LOGITS_LABELS,
-        cross_entropy=0.0,
-        teacher="student",
-    ),
-    LossRow(
-        "dkpp",
-        "Born-Again: the student alone teaches how sure to be",
-        _kdfast("DKPP"),
-        _LOGITS_LABELS,
-        teacher="student",
-    ),
-    LossRow(
-        "refinery-2",
-        "a second round: label-refinery's student refines the labels",
-        _kdfast("LabelRefinery"),
-        ("student.logits", "teacher.probabilities"),
-        cross_entropy=0.0,
+        labels=0.0,
         teacher="label-refinery",
     ),
-]
-
-# Several teachers.
-_TABLE += [
-    LossRow(
-        "aekd",
-        f"{TEACHERS} teachers weighed by their gradients",
-        _kdfast("AEKD", temperature=4.0, slack=0.6),
-        ("student.logits", "teachers.logits"),
-        weight=0.9,
-    ),
-    LossRow(
-        "end",
-        f"the mean of {TEACHERS} teachers",
-        _kdfast("EnD"),
-        ("student.logits", "teachers.logits"),
-        weight=10.0,  # the official mean is over the classes, too
-        cross_entropy=0.0,
-    ),
-    LossRow(
-        "endd",
-        f"{TEACHERS} teachers as a Dirichlet distribution",
-        _kdfast("EnDD", temperature=2.5),
-        ("student.logits", "teachers.logits"),
-        cross_entropy=0.0,
-    ),
-]
-
-# Students that learn together; each loss contains their cross-entropies.
-_TABLE += [
-    LossRow(
-        "dml",
-        "two students teach each other",
-        ensembles.Mutual,
-        _STUDENTS,
-        cross_entropy=0.0,
-        students=2,
-    ),
-    LossRow(
-        "codistillation",
-        "two students, each the other's soft labels after 5 epochs",
-        partial(ensembles.Codistillation, burn_in=5),
-        (*_STUDENTS, "epoch"),
-        cross_entropy=0.0,
-        students=2,
-    ),
-    LossRow(
-        "kdcl",
-        "three students and the least logits among them",
-        _kdfast("KDCL", rule="minlogit"),
-        _STUDENTS,
-        cross_entropy=0.0,
+    # Several teachers. EnD's official mean is over the classes, too.
+    "aekd": _row(plain(kdfast.AEKD, temperature=4.0, slack=0.6), ("student.logits", "teachers.logits"), 0.9),
+    "end": _row(plain(kdfast.EnD), ("student.logits", "teachers.logits"), 10.0, labels=0.0),
+    "endd": _row(plain(kdfast.EnDD, temperature=2.5), ("student.logits", "teachers.logits"), labels=0.0),
+    # Students that learn together; each loss contains their cross-entropies.
+    "dml": _row(plain(connected.Mutual), STUDENTS, labels=0.0, students=2),
+    "codistillation": _row(plain(connected.Codistilled, burn_in=5), (*STUDENTS, "epoch"), labels=0.0, students=2),
+    "kdcl": _row(plain(kdfast.KDCL, rule="minlogit"), STUDENTS, labels=0.0, students=3),
+    "one": _row(
+        lambda setting: connected.Gated(setting.channels("student.map")[0], 3, rampup_epochs=RAMP),
+        ("students.logits", "student.map", "labels", "epoch"),
+        labels=0.0,
         students=3,
+        layout=Branches,
+        stages=slice(None, -1),  # which the branches share
     ),
-    LossRow(
-        "one",
-        "three branches and their gated ensemble",
-        partial(ensembles.One, rampup_epochs=_RAMP),
-        ("students.logits", "student.maps", "labels", "epoch"),
-        cross_entropy=0.0,
-        students=3,
-        layout=ensembles.Branches,
-    ),
-    LossRow(
-        "okddip",
-        "three branches that attend to each other, and a leader",
-        partial(ensembles.Leader, rampup_epochs=_RAMP),
+    "okddip": _row(
+        lambda setting: connected.Leader(setting.channels("student.embedding")[0], rampup_epochs=RAMP),
         ("students.logits", "students.embedding", "labels", "epoch"),
-        cross_entropy=0.0,
+        labels=0.0,
         students=4,
-        layout=ensembles.Branches,
+        layout=Branches,
     ),
-    LossRow(
-        "collaborative",
-        "three branches, each taught by the mean of the others",
-        _kdfast("CollaborativeLearning", rampup_epochs=_RAMP),
-        (*_STUDENTS, "epoch"),
-        cross_entropy=0.0,
+    "collaborative": _row(
+        plain(kdfast.CollaborativeLearning, rampup_epochs=RAMP),
+        (*STUDENTS, "epoch"),
+        labels=0.0,
         students=3,
-        layout=partial(ensembles.Branches, rescale=True),
+        layout=partial(Branches, rescale=True),
     ),
-    LossRow(
-        "ffl",
-        "two students and the fusion of their maps",
-        partial(ensembles.Fusion, rampup_epochs=_RAMP),
-        ("students.logits", "students.maps", "labels", "epoch"),
-        cross_entropy=0.0,
-        students=2,
-    ),
-    LossRow(
-        "divcoop",
-        "three students that agree about the wrong classes",
-        partial(ensembles.Cooperation, relation="js", weight=10.0),
-        _STUDENTS,
-        cross_entropy=0.0,
-        students=3,
-    ),
-]
-
-ROWS = {row.name: row for row in _TABLE}
+    "ffl": _row(_fusion, ("students.logits", "students.map", "labels", "epoch"), labels=0.0, students=2),
+    "divcoop": _row(plain(connected.Cooperation, relation="js", weight=10.0), STUDENTS, labels=0.0, students=3),
+}
 
 
-def needed(names: list[str]) -> list[LossRow]:
+def needed(names: list[str]) -> dict[str, Experiment]:
     """The rows of these names, each after the rows whose students teach it."""
     rows = {}
     for name in names:
         row = ROWS[name]
-        if row.taught and row.teacher in ROWS:
-            rows |= {earlier.name: earlier for earlier in needed([row.teacher])}
+        if row.teachers and row.teacher in ROWS:
+            rows |= needed([row.teacher])
         rows[name] = row
-    return list(rows.values())
+    return rows

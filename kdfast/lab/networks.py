@@ -1,56 +1,18 @@
-"""The convolutional teacher and student that `kdfast distill` trains."""
+"""The convolutional teacher and student of the lab, several students that learn together, and what is seen of them."""
 
 from collections import OrderedDict
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, nn
 
-from kdfast.capture import capture
+import kdfast
+from kdfast.objectives import Places
 
-if TYPE_CHECKING:
-    from kdfast.lab.students import Apart, Branches
-
-
-__all__ = ["STUDENT", "TEACHER", "ConvNet", "Observed", "Outputs", "Together"]
+__all__ = ["STUDENT", "TEACHER", "Apart", "Branches", "ConvNet", "Observed"]
 
 # Channels of the three stages. On the digits: 24 thousand parameters against 2 thousand.
 TEACHER = (16, 32, 64)
 STUDENT = (4, 8, 16)
-
-
-class Outputs(NamedTuple):
-    """Everything that a distillation loss may read of a network; its logits alone if it is not `Observed`."""
-
-    logits: torch.Tensor  # (B, classes)
-    embedding: torch.Tensor | None = None  # (B, channels of the last stage)
-    maps: list[torch.Tensor] | None = None  # one (B, channels, H, W) per stage
-    preactivations: list[torch.Tensor] | None = None  # the same before each stage's ReLU
-
-    @property
-    def probabilities(self) -> Tensor:
-        """softmax(logits), (B, classes)."""
-        return self.logits.softmax(dim=1)
-
-
-class Together(list[Any]):
-    """The Outputs of several networks; `logits` and the like are lists, one entry per network."""
-
-    @property
-    def logits(self) -> list[Tensor]:
-        """One (B, classes) per network."""
-        return [outputs.logits for outputs in self]
-
-    @property
-    def embedding(self) -> list[Tensor]:
-        """One (B, channels of the last stage) per network."""
-        return [outputs.embedding for outputs in self]
-
-    @property
-    def maps(self) -> list[list[Tensor]]:
-        """One list of maps per network."""
-        return [outputs.maps for outputs in self]
 
 
 class ConvNet(nn.Module):
@@ -81,30 +43,67 @@ class ConvNet(nn.Module):
         # The mean, not AdaptiveAvgPool2d: the latter has no deterministic backward on CUDA.
         return self.classifier(maps.mean(dim=(2, 3)))
 
+    @property
+    def places(self) -> Places:
+        """Where a recipe finds what it reads."""
+        maps = [f"stages.{number}" for number in range(len(self.stages))]
+        before = [f"{stage}.relu:input" for stage in maps]
+        return Places(maps, "classifier:input", before, [stage.norm for stage in self.stages])
+
+
+# ---- several students ------------------------------------------------------------------------------------------------
+class Apart(nn.Module):
+    """`count` students, each made by `make`, that share nothing: images -> a list of logits (B, classes).
+
+    The first is the one that is tested: it is as large as any other row's, and starts from the same weights.
+    """
+
+    def __init__(self, make: Callable[[], ConvNet], count: int) -> None:
+        super().__init__()
+        self.networks: nn.ModuleList = nn.ModuleList(make() for _ in range(count))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, channels, H, W) -> the logits of each student."""
+        return [network(images) for network in self.networks]
+
+
+class Branches(Apart):
+    """Students with common stages but for the last one and the classifier.
+
+    With `rescale` the gradient that reaches the common stages is the mean of the branches', not their sum.
+    """
+
+    def __init__(self, make: Callable[[], ConvNet], count: int, rescale: bool = False) -> None:
+        super().__init__(make, count)
+        self.rescale = rescale
+        for network in self.networks[1:]:
+            for number, stage in enumerate(self.networks[0].stages[:-1]):
+                network.stages[number] = stage
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Images (B, channels, H, W) -> the logits of each student."""
+        for stage in self.networks[0].stages[:-1]:
+            images = stage(images)
+        if self.rescale:
+            images = kdfast.rescale_gradient(images, len(self.networks))
+        return [network.classify(network.stages[-1](images)) for network in self.networks]
+
 
 class Observed:
-    """A model with one ConvNet or several, whose layers are looked at: images (B, channels, H, W) -> Together.
+    """Several networks as one `model`: images -> for each what its `layers` and its classifier ("logits") return.
 
     Until `remove()`.
     """
 
-    def __init__(self, model: "Apart | Branches | ConvNet") -> None:
+    def __init__(self, model: Apart, layers: Sequence[str]) -> None:
         self.model = model
-        self.networks: list[tuple[list[str], list[str], list[str]]] = [
-            self._layers(name, part) for name, part in model.named_modules() if isinstance(part, ConvNet)
+        own = {"logits": "classifier", **{layer: layer for layer in layers}}
+        self.names: list[dict[str, str]] = [
+            {name: f"networks.{number}.{layer}" for name, layer in own.items()} for number in range(len(model.networks))
         ]
-        names = [name for network in self.networks for group in network for name in group]
-        self.features: capture = capture(model, names)
-        self.remove: Callable[..., Any] = self.features.remove
+        self.features: kdfast.capture = kdfast.capture(model, [x for names in self.names for x in names.values()])
+        self.remove: Callable[[], None] = self.features.remove
 
-    @staticmethod
-    def _layers(name, network):
-        """The names of the layers: the classifier's output and input, maps, pre-activations."""
-        prefix = f"{name}." if name else ""
-        maps = [f"{prefix}stages.{number}" for number in range(len(network.stages))]
-        return [f"{prefix}classifier", f"{prefix}classifier:input"], maps, [f"{stage}.relu:input" for stage in maps]
-
-    def __call__(self, images: Tensor) -> "Together":
+    def __call__(self, images: Tensor) -> list[dict[str, Tensor]]:
         self.model(images)
-        read = [[[self.features[name] for name in group] for group in network] for network in self.networks]
-        return Together(Outputs(*ends, maps, preactivations) for ends, maps, preactivations in read)
+        return [{name: self.features[layer] for name, layer in names.items()} for names in self.names]

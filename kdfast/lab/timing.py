@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kdfast
 from kdfast import _kernels
-from kdfast.lab.networks import Outputs, Together
+from kdfast.objectives import Objective
 
 __all__ = ["measure"]
 
@@ -31,26 +31,28 @@ def measure(trainer: Any) -> dict[str, float]:
     stage; the objective of a loss of Jacobians goes down to the students' weights, there being no outputs to stop at.
     The steps move the weights: the trainer is of no use afterwards.
     """
-    device = trainer.device
-    objective = trainer.objective
-    if objective.pre_stage is not None and objective.pre_stage.row.reads_student:
-        objective = objective.pre_stage
+    device, objective = trainer.device, trainer.objectives[0]
+    if not objective.reads("student"):
+        objective = trainer.objective
     index = torch.arange(trainer.batch_size, device=device)
     trainer.network.train()
-    batch = trainer.batch(index, objective.row)
-    if objective.row.jacobians:
+    batch = trainer.batch(index, objective)
+    if objective.readers("images"):
         ends = list(trainer.network.parameters())
     else:
-        batch = replace(batch, students=Together(_cut(outputs) for outputs in batch.students))
-        ends = [x for logits, embedding, *lists in batch.students for x in (logits, embedding, *sum(lists, []))]
+        # Without their graph, each requiring a gradient.
+        cut = [{name: x.detach().requires_grad_() for name, x in said.items()} for said in batch["student"]]
+        batch["student"], ends = cut, [x for said in cut for x in said.values()]
 
     def gradients(function):
         # The inputs a loss does not read get no gradient, and cost nothing.
         inputs = [*ends, *objective.parameters()]
-        return torch.autograd.grad(function(batch), inputs, allow_unused=True, retain_graph=True)
+        return torch.autograd.grad(function(**batch), inputs, allow_unused=True, retain_graph=True)
+
+    alone = Objective(replace(objective.terms[0], weight=1.0))  # without the cross-entropy
 
     def loss():
-        return gradients(objective.distillation)
+        return gradients(alone)
 
     path = _path(loss, device.type)
     times = {
@@ -65,16 +67,6 @@ def measure(trainer: Any) -> dict[str, float]:
     # Last, because it changes the weights that the graph of `batch` needs.
     times["step_ms"] = _median_ms(lambda: trainer.step(index, objective), device)
     return times
-
-
-def _cut(outputs):
-    """A student's outputs without their graph, each requiring a gradient."""
-
-    def leaf(x):
-        return x.detach().requires_grad_()
-
-    maps, preactivations = ([leaf(x) for x in tensors] for tensors in (outputs.maps, outputs.preactivations))
-    return Outputs(leaf(outputs.logits), leaf(outputs.embedding), maps, preactivations)
 
 
 class _OpRecorder(TorchDispatchMode):

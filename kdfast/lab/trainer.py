@@ -1,24 +1,25 @@
 """Training one network with one loss, so that a stopped training continues bit for bit."""
 
-import dataclasses
 import math
-import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdfast.lab.experiments import LossRow
-from kdfast.lab.networks import STUDENT, TEACHER, ConvNet, Observed, Outputs, Together
+from kdfast.lab import networks
+from kdfast.lab.experiments import Experiment
+from kdfast.lab.networks import STUDENT, TEACHER, ConvNet
+from kdfast.objectives import Objective, Observed
+from kdfast.objectives.recipes import Pair
 from kdfast.runs.determinism import derived_seed
 
 if TYPE_CHECKING:
     from kdfast.lab.data import Data
 
 
-__all__ = ["Batch", "Example", "Objective", "Run", "Trainer"]
+__all__ = ["Run", "Trainer"]
 
 # Adam's, with a cosine decay to 0; its steps do not grow with the scale of a loss.
 LEARNING_RATES = {"teacher": 2e-3, "student": 1e-2}
@@ -31,7 +32,7 @@ class Run:
 
     name: str
     network: str
-    row: LossRow
+    row: Experiment
     seed: int
 
     @property
@@ -40,75 +41,16 @@ class Run:
         return f"{self.name}-seed{self.seed}.pt"
 
 
-@dataclass(frozen=True)
-class Batch:
-    """What a loss may read in one step. A network that the row does not read has not run."""
-
-    students: Together  # all that learn together
-    teacher: Outputs | None
-    teachers: Together  # several beside that one
-    images: torch.Tensor
-    labels: torch.Tensor
-    index: torch.Tensor  # positions in the training set
-    epoch: int  # how many epochs the row has behind it, without its pre-stage's
-
-    @property
-    def student(self) -> "Outputs":
-        """The first of the students: the only one, unless several learn together."""
-        return self.students[0]
-
-
-@dataclass(frozen=True)
-class Example(Batch):
-    """What a loss is built from: a batch without gradients, for which all networks of the row have run, and more."""
-
-    samples: int  # of the training set
-    train_labels: torch.Tensor
-    teacher_network: ConvNet | None
-    pre_stage: nn.Module | None = None  # the loss of the row's pre-stage
-
-
-class Objective(nn.Module):
-    """A row's loss and the cross-entropy beside it, and the objective of its pre-stage, if it has one."""
-
-    def __init__(self, row: "LossRow", example: "Example") -> None:
-        super().__init__()
-        self.row = row
-        self.pre_stage: Objective | None = None
-        if row.pre_stage is not None:
-            self.pre_stage = Objective(row.pre_stage, example)
-            example = dataclasses.replace(example, pre_stage=self.pre_stage.loss)
-        self.loss = row.build(example)
-        self._read = [operator.attrgetter(name) for name in row.reads]
-
-    def distillation(self, batch: "Batch | Example") -> Tensor:
-        """The row's loss alone."""
-        return self.loss(*[read(batch) for read in self._read])
-
-    def forward(self, batch: "Batch | Example") -> Tensor:
-        """The weighted sum that a step minimises."""
-        value = self.row.weight * self.distillation(batch)
-        if self.row.cross_entropy:
-            value = value + self.row.cross_entropy * F.cross_entropy(batch.student.logits, batch.labels)
-        return value
-
-
 class Trainer:
-    """A run in progress: networks, objective, optimizer, epochs done and their history.
+    """A run in progress: networks, objectives, optimizer, epochs done and their history.
 
     All runs of one seed start a (first) student from the same weights and see the same batches, whatever the loss. The
-    networks are `Observed` until the ``with`` block around the trainer ends; the teacher only where a loss reads more
-    than its logits.
+    layers that the objectives read are watched until the ``with`` block around the trainer ends. `teachers`: as many
+    networks as the run's row has.
     """
 
     def __init__(
-        self,
-        run: "Run",
-        data: "Data",
-        epochs: int,
-        batch_size: int,
-        teacher: "ConvNet | None",
-        teachers: list[Any] | tuple[Any, ...] = (),
+        self, run: "Run", data: "Data", epochs: int, batch_size: int, teachers: Sequence["ConvNet"] = ()
     ) -> None:
         self.run = run
         self.data = data
@@ -124,59 +66,56 @@ class Trainer:
         self.network = run.row.layout(
             lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths), run.row.students
         ).to(self.device)
-        self.teacher = teacher
-        self.teachers = teachers
-        self.observed: Observed = Observed(self.network)
-        self.observed_teacher: Observed | None = Observed(teacher) if run.row.observes_teacher else None
-        self.objective: Objective = Objective(run.row, self._example()).to(self.device)
+        self.objectives: nn.ModuleList = self._objectives(teachers).to(self.device)
+        layers = {side: [x for stage in self.objectives for x in stage.layers(side)] for side in ("student", "teacher")}
+        self.observed = networks.Observed(self.network, layers["student"])
+        self.teachers: list[Observed] = [Observed(teacher, dict.fromkeys(layers["teacher"])) for teacher in teachers]
         self.optimizer = self._new_optimizer()
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> "Trainer":
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self.observed.remove()
-        if self.observed_teacher is not None:
-            self.observed_teacher.remove()
+        for observed in (self.observed, *self.teachers):
+            observed.remove()
 
     @property
     def student(self) -> "ConvNet":
         """The network that is tested and may teach others: the first, if several learn together."""
         return self.network.networks[0]
 
-    def _example(self):
-        """The outputs whose shapes a loss is built from; making them must not move the batch statistics."""
-        self.network.eval()
-        index, labels = torch.arange(min(2, self.samples), device=self.device), self.data.train_labels
-        images = self.data.train_images[index]
-        with torch.no_grad():
-            outputs = self.observed(images), *self._taught(images, self.run.row.taught, self.run.row.teachers)
-        return Example(*outputs, images, labels[index], index, 0, self.samples, labels, self.teacher)
+    @property
+    def objective(self) -> Objective:
+        """That of the row itself, after its pre-stage's."""
+        return self.objectives[-1]
+
+    def _objectives(self, teachers):
+        """Of the pre-stage, if there is one, and of the row."""
+        data, built = self.data, nn.ModuleList()
+        teacher = teachers[0] if teachers else self.student
+        pair = Pair(self.student, teacher, self.samples, data.train_labels, tuple(data.train_images.shape[1:]))
+        for stage in self.run.row.stages:
+            built.append(stage.made(pair, built[0].terms[0].loss if built else None).objective())
+        return built
 
     def _new_optimizer(self):
-        parameters = [*self.network.parameters(), *self.objective.parameters()]
+        parameters = [*self.network.parameters(), *self.objectives.parameters()]
         return torch.optim.Adam(parameters, lr=LEARNING_RATES[self.run.network], fused=True)
 
     # ---- one step --------------------------------------------------------------------------------------------------
-    def _taught(self, images, teacher, teachers):
-        """What the teacher says about `images`, if it has to, and the first so many of the teachers beside it."""
-        several = Together(Outputs(network(images)) for network in self.teachers[:teachers])
-        if not teacher:
-            return None, several
-        return self.observed_teacher(images)[0] if self.observed_teacher else Outputs(self.teacher(images)), several
+    def batch(self, index: Tensor, objective: Objective) -> dict[str, Any]:
+        """The arguments of `objective` for the training images at `index` (B,): what it does not read has not run."""
+        differentiated = bool(objective.readers("images"))  # of Jacobians: the teacher then has a graph, too
+        images = self.data.train_images[index].requires_grad_(differentiated)
+        with torch.set_grad_enabled(differentiated):
+            teacher = [observed(images) for observed in self.teachers] if objective.reads("teacher") else None
+        student = self.observed(images) if objective.reads("student") else None
+        said = {"student": student, "teacher": teacher, "images": images, "epoch": len(self.history)}
+        return said | {"labels": self.data.train_labels[index], "index": index}
 
-    def batch(self, index: Tensor, row: "LossRow") -> "Batch":
-        """The training images at `index` (B,) and what the networks that `row` reads say about them."""
-        images = self.data.train_images[index].requires_grad_(row.jacobians)
-        with torch.set_grad_enabled(row.jacobians):
-            teacher, teachers = self._taught(images, row.reads_teacher, row.teachers)
-        students = self.observed(images) if row.reads_student else Together()
-        labels = self.data.train_labels[index]
-        return Batch(students, teacher, teachers, images, labels, index, len(self.history))
-
-    def step(self, index: Tensor, objective: "Objective") -> Tensor:
+    def step(self, index: Tensor, objective: Objective) -> Tensor:
         """One optimizer step of `objective` on the training images at `index`; returns the detached loss."""
-        value = objective(self.batch(index, objective.row))
+        value = objective(**self.batch(index, objective))
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
@@ -198,7 +137,7 @@ class Trainer:
         if len(self.pre_stage_losses) < self.pre_stage_epochs:
             done = len(self.pre_stage_losses)
             # Its batches are in orders that the row's own epochs do not have.
-            loss = self._train(self.objective.pre_stage, done, self.pre_stage_epochs, order=self.epochs + done)
+            loss = self._train(self.objectives[0], done, self.pre_stage_epochs, order=self.epochs + done)
             self.pre_stage_losses.append(loss)
             if len(self.pre_stage_losses) == self.pre_stage_epochs:
                 self.optimizer: torch.optim.Optimizer = self._new_optimizer()
@@ -240,7 +179,7 @@ class Trainer:
         """All that the rest of the training depends on."""
         return {
             "network": self.network.state_dict(),
-            "objective": self.objective.state_dict(),
+            "objectives": self.objectives.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "pre_stage_losses": self.pre_stage_losses,
             "history": self.history,
@@ -252,7 +191,7 @@ class Trainer:
     def load(self, state: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self.network.load_state_dict(state["network"])
-        self.objective.load_state_dict(state["objective"])
+        self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.pre_stage_losses: list[Any] = list(state["pre_stage_losses"])
         self.history: list[tuple[Any, ...]] = [tuple(epoch) for epoch in state["history"]]

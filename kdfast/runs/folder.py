@@ -43,7 +43,7 @@ def output_folder(options: argparse.Namespace, kind: type, command: str, files: 
 
 
 def refuse_nothing(options: argparse.Namespace, kind: type) -> None:
-    """Raise a RunError if `options` do not say what to run: there is nothing to resume, the folder's name is mistyped."""
+    """Raise a RunError if `options` do not say what to run: with nothing to resume, the folder's name is mistyped."""
     given = {field.name for field in declared(kind) if getattr(options, field.name) is not None}
     required = {field.name for field in declared(kind) if field.default is dataclasses.MISSING}
     if not given or required - given:

@@ -119,7 +119,7 @@ def whole(minimum: int, maximum: int | None = None) -> Callable[[str, Any], int]
 
 
 def number(below: float = math.inf, zero: bool = True) -> Callable[[str, Any], float]:
-    """-> check(argument, text) -> float, which refuses anything but a number from 0 (or above it) to less than `below`."""
+    """-> check(argument, text) -> float, which refuses anything but a number from 0, or above it, to below `below`."""
     expected = f"a number {'of at least' if zero else 'greater than'} 0" + (f" and below {below}" * (below < math.inf))
 
     def check(argument, text):

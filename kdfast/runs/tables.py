@@ -3,7 +3,6 @@
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 from kdfast._extras import require

@@ -7,9 +7,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from kdfast.integrations.presets import recipe
-from kdfast.integrations.terms import Objective
 from kdfast.integrations.timm import DistillationTask
+from kdfast.objectives import Objective, recipe
 from kdfast.runs.determinism import derived_seed
 from kdfast.runs.errors import RunError
 
@@ -78,7 +77,7 @@ def task(
             raise ValueError(f"it reads the teacher's layers {', '.join(layers)}, a store has its logits alone")
     except ValueError as error:
         raise RunError(f"--recipe {chosen.recipe}: {error}") from error
-    return DistillationTask(student, teacher, made.terms, task_loss_weight=made.task_loss_weight, verbose=False)
+    return DistillationTask(student, teacher, made.terms, task_loss_weight=made.cross_entropy, verbose=False)
 
 
 def _create(option, name, **arguments):

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kdfast
-from kdfast.integrations.terms import LOGITS
+from kdfast.objectives import LOGITS
 from kdfast.runs.errors import RunError
 from kdfast.teacher_store import Contents, TeacherStore
 
 if TYPE_CHECKING:
-    from kdfast.integrations.terms import Term
+    from kdfast.objectives import Term
     from kdfast.training.readers import ClassFolders
     from kdfast.training.settings import Settings
 

@@ -134,7 +134,7 @@ class Trainer:
     def teacher_logits(self, batch: "Batch") -> Tensor:
         """What the teacher says about a batch in a step."""
         with self._autocast():
-            return self.task.taught(self._images(batch.images))["teacher.logits"]
+            return self.task.taught(self._images(batch.images))["logits"]
 
     def _images(self, images):
         images = images.to(self.ranks.device, non_blocking=True, memory_format=self.layout)
