@@ -34,7 +34,7 @@ NOTHING_SELECTED = 5  # pytest's exit status
 def add_arguments(parser: Any) -> Any:
     """Declare the options of `kdfast bench`."""
     parser.add_argument("--out", default="bench-results", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--family", choices=FAMILIES, help="which figures (default: all)")
+    parser.add_argument("--family", choices=FAMILIES, metavar="NAME", help=f"of {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--isa", choices=SETS, help="hold torch and kdfast to this instruction set of a CPU")

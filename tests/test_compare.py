@@ -14,7 +14,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from commands import ENVIRONMENT, full_disk, refused, rows
+from commands import ENVIRONMENT, disk_that_is_full, refused, rows
 from torch import nn
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
@@ -90,15 +90,14 @@ def assert_same_results(out, expected):
 @pytest.fixture
 def few_repeats(monkeypatch):
     """Times are measured in a moment: what is written and when does not depend on them."""
-    for name in ("WARM_UP", "REPEATS", "MIN_REPEATS"):
-        monkeypatch.setattr(timing, name, 1)
+    monkeypatch.setattr(timing, "SECONDS", 0)
 
 
 # `python -m kdfast` with times that are measured in a moment.
 QUICK = """
 import runpy
 from kdfast.lab import compare, comparison, data, experiments, networks, report, timing, trainer  # noqa: E402
-timing.WARM_UP = timing.REPEATS = timing.MIN_REPEATS = 1
+timing.SECONDS = 0
 runpy.run_module("kdfast", run_name="__main__", alter_sys=True)
 """
 
@@ -190,9 +189,8 @@ def test_kill_and_resume(images, uninterrupted, tmp_path):
 @pytest.mark.parametrize("allowed", [0, 3, 9, 12], ids=["settings", "times", "results", "curves"])
 def test_full_disk(allowed, images, uninterrupted, tmp_path, monkeypatch, capsys):
     """One line, and --resume ends with the same bits without training again what is trained."""
-    out, replace, remaining = tmp_path / "run", os.replace, iter(range(allowed))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *names: (full_disk if next(remaining, None) is None else replace)(*names))
+    out = tmp_path / "run"
+    with disk_that_is_full(monkeypatch, allowed):
         line = refused(capsys, arguments(images, out))
     assert "No space left on device" in line and line.endswith("--resume continues")
     before = {path: path.read_bytes() for path in out.rglob("*.pt")}
@@ -425,7 +423,7 @@ def trainer_of(row, given, epochs=2, teachers=None, seed=0):
     torch.manual_seed(7)
     made = [networks.ConvNet(1, len(given.classes), networks.TEACHER).eval().requires_grad_(False) for _ in range(3)]
     teachers = made[: row.teachers] if teachers is None else teachers
-    return trainer.Trainer(trainer.Run("row", "student", row, seed), given, epochs, 8, teachers)
+    return trainer.Trainer(trainer.Training("row", "student", row, seed), given, epochs, 8, teachers)
 
 
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
@@ -488,11 +486,12 @@ def test_observed_students(layout):
 def test_layers_of_the_losses():
     """What the losses with layers compute, from the public classes and the stages' weights of the official code."""
     torch.manual_seed(0)
-    student, teacher = ([torch.randn(6, c, 8, 8) for c in widths] for widths in (networks.STUDENT, networks.TEACHER))
+    widths = networks.STUDENT, networks.TEACHER
+    student, teacher = ([torch.randn(6, c, 8, 8) for c in channels] for channels in widths)
     norms = [stage.norm for stage in convnet(networks.TEACHER).stages]
     for built, loss in (
-        (connected.Boundaries(networks.STUDENT, networks.TEACHER), kdfast.AB()),
-        (connected.Overhaul(networks.STUDENT, networks.TEACHER, norms), kdfast.OFD()),
+        (connected.Connected(kdfast.AB(reduction="mean"), *widths, halved=True), kdfast.AB()),
+        (connected.Connected(kdfast.OFD(reduction="mean"), *widths, halved=True, norms=norms), kdfast.OFD()),
     ):
         maps = [connector(x) for connector, x in zip(built.connectors, student, strict=True)]
         margins = [[kdfast.ofd_margin(n.weight, n.bias)] for n in norms]
@@ -579,9 +578,9 @@ def taught(images, tmp_path_factory):
     seen, table, out = {}, io.StringIO(), tmp_path_factory.mktemp("taught") / "run"
 
     class Spy(trainer.Trainer):
-        def __init__(self, run, data, epochs, batch_size, teachers):
-            super().__init__(run, data, epochs, batch_size, teachers)
-            seen[run.name, run.seed] = self.student, teachers
+        def __init__(self, training, data, epochs, batch_size, teachers):
+            super().__init__(training, data, epochs, batch_size, teachers)
+            seen[training.name, training.seed] = self.student, teachers
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(table):
         patch.setattr(comparison, "Trainer", Spy)

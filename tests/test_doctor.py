@@ -171,6 +171,23 @@ def test_help_needs_no_torch(words):
     assert done.returncode == 0 and "kdfast" in done.stdout, done.stderr
 
 
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_two_screens(name, capsys, monkeypatch):
+    """Of 40 lines and 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80 and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("words", ["compare --student resnet18", "train --loss kd", "study wide --recipe kd"])
+def test_programs_know_their_own_options_alone(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    assert f"unrecognized arguments: {' '.join(words.split()[-2:])}" in capsys.readouterr().err
+
+
 def test_import_loads_the_library_but_no_compiler():
     """Outside of the command line the ops are registered by the import alone; torch._dynamo takes longer than they."""
     code = "import sys, kdfast, torch; torch.ops.kdfast.softmax_kl; print('torch._dynamo' in sys.modules)"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from commands import ENVIRONMENT, full_disk
+from commands import ENVIRONMENT, disk_that_is_full, full_disk
 from processes import held
 
 from kdfast.runs import checkpoints, files, folder, options
@@ -85,9 +85,7 @@ WRITES = 6  # settings, 4 checkpoints, results
 @pytest.mark.parametrize("allowed", range(WRITES))
 def test_full_disk_at_every_write(allowed, uninterrupted, tmp_path, monkeypatch, capsys):
     """One line, exit code 2, earlier files intact, no temporary file, and --resume ends with the same bits."""
-    replace, remaining = os.replace, iter(range(allowed))
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", lambda *names: (full_disk if next(remaining, None) is None else replace)(*names))
+    with disk_that_is_full(monkeypatch, allowed):
         line = refused(capsys, ["--out", "run"])
     assert "cannot write run/" in line and "No space left on device" in line and line.endswith("--resume continues")
     assert not list(tmp_path.rglob("*.tmp"))

@@ -20,7 +20,7 @@ LOSSES = {
     "jsd": "Jensen-Shannon divergence",
     "dkd": "decoupled target and non-target classes",
     "rkd": "distances and angles among a batch's embeddings",
-    "irg": "a graph of the batch's samples, in two maps, embedding and logits",
+    "irg": "a graph of the samples in two maps, embedding and logits",
     "at": "attention maps of every stage",
     "sp": "similarities among a batch's samples",
     "pkt": "similarities as probabilities",

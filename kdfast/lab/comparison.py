@@ -11,7 +11,7 @@ from kdfast._extras import require
 from kdfast.lab import data, report, timing
 from kdfast.lab.compare import DIGITS, Settings
 from kdfast.lab.experiments import ALONE, needed
-from kdfast.lab.trainer import Run, Trainer
+from kdfast.lab.trainer import Trainer, Training
 from kdfast.runs import checkpoints
 from kdfast.runs.determinism import environment, reproducible
 from kdfast.runs.errors import RunError
@@ -59,31 +59,35 @@ OTHER_TEACHERS = 1000  # from the seed of a teacher to that of the next one in a
 
 
 def _plan(chosen):
-    """The runs: teachers, students alone, then each loss after those that teach it; a seed has its own teachers."""
+    """Teachers, students alone, then each loss after those that teach it; a seed has its own teachers."""
     rows = needed(chosen.losses)
     teachers = max(1, *(row.teachers for row in rows.values()))
     kinds = [("teacher", "teacher", ALONE, OTHER_TEACHERS * i) for i in range(teachers)]
     kinds += [("student", "student", ALONE, 0), *((name, "student", row, 0) for name, row in rows.items())]
-    return [Run(name, network, row, seed + more) for name, network, row, more in kinds for seed in chosen.every_seed]
+    return [
+        Training(name, network, row, seed + more) for name, network, row, more in kinds for seed in chosen.every_seed
+    ]
 
 
 def _train_all(chosen, images, folder):
-    """Train what is not trained yet; returns one Result per run, but for the further teachers of an ensemble."""
-    runs = _plan(chosen)
-    trained = {}  # (name, seed) -> network, for the runs that others learn from
-    learnt_from = {"teacher", "student", *(run.row.teacher for run in runs)}
+    """Train what is not trained yet; returns one Result per training, but for the further teachers of an ensemble."""
+    trainings = _plan(chosen)
+    trained = {}  # (name, seed) -> network, for those that others learn from
+    learnt_from = {"teacher", "student", *(training.row.teacher for training in trainings)}
     results = []
-    epochs = sum(run.row.pre_stage_epochs(chosen.epochs) + chosen.epochs for run in runs)
-    with report.RunProgress(len(runs), epochs) as progress:
-        for run in runs:
-            teachers = [trained[run.row.teacher, run.seed + OTHER_TEACHERS * i] for i in range(run.row.teachers)]
-            with Trainer(run, images, chosen.epochs, chosen.batch_size, teachers) as trainer:
-                times = _train(trainer, folder / "checkpoints" / run.file_name, progress)
-            if run.name in learnt_from:
-                trained[run.name, run.seed] = trainer.student.eval().requires_grad_(False)
-            result = report.Result(run.name, run.seed, trainer.history, times)
-            progress.run(result, trainer.all_epochs)
-            if run.seed in chosen.every_seed:
+    epochs = sum(training.row.pre_stage_epochs(chosen.epochs) + chosen.epochs for training in trainings)
+    with report.TrainingProgress(len(trainings), epochs) as progress:
+        for training in trainings:
+            teachers = [
+                trained[training.row.teacher, training.seed + OTHER_TEACHERS * i] for i in range(training.row.teachers)
+            ]
+            with Trainer(training, images, chosen.epochs, chosen.batch_size, teachers) as trainer:
+                times = _train(trainer, folder / "checkpoints" / training.file_name, progress)
+            if training.name in learnt_from:
+                trained[training.name, training.seed] = trainer.student.eval().requires_grad_(False)
+            result = report.Result(training.name, training.seed, trainer.history, times)
+            progress.finish(result, trainer.all_epochs)
+            if training.seed in chosen.every_seed:
                 results.append(result)
     return results
 
@@ -95,7 +99,7 @@ def _train(trainer, path, progress):
         trainer.train_epoch()
         state = trainer.state()
         checkpoints.save(path, state)
-        progress.epoch(trainer.run, trainer.epochs_done)
+        progress.epoch(trainer.training, trainer.epochs_done)
     if "times" not in state:
         times = timing.measure(trainer)
         state = _restore(trainer, path)  # the measured steps have moved the weights

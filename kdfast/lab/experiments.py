@@ -15,7 +15,7 @@ from torch import nn
 
 import kdfast
 from kdfast.lab.networks import Apart, Branches
-from kdfast.objectives import LOGITS, Part, Recipe, connected
+from kdfast.objectives import LOGITS, Recipe, connected
 from kdfast.objectives.recipes import (
     CRD,
     EMBEDDINGS,
@@ -26,6 +26,7 @@ from kdfast.objectives.recipes import (
     information,
     overhaul,
     plain,
+    single,
 )
 
 __all__ = ["ALONE", "ROWS", "TEACHERS", "Experiment", "needed"]
@@ -66,20 +67,15 @@ class Experiment:
         return 0 if self.pre_stage is None else -(-epochs // 8)
 
 
-def _row(loss: Callable[..., nn.Module], reads: Any = LOGITS, weight: float = 1.0, *, labels: float = 1.0, **more: Any):
-    """A row of one loss, beside `labels` times the labels' cross-entropy, which is 0 where the loss contains it."""
-    places = {name: more.pop(name) for name in ("stages", "name") if name in more}
-    return Experiment(Recipe((Part(loss, reads, weight, **places),), labels), **more)
+def _row(*arguments: Any, teacher: str = "teacher", students: int = 1, **more: Any) -> Experiment:
+    """A row of a `single` loss."""
+    own = {name: more.pop(name) for name in ("layout", "pre_stage") if name in more}
+    return Experiment(single(*arguments, **more), teacher=teacher, students=students, **own)
 
 
-def _before(loss, reads, weight=1.0, **places):
-    """The objective of a pre-stage."""
-    return Recipe((Part(loss, reads, weight, **places),), 0.0)
-
-
-def _channels(loss, reads):
-    """A builder of a loss with connectors, from the channels that it reads."""
-    return lambda setting: loss(*map(setting.channels, reads))
+def _connected(loss, reads, **more):
+    """A builder of a loss with connectors."""
+    return lambda setting: connected.Connected(loss(), *map(setting.channels, reads), **more)
 
 
 def _fusion(setting):
@@ -93,16 +89,19 @@ STUDENTS = ("students.logits", "labels")
 RAMP = 7  # epochs: of the default 25, as many as the papers' 80 of 300
 GRAPH = tuple(f"{network}.{place}" for network in ("student", "teacher") for place in ("maps", "embedding", "logits"))
 
+KD = plain(kdfast.KD, temperature=4.0, alpha=0.9)
+BORN_AGAIN = plain(kdfast.KD, temperature=1.0, alpha=0.5)
+BOUNDARIES = _connected(partial(kdfast.AB, reduction="mean"), PREACTIVATIONS, halved=True)
+CROSS_ENTROPY = plain(nn.CrossEntropyLoss)
+
 # The teacher itself and the student alone: the labels' cross-entropy is the whole objective.
-ALONE = _row(plain(nn.CrossEntropyLoss), LABELS, labels=0.0)
-_KD = plain(kdfast.KD, temperature=4.0, alpha=0.9)
-_BORN_AGAIN = plain(kdfast.KD, temperature=1.0, alpha=0.5)
+ALONE = _row(CROSS_ENTROPY, LABELS, labels=0.0)
 
 # Settings are the papers' or their official code's, where these name them for image classification. ReverseKD and JSD,
 # which come from other uses, take KD's temperature. JacobianMatching has no official code, so no weight: with 10 to 100
 # the digits are classified worse. HCL stands without ReviewKD's fusion of stages.
 ROWS = {
-    "kd": _row(_KD, LOGITS_LABELS, labels=0.0),
+    "kd": _row(KD, LOGITS_LABELS, labels=0.0),
     "reverse-kd": _row(plain(kdfast.ReverseKD, temperature=4.0)),
     "jsd": _row(plain(kdfast.JSD, beta=0.5, temperature=4.0)),
     "dkd": _row(plain(kdfast.DKD, temperature=4.0, alpha=1.0, beta=8.0), LOGITS_LABELS),
@@ -118,33 +117,33 @@ ROWS = {
     "fakd": _row(plain(kdfast.FAKD), MAPS),
     "lkd": _row(plain(kdfast.LKD, patches=2), MAPS),
     "crd": Experiment(Recipe((CRD,))),
-    "fitnets": _row(_KD, LOGITS_LABELS, labels=0.0, pre_stage=_before(hints, MAPS, stages=slice(1, 2))),
+    "fitnets": _row(KD, LOGITS_LABELS, labels=0.0, pre_stage=single(hints, MAPS, stages=slice(1, 2), labels=0.0)),
     "ft": _row(
         lambda setting: connected.Factors(setting.channels("student.map")[0], setting.first),
         LAST_MAP,
         500.0,
-        pre_stage=_before(lambda setting: connected.Reconstruction(setting.channels("teacher.map")[0]), LAST_MAP[1:]),
+        pre_stage=single(
+            lambda setting: connected.Reconstruction(setting.channels("teacher.map")[0]), LAST_MAP[1:], labels=0.0
+        ),
     ),
     "ab": _row(
-        plain(nn.CrossEntropyLoss),
+        CROSS_ENTROPY,
         LABELS,
         labels=0.0,
-        pre_stage=_before(_channels(connected.Boundaries, PREACTIVATIONS), PREACTIVATIONS, 3e-3),
+        pre_stage=single(BOUNDARIES, PREACTIVATIONS, 3e-3, labels=0.0),
     ),
     "ofd": _row(overhaul, PREACTIVATIONS, 1e-3),
     "vid": _row(information, MAPS),
-    "hcl": _row(_channels(connected.Hierarchy, MAPS), MAPS),
-    "fsp": _row(
-        plain(nn.CrossEntropyLoss), LABELS, labels=0.0, pre_stage=_before(_channels(connected.Flow, MAPS), MAPS)
-    ),
+    "hcl": _row(_connected(kdfast.HCL, MAPS), MAPS),
+    "fsp": _row(CROSS_ENTROPY, LABELS, labels=0.0, pre_stage=single(_connected(kdfast.FSP, MAPS), MAPS, labels=0.0)),
     "jacobian": _row(plain(kdfast.JacobianMatching), (*LOGITS, "images", "labels")),
     "dist": _row(plain(kdfast.DIST, beta=1.0, gamma=1.0)),
     "tfkd-self": _row(plain(kdfast.TfKDSelf), LOGITS_LABELS, labels=0.0, teacher="student"),
     "tfkd-reg": _row(plain(kdfast.TfKDReg), LABELS, labels=0.0),
     "label-refinery": _row(plain(kdfast.LabelRefinery), ("student.logits", "teacher.probabilities"), labels=0.0),
     # Earlier generations as teachers.
-    "ban": _row(_BORN_AGAIN, LOGITS_LABELS, labels=0.0, teacher="student"),
-    "ban-2": _row(_BORN_AGAIN, LOGITS_LABELS, labels=0.0, teacher="ban"),
+    "ban": _row(BORN_AGAIN, LOGITS_LABELS, labels=0.0, teacher="student"),
+    "ban-2": _row(BORN_AGAIN, LOGITS_LABELS, labels=0.0, teacher="ban"),
     "cwtm": _row(plain(kdfast.CWTM), LOGITS_LABELS, labels=0.0, teacher="student"),
     "dkpp": _row(plain(kdfast.DKPP), LOGITS_LABELS, teacher="student"),
     "refinery-2": _row(

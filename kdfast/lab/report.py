@@ -18,14 +18,14 @@ from kdfast.runs.progress import Progress
 from kdfast.runs.tables import csv_bytes, mean_and_spread, png_bytes, print_table
 
 if TYPE_CHECKING:
-    from kdfast.lab.trainer import Run
+    from kdfast.lab.trainer import Training
 
 
-__all__ = ["FILES", "LABELS", "Result", "RunProgress", "write_files", "write_table"]
+__all__ = ["FILES", "LABELS", "Result", "TrainingProgress", "write_files", "write_table"]
 
 FILES = ("results.csv", "history.csv", "curves.png")
 TIMES = ("step_ms", "objective_ms", "loss_ms", "fallback_ms")
-LABELS = {"student": "student alone"}  # how a run's name reads in the table and the plot, where it differs
+LABELS = {"student": "student alone"}  # how a training's name reads in the table and the plot, where it differs
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,24 @@ def by_name(results: "list[Result]") -> dict[str, Any]:
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------
-class RunProgress(Progress):
-    """Of `runs` trainings, of `epochs` together."""
+class TrainingProgress(Progress):
+    """Of `trainings`, of `epochs` together."""
 
-    def __init__(self, runs: int, epochs: int) -> None:
+    def __init__(self, trainings: int, epochs: int) -> None:
         super().__init__(epochs, "epochs")
-        self.runs = runs
+        self.trainings = trainings
         self.finished = self.behind = 0  # trainings, and their epochs
 
-    def epoch(self, run: "Run", done: int) -> None:
-        """`run` has `done` epochs behind it."""
-        self.at(self.behind + done, f"{LABELS.get(run.name, run.name)}, seed {run.seed}")
+    def epoch(self, training: "Training", done: int) -> None:
+        """`training` has `done` epochs behind it."""
+        self.at(self.behind + done, f"{LABELS.get(training.name, training.name)}, seed {training.seed}")
 
-    def run(self, result: "Result", epochs: int) -> None:
+    def finish(self, result: "Result", epochs: int) -> None:
         """One training, of so many epochs, is finished."""
         self.finished += 1
         self.behind += epochs
         label = LABELS.get(result.name, result.name)
-        self.line(f"[{self.finished}/{self.runs}] {label}, seed {result.seed}: {result.accuracy:.2f} %")
+        self.line(f"[{self.finished}/{self.trainings}] {label}, seed {result.seed}: {result.accuracy:.2f} %")
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -9,13 +9,13 @@ from kdfast.runs.errors import RunError
 from kdfast.runs.options import add_arguments as declare
 from kdfast.runs.options import add_folder, declared, option, resolve, whole
 
-__all__ = ["STUDIES", "Settings", "add_arguments", "chosen", "run"]
+__all__ = ["STUDIES", "Settings", "add_arguments", "run", "settings_of"]
 
 STUDIES = {
     "residual": "a plain student without shortcuts learns through a residual teacher",
-    "wide": "how much data a soft label saves a wide network, and what a hard label mends",
-    "explain": "which pixels a student keeps information of, with and without a teacher",
-    "data-free": "images out of a detector and a classifier, and students that learn on them",
+    "wide": "how much data soft labels save, and what hard ones mend",
+    "explain": "which pixels a student knows, with and without a teacher",
+    "data-free": "images out of a network, and students that learn on them",
 }
 
 
@@ -35,7 +35,7 @@ class Settings:
         return range(self.seed, self.seed + self.seeds)
 
 
-def chosen(options: argparse.Namespace, defaults: dict[str, Any], stored: dict[str, Any] | None) -> Settings:
+def settings_of(options: argparse.Namespace, defaults: dict[str, Any], stored: dict[str, Any] | None) -> Settings:
     """The Settings of the parsed `options` of a study with these `defaults`."""
     for field in declared(Settings):
         if field.default is None and field.name not in defaults and getattr(options, field.name) is not None:
@@ -69,4 +69,4 @@ def run(options: argparse.Namespace) -> int:
         return output_folder(options, Settings, f"kdfast study {name}", runner.files(study))
 
     command = f"kdfast study {name}" if name in STUDIES else "kdfast study"
-    return answer(command, folder, lambda found: runner.run(study, options, found))
+    return answer(command, folder, lambda found: runner.carry_out(study, options, found))

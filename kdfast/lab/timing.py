@@ -1,12 +1,11 @@
 """How long a step and its loss take, measured after a training on its last state, so that no result depends on it."""
 
-import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.benchmark import Timer
 
 import kdfast
 from kdfast import _kernels
@@ -14,10 +13,7 @@ from kdfast.objectives import Objective
 
 __all__ = ["measure"]
 
-WARM_UP = 3
-REPEATS = 30
-MIN_REPEATS = 5
-LIMIT_S = 1.0  # large images on a slow machine: fewer repeats
+SECONDS = 0.05  # of each figure
 
 
 def measure(trainer: Any) -> dict[str, float]:
@@ -56,16 +52,16 @@ def measure(trainer: Any) -> dict[str, float]:
 
     path = _path(loss, device.type)
     times = {
-        "objective_ms": _median_ms(lambda: gradients(objective), device),
-        "loss_ms": _median_ms(loss, device),
+        "objective_ms": _median_ms(lambda: gradients(objective)),
+        "loss_ms": _median_ms(loss),
         "fallback_ms": None,
         "path": path,
     }
     if path == "kernel":
         with kdfast.fallback():
-            times["fallback_ms"] = _median_ms(loss, device)
+            times["fallback_ms"] = _median_ms(loss)
     # Last, because it changes the weights that the graph of `batch` needs.
-    times["step_ms"] = _median_ms(lambda: trainer.step(index, objective), device)
+    times["step_ms"] = _median_ms(lambda: trainer.step(index, objective))
     return times
 
 
@@ -90,20 +86,6 @@ def _path(loss, device_type):
     return "torch" if not taken else "fallback" if "fallback" in taken else "kernel"
 
 
-def _median_ms(call, device):
-    for _ in range(WARM_UP):
-        call()
-    times = []
-    begin = time.perf_counter()
-    while len(times) < REPEATS and (len(times) < MIN_REPEATS or time.perf_counter() - begin < LIMIT_S):
-        _wait(device)
-        start = time.perf_counter()
-        call()
-        _wait(device)
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
-
-
-def _wait(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _median_ms(call):
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())  # it waits for a GPU
+    return 1e3 * timer.blocked_autorange(min_run_time=SECONDS).median

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kdfast.lab.data import Data
 
 
-__all__ = ["Run", "Trainer"]
+__all__ = ["Training", "Trainer"]
 
 # Adam's, with a cosine decay to 0; its steps do not grow with the scale of a loss.
 LEARNING_RATES = {"teacher": 2e-3, "student": 1e-2}
@@ -27,7 +27,7 @@ EVALUATION_BATCH = 512
 
 
 @dataclass(frozen=True)
-class Run:
+class Training:
     """One training: a network, "teacher" or "student", with the loss of `row`, from `seed`."""
 
     name: str
@@ -42,29 +42,28 @@ class Run:
 
 
 class Trainer:
-    """A run in progress: networks, objectives, optimizer, epochs done and their history.
+    """A training in progress: networks, objectives, optimizer, epochs done and their history.
 
-    All runs of one seed start a (first) student from the same weights and see the same batches, whatever the loss. The
-    layers that the objectives read are watched until the ``with`` block around the trainer ends. `teachers`: as many
-    networks as the run's row has.
+    All trainings of one seed start a (first) student from the same weights and see the same batches, whatever the loss.
+    The layers that the objectives read are watched until the ``with`` block around the trainer ends.
     """
 
     def __init__(
-        self, run: "Run", data: "Data", epochs: int, batch_size: int, teachers: Sequence["ConvNet"] = ()
+        self, training: "Training", data: "Data", epochs: int, batch_size: int, teachers: Sequence["ConvNet"] = ()
     ) -> None:
-        self.run = run
+        self.training = training
         self.data = data
         self.epochs = epochs
-        self.pre_stage_epochs: int = run.row.pre_stage_epochs(epochs)
+        self.pre_stage_epochs: int = training.row.pre_stage_epochs(epochs)
         self.device: torch.device = data.train_labels.device
         self.samples: int = len(data.train_labels)
         self.batch_size: int = min(batch_size, self.samples)
         self.pre_stage_losses = []  # mean training loss of each epoch of the pre-stage
         self.history = []  # (mean training loss, test accuracy) of each epoch
-        widths = TEACHER if run.network == "teacher" else STUDENT
-        torch.manual_seed(derived_seed(run.seed, *widths))
-        self.network = run.row.layout(
-            lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths), run.row.students
+        widths = TEACHER if training.network == "teacher" else STUDENT
+        torch.manual_seed(derived_seed(training.seed, *widths))
+        self.network = training.row.layout(
+            lambda: ConvNet(data.train_images.shape[1], len(data.classes), widths), training.row.students
         ).to(self.device)
         self.objectives: nn.ModuleList = self._objectives(teachers).to(self.device)
         layers = {side: [x for stage in self.objectives for x in stage.layers(side)] for side in ("student", "teacher")}
@@ -94,13 +93,13 @@ class Trainer:
         data, built = self.data, nn.ModuleList()
         teacher = teachers[0] if teachers else self.student
         pair = Pair(self.student, teacher, self.samples, data.train_labels, tuple(data.train_images.shape[1:]))
-        for stage in self.run.row.stages:
+        for stage in self.training.row.stages:
             built.append(stage.made(pair, built[0].terms[0].loss if built else None).objective())
         return built
 
     def _new_optimizer(self):
         parameters = [*self.network.parameters(), *self.objectives.parameters()]
-        return torch.optim.Adam(parameters, lr=LEARNING_RATES[self.run.network], fused=True)
+        return torch.optim.Adam(parameters, lr=LEARNING_RATES[self.training.network], fused=True)
 
     # ---- one step --------------------------------------------------------------------------------------------------
     def batch(self, index: Tensor, objective: Objective) -> dict[str, Any]:
@@ -129,7 +128,7 @@ class Trainer:
 
     @property
     def all_epochs(self) -> int:
-        """Epochs of the whole run, with those of the pre-stage."""
+        """Epochs of the whole training, with those of the pre-stage."""
         return self.pre_stage_epochs + self.epochs
 
     def train_epoch(self) -> None:
@@ -148,7 +147,7 @@ class Trainer:
 
     def _train(self, objective, done, epochs, order):
         """One epoch after `done` of `epochs`; returns the mean loss."""
-        rate = LEARNING_RATES[self.run.network] * 0.5 * (1 + math.cos(math.pi * done / epochs))
+        rate = LEARNING_RATES[self.training.network] * 0.5 * (1 + math.cos(math.pi * done / epochs))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
@@ -160,7 +159,7 @@ class Trainer:
         A last batch that is not full is left out, because its statistics are noisy.
         """
         # A function of (seed, number) alone: a resumed epoch needs no state to see the same order.
-        generator = torch.Generator().manual_seed(derived_seed(self.run.seed, order))
+        generator = torch.Generator().manual_seed(derived_seed(self.training.seed, order))
         samples = torch.randperm(self.samples, generator=generator).to(self.device)
         full = self.samples - self.samples % self.batch_size
         return samples[:full].split(self.batch_size)

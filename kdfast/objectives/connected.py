@@ -12,31 +12,10 @@ from torch import Tensor, nn
 
 import kdfast
 
-__all__ = [
-    "Boundaries",
-    "Codistilled",
-    "Cooperation",
-    "Factors",
-    "Flow",
-    "Fusion",
-    "Gated",
-    "Graph",
-    "Hierarchy",
-    "Hints",
-    "Information",
-    "Leader",
-    "Mutual",
-    "Overhaul",
-    "Reconstruction",
-]
+__all__ = ["Codistilled", "Connected", "Cooperation", "Factors", "Fusion", "Gated", "Graph", "Hints", "Information"]
+__all__ += ["Leader", "Mutual", "Reconstruction"]
 
 Channels = Sequence[int]
-
-
-def _halved(values):
-    """The last stage's value, half of the one before it, and so on."""
-    values = list(values)
-    return sum(value / 2**distance for distance, value in enumerate(reversed(values)))
 
 
 # ---- FT --------------------------------------------------------------------------------------------------------------
@@ -97,61 +76,38 @@ class Information(nn.Module):
         return sum(loss(s, t) for loss, s, t in zip(self.losses, student, teacher, strict=True))
 
 
-class _Connected(nn.Module):
-    """A loss of maps, with connectors (1 x 1 convolution, batch norm) from the student's channels to the teacher's."""
+class Connected(nn.Module):
+    """A loss of maps, with connectors (1 x 1 convolution, batch norm) from the student's channels to the teacher's.
 
-    def __init__(self, student_channels: Channels, teacher_channels: Channels, loss: nn.Module) -> None:
+    For HCL and FSP, whose maps need equal channels, and on pre-activations for AB and OFD: `halved`, an earlier stage
+    counts half, as in their official code; `norms`, the teacher's batch norms before them, give OFD's margins.
+    """
+
+    def __init__(
+        self,
+        loss: nn.Module,
+        student_channels: Channels,
+        teacher_channels: Channels,
+        *,
+        halved: bool = False,
+        norms: Sequence[nn.BatchNorm2d] = (),
+    ) -> None:
         super().__init__()
         widths = zip(student_channels, teacher_channels, strict=True)
         self.connectors: nn.ModuleList = nn.ModuleList(kdfast.OFDConnector(*pair) for pair in widths)
         self.loss = loss
-
-    def connect(self, student: list[Tensor]) -> list[Tensor]:
-        """The student's maps in the teacher's channels."""
-        return [connector(x) for connector, x in zip(self.connectors, student, strict=True)]
-
-    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The loss of the lists of maps."""
-        return self.loss(self.connect(student), teacher)
-
-
-class Hierarchy(_Connected):
-    """HCL of every stage."""
-
-    def __init__(self, student_channels: Channels, teacher_channels: Channels) -> None:
-        super().__init__(student_channels, teacher_channels, kdfast.HCL())
-
-
-class Flow(_Connected):
-    """FSP of consecutive stages, whose matrices of student and teacher have one shape only with connectors."""
-
-    def __init__(self, student_channels: Channels, teacher_channels: Channels) -> None:
-        super().__init__(student_channels, teacher_channels, kdfast.FSP())
-
-
-class Boundaries(_Connected):
-    """AB's first stage on pre-activations; as in the official code an earlier stage counts half."""
-
-    def __init__(self, student_channels: Channels, teacher_channels: Channels) -> None:
-        super().__init__(student_channels, teacher_channels, kdfast.AB(reduction="mean"))
-
-    def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The weighted sum over the stages."""
-        return _halved(self.loss(s, t) for s, t in zip(self.connect(student), teacher, strict=True))
-
-
-class Overhaul(_Connected):
-    """OFD on pre-activations, with margins from the teacher's batch norms; an earlier stage counts half, as in AB."""
-
-    def __init__(self, student_channels: Channels, teacher_channels: Channels, norms: Sequence[nn.BatchNorm2d]) -> None:
-        super().__init__(student_channels, teacher_channels, kdfast.OFD(reduction="mean"))
+        self.halved = halved
         for number, norm in enumerate(norms):
             self.register_buffer(f"margin{number}", kdfast.ofd_margin(norm.weight, norm.bias))
 
     def forward(self, student: list[Tensor], teacher: list[Tensor]) -> Tensor:
-        """The weighted sum over the stages."""
-        parts = zip(self.connect(student), teacher, self.buffers(recurse=False), strict=True)
-        return _halved(self.loss(*part) for part in parts)
+        """The loss of the lists of maps."""
+        student = [connector(x) for connector, x in zip(self.connectors, student, strict=True)]
+        if not self.halved:
+            return self.loss(student, teacher)
+        margins = [[margin] for margin in self.buffers(recurse=False)] or [[]] * len(student)
+        values = [self.loss(s, t, *margin) for s, t, margin in zip(student, teacher, margins, strict=True)]
+        return sum(value / 2**distance for distance, value in enumerate(reversed(values)))
 
 
 class Graph(nn.Module):

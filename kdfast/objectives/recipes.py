@@ -18,7 +18,7 @@ from kdfast.objectives import connected
 from kdfast.objectives.layouts import AsMaps, as_map
 from kdfast.objectives.terms import LOGITS, Objective, Term
 
-__all__ = ["RECIPES", "AsMaps", "Made", "Pair", "Part", "Places", "Recipe", "Setting", "plain", "recipe"]
+__all__ = ["RECIPES", "AsMaps", "Made", "Pair", "Part", "Places", "Recipe", "Setting", "plain", "recipe", "single"]
 
 EMBEDDINGS = ("student.embedding", "teacher.embedding")
 MAPS = ("student.maps", "teacher.maps")
@@ -312,7 +312,8 @@ def information(setting: Setting) -> nn.Module:
 def overhaul(setting: Setting) -> nn.Module:
     """OFD of every stage."""
     channels = map(setting.channels, PREACTIVATIONS)
-    return setting.in_its_type(connected.Overhaul(*channels, setting.norms()))
+    loss = connected.Connected(kdfast.OFD(reduction="mean"), *channels, halved=True, norms=setting.norms())
+    return setting.in_its_type(loss)
 
 
 def contrast(setting: Setting) -> nn.Module:
@@ -324,53 +325,44 @@ def contrast(setting: Setting) -> nn.Module:
     return kdfast.CRD(*dims, setting.n_data, negatives=negatives, labels=setting.labels)
 
 
+def single(
+    loss: Callable[[Setting], nn.Module],
+    reads: tuple[str, ...] = LOGITS,
+    weight: float = 1.0,
+    source: str = "",
+    *,
+    labels: float = 1.0,
+    **places: Any,
+) -> Recipe:
+    """A recipe of one part, beside `labels` times the labels' cross-entropy."""
+    return Recipe((Part(loss, reads, weight, **places),), labels, source)
+
+
 CRD = Part(contrast, (*EMBEDDINGS, "index"), 0.8)
+_KD, _KD_4 = plain(kdfast.KD, temperature=1.0), Part(plain(kdfast.KD, temperature=4.0))
+_DKD = plain(kdfast.DKD, temperature=1.0, alpha=1.0, beta=0.5)
+_DIST = plain(kdfast.DIST, beta=1.0, gamma=1.0, temperature=1.0)
+_RKD = plain(kdfast.RKD, distance_weight=1.0, angle_weight=2.0)
+_SAMPLE = "torchdistill, sample:"
 
 # For ImageNet. "torchdistill" are its configurations of ResNet-34 and ResNet-18 (configs/official/ilsvrc2012, "sample":
 # in configs/sample/ilsvrc2012, some of other ResNets); "mdistiller" is configs/imagenet/r34_r18; "RepDistiller" are its
 # scripts for CIFAR-100, where no recipe for ImageNet is public.
 RECIPES = {
-    "kd": Recipe(
-        (Part(plain(kdfast.KD, temperature=1.0), LOGITS, 0.5),), 0.5, "torchdistill and mdistiller: T 1, half and half"
-    ),
+    "kd": single(_KD, LOGITS, 0.5, "torchdistill and mdistiller: T 1, half and half", labels=0.5),
     # There the weight of DKD rises from 0 during the first epoch.
-    "dkd": Recipe(
-        (Part(plain(kdfast.DKD, temperature=1.0, alpha=1.0, beta=0.5), (*LOGITS, "labels")),),
-        source="mdistiller: T 1, alpha 1, beta 0.5",
-    ),
-    "dist": Recipe(
-        (Part(plain(kdfast.DIST, beta=1.0, gamma=1.0, temperature=1.0), LOGITS, 2.0),),
-        source="torchdistill, sample: beta, gamma and T 1, weight 2, as the paper's code",
-    ),
+    "dkd": single(_DKD, (*LOGITS, "labels"), 1.0, "mdistiller: T 1, alpha 1, beta 0.5"),
+    "dist": single(_DIST, LOGITS, 2.0, f"{_SAMPLE} beta, gamma and T 1, weight 2, as the paper's code"),
     # There on the last maps; here on the embeddings, which the paper and RepDistiller take and ranks exchange cheaply.
-    "rkd": Recipe(
-        (Part(plain(kdfast.RKD, distance_weight=1.0, angle_weight=2.0), EMBEDDINGS),),
-        source="torchdistill, sample: distances 1, angles 2, as the paper",
-    ),
-    "pkt": Recipe((Part(plain(kdfast.PKT), EMBEDDINGS, 30000.0),), source="torchdistill, sample: weight 30000"),
+    "rkd": single(_RKD, EMBEDDINGS, 1.0, f"{_SAMPLE} distances 1, angles 2, as the paper"),
+    "pkt": single(plain(kdfast.PKT), EMBEDDINGS, 30000.0, f"{_SAMPLE} weight 30000"),
     # Of features of any shape.
-    "sp": Recipe(
-        (Part(plain(kdfast.SP), LAST_MAP, 3000.0),), source="RepDistiller, as the paper: weight 3000, the last maps"
-    ),
-    "at": Recipe(
-        (Part(plain(kdfast.AT), MAPS, 1000.0, slice(-2, None)),),
-        source="torchdistill: weight 1000, the last two stages",
-    ),
-    "nst": Recipe((Part(plain(kdfast.NST), MAPS, 50.0),), source="RepDistiller: weight 50, every stage"),
-    "fitnets": Recipe(
-        (Part(hints, MAPS, 100.0, slice(1, 2), "fitnets"),),
-        source="RepDistiller: weight 100, the second stage through a regressor",
-    ),
-    "vid": Recipe(
-        (Part(information, MAPS, name="vid"),),
-        source="torchdistill, sample: weight 1, every stage, as wide as the teacher",
-    ),
-    "ofd": Recipe(
-        (Part(overhaul, PREACTIVATIONS, 1e-4, name="ofd"),),
-        source="the paper's code for ImageNet: weight 1e-4, an earlier stage counts half",
-    ),
-    "crd": Recipe((CRD,), source="torchdistill: weight 0.8, 16384 negatives, 128 features, T 0.07, momentum 0.5"),
-    "crd-kd": Recipe(
-        (CRD, Part(plain(kdfast.KD, temperature=4.0))), source="torchdistill, sample: crd, and KD of T 4 with weight 1"
-    ),
+    "sp": single(plain(kdfast.SP), LAST_MAP, 3000.0, "RepDistiller, as the paper: weight 3000, the last maps"),
+    "at": single(plain(kdfast.AT), MAPS, 1000.0, "torchdistill: the last two stages", stages=slice(-2, None)),
+    "nst": single(plain(kdfast.NST), MAPS, 50.0, "RepDistiller: every stage"),
+    "fitnets": single(hints, MAPS, 100.0, "RepDistiller: the second stage", stages=slice(1, 2), name="fitnets"),
+    "vid": single(information, MAPS, 1.0, f"{_SAMPLE} every stage, as wide as the teacher", name="vid"),
+    "ofd": single(overhaul, PREACTIVATIONS, 1e-4, "the paper's code for ImageNet: an earlier stage half", name="ofd"),
+    "crd": Recipe((CRD,), source="torchdistill: 16384 negatives, 128 features, T 0.07, momentum 0.5"),
+    "crd-kd": Recipe((CRD, _KD_4), source=f"{_SAMPLE} crd, and KD of T 4 with weight 1"),
 }

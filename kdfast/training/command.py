@@ -8,7 +8,7 @@ from kdfast._extras import MissingExtra, require
 from kdfast.runs.errors import RunError
 from kdfast.runs.options import add_arguments as declare
 from kdfast.runs.options import add_folder
-from kdfast.training.settings import Settings, chosen
+from kdfast.training.settings import Settings, settings_of
 
 __all__ = ["COMMAND", "add_arguments", "run"]
 
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kdfast train`."""
     declare(parser, Settings)
     add_folder(parser, "where weights, logs and checkpoints go", "")
-    parser.usage = "%(prog)s --data PATH --student NAME --teacher NAME --out FOLDER [options]  # under torchrun, too"
+    parser.usage = "%(prog)s --data PATH --student NAME --teacher NAME --out FOLDER [...]"
+    parser.description += " It runs under torchrun, too."
 
 
 def run(options: argparse.Namespace) -> int:
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     from kdfast.training.ranks import OtherRankFailed, leave
 
     try:
-        return answer(COMMAND, lambda: _folder(options), lambda folder: _run(options, folder), (StoreError,))
+        return answer(COMMAND, lambda: _folder(options), lambda folder: _work(options, folder), (StoreError,))
     except OtherRankFailed as silent:
         return silent.code
     finally:  # here, where what was raised is gone, and with its frames the networks
@@ -45,7 +46,7 @@ def _folder(options):
     return Path(options.out or "")
 
 
-def _run(options, folder):
+def _work(options, folder):
     from kdfast.training.ranks import OtherRankFailed, Stopped, join
 
     try:
@@ -77,7 +78,7 @@ def _settings(options, folder):
     stored = stored_settings(options, Settings, folder)
     if options.resume and stored is None:
         refuse_nothing(options, Settings)
-    return chosen(options, stored), stored
+    return settings_of(options, stored), stored
 
 
 def _speaks():

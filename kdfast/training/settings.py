@@ -8,7 +8,7 @@ from typing import Any
 from kdfast.runs.errors import RunError
 from kdfast.runs.options import device, flag, number, option, resolve, whole
 
-__all__ = ["RECIPES", "Settings", "chosen"]
+__all__ = ["RECIPES", "Settings", "settings_of"]
 
 # Of `kdfast.objectives.recipes`: the table itself needs torch, and --help does not.
 RECIPES = ("kd", "dkd", "dist", "rkd", "pkt", "sp", "at", "nst", "fitnets", "vid", "ofd", "crd", "crd-kd")
@@ -123,7 +123,7 @@ class Settings:
         return Path(self.teacher).is_absolute()
 
 
-def chosen(options: argparse.Namespace, stored: dict[str, Any] | None = None) -> Settings:
+def settings_of(options: argparse.Namespace, stored: dict[str, Any] | None = None) -> Settings:
     """The Settings of the parsed `options`; what was not given is as in the `stored` run, or else the default."""
     found = resolve(Settings, options, stored)
     if found.device is None:

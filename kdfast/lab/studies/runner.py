@@ -8,7 +8,7 @@ from typing import Any
 import kdfast
 from kdfast._extras import require
 from kdfast.lab.studies import digits
-from kdfast.lab.study import Settings, chosen
+from kdfast.lab.study import Settings, settings_of
 from kdfast.runs import checkpoints
 from kdfast.runs.determinism import environment, reproducible
 from kdfast.runs.files import locked, write_atomically
@@ -16,7 +16,7 @@ from kdfast.runs.folder import settle, stored_settings
 from kdfast.runs.progress import Progress
 from kdfast.runs.tables import csv_bytes, png_bytes, print_table
 
-__all__ = ["files", "run"]
+__all__ = ["carry_out", "files"]
 
 RESULTS = "results.csv"
 
@@ -26,10 +26,10 @@ def files(study: Any) -> tuple[str, ...]:
     return RESULTS, *study.PICTURES
 
 
-def run(study: Any, options: argparse.Namespace, folder: Path) -> None:
+def carry_out(study: Any, options: argparse.Namespace, folder: Path) -> None:
     """Do the steps of the module `study` that are not done yet in `folder`, and show what they found."""
     stored = stored_settings(options, Settings, folder)
-    settings = chosen(options, study.DEFAULTS, stored)
+    settings = settings_of(options, study.DEFAULTS, stored)
     for module in ("rich.console", "matplotlib.figure", "sklearn.datasets"):
         require(module, extra="compare")  # now, so that none is found missing after the work
     data = digits.load().fingerprint()
