@@ -130,6 +130,8 @@ def test_a_sum_of_terms():
     ce, kd = nn.CrossEntropyLoss()(student["logits"], labels), kdfast.KD()(student["logits"], teacher["logits"])
     torch.testing.assert_close(objective(student, teacher, labels), 0.3 * ce + 0.7 * kd)
     assert torch.equal(objective(student["logits"], teacher["logits"], labels), objective(student, teacher, labels))
+    top = kdfast.TopK.of(teacher["logits"], 2, 4.0)
+    assert torch.equal(objective.losses(student, top, labels)["kd"], kdfast.KD()(student["logits"], top))
     objective.weights["kd"] = 0
     assert torch.equal(objective(student, {"logits": teacher["logits"] * float("nan")}, labels), 0.3 * ce)
     objective.weights["labels_loss"] = 0

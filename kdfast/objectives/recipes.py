@@ -201,6 +201,7 @@ class Setting:
         self.part = part
         self.first: Any = first
         self.n_data, self.labels = pair.n_data, pair.labels
+        self._seen = {}  # (side, layers) -> their outputs
 
     def term(self) -> Term:
         """The term of the part."""
@@ -250,9 +251,11 @@ class Setting:
         return names if place in ("maps", "preactivations") else names[0]
 
     def _outputs(self, side, names):
-        model, size = getattr(self.pair, side), self.pair.image_size
-        size = size or getattr(self.pair.student, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
-        return _outputs(model, names, size)
+        key = side, *names
+        if key not in self._seen:
+            size = getattr(self.pair.student, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+            self._seen[key] = _outputs(getattr(self.pair, side), names, self.pair.image_size or size)
+        return self._seen[key]
 
     def _maps(self, side):
         """The maps (B, C, H, W) of one network for one image, zeros, and how its layers lay them out."""

@@ -266,7 +266,7 @@ class Objective(nn.Module):
             raise ValueError(f"{side if layer else name} must be given, for {', '.join(self.readers(name))} reads it")
         if not layer:
             return given
-        said = [_of(outputs, layer, name) for outputs in (given if isinstance(given, (list, tuple)) else [given])]
+        said = [_of(outputs, layer, name) for outputs in (given if isinstance(given, list) else [given])]
         return said if network.endswith("s") else said[0]
 
     def _loss(self, term, arguments):
