@@ -1,6 +1,5 @@
 """How long a step and its loss take, measured after a training on its last state, so that no result depends on it."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from torch.utils.benchmark import Timer
 
 import kdfast
 from kdfast import _kernels
-from kdfast.objectives import Objective
 
 __all__ = ["measure"]
 
@@ -40,19 +38,20 @@ def measure(trainer: Any) -> dict[str, float]:
         cut = [{name: x.detach().requires_grad_() for name, x in said.items()} for said in batch["student"]]
         batch["student"], ends = cut, [x for said in cut for x in said.values()]
 
-    def gradients(function):
+    def gradients(value):
         # The inputs a loss does not read get no gradient, and cost nothing.
         inputs = [*ends, *objective.parameters()]
-        return torch.autograd.grad(function(**batch), inputs, allow_unused=True, retain_graph=True)
+        return torch.autograd.grad(value, inputs, allow_unused=True, retain_graph=True)
 
-    alone = Objective(replace(objective.terms[0], weight=1.0))  # without the cross-entropy
+    alone = objective.terms[0]  # without the cross-entropy
+    arguments = alone.arguments(objective.values(**batch))
 
     def loss():
-        return gradients(alone)
+        return gradients(alone.loss(*arguments))
 
     path = _path(loss, device.type)
     times = {
-        "objective_ms": _median_ms(lambda: gradients(objective)),
+        "objective_ms": _median_ms(lambda: gradients(objective(**batch))),
         "loss_ms": _median_ms(loss),
         "fallback_ms": None,
         "path": path,

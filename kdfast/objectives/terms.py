@@ -96,6 +96,10 @@ class Term:
         """All that it reads, without lists."""
         return [name for read in self.reads for name in ([read] if isinstance(read, str) else read)]
 
+    def arguments(self, values: Mapping[str, Any]) -> list[Any]:
+        """What the loss is called with, of the `values` of all names that it reads."""
+        return [values[read] if isinstance(read, str) else [values[name] for name in read] for read in self.reads]
+
 
 def finite(name: str, value: Any) -> float:
     """`value` as a float, where it is a finite number of Python or NumPy."""
@@ -213,10 +217,22 @@ class Objective(nn.Module):
 
     # ---- its value ---------------------------------------------------------------------------------------------------
     def forward(self, student: Any, teacher: Any = None, labels: Any = None, **targets: Any) -> Tensor:
-        """The weighted sum of :meth:`losses`, whose arguments these are."""
+        """The weighted sum of the losses; the arguments are those of :meth:`values`."""
         return self.total(self.losses(student, teacher, labels, **targets))
 
-    def losses(
+    def losses(self, student: Any, teacher: Any = None, labels: Any = None, **targets: Any) -> dict[str, Tensor]:
+        """Name of a term -> its loss without the weight; the arguments are those of :meth:`values`."""
+        values = self.values(student, teacher, labels, **targets)
+        gathered = {}
+        if distributed.world_size() > 1:
+            names = dict.fromkeys(name for term in self.terms if term.gather for name in term.names)
+            gathered = {name: _gathered(values[name]) for name in names}
+        return {
+            term.name: self._loss(term, term.arguments(gathered if term.gather and gathered else values))
+            for term in self.terms
+        }
+
+    def values(
         self,
         student: Any,
         teacher: Any = None,
@@ -225,8 +241,8 @@ class Objective(nn.Module):
         index: Tensor | None = None,
         images: Tensor | None = None,
         epoch: Any = None,
-    ) -> dict[str, Tensor]:
-        """Name of a term -> its loss without the weight.
+    ) -> dict[str, Any]:
+        """All that the terms read, by its names.
 
         student, teacher: what the network says, a dict of :class:`Observed` or its logits; a list of these for several
         networks, of which the first is ``student``, or ``teacher``. The others are needed where a term reads them.
@@ -234,19 +250,7 @@ class Objective(nn.Module):
         networks = {"student": student, "teacher": teacher}
         targets = {"labels": labels, "index": index, "images": images, "epoch": epoch}
         names = dict.fromkeys(name for term in self.terms for name in term.names)
-        values = {name: self._value(name, networks, targets) for name in names}
-        gathered = {}
-        if distributed.world_size() > 1:
-            names = dict.fromkeys(name for term in self.terms if term.gather for name in term.names)
-            gathered = {name: _gathered(values[name]) for name in names}
-        losses = {}
-        for term in self.terms:
-            source = gathered if term.gather and gathered else values
-            arguments = [
-                source[read] if isinstance(read, str) else [source[name] for name in read] for read in term.reads
-            ]
-            losses[term.name] = self._loss(term, arguments)
-        return losses
+        return {name: self._value(name, networks, targets) for name in names}
 
     def total(self, losses: dict[str, Tensor], like: Tensor | None = None) -> Tensor:
         """The weighted sum of these losses; if all weigh 0, a 0 with a graph to `like`, by default to the first."""
