@@ -8,7 +8,7 @@ CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/
 
 demo: .venv/installed
 	$(BIN)/kdfast doctor
-	$(BIN)/kdfast distill
+	$(BIN)/kdfast compare
 
 test: .venv/installed
 	KDFAST_TEST_REQUIRE_KERNELS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
@@ -39,7 +39,7 @@ clean:
 
 # Editable: Python edits need no reinstall, a change in csrc/ recompiles what it touches.
 .venv/installed: .venv/torch $(SOURCES)
-	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[distill,bench,dev]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[compare,bench,dev]'
 	@touch $@
 
 .venv/torch: constraints.txt

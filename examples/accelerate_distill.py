@@ -1,36 +1,34 @@
 """Distils under Accelerate, on scikit-learn's digits: KD of the logits, and RKD of the embeddings of all processes.
 
-pip install '.[distill]' accelerate  # in a clone
+pip install '.[compare]' accelerate  # in a clone
 """
 
+import digits
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import kdfast
-from kdfast.study import digits
+from kdfast.objectives import LOGITS, Objective, Term
+
+
+def network(width):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
 
 torch.manual_seed(0)
 accelerator = Accelerator()
-data = TensorDataset(digits.load().train_images, digits.load().train_labels)
-
 # The teacher: any trained network. It has nothing to learn, so it goes to the device and not through `prepare`.
-teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 10))
-digits.fit(teacher, lambda x, y, _: nn.functional.cross_entropy(teacher(x), y), epochs=10, rate=0.01, seed=0)
-teacher.eval().requires_grad_(False).to(accelerator.device)
-
-student = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 10))
-loader = DataLoader(data, batch_size=64, shuffle=True)
-model, optimizer, loader = accelerator.prepare(student, torch.optim.Adam(student.parameters(), lr=0.01), loader)
-kd, rkd, layer = kdfast.KD(temperature=4.0, alpha=0.9), kdfast.RKD(), "3:input"
-with kdfast.capture(student, [layer]) as ours, kdfast.capture(teacher, [layer]) as theirs:
+teacher, student = digits.trained(network(256)).to(accelerator.device), network(16)
+optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+model, optimizer, loader = accelerator.prepare(student, optimizer, digits.loader)
+kd = Term(kdfast.KD(temperature=4.0, alpha=0.9), 1.0, (*LOGITS, "labels"))  # the cross-entropy is in it
+objective = Objective([kd, Term(kdfast.RKD(), 0.1, ("student.3:input", "teacher.3:input"))])
+with objective.observed("student", model) as ours, objective.observed("teacher", teacher) as theirs:
     for _ in range(10):
         for images, labels in loader:
-            loss = kd(model(images), teacher(images), labels)  # the cross-entropy is in it
-            embeddings = [kdfast.distributed.gather(features[layer]) for features in (ours, theirs)]
             optimizer.zero_grad()
-            accelerator.backward(loss + 0.1 * rkd(*embeddings))
+            accelerator.backward(objective(ours(images), theirs(images), labels))
             optimizer.step()
 
 print(f"student: {digits.accuracy(student.cpu()):.1f}% of the test digits")

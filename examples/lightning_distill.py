@@ -1,41 +1,42 @@
-"""Distils under Lightning, on scikit-learn's digits: KD of the logits and AT of a map, with kdfast.capture.
+"""Distils under Lightning, on scikit-learn's digits: KD of the logits and AT of a map, as one objective.
 
-pip install '.[distill]' lightning  # in a clone
+pip install '.[compare]' lightning  # in a clone
 """
 
+import digits
 import lightning
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
 
 import kdfast
-from kdfast.distill.models import STUDENT, TEACHER, ConvNet
-from kdfast.study import digits
+from kdfast.objectives import LOGITS, Objective, Term
 
 
 class Distillation(lightning.LightningModule):
-    """Trains `student` on the labels, the teacher's logits and the teacher's map of one layer."""
+    """Trains `student` on the labels, and on what the teacher says."""
 
-    def __init__(self, student, teacher):
+    def __init__(self, student, teacher, terms):
         super().__init__()
-        self.student, self.teacher = student, teacher.eval().requires_grad_(False)
-        self.kd, self.at = kdfast.KD(temperature=4.0, alpha=0.9), kdfast.AT()
-        self.features = [kdfast.capture(network, ["stages.1"]) for network in (student, teacher)]
+        self.student, self.teacher, self.objective = student, teacher, Objective(terms)
+        self.ours, self.theirs = (self.objective.observed(*x) for x in (("student", student), ("teacher", teacher)))
 
     def training_step(self, batch):
         images, labels = batch
-        loss = self.kd(self.student(images), self.teacher(images), labels)  # the cross-entropy is in it
-        return loss + 100 * self.at(*(features["stages.1"] for features in self.features))
+        return self.objective(self.ours(images), self.theirs(images), labels)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.student.parameters(), lr=0.01)
+        return torch.optim.Adam([*self.student.parameters(), *self.objective.parameters()], lr=0.01)
+
+
+def network(width):
+    convolutions = nn.Conv2d(1, width, 3), nn.ReLU(), nn.Conv2d(width, width, 3, stride=2), nn.ReLU()
+    return nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(4 * width, 10))
 
 
 lightning.seed_everything(0)
-teacher, student = ConvNet(1, 10, TEACHER), ConvNet(1, 10, STUDENT)  # of 1 channel and 10 classes
-# The teacher: any trained network.
-digits.fit(teacher, lambda x, y, _: nn.functional.cross_entropy(teacher(x), y), epochs=10, rate=0.01, seed=0)
-data = TensorDataset(digits.load().train_images, digits.load().train_labels)
+teacher, student = digits.trained(network(32)), network(8)  # the teacher: any trained network
+kd = Term(kdfast.KD(temperature=4.0, alpha=0.9), 1.0, (*LOGITS, "labels"))  # the cross-entropy is in it
+terms = [kd, Term(kdfast.AT(), 100.0, ("student.3", "teacher.3"))]
 trainer = lightning.Trainer(max_epochs=10, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-trainer.fit(Distillation(student, teacher), DataLoader(data, batch_size=64, shuffle=True))
+trainer.fit(Distillation(student, teacher, terms), digits.loader)
 print(f"student: {digits.accuracy(student.cpu()):.1f}% of the test digits")

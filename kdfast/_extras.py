@@ -19,7 +19,7 @@ def require(module, extra):
 
     Example::
 
-        datasets = require("sklearn.datasets", extra="distill")
+        datasets = require("sklearn.datasets", extra="compare")
     """
     try:
         return importlib.import_module(module)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from kdfast._extras import install
-from kdfast.distill import DistillError
+from kdfast.runs.errors import RunError
+from kdfast.runs.options import device, whole
 
 PACKAGE = Path(__file__).resolve().parent
 FOLDERS = (PACKAGE / "benchmarks", PACKAGE.parent / "benchmarks")  # in an installed package, beside one in a checkout
@@ -33,7 +34,7 @@ NOTHING_SELECTED = 5  # pytest's exit status
 def add_arguments(parser: Any) -> Any:
     """Declare the options of `kdfast bench`."""
     parser.add_argument("--out", default="bench-results", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--family", choices=FAMILIES, help="which figures (default: all)")
+    parser.add_argument("--family", choices=FAMILIES, metavar="NAME", help=f"of {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure (default: cpu)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--isa", choices=SETS, help="hold torch and kdfast to this instruction set of a CPU")
@@ -57,7 +58,7 @@ def run(options: Any) -> int:
     """Run the benchmarks as `options` say; returns the exit status."""
     try:
         check(options)
-    except DistillError as error:
+    except RunError as error:
         print(f"kdfast bench: error: {error}", file=sys.stderr)
         return 2
     if options.readme:
@@ -78,32 +79,30 @@ def run(options: Any) -> int:
 
 
 def check(options: Any) -> Any:
-    """Raise a DistillError that names an option which cannot be, before anything is measured."""
-    from kdfast.distill.settings import device, whole  # here: `kdfast bench --help` needs none of it
-
+    """Raise a RunError that names an option which cannot be, before anything is measured."""
     device("--device", options.device)
     if options.threads is not None:
         whole(1, 1024)("--threads", options.threads)
     if options.seconds is not None and not options.seconds >= 0:
-        raise DistillError(f"--seconds: got {options.seconds}, expected a number of at least 0")
+        raise RunError(f"--seconds: got {options.seconds}, expected a number of at least 0")
     if options.against:
         if not (options.family and (FOLDERS[1].parent / ".git").exists()):
-            raise DistillError("--against: needs a --family, and a kdfast that is imported from a git checkout")
+            raise RunError("--against: needs a --family, and a kdfast that is imported from a git checkout")
         if options.device != "cpu" or options.threads is not None or options.seconds is not None:
-            raise DistillError("--against: measures one thread of a CPU, without --device, --threads and --seconds")
+            raise RunError("--against: measures one thread of a CPU, without --device, --threads and --seconds")
     for shape in options.shape:
         if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)+", shape):
-            raise DistillError(f"--shape: got {shape!r}, expected sizes of at least 1 as in 256x1000")
+            raise RunError(f"--shape: got {shape!r}, expected sizes of at least 1 as in 256x1000")
     if options.readme:
         if not Path(options.readme).is_file():
-            raise DistillError(f"--readme: {options.readme} is not a file; expected a README with the table's marks")
+            raise RunError(f"--readme: {options.readme} is not a file; expected a README with the table's marks")
         return
     out = Path(options.out)
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise DistillError(f"--out: {there} is a file; expected a folder")
+        raise RunError(f"--out: {there} is a file; expected a folder")
     if not os.access(there, os.W_OK):
-        raise DistillError(f"--out: cannot write to {there}")
+        raise RunError(f"--out: cannot write to {there}")
 
 
 def against(options: Any) -> int:

@@ -13,8 +13,9 @@ from kdfast._extras import MissingExtra
 # Each module has add_arguments(parser) and run(options) -> exit status. Only the chosen one is imported.
 COMMANDS = {
     "doctor": ("kdfast.doctor", "say what is built and which path each op takes here"),
-    "distill": ("kdfast.distill.cli", "train a student network from a teacher"),
-    "study": ("kdfast.study.cli", "run a method that is more than a loss, to its result on small data"),
+    "compare": ("kdfast.lab.compare", "train a student with each of several losses on small data, and compare them"),
+    "train": ("kdfast.training.command", "train a timm model from a timm teacher, on ImageNet or the like"),
+    "study": ("kdfast.lab.study", "run a method that is more than a loss, to its result on small data"),
     "bench": ("kdfast.bench", "time the kernels against plain PyTorch"),
 }
 
@@ -49,7 +50,7 @@ def _run(argv):
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="command")
     try:
         for name, (module, summary) in COMMANDS.items():
-            command = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
+            command = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
             if argv[:1] == [name]:
                 chosen = importlib.import_module(module)
                 chosen.add_arguments(command)

@@ -19,12 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kdfast import _files
 from kdfast._extras import require
-from kdfast.distill import DistillError
-from kdfast.distill.storage import write_atomically
 from kdfast.ops.softmax_kl import TopK
 
-__all__ = ["Contents", "Shard", "TeacherStore", "TeacherStoreWriter", "refuse_others"]
+__all__ = ["Contents", "Shard", "StoreError", "TeacherStore", "TeacherStoreWriter", "refuse_others"]
 
 FORMAT = "kdfast teacher logits, 2"
 MANIFEST = "manifest.json"
@@ -33,6 +32,10 @@ MOST_SHARDS = 10_000_000
 LONG = 100  # characters of a field that a message does not show whole
 SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class StoreError(ValueError):
+    """A store that is not there, not whole, damaged or another's, or cannot be written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class Contents:
         narrow = values.to(dtype)
         if (narrow.isinf() & values.isfinite()).any():
             largest = values[values.isfinite()].abs().max()
-            raise DistillError(f"the teacher's logits are up to {largest:g}, too large for {self.dtype}: store float32")
+            raise StoreError(f"the teacher's logits are up to {largest:g}, too large for {self.dtype}: store float32")
         return narrow
 
     @property
@@ -175,7 +178,7 @@ class _Folder:
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             if manifest["format"] != FORMAT:
-                raise DistillError(f"{path} has the format {manifest['format']!r}, expected {FORMAT!r}")
+                raise StoreError(f"{path} has the format {manifest['format']!r}, expected {FORMAT!r}")
             contents, rows = Contents(**manifest["contents"]), manifest["rows"]
             if not _is_whole(rows) or rows < 1:
                 raise ValueError(f"rows must be a whole number of at least 1, got {rows!r}")
@@ -183,9 +186,11 @@ class _Folder:
                 raise ValueError(f"{contents.samples} images in shards of {rows} are too many")
             return cls(folder, contents, rows)
         except FileNotFoundError:
-            raise DistillError(f"{folder} is no teacher store: it has no {MANIFEST}") from None
+            raise StoreError(f"{folder} is no teacher store: it has no {MANIFEST}") from None
+        except StoreError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-            raise DistillError(f"{path} is damaged: {error}") from error
+            raise StoreError(f"{path} is damaged: {error}") from error
 
     def shards(self):
         """All shards that the whole store has."""
@@ -200,11 +205,11 @@ class _Folder:
 
 
 def refuse_others(folder: Path) -> None:
-    """Raise a DistillError if `folder` has files, but for hidden ones such as a lock, and is no store."""
+    """Raise a StoreError if `folder` has files, but for hidden ones such as a lock, and is no store."""
     if not folder.is_dir() or (folder / MANIFEST).exists():
         return
     if any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise DistillError(f"{folder} is neither empty nor a teacher store: expected another folder")
+        raise StoreError(f"{folder} is neither empty nor a teacher store: expected another folder")
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
@@ -224,24 +229,22 @@ class TeacherStoreWriter:
         contents: the `Contents`.
         rows: images in a shard of a new store (default: as many as fill 64 MiB, up to 32768).
 
-    Raises: DistillError if the folder holds something else, naming what differs, or its disk has too little space.
+    Raises: StoreError if the folder holds something else, naming what differs, or its disk has too little space.
     """
 
     def __init__(self, folder: Path, contents: "Contents", rows: int | None = None) -> None:
-        self._safetensors = require("safetensors.torch", extra="imagenet")
+        self._safetensors = require("safetensors.torch", extra="train")
         folder = Path(folder)
         if (folder / MANIFEST).exists():
             store = _Folder.of(folder)
             if differences := store.contents.differences(asdict(contents)):
-                raise DistillError(f"{folder} has another store: {'; '.join(differences)}; expected another folder")
+                raise StoreError(f"{folder} has another store: {'; '.join(differences)}; expected another folder")
         else:
             store = self._create(folder, contents, rows or contents.rows_at_most)
         self._store = store
         needed = sum(shard.end - shard.begin for shard in self.missing()) * contents.row_bytes
         if needed > (free := shutil.disk_usage(folder).free):
-            raise DistillError(
-                f"{folder}: the missing shards need {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g}"
-            )
+            raise StoreError(f"{folder}: the missing shards need {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g}")
 
     @staticmethod
     def _create(folder, contents, rows):
@@ -249,9 +252,9 @@ class TeacherStoreWriter:
             folder.mkdir(parents=True, exist_ok=True)
             refuse_others(folder)
         except OSError as error:
-            raise DistillError(f"cannot write to {folder}: {error.strerror or error}") from error
+            raise StoreError(f"cannot write to {folder}: {error.strerror or error}") from error
         manifest = {"format": FORMAT, "contents": asdict(contents), "rows": rows}
-        write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2).encode(), "start again")
+        _write(folder / MANIFEST, json.dumps(manifest, indent=2).encode(), "start again")
         return _Folder(folder, contents, rows)
 
     def missing(self) -> list[Any]:
@@ -263,7 +266,7 @@ class TeacherStoreWriter:
 
         `absent` (rows,) marks images that could not be read: a reader raises if it is asked for them.
 
-        Raises: ValueError for another shape; DistillError for NaN or inf, if the disk is full or the dtype too narrow.
+        Raises: ValueError for another shape; StoreError for NaN or inf, if the disk is full or the dtype too narrow.
         """
         contents = self._store.contents
         expected = (shard.end - shard.begin, contents.classes)
@@ -272,13 +275,21 @@ class TeacherStoreWriter:
         logits = logits.detach().cpu()
         if logits.isnan().any() or (logits == float("inf")).any():
             bad = int((logits.isnan() | (logits == float("inf"))).any(1).nonzero()[0])
-            raise DistillError(f"the teacher's logits must be numbers, got NaN or inf for image {shard.begin + bad}")
+            raise StoreError(f"the teacher's logits must be numbers, got NaN or inf for image {shard.begin + bad}")
         if absent is not None:
             logits = logits.masked_fill(absent[:, None], float("nan"))
         tensors = {name: x.contiguous() for name, x in contents.encode(logits).items()}
         metadata = {"sha256": _digest(tensors), "contents": contents.digest}
         content = _in_order(self._safetensors.save(tensors, metadata))
-        write_atomically(self._store.folder / shard.name, content, "the same command continues")
+        _write(self._store.folder / shard.name, content, "the same command continues")
+
+
+def _write(path, content, then):
+    try:
+        _files.write_atomically(path, content)
+    except OSError as error:
+        intact = f"what was written before is intact, and {then}"
+        raise StoreError(f"cannot write {path}: {error.strerror or error}; {intact}") from error
 
 
 def _in_order(content):
@@ -316,17 +327,17 @@ class TeacherStore:
         verify: compare a shard with its checksum when it is first used.
         name: index -> what a message calls an image beside its index, such as its file.
 
-    Raises: DistillError if the store is not there, not whole or damaged.
+    Raises: StoreError if the store is not there, not whole or damaged.
     """
 
     def __init__(self, folder: Path | str, verify: bool = True, name: Callable[..., Any] | None = None) -> None:
-        self._safetensors = require("safetensors", extra="imagenet")
+        self._safetensors = require("safetensors", extra="train")
         self._store = _Folder.of(folder)
         self._verify, self._name = verify, name
         self._open = {}  # (augmentation, number) -> name -> tensor
         if missing := self._store.missing():
             total = sum(1 for _ in self._store.shards())
-            raise DistillError(
+            raise StoreError(
                 f"{folder} is not whole: {len(missing)} of {total} shards are missing, first {missing[0].name}; "
                 "the command that wrote it continues"
             )
@@ -337,14 +348,14 @@ class TeacherStore:
         return self._store.contents
 
     def check(self, **expected: Any) -> None:
-        """Raise a DistillError that names every field of `contents` that is not as `expected`, with both values."""
+        """Raise a StoreError that names every field of `contents` that is not as `expected`, with both values."""
         if differences := self.contents.differences(expected):
-            raise DistillError(f"{self._store.folder} does not fit: it has {'; '.join(differences)}")
+            raise StoreError(f"{self._store.folder} does not fit: it has {'; '.join(differences)}")
 
     def logits(self, index: Tensor | int | list[int], augmentation: int) -> "TopK | Tensor":
         """The teacher's logits of images `index` (B,) in `augmentation`: (B, classes), or a `TopK`; on the CPU.
 
-        Raises: IndexError for an image or augmentation that the store does not have; DistillError for a damaged shard
+        Raises: IndexError for an image or augmentation that the store does not have; StoreError for a damaged shard
         and for an image that could not be read when it was written.
         """
         contents, rows = self.contents, self._store.rows
@@ -365,14 +376,14 @@ class TeacherStore:
         if absent.any():
             first = int(index[absent][0])
             called = f" ({self._name(first)})" if self._name else ""
-            raise DistillError(
+            raise StoreError(
                 f"{self._store.folder} has no logits of image {first}{called} in augmentation {augmentation}, which "
                 "could not be read when they were written: write the store anew"
             )
         return contents.decode(batch)
 
     def verify(self) -> None:
-        """Compare every shard with its checksum; a DistillError names the first that is damaged."""
+        """Compare every shard with its checksum; a StoreError names the first that is damaged."""
         for shard in self._store.shards():
             self._load(shard, verify=True)
 
@@ -391,14 +402,12 @@ class TeacherStore:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except Exception as error:  # a damaged header can raise anything
-            raise DistillError(f"{path} is damaged ({error}): delete it, and write it again") from error
+            raise StoreError(f"{path} is damaged ({error}): delete it, and write it again") from error
         if metadata.get("contents") != contents.digest:
-            raise DistillError(f"{path} belongs to another store: delete it, and write it again")
+            raise StoreError(f"{path} belongs to another store: delete it, and write it again")
         expected = contents.layout(shard.end - shard.begin)
         if (found := {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}) != expected:
-            raise DistillError(
-                f"{path} has {_words(found)}, expected {_words(expected)}: delete it, and write it again"
-            )
+            raise StoreError(f"{path} has {_words(found)}, expected {_words(expected)}: delete it, and write it again")
         if verify and _digest(tensors) != metadata.get("sha256"):
-            raise DistillError(f"{path} is damaged (its checksum differs): delete it, and write it again")
+            raise StoreError(f"{path} is damaged (its checksum differs): delete it, and write it again")
         return tensors

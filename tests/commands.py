@@ -1,5 +1,6 @@
 """What tests of commands share: a process of one's own, the line of an error, tables, a disk that is full."""
 
+import contextlib
 import csv
 import errno
 import os
@@ -42,8 +43,17 @@ def refused(capsys, argv):
     assert code == 2, printed
     lines = [line for line in printed.err.splitlines() if not line.startswith("[")]  # "[1/3]" is progress
     assert len(lines) == 1, lines
-    assert re.match(r"kdfast (distill|study[ \w-]*): error: ", lines[0]), lines
+    assert re.match(r"kdfast (compare|study[ \w-]*): error: ", lines[0]), lines
     return lines[0]
+
+
+@contextlib.contextmanager
+def disk_that_is_full(monkeypatch, allowed):
+    """Inside, the disk has room for so many files."""
+    replace, remaining = os.replace, iter(range(allowed))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *names: (full_disk if next(remaining, None) is None else replace)(*names))
+        yield
 
 
 def full_disk(*arguments):

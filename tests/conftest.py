@@ -38,7 +38,7 @@ def pytest_configure(config):
 
 
 SLOWEST = (  # files, of which each takes a minute or more
-    *("test_simt", "test_ops_torch", "test_contract", "test_ops_values", "test_imagenet", "test_distill", "test_fuzz"),
+    *("test_simt", "test_ops_torch", "test_contract", "test_ops_values", "test_train", "test_compare", "test_fuzz"),
     *("test_sass", "test_install", "test_ops_layouts", "test_distributed"),
 )
 

@@ -8,7 +8,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from kdfast.distill import storage
+from kdfast.runs.files import LOCK, locked
 
 HAVE_GLOO = dist.is_available() and dist.is_gloo_available()
 NO_GLOO = "this torch has no gloo"
@@ -46,12 +46,12 @@ def held(folder):
     finally:
         process.kill()
         process.join()
-    assert (folder / storage.LOCK).exists()
+    assert (folder / LOCK).exists()
     assert list(folder.glob(".*.tmp"))
 
 
 def _hold(folder, ready):
-    with storage.locked(folder):
+    with locked(folder):
         (folder / ".part.0.tmp").touch()
         ready.set()
         time.sleep(60)

@@ -163,12 +163,29 @@ kdfast.cli.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("words", ["--version", "--help", "doctor --help", "bench --help", "study --help"])
+@pytest.mark.parametrize("words", ["--version", *(f"{name} --help".strip() for name in ("", *cli.COMMANDS))])
 def test_help_needs_no_torch(words):
     environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     line = [sys.executable, "-c", WITHOUT_TORCH, *words.split()]
     done = subprocess.run(line, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and "kdfast" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_fits_two_screens(name, capsys, monkeypatch):
+    """Of 40 lines and 80 columns."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        cli.main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 80 and max(map(len, lines)) <= 80
+
+
+@pytest.mark.parametrize("words", ["compare --student resnet18", "train --loss kd", "study wide --recipe kd"])
+def test_programs_know_their_own_options_alone(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words.split())
+    assert f"unrecognized arguments: {' '.join(words.split()[-2:])}" in capsys.readouterr().err
 
 
 def test_import_loads_the_library_but_no_compiler():
@@ -179,7 +196,7 @@ def test_import_loads_the_library_but_no_compiler():
     assert done.stdout == "False\n", done.stderr
 
 
-@pytest.mark.parametrize("words", ["doctor", "--help", "distill --help"])
+@pytest.mark.parametrize("words", ["doctor", "--help", "compare --help"])
 def test_a_reader_that_has_seen_enough(words):
     """`kdfast doctor | head` ends without a word."""
     process = command(*words.split(), stdout=subprocess.PIPE)
@@ -194,7 +211,7 @@ def test_interrupt_before_a_command_has_begun(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli.importlib, "import_module", interrupted)
-    assert cli.main(["distill"]) == 130
+    assert cli.main(["compare"]) == 130
     assert capsys.readouterr().err == "\nkdfast: interrupted\n"
 
 
@@ -222,5 +239,5 @@ def test_command_line(capsys, monkeypatch):
             raise cli.MissingExtra("rich is not installed; install it with: pip install rich")
 
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: NeedsRich)
-    assert cli.main(["distill"]) == 2
+    assert cli.main(["compare"]) == 2
     assert "pip install rich" in capsys.readouterr().err

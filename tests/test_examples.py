@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = sorted(ROOT.glob("examples/*.py"))
+EXAMPLES = sorted(ROOT.glob("examples/*_distill.py"))
 if not (ROOT / "examples").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
 
 
 def run(example, *launcher):
     """What the script prints, one accuracy in percent for each process."""
-    needed = re.findall(r"^(?:import|from) (\w+)", example.read_text(), flags=re.MULTILINE)
-    for package in needed:
+    for package in imported(example) - {"digits"}:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -29,6 +28,11 @@ def run(example, *launcher):
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return [float(accuracy) for accuracy in re.findall(r"student: ([\d.]+)%", result.stdout)]
+
+
+def imported(path):
+    """The packages that a script imports."""
+    return set(re.findall(r"^(?:import|from) (\w+)", path.read_text(), flags=re.MULTILINE))
 
 
 def lines_of_code(path):
@@ -53,6 +57,13 @@ def test_lines_of_code_are_counted(tmp_path):
 def test_thirty_lines(example):
     assert lines_of_code(example) <= 30
     assert ";" not in example.read_text()
+
+
+def test_public_names_alone():
+    """Examples import the library and objectives, and no program."""
+    for path in ROOT.glob("examples/*.py"):
+        modules = set(re.findall(r"^(?:import|from) (kdfast[\w.]*)", path.read_text(), flags=re.MULTILINE))
+        assert modules <= {"kdfast", "kdfast.objectives"}, path
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

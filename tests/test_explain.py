@@ -8,7 +8,7 @@ import torch
 from official import Official, every_file
 
 import kdfast
-from kdfast.procedures import pixel_entropy
+from kdfast.analysis import pixel_entropy
 
 
 # ---- noise -----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import kdfast
 from kdfast import procedures
 from kdfast.procedures import PeerExchange, PeerWarning, inversion
 
-sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the [distill] extra is not installed")
+sklearn_datasets = pytest.importorskip("sklearn.datasets", reason="the [compare] extra is not installed")
 dist = pytest.importorskip("torch.distributed")
 pytestmark = pytest.mark.usefixtures("one_thread")
 

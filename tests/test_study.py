@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 from commands import refused, rows
-from processes import held
 
 for extra in ("sklearn", "PIL", "matplotlib", "rich"):
-    pytest.importorskip(extra, reason="the [distill] extra is not installed")
+    pytest.importorskip(extra, reason="the [compare] extra is not installed")
+
 
 from PIL import Image  # noqa: E402
 
 import kdfast  # noqa: E402
 from kdfast import _kernels  # noqa: E402
+from kdfast.analysis import effective_logit  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.distill import storage  # noqa: E402
-from kdfast.procedures import effective_logit  # noqa: E402
-from kdfast.study import data_free, digits, explain, residual, run, scenes, wide  # noqa: E402
+from kdfast.lab.studies import data_free, digits, explain, residual, runner, scenes, wide  # noqa: E402
+from kdfast.runs import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,7 +61,7 @@ TINY = {
 @pytest.mark.parametrize("name", TINY)
 def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, monkeypatch, capsys):
     """Each third step is the last before a Ctrl-C; pictures, table and records are those of a run without any."""
-    study = importlib.import_module(f"kdfast.study.{name.replace('-', '_')}")
+    study = importlib.import_module(f"kdfast.lab.studies.{name.replace('-', '_')}")
     arguments = ["study", name, *TINY[name]]
     assert main([*arguments, "--out", "whole"]) == 0
     whole = capsys.readouterr()
@@ -69,7 +69,7 @@ def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, mo
     for picture in study.PICTURES:
         with Image.open(tmp_path / "whole" / picture) as image:
             assert min(image.size) > 200
-    save, done, stops = storage.save_checkpoint, [], 0
+    save, done, stops = checkpoints.save, [], 0
 
     def save_or_stop(path, state):
         if len(done) == 3:
@@ -77,14 +77,14 @@ def test_study_stopped_anywhere_ends_with_the_same_bits(name, tiny, tmp_path, mo
         done.append(path.name)
         save(path, state)
 
-    monkeypatch.setattr(storage, "save_checkpoint", save_or_stop)
+    monkeypatch.setattr(checkpoints, "save", save_or_stop)
     arguments += ["--out", "pause"]
     while (code := main([*arguments, *(["--resume"] if stops else [])])) == 130:
         assert f"continue with: kdfast study {name} --resume --out pause" in capsys.readouterr().err
         stops += 1
         done.clear()
     assert code == 0 and stops
-    for file in run.files(study):
+    for file in runner.files(study):
         assert (tmp_path / "pause" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
     assert capsys.readouterr().out.replace("pause", "whole") == whole.out
 
@@ -94,10 +94,8 @@ def test_residual_rows(tiny):
     found = rows("run/results.csv")
     assert [row["network"] for row in found] == list(residual.ROWS) and {row["seed"] for row in found} == {"3"}
     assert all(float(row["accuracy_percent"]) > 15 for row in found), "nothing has learnt"
-    teacher = storage.load_checkpoint(Path("run/checkpoints/teacher-seed-3.pt"))["network"]
-    assert len(teacher) > len(storage.load_checkpoint(Path("run/checkpoints/joint-seed-3.pt"))["network"]), (
-        "the shortcuts"
-    )
+    teacher = checkpoints.load(Path("run/checkpoints/teacher-seed-3.pt"))["network"]
+    assert len(teacher) > len(checkpoints.load(Path("run/checkpoints/joint-seed-3.pt"))["network"]), "the shortcuts"
 
 
 @pytest.mark.parametrize("soft_ratio", [0.1, 0.5, 1.0])
@@ -219,56 +217,25 @@ def test_mean_average_precision():
         ([], "STUDY: got '', expected one of residual, wide, explain, data-free"),
         (["residuals"], "STUDY: got 'residuals', expected one of residual, wide, explain, data-free"),
         (["residual", "--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
-        (["residual", "--seed", "-1"], "--seed: got '-1', expected"),
-        (["residual", "--seeds", "two"], "--seeds: got 'two', expected"),
-        (["residual", "--threads", "0"], "--threads: got '0', expected"),
         (["wide", "--epochs", "1"], "--epochs: got '1', but kdfast study wide has no epochs"),
         (["data-free", "--seeds", "2"], "--seeds: got '2', but kdfast study data-free has no seeds"),
-        (["residual", "--out", "file"], "file is a file"),
         (["residual", "--out", "other"], "has a results.csv that belongs to no run"),
+        (["residual", "--resume"], "--resume: there is no run in runs to continue"),
     ],
 )
 def test_wrong_arguments(options, named, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
     (tmp_path / "other").mkdir()
     (tmp_path / "other/results.csv").write_text("of something else")
     assert named in refused(capsys, ["study", *options])
-    assert sorted(os.listdir(tmp_path)) == ["file", "other"], "a refused study leaves files"
+    assert os.listdir(tmp_path) == ["other"], "a refused study leaves files"
 
 
 def test_resume_refuses_other_settings_and_damaged_files(tiny, tmp_path, capsys):
-    arguments = ["study", "residual", "--epochs", "1", "--seeds", "1", "--out", "run"]
-    assert main(arguments) == 0
-    capsys.readouterr()
-    assert "holds a run already; continue it with --resume" in refused(capsys, arguments)
-    assert "--epochs was 1 and is 2" in refused(capsys, [*arguments, "--resume", "--epochs", "2"])
-    checkpoint = tmp_path / "run/checkpoints/kd-seed-0.pt"
-    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
-    assert f"{checkpoint.relative_to(tmp_path)} is damaged" in refused(
-        capsys, ["study", "residual", "--out", "run", "--resume"]
-    )
-    (tmp_path / "run/settings.json").write_text("{}")
-    assert "settings.json is damaged" in refused(capsys, ["study", "residual", "--out", "run", "--resume"])
-
-
-def test_one_folder_is_of_one_process(tiny, tmp_path, capsys):
-    out = tmp_path / "run"
-    with held(out):
-        assert f"--out: another process is writing into {out}; " in refused(
-            capsys, ["study", "wide", *TINY["wide"], "--out", str(out)]
-        )
-    assert main(["study", "wide", *TINY["wide"], "--out", str(out)]) == 0
-
-
-def test_resume_of_nothing(tmp_path, capsys):
-    for out, where in ((["--out", "typo"], "typo"), ([], "runs")):
-        assert f"--resume: there is no run in {where} to continue" in refused(
-            capsys, ["study", "residual", "--resume", *out]
-        )
-    assert not os.listdir(tmp_path)
-
-
-def test_resume_without_out_takes_the_newest_of_the_study(tiny, tmp_path):
     assert main(["study", "residual", "--epochs", "1", "--seeds", "1"]) == 0
-    assert main(["study", "residual", "--resume"]) == 0
-    assert len(list(tmp_path.glob("runs/study-residual-*"))) == 1
+    again = ["study", "residual", "--resume"]  # the newest in runs
+    assert "--epochs was 1 and is 2" in refused(capsys, [*again, "--epochs", "2"])
+    (out,) = tmp_path.glob("runs/study-residual-*")
+    assert "--study was residual and is wide" in refused(capsys, ["study", "wide", "--resume", "--out", str(out)])
+    checkpoint = out / "checkpoints/kd-seed-0.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    assert f"{checkpoint.relative_to(tmp_path)} is damaged" in refused(capsys, again)

@@ -13,12 +13,12 @@ import torch
 from commands import full_disk
 
 import kdfast
+from kdfast import _files
 from kdfast import teacher_store as stores
 from kdfast._extras import MissingExtra
-from kdfast.distill import DistillError, storage
 
 pytest.importorskip("safetensors")
-from kdfast.teacher_store import Contents, TeacherStore, TeacherStoreWriter  # noqa: E402
+from kdfast.teacher_store import Contents, StoreError, TeacherStore, TeacherStoreWriter  # noqa: E402
 
 SAMPLES, CLASSES, AUGMENTATIONS, ROWS = 23, 12, 2, 5  # the last shard of an augmentation has three rows
 CONTENTS = Contents(
@@ -124,7 +124,7 @@ def test_continues(tmp_path):
     """What is there stays as it is; a reader refuses what is not whole."""
     write(tmp_path, shards=slice(0, 10, 3))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    with pytest.raises(DistillError, match="is not whole: 6 of 10 shards are missing, first logits-0000-00001"):
+    with pytest.raises(StoreError, match="is not whole: 6 of 10 shards are missing, first logits-0000-00001"):
         TeacherStore(tmp_path)
     assert len(write(tmp_path, shards=slice(0, 0)).missing()) == 6
     write(tmp_path)
@@ -151,7 +151,7 @@ def test_killed_in_a_write(tmp_path):
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from pathlib import Path
         import test_teacher_store as t
-        from kdfast.distill import storage
+        from kdfast import _files
         fsync, calls = os.fsync, []
 
         def dying(file):
@@ -160,7 +160,7 @@ def test_killed_in_a_write(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             fsync(file)
 
-        storage.os.fsync = dying
+        _files.os.fsync = dying
         t.write(Path({str(tmp_path)!r}) / "store")
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -181,8 +181,8 @@ def test_full_disk(tmp_path, monkeypatch):
     """One line, the shards before intact, no part left."""
     write(tmp_path, shards=slice(0, 3))
     with monkeypatch.context() as patch:
-        patch.setattr(storage.os, "fsync", full_disk)
-        with pytest.raises(DistillError, match="cannot write .*00003.*No space left.*the same command continues$") as e:
+        patch.setattr(_files.os, "fsync", full_disk)
+        with pytest.raises(StoreError, match="cannot write .*00003.*No space left.*the same command continues$") as e:
             write(tmp_path)
         assert "\n" not in str(e.value)
     assert len(names(tmp_path)) == 4
@@ -192,7 +192,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
 def test_too_little_space_is_seen_before(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 2000))
-    with pytest.raises(DistillError, match="missing shards need 2.21e-06 GB, the disk has 2e-06"):
+    with pytest.raises(StoreError, match="missing shards need 2.21e-06 GB, the disk has 2e-06"):
         TeacherStoreWriter(tmp_path, CONTENTS, ROWS)
 
 
@@ -205,10 +205,10 @@ def test_unread_images(tmp_path):
             writer.write(shard, logits, absent=torch.arange(shard.begin, shard.end) == 7)
         store = TeacherStore(tmp_path / str(contents.top_k))
         store.logits([6, 8], 0)
-        with pytest.raises(DistillError, match="has no logits of image 7 in augmentation 1, which could not be read"):
+        with pytest.raises(StoreError, match="has no logits of image 7 in augmentation 1, which could not be read"):
             store.logits([6, 7], 1)
         named = TeacherStore(tmp_path / str(contents.top_k), name="image-{}.jpg".format)
-        with pytest.raises(DistillError, match=r"has no logits of image 7 \(image-7.jpg\) in augmentation 1, which"):
+        with pytest.raises(StoreError, match=r"has no logits of image 7 \(image-7.jpg\) in augmentation 1, which"):
             named.logits([6, 7], 1)
 
 
@@ -216,11 +216,11 @@ def test_unread_images(tmp_path):
 def test_another_store_in_the_folder(tmp_path):
     write(tmp_path / "store", shards=slice(0, 1))
     other = dataclasses.replace(CONTENTS, classes=10, seed=8)
-    with pytest.raises(DistillError, match="has another store: classes 12, not 10; seed 7, not 8; expected another"):
+    with pytest.raises(StoreError, match="has another store: classes 12, not 10; seed 7, not 8; expected another"):
         TeacherStoreWriter(tmp_path / "store", other)
-    with pytest.raises(DistillError, match="is neither empty nor a teacher store"):
+    with pytest.raises(StoreError, match="is neither empty nor a teacher store"):
         TeacherStoreWriter(tmp_path, CONTENTS)
-    with pytest.raises(DistillError, match="cannot write to .*File exists"):
+    with pytest.raises(StoreError, match="cannot write to .*File exists"):
         TeacherStoreWriter(tmp_path / "store" / "manifest.json", CONTENTS)
 
 
@@ -229,13 +229,13 @@ def test_does_not_fit(tmp_path):
     write(tmp_path)
     store = TeacherStore(tmp_path)
     store.check(classes=CLASSES, samples=SAMPLES, data="0123abcd")
-    with pytest.raises(DistillError, match=r"does not fit: it has classes 12, not 1000; samples 23, not 24$"):
+    with pytest.raises(StoreError, match=r"does not fit: it has classes 12, not 1000; samples 23, not 24$"):
         store.check(classes=1000, samples=24, seed=7)
     other = r"^\S+ does not fit: it has data of other images, or other names, sizes, labels or order of the 23 "
-    with pytest.raises(DistillError, match=other + r"\('0123abcd', not '4567'\)$"):
+    with pytest.raises(StoreError, match=other + r"\('0123abcd', not '4567'\)$"):
         store.check(samples=SAMPLES, data="4567")
     with pytest.raises(
-        DistillError, match=r"it has samples 23, not 24; data of other images \('0123abcd', not '4567'\)$"
+        StoreError, match=r"it has samples 23, not 24; data of other images \('0123abcd', not '4567'\)$"
     ):
         store.check(samples=24, data="4567")
     with pytest.raises(IndexError, match="augmentation must be from 0 to 1, got 2"):
@@ -259,13 +259,13 @@ def test_damaged(tmp_path):
     store = TeacherStore(tmp_path)
     assert torch.equal(store.logits([9, 15], 1), teacher_logits(1)[[9, 15]])  # of other shards
     for look in (lambda: store.logits([9, 10], 1), store.verify):
-        with pytest.raises(DistillError, match="logits-0001-00002.safetensors is damaged .its checksum differs"):
+        with pytest.raises(StoreError, match="logits-0001-00002.safetensors is damaged .its checksum differs"):
             look()
     assert TeacherStore(tmp_path, verify=False).logits([10], 1).shape == (1, CLASSES)
     for damage in (lambda: flip(path, 3), lambda: path.write_bytes(whole[:-1]), lambda: path.write_bytes(b"")):
         path.write_bytes(whole)
         damage()
-        with pytest.raises(DistillError, match=r"logits-0001-00002.safetensors is damaged \("):
+        with pytest.raises(StoreError, match=r"logits-0001-00002.safetensors is damaged \("):
             TeacherStore(tmp_path).logits([10], 1)
     path.unlink()
     write(tmp_path)
@@ -277,27 +277,25 @@ def test_shards_of_another_store(tmp_path):
     write(tmp_path / "other", dataclasses.replace(CONTENTS, model="another"))
     name = "logits-0000-00001.safetensors"
     shutil.copy(tmp_path / "other" / name, tmp_path / "one" / name)
-    with pytest.raises(DistillError, match="00001.safetensors belongs to another store"):
+    with pytest.raises(StoreError, match="00001.safetensors belongs to another store"):
         TeacherStore(tmp_path / "one").logits([5], 0)
     shutil.copy(tmp_path / "one" / "logits-0000-00004.safetensors", tmp_path / "one" / name)
-    with pytest.raises(
-        DistillError, match=r"00001.safetensors has logits \(3, 12\) float\d+, expected logits \(5, 12\)"
-    ):
+    with pytest.raises(StoreError, match=r"00001.safetensors has logits \(3, 12\) float\d+, expected logits \(5, 12\)"):
         TeacherStore(tmp_path / "one").logits([5], 0)
 
 
 def test_damaged_manifest(tmp_path):
-    with pytest.raises(DistillError, match="is no teacher store: it has no manifest.json"):
+    with pytest.raises(StoreError, match="is no teacher store: it has no manifest.json"):
         TeacherStore(tmp_path)
     write(tmp_path)
     path = tmp_path / "manifest.json"
     text = path.read_text()
     for damage in (text[:40], text.replace('"rows"', '"row"'), text.replace('"seed": 7,', ""), "[]"):
         path.write_text(damage)
-        with pytest.raises(DistillError, match="manifest.json is damaged"):
+        with pytest.raises(StoreError, match="manifest.json is damaged"):
             TeacherStore(tmp_path)
     path.write_text(text.replace("logits, 2", "logits, 3"))
-    with pytest.raises(DistillError, match="has the format 'kdfast teacher logits, 3', expected"):
+    with pytest.raises(StoreError, match="has the format 'kdfast teacher logits, 3', expected"):
         TeacherStore(tmp_path)
 
 
@@ -312,7 +310,7 @@ def test_hand_made_manifest(field, value, tmp_path):
     manifest = json.loads(path.read_text())
     (manifest if field == "rows" else manifest["contents"])[field] = value
     path.write_text(json.dumps(manifest).replace('"1e999"', "1e999"))
-    with pytest.raises(DistillError, match="manifest.json is damaged"):
+    with pytest.raises(StoreError, match="manifest.json is damaged"):
         TeacherStore(tmp_path)
 
 
@@ -333,7 +331,7 @@ def test_hand_made_shards(tensors, tmp_path):
     write(tmp_path)
     metadata = {"sha256": stores._digest(tensors), "contents": TeacherStore(tmp_path).contents.digest}
     save_file(tensors, tmp_path / "logits-0000-00001.safetensors", metadata)
-    with pytest.raises(DistillError, match=r"00001.safetensors has .*, expected logits \(5, 12\)"):
+    with pytest.raises(StoreError, match=r"00001.safetensors has .*, expected logits \(5, 12\)"):
         TeacherStore(tmp_path).logits([5], 0)
 
 
@@ -354,11 +352,11 @@ def test_logits_that_cannot_be_stored(tmp_path):
     logits[2, 3] = -float("inf")  # a masked class
     writer.write(shard, logits)
     logits[2, 3] = 7e4
-    with pytest.raises(DistillError, match="logits are up to 70000, too large for float16: store float32"):
+    with pytest.raises(StoreError, match="logits are up to 70000, too large for float16: store float32"):
         writer.write(shard, logits)
     for bad in (float("nan"), float("inf")):
         logits[2, 3] = bad
-        with pytest.raises(DistillError, match="got NaN or inf for image 7"):
+        with pytest.raises(StoreError, match="got NaN or inf for image 7"):
             writer.write(shard, logits)
     with pytest.raises(ValueError, match=r"the shape \(5, 12\) of logits-0000-00001.safetensors, got \(5, 11\)"):
         writer.write(shard, logits[:, 1:])

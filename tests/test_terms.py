@@ -1,4 +1,4 @@
-"""`kdfast.integrations.terms`: every loss of one student and one teacher as a term, and terms that are wrong."""
+"""`kdfast.objectives`: every loss of one student and one teacher as a term, and terms that are wrong."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from torch import nn
 
 import kdfast
 from kdfast._extras import MissingExtra
-from kdfast.integrations.terms import LOGITS, Objective, Term, of_layers
+from kdfast.objectives import LOGITS, Objective, Term, of_layers
 
 BATCH, CLASSES, N_DATA = 6, 5, 20
 MAPS, EMBEDDINGS = of_layers(["stage1", "stage2"]), ("student.embedding", "teacher.embedding")
@@ -95,15 +95,15 @@ RELATIONAL = {
 }  # fmt: skip
 
 
-def values():
+def batch():
     """What a student and a teacher say about a batch, its labels and its places in the data set."""
-    found = {}
-    for network in ("student", "teacher"):
-        maps = {"stage1": (6, 8, 8), "stage2": (6, 4, 4), "stage3": (6, 4, 4)}
-        shapes = {"logits": (CLASSES,), "embedding": (8,), **maps}
-        for name, shape in shapes.items():
-            found[f"{network}.{name}"] = torch.randn(BATCH, *shape).requires_grad_(network == "student")
-    return found | {"labels": torch.randint(CLASSES, (BATCH,)), "index": torch.randperm(N_DATA)[:BATCH]}
+    maps = {"stage1": (6, 8, 8), "stage2": (6, 4, 4), "stage3": (6, 4, 4)}
+    shapes = {"logits": (CLASSES,), "embedding": (8,), **maps}
+    student, teacher = ({name: torch.randn(BATCH, *shape) for name, shape in shapes.items()} for _ in range(2))
+    for x in student.values():
+        x.requires_grad_()
+    labels, index = torch.randint(CLASSES, (BATCH,)), torch.randperm(N_DATA)[:BATCH]
+    return {"student": student, "teacher": teacher, "labels": labels, "index": index}
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -111,14 +111,71 @@ def test_every_loss_is_a_term(name):
     build, reads = TERMS[name]
     term = Term(build(), 0.5, reads, "loss")
     assert term.gather == (name in RELATIONAL)
-    objective, batch = Objective([term]), values()
-    loss = objective(batch)["loss"]
+    objective, said = Objective([term]), batch()
+    loss = objective(**said)
     assert loss.dim() == 0 and loss.isfinite()
     loss.backward()
     for read in term.names:
         if read.startswith("student."):
-            assert batch[read].grad.isfinite().all() and batch[read].grad.any(), f"no gradient in {read}"
+            grad = said["student"][read.removeprefix("student.")].grad
+            assert grad.isfinite().all() and grad.any(), f"no gradient in {read}"
     assert all(p.grad is not None for p in objective.parameters() if p.requires_grad)
+
+
+def test_a_sum_of_terms():
+    """In a plain loop: logits alone, labels by position, weights that change, one of 0 that adds nothing."""
+    student, teacher, labels = (batch()[name] for name in ("student", "teacher", "labels"))
+    terms = [Term(nn.CrossEntropyLoss(), 0.3, ("student.logits", "labels"), "labels_loss"), Term(kdfast.KD(), 0.7)]
+    objective = Objective(terms)
+    ce, kd = nn.CrossEntropyLoss()(student["logits"], labels), kdfast.KD()(student["logits"], teacher["logits"])
+    torch.testing.assert_close(objective(student, teacher, labels), 0.3 * ce + 0.7 * kd)
+    assert torch.equal(objective(student["logits"], teacher["logits"], labels), objective(student, teacher, labels))
+    top = kdfast.TopK.of(teacher["logits"], 2, 4.0)
+    assert torch.equal(objective.losses(student, top, labels)["kd"], kdfast.KD()(student["logits"], top))
+    objective.weights["kd"] = 0
+    assert torch.equal(objective(student, {"logits": teacher["logits"] * float("nan")}, labels), 0.3 * ce)
+    objective.weights["labels_loss"] = 0
+    objective(student, teacher, labels).backward()
+    assert objective(student, teacher, labels) == 0 and not student["logits"].grad.any()
+
+
+def test_several_networks():
+    """The first of a list is the student, or the teacher; probabilities are the softmax of the logits."""
+    students, teachers = [batch()["student"] for _ in range(3)], [batch()["teacher"] for _ in range(2)]
+    labels = batch()["labels"]
+    terms = [
+        Term(kdfast.KDCL(), 1.0, ("students.logits", "labels")),
+        Term(kdfast.EnD(), 1.0, ("student.logits", "teachers.logits")),
+        Term(kdfast.LabelRefinery(), 1.0, ("student.logits", "teacher.probabilities")),
+    ]
+    objective = Objective(terms)
+    assert objective.reads("student") == objective.reads("teacher") == ["logits"] and not objective.layers("teacher")
+    losses = objective.losses(students, teachers, labels)
+    ours, theirs = ([x["logits"] for x in networks] for networks in (students, teachers))
+    assert torch.equal(losses["kdcl"], kdfast.KDCL()(ours, labels))
+    assert torch.equal(losses["end"], kdfast.EnD()(ours[0], theirs))
+    assert torch.equal(losses["labelrefinery"], kdfast.LabelRefinery()(ours[0], theirs[0].softmax(1)))
+
+
+def test_what_is_missing_is_named():
+    objective = Objective([Term(kdfast.AT(), 1.0, MAPS), Term(kdfast.KD(alpha=0.9), 1.0, (*LOGITS, "labels"))])
+    said = batch()
+    with pytest.raises(ValueError, match="labels must be given, for kd reads it"):
+        objective(said["student"], said["teacher"])
+    with pytest.raises(ValueError, match="teacher must be given, for at reads it"):
+        objective(said["student"], None, said["labels"])
+    with pytest.raises(ValueError, match="student.stage1 is read, and the outputs have logits"):
+        objective(said["student"]["logits"], said["teacher"], said["labels"])
+
+
+def test_observed_networks():
+    network, images = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, CLASSES)), torch.randn(BATCH, 4)
+    objective = Objective([Term(kdfast.RKD(), 1.0, ("student.2:input", "teacher.0")), Term(kdfast.KD())])
+    with objective.observed("student", network) as ours, objective.observed("teacher", network) as theirs:
+        said, taught = ours(images), theirs(images)
+    assert list(said) == ["logits", "2:input"] and list(taught) == ["logits", "0"]
+    assert torch.equal(said["2:input"], taught["0"].relu()) and torch.equal(said["logits"], network(images))
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in network.modules())
 
 
 def test_what_an_objective_reads():
@@ -126,10 +183,9 @@ def test_what_an_objective_reads():
     objective = Objective([Term(kdfast.KD()), at, crd])
     assert objective.layers("student") == ["stage1", "stage2", "embedding"] == objective.layers("teacher")
     assert objective.readers("index") == ["crd"] and objective.readers("labels") == []
-    batch = values()
-    batch["teacher.embedding"] *= 2
-    want = kdfast.AT()(*([batch[name] for name in side] for side in MAPS))
-    assert torch.equal(objective(batch)["at"], want)
+    said = batch()
+    want = kdfast.AT()(*([said[side][name] for name in ("stage1", "stage2")] for side in ("student", "teacher")))
+    assert torch.equal(objective.losses(**said)["at"], want)
     assert of_layers(["a"], ["b"]) == (["student.a"], ["teacher.b"])
 
 
@@ -181,7 +237,7 @@ def test_wrong_objectives():
         Objective([Term(kdfast.KD()), Term(kdfast.KD(2.0))])
     hint = Objective([Term(kdfast.FitNets(), 1.0, ("student.stage1", "teacher.stage2"))])
     with pytest.raises(ValueError, match=r"term fitnets of \(6, 6, 8, 8\), \(6, 6, 4, 4\): teacher"):
-        hint(values())
+        hint(**batch())
 
 
 def test_a_missing_timm_names_the_extra(monkeypatch):

@@ -12,7 +12,7 @@ from torch import nn
 
 import kdfast
 
-timm = pytest.importorskip("timm", reason="the [imagenet] extra is not installed")
+timm = pytest.importorskip("timm", reason="the [train] extra is not installed")
 pytest.importorskip("timm.task", reason="this timm has no training tasks")
 
 from timm.optim import create_optimizer_v2  # noqa: E402
@@ -20,8 +20,9 @@ from timm.scheduler import create_scheduler_v2  # noqa: E402
 from timm.task import DistillationTeacher, load_task_ema_checkpoint, resume_task_checkpoint  # noqa: E402
 from timm.utils import CheckpointSaver, ModelEmaV3, dispatch_clip_grad, unwrap_model  # noqa: E402
 
-from kdfast.integrations.presets import PRESETS, embedding, preactivation, recipe, stages  # noqa: E402
-from kdfast.integrations.timm import LOGITS, DistillationTask, Term, of_layers  # noqa: E402
+from kdfast.integrations.timm import DistillationTask  # noqa: E402
+from kdfast.objectives import LOGITS, RECIPES, Term, of_layers, recipe  # noqa: E402
+from kdfast.objectives.recipes import embedding, preactivation, stages  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,10 +49,10 @@ def batch(rows=8, seed=2):
     return images, labels, torch.randperm(N_DATA, generator=numbers)[:rows]
 
 
-def preset_task(name, student, teacher, **arguments):
+def recipe_task(name, student, teacher, **arguments):
     torch.manual_seed(3)
     made = recipe(name, student, teacher, n_data=N_DATA, image_size=SIZE)
-    return DistillationTask(student, teacher, made.terms, task_loss_weight=made.task_loss_weight, **arguments)
+    return DistillationTask(student, teacher, made.terms, task_loss_weight=made.cross_entropy, **arguments)
 
 
 def two_terms():
@@ -71,11 +72,11 @@ def assert_equal_states(got, want):
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_learns_a_batch(name):
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_learns_a_batch(name):
     student, teacher = networks()
     before = state(teacher)
-    task = preset_task(name, student, teacher).train()
+    task = recipe_task(name, student, teacher).train()
     optimizer = create_optimizer_v2(task.get_trainable_module(), "adamw", lr=1e-3, weight_decay=0.02)
     images, labels, index = batch()
     losses = []
@@ -140,13 +141,13 @@ def test_targets_of_mixup_and_pairs_of_label_and_index():
     task = DistillationTask(student, teacher, [Term(kdfast.KD(alpha=0.5), 1.0, (*LOGITS, "labels"))])
     result = task(images, mixed)
     torch.testing.assert_close(result["task_loss"], F.cross_entropy(result["output"], mixed))
-    separate, together = (preset_task("crd", *networks()) for _ in range(2))
+    separate, together = (recipe_task("crd", *networks()) for _ in range(2))
     want, got = separate(images, labels, index), together(images, torch.stack([labels, index], 1))
     assert torch.equal(got["loss"], want["loss"]) and got["task_loss"] > 0
 
 
 def test_autocast_and_a_frozen_teacher_in_every_mode():
-    task = preset_task("vid", *networks()).train()
+    task = recipe_task("vid", *networks()).train()
     images, labels, _ = batch()
     with torch.autocast("cpu", torch.bfloat16):
         result = task(images, labels)
@@ -158,9 +159,9 @@ def test_autocast_and_a_frozen_teacher_in_every_mode():
         assert not any(module.training for module in task.teacher.modules())
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_networks_in_bfloat16(preset):
-    task = preset_task(preset, *(network.bfloat16() for network in networks()), dtype=torch.bfloat16).train()
+@pytest.mark.parametrize("name", RECIPES)
+def test_networks_in_bfloat16(name):
+    task = recipe_task(name, *(network.bfloat16() for network in networks()), dtype=torch.bfloat16).train()
     images, labels, index = batch()
     result = task(images.bfloat16(), labels, index)
     result["loss"].backward()
@@ -241,8 +242,8 @@ def test_a_teacher_by_its_name(monkeypatch):
 class Loop:
     """The calls of timm's train.py, in their order: two batches to a step, clipped, averaged, saved each epoch."""
 
-    def __init__(self, folder, preset, resume=None):
-        self.task = preset_task(preset, *networks())
+    def __init__(self, folder, name, resume=None):
+        self.task = recipe_task(name, *networks())
         self.optimizer = create_optimizer_v2(
             self.task.get_trainable_module(), "sgd", lr=0.01, weight_decay=1e-3, momentum=0.9, layer_decay=0.8
         )
@@ -288,11 +289,11 @@ class Loop:
             assert network(batch()[0]).shape == (8, CLASSES)
 
 
-@pytest.mark.parametrize("preset", ["kd", "vid", "fitnets", "crd"])
-def test_timms_loop_goes_on_from_its_checkpoint(preset, tmp_path):
-    whole = Loop(tmp_path, preset).train(2)
+@pytest.mark.parametrize("name", ["kd", "vid", "fitnets", "crd"])
+def test_timms_loop_goes_on_from_its_checkpoint(name, tmp_path):
+    whole = Loop(tmp_path, name).train(2)
     (tmp_path / "again").mkdir()
-    resumed = Loop(tmp_path / "again", preset, resume=tmp_path / "checkpoint-0.pth.tar")
+    resumed = Loop(tmp_path / "again", name, resume=tmp_path / "checkpoint-0.pth.tar")
     assert resumed.start == 1
     resumed.train(2)
     assert_equal_states(
@@ -323,20 +324,20 @@ def test_a_checkpoint_is_a_plain_students(tmp_path):
 
 
 def test_a_checkpoint_without_the_losses_is_refused():
-    task = preset_task("vid", *networks())
+    task = recipe_task("vid", *networks())
     plain = state(model(5, **STUDENT))
     with pytest.raises(RuntimeError, match="no task_state of the losses vid: .*strict=False"):
         task.load_checkpoint_state(plain)
     task.load_checkpoint_state(plain, strict=False)
     assert_equal_states(task.get_eval_model().state_dict(), plain)
-    preset_task("kd", *networks()).load_checkpoint_state(plain)  # has no state of its own
-    other = preset_task("fitnets", *networks()).get_checkpoint_state()["task_state"]
+    recipe_task("kd", *networks()).load_checkpoint_state(plain)  # has no state of its own
+    other = recipe_task("fitnets", *networks()).get_checkpoint_state()["task_state"]
     with pytest.raises(RuntimeError, match="Missing key"):
         task.load_checkpoint_state(plain, other)
 
 
 def test_averages_and_clipped_parameters():
-    task = preset_task("vid", *networks())
+    task = recipe_task("vid", *networks())
     trained = task.get_trainable_module()
     task.setup_ema(decay=0.75)
     before = state(trained.student)
@@ -354,7 +355,7 @@ def test_averages_and_clipped_parameters():
 
 def test_parameter_groups_of_the_student_are_those_of_timm():
     student, teacher = networks()
-    task = preset_task("vid", student, teacher)
+    task = recipe_task("vid", student, teacher)
     arguments = {"opt": "adamw", "lr": 1.0, "weight_decay": 0.1, "layer_decay": 0.5}
 
     def groups(trained):
@@ -377,9 +378,9 @@ def test_parameter_groups_of_the_student_are_those_of_timm():
 
 
 # ---- compile ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("preset", ["dkd", "vid", "ofd", "crd"])
-def test_compiled_networks_give_the_same_loss(preset):
-    plain, compiled = (preset_task(preset, *networks()).train() for _ in range(2))
+@pytest.mark.parametrize("name", ["dkd", "vid", "ofd", "crd"])
+def test_compiled_networks_give_the_same_loss(name):
+    plain, compiled = (recipe_task(name, *networks()).train() for _ in range(2))
     graphs = []
 
     def backend(graph, inputs):
@@ -499,8 +500,8 @@ def test_layers_of_architectures():
 
 
 @pytest.mark.parametrize("student", ["test_vit", "test_convnext", "test_efficientnet"])
-@pytest.mark.parametrize("preset", ["kd", "rkd", "sp", "crd", "at", "fitnets", "vid"])
-def test_presets_across_architectures(student, preset):
+@pytest.mark.parametrize("name", ["kd", "rkd", "sp", "crd", "at", "fitnets", "vid"])
+def test_recipes_across_architectures(student, name):
     student, teacher = (
         timm.create_model(student, num_classes=CLASSES, img_size=64)
         if "vit" in student
@@ -508,17 +509,17 @@ def test_presets_across_architectures(student, preset):
         model(1),
     )
     images, labels, index = batch()
-    if preset in ("at", "fitnets", "vid") and hasattr(student, "patch_embed"):
+    if name in ("at", "fitnets", "vid") and hasattr(student, "patch_embed"):
         with pytest.raises(
             ValueError, match=r"student must have stages of maps \(B, C, H, W\), got shape \(1, 1[67], "
         ):
-            preset_task(preset, student, teacher)
+            recipe_task(name, student, teacher)
         return
-    preset_task(preset, student, teacher)(images, labels, index)["loss"].backward()
+    recipe_task(name, student, teacher)(images, labels, index)["loss"].backward()
     assert all(p.grad is not None for p in student.parameters())
 
 
-def test_wrong_presets():
+def test_wrong_recipes():
     student, teacher = networks()
     with pytest.raises(ValueError, match="name must be one of kd, dkd, .*, got 'kdd'"):
         recipe("kdd", student, teacher)
@@ -555,7 +556,7 @@ def test_wrong_tasks():
     task = DistillationTask(student, teacher, [Term(kdfast.FitNets(), 1.0, ("student.layer2", "teacher.layer2"))])
     with pytest.raises(ValueError, match=r"term fitnets of \(8, 8, 8, 8\), \(8, 48, 8, 8\): teacher must have"):
         task(images, labels)
-    task = preset_task("at", student, teacher)
+    task = recipe_task("at", student, teacher)
     with pytest.raises(ValueError, match="teacher_logits must be None, for the terms read the teacher's layers layer"):
         task(images, labels, teacher_logits=torch.zeros(8, CLASSES))
     for weight, error, message in (
@@ -564,7 +565,7 @@ def test_wrong_tasks():
     ):
         with pytest.raises(error, match=f"task_loss_weight must be {message}"):
             DistillationTask(student, teacher, [Term(kdfast.KD())], task_loss_weight=weight)
-    task = preset_task("crd", student, teacher)
+    task = recipe_task("crd", student, teacher)
     with pytest.raises(
         ValueError, match="index must be the samples' places in the data set, which crd reads, got None"
     ):
@@ -594,7 +595,7 @@ def loss_by_hand(task, images):
 @pytest.mark.parametrize("moment", ["before a forward", "after a forward", "after a step"])
 def test_copies_have_layers_of_their_own(moment, duplicate):
     """The losses of a task and of its copy are those of their own networks and batches, in turns."""
-    task = preset_task("at", *networks()).train()
+    task = recipe_task("at", *networks()).train()
     images, labels, _ = batch()
     if moment != "before a forward":
         result = task(images, labels)
@@ -618,7 +619,7 @@ def test_copies_have_layers_of_their_own(moment, duplicate):
 
 
 def test_copies_of_the_student_are_not_watched():
-    task = preset_task("at", *networks())
+    task = recipe_task("at", *networks())
     copied = copy.deepcopy(task.get_eval_model())
     images, labels, _ = batch()
     want = task.eval()(images, labels)["loss"]

@@ -10,18 +10,17 @@ from torch.nn.parallel import DistributedDataParallel
 from kdfast import distributed
 from kdfast._extras import require
 from kdfast.capture import capture
-from kdfast.integrations.terms import LOGITS, Objective, Term, finite, of_layers
-from kdfast.ops.accumulate import weighted, weighted_sum
+from kdfast.objectives.terms import Objective, Observed, Term, finite
 
 if TYPE_CHECKING:
     from kdfast.ops.softmax_kl import TopK
 
 
-__all__ = ["LOGITS", "DistillationTask", "Term", "of_layers"]
+__all__ = ["DistillationTask"]
 
-_task = require("timm.task", extra="imagenet")
-_models = require("timm.models", extra="imagenet")
-_utils = require("timm.utils", extra="imagenet")
+_task = require("timm.task", extra="train")
+_models = require("timm.models", extra="train")
+_utils = require("timm.utils", extra="train")
 
 # What a model without a pretrained_cfg is taken to expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -46,7 +45,7 @@ class DistillationTask(_task.TrainingTask):
     or timm's DistillationTeacher; None if each batch comes with `teacher_logits` of a store. terms: :class:`Term` s.
     criterion: of the student's logits and the targets, by default the cross-entropy; it does not run where
     task_loss_weight is 0. device: of the losses and the teacher, by default the student's. dtype: of a teacher that is
-    made by its name; a loss keeps the type that it has.
+    made by its name; a loss keeps the type that it has. What the losses read and weigh is an :class:`Objective`'s.
 
     ``task(input, target, index=None, teacher_logits=None)`` returns a dict: ``loss``, ``output`` (the student's
     logits), ``task_loss`` and ``NAME_loss`` of each term, without its weight. `input` is normalised for the student; a
@@ -94,11 +93,8 @@ class DistillationTask(_task.TrainingTask):
         self._teacher_features = capture(self.teacher.model, layers) if layers else {}
         self.criterion: Callable[..., Any] = nn.CrossEntropyLoss() if criterion is None else criterion
         self.task_loss_weight: float = finite("task_loss_weight", task_loss_weight)
-        self.weights = {term.name: term.weight for term in objective.terms}
         if "task" in self.weights:
             raise ValueError("terms must not be named 'task', whose loss is the criterion's")
-        self._trained = [term.name for term in objective.terms if any(True for _ in term.loss.parameters())]
-        self._index_readers = objective.readers("index")
         if self.teacher is not None:
             self._set_normalization(student)
 
@@ -113,48 +109,51 @@ class DistillationTask(_task.TrainingTask):
         for name, x in (("_scale", std / teacher_std), ("_shift", (mean - teacher_mean) / teacher_std)):
             self.register_buffer(name, x.to(device=self.device, dtype=self.dtype), persistent=False)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Name of a term -> its weight."""
+        return self._trainable().objective.weights
+
     # ---- a step ------------------------------------------------------------------------------------------------------
     def forward(
         self, input: Tensor, target: Tensor, index: Tensor | None = None, teacher_logits: "TopK | Tensor | None" = None
     ) -> dict[str, Tensor]:
         """Losses and logits of a batch: input (B, C, H, W), target (B,) or as the criterion takes it, index (B,)."""
-        labels, index = self._targets(target, index)
+        objective = self._trainable().objective
+        labels, index = self._targets(target, index, objective.readers("index"))
         if teacher_logits is not None and self._teacher_features:
             layers = ", ".join(self._teacher_features)
             raise ValueError(f"teacher_logits must be None, for the terms read the teacher's layers {layers}, too")
-        taught = self.taught(input) if teacher_logits is None else {LOGITS[1]: teacher_logits}
-        values = {"labels": labels, **{name: _savable(x) for name, x in taught.items()}}
-        if index is not None:
-            values["index"] = index
-        logits, losses = self.trainable_module(input, values)
+        taught = self.taught(input) if teacher_logits is None else {"logits": teacher_logits}
+        taught = {name: _savable(x) for name, x in taught.items()}
+        logits, losses = self.trainable_module(input, taught, labels, index)
         result = {"output": logits}
-        loss = weighted_sum(logits, *((self.weights[name], lambda x=x: x) for name, x in losses.items()))
-        # A loss with parameters stays in the graph, which DistributedDataParallel expects of every parameter.
-        loss = loss + sum(weighted(0, losses[name]) for name in self._trained if not self.weights[name])
+        loss = objective.total(losses, logits)
         if self.task_loss_weight:
             result["task_loss"] = self.criterion(logits, labels)
             loss = loss + self.task_loss_weight * result["task_loss"]
         return {"loss": loss, **result, **{f"{name}_loss": value for name, value in losses.items()}}
 
-    def _targets(self, target, index):
-        if not self._index_readers:
+    @staticmethod
+    def _targets(target, index, readers):
+        if not readers:
             return target, None
         if index is None and target.dim() == 2 and target.shape[1] == 2 and not target.is_floating_point():
             target, index = target.unbind(1)
         if index is None:
             raise ValueError(
-                f"index must be the samples' places in the data set, which {', '.join(self._index_readers)} reads, "
+                f"index must be the samples' places in the data set, which {', '.join(readers)} reads, "
                 "got None; pass it, or a target of (B, 2) integers: label and index"
             )
         return target, index
 
     @torch.no_grad()
     def taught(self, input: Tensor) -> dict[str, Tensor]:
-        """Name -> what the teacher says about the images: ``teacher.logits`` and the layers that terms read."""
+        """What the teacher says about the images: its logits, and the layers that terms read, by their names."""
         if self.teacher is None:
             raise ValueError("teacher_logits must be given with each batch: the task has no teacher")
-        values = {LOGITS[1]: self.teacher(input if self._same_input else input * self._scale + self._shift)}
-        return values | {f"teacher.{name}": value for name, value in self._teacher_features.items()}
+        logits = self.teacher(input if self._same_input else input * self._scale + self._shift)
+        return {"logits": logits, **self._teacher_features}
 
     # ---- timm's interface --------------------------------------------------------------------------------------------
     def train(self, mode: bool = True) -> Any:
@@ -235,14 +234,14 @@ class Trainable(nn.Module):
         super().__init__()
         self.student = student
         self.objective = objective
-        layers = objective.layers("student")
-        self._features = capture(student, layers) if layers else {}
+        self._observed: Observed = objective.observed("student", student)
 
-    def forward(self, input: Tensor, values: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """-> the student's logits and the losses by their names. `values`: of the other names that they read."""
-        logits = self.student(input)
-        features = {f"student.{name}": value for name, value in self._features.items()}
-        return logits, self.objective({"student.logits": logits, **features, **values})
+    def forward(
+        self, input: Tensor, taught: dict[str, Any], labels: Tensor, index: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """-> the student's logits and the losses by their names. `taught`: what the teacher says."""
+        said = self._observed(input)
+        return said["logits"], self.objective.losses(said, taught, labels, index=index)
 
     def no_weight_decay(self) -> set[str]:
         """The names of parameters that the student wants without weight decay, which timm's optimizers ask for."""

@@ -11,9 +11,10 @@ class LinearKD(Loss):
     """LinearKD - Distilling the Knowledge in a Neural Network, from hidden states (Hinton, Vinyals and Dean, 2014).
 
     ``D_beta`` of :class:`JSD` (KD for beta=0), or with `alpha` ``alpha D_beta + (1 - alpha) CE(student, labels)``, of
-    the rows that count, with the classifier inside: neither side's logits exist as a whole. Shapes: student_hidden
-    (..., Hs), student_weight (V, Hs), teacher_hidden (..., Ht) or a :class:`kdfast.TopK`, teacher_weight (V, Ht) or None;
-    labels (...) integers, mask (...) bool, weight (...), divisor a number or 0-d; biases (V,). 0-d float32, in nats. No T^2 unless `scale_by_t2`.
+    the rows that count, with the classifier inside: neither side's logits exist as a whole.
+    Shapes: student_hidden (..., Hs), student_weight (V, Hs), teacher_hidden (..., Ht) or a :class:`kdfast.TopK`,
+    teacher_weight (V, Ht) or None; labels (...) integers, mask (...) bool, weight (...), divisor a number or 0-d,
+    biases (V,). 0-d float32, in nats. No T^2 unless `scale_by_t2`.
 
     Args: those of :func:`kdfast.ops.linear_kl`, which says what they do. alpha: None, or from 0 to 1.
 

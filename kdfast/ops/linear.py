@@ -324,8 +324,8 @@ def linear_kl(
             smaller student has an infinite forward KL); "common": cuts the larger side to the classes both have.
 
     Returns: 0-d, or (...), float32 (float64 if an input is float64). Gradients: hidden states, weights and biases of
-    the student, and of the teacher where they require one. They are made in the forward, and a second backward through the
-    same result is an error.
+    the student, and of the teacher where they require one. They are made in the forward, and a second backward through
+    the same result is an error.
 
     Raises: TypeError, ValueError naming the argument; RuntimeError in a second backward.
     """

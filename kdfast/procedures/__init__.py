@@ -5,14 +5,13 @@ The training loop stays yours. A procedure that trains one network after the oth
 several together has a ``step`` for your loop to call.
 """
 
-from kdfast.procedures.explain import NoiseSigma, learn_sigma, pixel_entropy, quantify_knowledge
+from kdfast.procedures.explain import learn_sigma
 from kdfast.procedures.generations import Ensemble, born_again
 from kdfast.procedures.inversion import Augment, Change, ImagePrior, add_boxes, box_overlap, random_boxes, synthesize
 from kdfast.procedures.mutual import MutualLearning
 from kdfast.procedures.peers import PeerExchange, PeerWarning
 from kdfast.procedures.refinery import refine_labels
 from kdfast.procedures.residual import JointPaths, PathOutputs
-from kdfast.procedures.wide import data_inefficiency, effective_logit
 
 __all__ = [
     "Augment",
@@ -21,18 +20,13 @@ __all__ = [
     "ImagePrior",
     "JointPaths",
     "MutualLearning",
-    "NoiseSigma",
     "PathOutputs",
     "PeerExchange",
     "PeerWarning",
     "add_boxes",
     "born_again",
     "box_overlap",
-    "data_inefficiency",
-    "effective_logit",
     "learn_sigma",
-    "pixel_entropy",
-    "quantify_knowledge",
     "random_boxes",
     "refine_labels",
     "synthesize",
