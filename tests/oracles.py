@@ -1026,6 +1026,14 @@ def TAID(student, teacher, start=0.4, end=1.0, alpha=5e-4, beta=0.99):
     return _kl(_log_softmax(mixed), _log_softmax(student)).mean()
 
 
+def LinearKD(student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, alpha=None, **options):
+    """D_beta and CE of the logits, written out; T^2 is not in it."""
+    student, teacher = student_hidden.double() @ student_weight.t(), teacher_hidden.double() @ teacher_weight.t()
+    temperature = options.pop("temperature", 1.0)
+    kl = softmax_kl(student, teacher, temperature, **options) / temperature**2
+    return kl if alpha is None else alpha * kl + (1 - alpha) * cross_entropy(student, labels, reduction="mean")
+
+
 def AlphaBeta(student, teacher, alpha=0.2, beta=0.7):
     return alpha_beta(student, teacher, alpha, beta)
 
@@ -1040,6 +1048,6 @@ LOSSES = {
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
-        *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta),
+        *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta, LinearKD),
     )
 } | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

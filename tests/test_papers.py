@@ -58,6 +58,8 @@ CASES = [
     ("KD", {"standardize": True, "temperature": 2.0, "alpha": 0.5}, "student teacher labels"),
     ("LSKD", {}, "student teacher"),
     ("LSKD", {"temperature": 5.0}, "student teacher"),
+    ("LinearKD", {}, "vectors head short_vectors short_head"),
+    ("LinearKD", {"temperature": 2.0, "beta": 0.3, "alpha": 0.4}, "vectors head short_vectors short_head labels"),
     ("NKD", {}, "student teacher labels"),
     ("NKD", {"temperature": 3.0, "gamma": 3.5}, "student teacher labels"),
     ("SkewKL", {}, "student teacher"),
@@ -462,6 +464,9 @@ def inputs(kinds, device, rows=6, cols=11):
         # Embeddings of two networks.
         "vectors": lambda: normal(cols),
         "short_vectors": lambda: normal(7),
+        # Classifiers over them.
+        "head": lambda: torch.randn(cols, cols, dtype=torch.float64),
+        "short_head": lambda: torch.randn(cols, 7, dtype=torch.float64),
         # Maps of two networks, or lists of them, those of the teacher smaller or as large. Margins of the channels.
         "map": lambda: normal(4, 5, 3),
         "other_map": lambda: normal(7, 5, 3),

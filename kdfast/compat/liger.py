@@ -23,7 +23,7 @@ class LigerKLDIVLoss(nn.KLDivLoss):
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.eps = eps
+        self.eps: float = eps
 
     def forward(self, y_pred: Tensor, y_true: Tensor) -> Tensor:
         y_true = y_true.detach()
@@ -47,7 +47,9 @@ class LigerJSD(nn.Module):
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.beta, self.ignore_index, self.dtype = beta, ignore_index, dtype
+        self.beta: float = beta
+        self.ignore_index: int = ignore_index
+        self.dtype: torch.dtype = dtype
 
     def forward(self, log_q: Tensor, log_p: Tensor, shift_labels: Tensor | None = None) -> Tensor:
         mask = None if shift_labels is None else shift_labels != self.ignore_index
@@ -69,8 +71,10 @@ class LigerFusedLinearJSD(nn.Module):
         accum_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.jsd_beta, self.ignore_index, self.temperature = jsd_beta, ignore_index, temperature
-        self.accum_dtype = accum_dtype
+        self.jsd_beta: float = jsd_beta
+        self.ignore_index: int = ignore_index
+        self.temperature: float = temperature
+        self.accum_dtype: torch.dtype | None = accum_dtype
 
     def forward(
         self,
@@ -104,9 +108,14 @@ class LigerFusedLinearJSDLoss(nn.Module):
         return_soft_hard_loss: bool = False,
     ) -> None:
         super().__init__()
-        self.weight_hard_loss, self.weight_soft_loss, self.beta = weight_hard_loss, weight_soft_loss, beta
-        self.ignore_index, self.temperature, self.compiled = ignore_index, temperature, compiled
-        self.chunk_size, self.return_soft_hard_loss = chunk_size, return_soft_hard_loss
+        self.weight_hard_loss: float = weight_hard_loss
+        self.weight_soft_loss: float = weight_soft_loss
+        self.beta: float = beta
+        self.ignore_index: int = ignore_index
+        self.temperature: float = temperature
+        self.compiled: bool = compiled
+        self.chunk_size: int = chunk_size
+        self.return_soft_hard_loss: bool = return_soft_hard_loss
 
     def forward(
         self,

@@ -20,7 +20,7 @@ def _temperature(name, value):
     check.floating(name, value) if isinstance(value, Tensor) else check.positive(name, value)
 
 
-TEMPERATURE = _temperature  # a number above 0, or a tensor, whose shape and values are the op's to check
+TEMPERATURE: Check = _temperature  # a number above 0, or a tensor, whose shape and values are the op's to check
 REDUCTION = partial(check.one_of, choices=check.REDUCTIONS)
 
 

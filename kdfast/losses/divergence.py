@@ -1,11 +1,12 @@
 """Losses on logits since 2022: standardised rows, two temperatures, skewed, adaptive and interpolated divergences."""
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, made_of_settings, setting
+from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, Settings, made_of_settings, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.divergence import alpha_beta, head_share, non_target_cross_entropy, skew_kl, total_variation_distance
@@ -117,12 +118,14 @@ class CTKD(Loss):
     Op: ``softmax_kl``, with the temperature in a tensor.
     """
 
-    settings = {"minimum": check.positive, "maximum": check.positive, "ramp_epochs": check.count}
+    settings: ClassVar[Settings] = {"minimum": check.positive, "maximum": check.positive, "ramp_epochs": check.count}
 
     def __init__(self, minimum: float = 1.0, maximum: float = 21.0, ramp_epochs: int = 10) -> None:
         super().__init__()
-        self.minimum, self.maximum, self.ramp_epochs = minimum, maximum, ramp_epochs
-        self.raw = nn.Parameter(torch.ones(()))
+        self.minimum: float = minimum
+        self.maximum: float = maximum
+        self.ramp_epochs: int = ramp_epochs
+        self.raw: nn.Parameter = nn.Parameter(torch.ones(()))
 
     def forward(self, student: Tensor, teacher: Tensor, epoch: int | Tensor, mask: Tensor | None = None) -> Tensor:
         if isinstance(epoch, Tensor):
@@ -222,14 +225,17 @@ class TAID(Loss):
     trajectory of t is that of ``loss + entropy(P)``. Op: ``softmax_kl``.
     """
 
-    settings = {"start": SHARE, "end": SHARE, "alpha": AT_LEAST_0, "beta": SHARE}
+    settings: ClassVar[Settings] = {"start": SHARE, "end": SHARE, "alpha": AT_LEAST_0, "beta": SHARE}
     t: Tensor
     previous: Tensor
     momentum: Tensor
 
     def __init__(self, start: float = 0.4, end: float = 1.0, alpha: float = 5e-4, beta: float = 0.99) -> None:
         super().__init__()
-        self.start, self.end, self.alpha, self.beta = start, end, alpha, beta
+        self.start: float = start
+        self.end: float = end
+        self.alpha: float = alpha
+        self.beta: float = beta
         self.register_buffer("t", torch.tensor(float(start)))
         self.register_buffer("previous", torch.tensor(math.inf))
         self.register_buffer("momentum", torch.tensor(0.0))

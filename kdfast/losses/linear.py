@@ -1,8 +1,10 @@
 """Losses on hidden states: the classifier inside."""
 
+from typing import Any, ClassVar
+
 from torch import Tensor
 
-from kdfast.losses.base import REDUCTION, SHARE, TEMPERATURE, Loss, or_none
+from kdfast.losses.base import REDUCTION, SHARE, TEMPERATURE, Loss, Settings, or_none
 from kdfast.ops.linear import linear_kl
 from kdfast.ops.softmax_kl import TopK
 
@@ -21,7 +23,7 @@ class LinearKD(Loss):
     Op: ``linear_kl``.
     """
 
-    settings = {
+    settings: ClassVar[Settings] = {
         "temperature": TEMPERATURE,
         "beta": SHARE,
         "alpha": or_none(SHARE),
@@ -43,14 +45,24 @@ class LinearKD(Loss):
         teacher_scale: float = 1.0,
         reduction: str = "mean",
         chunk: int | None = None,
+        group: Any = None,
         vocabulary: str = "strict",
     ) -> None:
         super().__init__()
-        self.temperature, self.beta, self.alpha = temperature, beta, alpha
-        self.teacher_temperature, self.reduction = teacher_temperature, reduction
-        self.ignore_index, self.scale_by_t2, self.chunk, self.vocabulary = ignore_index, scale_by_t2, chunk, vocabulary
-        self.student_softcap, self.teacher_softcap = student_softcap, teacher_softcap
-        self.student_scale, self.teacher_scale = student_scale, teacher_scale
+        self.temperature: float | Tensor = temperature
+        self.beta: float = beta
+        self.alpha: float | None = alpha
+        self.teacher_temperature: float | Tensor | None = teacher_temperature
+        self.ignore_index: int = ignore_index
+        self.scale_by_t2: bool = scale_by_t2
+        self.student_softcap: float | None = student_softcap
+        self.teacher_softcap: float | None = teacher_softcap
+        self.student_scale: float = student_scale
+        self.teacher_scale: float = teacher_scale
+        self.reduction: str = reduction
+        self.chunk: int | None = chunk
+        self.group: Any = group
+        self.vocabulary: str = vocabulary
 
     def forward(
         self,
@@ -90,5 +102,6 @@ class LinearKD(Loss):
             reduction=self.reduction,
             divisor=divisor,
             chunk=self.chunk,
+            group=self.group,
             vocabulary=self.vocabulary,
         )

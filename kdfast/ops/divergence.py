@@ -139,7 +139,7 @@ def _cross_entropy(p, q, d, log_p, log_q, a, b, skew, both):
     return fixed_sum(slope), slope, q - p
 
 
-TERMS = (_skewed, _variation, _alpha_beta, _cross_entropy)
+_TERMS = (_skewed, _variation, _alpha_beta, _cross_entropy)
 
 
 class _Sides(NamedTuple):
@@ -153,7 +153,7 @@ class _Sides(NamedTuple):
     def terms(self, kind, a, b, skew):
         p, q = self.p, self.q
         both = (p.total > 0) & (q.total > 0)
-        return TERMS[kind](p.log_p.exp(), q.log_p.exp(), self.d, p.log_p, q.log_p, a, b, skew, both)
+        return _TERMS[kind](p.log_p.exp(), q.log_p.exp(), self.d, p.log_p, q.log_p, a, b, skew, both)
 
 
 def _moments(z, standardize):

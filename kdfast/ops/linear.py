@@ -10,16 +10,20 @@ upstream gradient has to be known, and the backward forms the chunks again.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast.ops import check
+from kdfast._kernels import op
+from kdfast.ops import check, shapes
 from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.differentiable import function_of
+from kdfast.ops.saved import save, saved
 from kdfast.ops.softmax_kl import cross_entropy, softmax_kl
+from kdfast.ops.temperature import temperature_argument
 from kdfast.ops.top_k import TopK
 
 __all__ = ["linear_cross_entropy", "linear_kl"]
@@ -32,14 +36,14 @@ VOCABULARIES = ("strict", "pad", "common")
 
 # ---- one classifier --------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Head:
+class Head:
     """Hidden states [rows, H], weight [V, H], bias [V] or None, and what becomes of their product."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     scale: float
-    softcap: float | None
+    softcap: float  # 0: none
     classes: int  # of the logits, which end with -inf where the weight has fewer rows
 
     def logits(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -49,7 +53,7 @@ class _Head:
             z += self.bias.to(dtype)
         if self.scale != 1:
             z *= self.scale
-        if self.softcap is not None:
+        if self.softcap:
             z = z.div_(self.softcap).tanh_().mul_(self.softcap)
         missing = self.classes - z.shape[1]
         return torch.nn.functional.pad(z, (0, missing), value=-math.inf) if missing else z
@@ -58,7 +62,7 @@ class _Head:
         """The gradient of h W^T + b from that of the logits z, in its memory."""
         count = len(self.weight)
         grad, z = grad[:, :count], z[:, :count]
-        if self.softcap is not None:
+        if self.softcap:
             grad = grad.mul_(1 - (z / self.softcap).square_())
         return grad.mul_(self.scale) if self.scale != 1 else grad
 
@@ -91,94 +95,42 @@ def _times_weight(grad, weight):
     return out
 
 
-# ---- chunks ----------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Work:
-    """What a loss is made of besides the tensors that have gradients."""
-
-    rows: Callable[..., Tensor]  # (student logits, teacher logits, index, temperature, teacher's) -> loss of rows
-    keep: Tensor  # [rows] bool
-    weight: Tensor | None  # [rows]
-    count: Tensor | float  # what the sum is divided by
-    reduce: bool
-    chunk: int | None
-    scales: tuple[float, float]
-    softcaps: tuple[float | None, float | None]
-    classes: int
-
-
-def _kept(keep):
+# ---- the op ----------------------------------------------------------------------------------------------------------
+def kept_rows(keep: Tensor) -> Tensor:
     """The rows that count first. On a CPU no others; elsewhere all of them follow, as a look would wait."""
     if keep.device.type == "cpu":
         return keep.nonzero()[:, 0]
     return torch.argsort(~keep, stable=True)
 
 
-def _chunk_rows(chunk, classes, heads, dtype):
-    if chunk is not None:
+def chunk_rows(chunk: int, classes: int, heads: int, dtype: torch.dtype) -> int:
+    """Rows at a time: as many as were asked for, or as have BYTES of logits and gradients."""
+    if chunk:
         return chunk
     row = classes * (torch.finfo(dtype).bits // 8) * 2 * heads
     return max(ROWS, BYTES // max(row, 1) // ROWS * ROWS)
 
 
-def _compute(work, tensors, upstream, needs):
-    """-> values of the rows [rows], gradients of the tensors, None where none is needed.
-
-    upstream: factors of the rows [rows], or None for 1.
-    """
-    hs, ws, bs, ht, wt, bt, *temperatures = tensors
-    heads = [_Head(hs, ws, bs, work.scales[0], work.softcaps[0], work.classes)]
-    if ht is not None:
-        heads.append(_Head(ht, wt, bt, work.scales[1], work.softcaps[1], work.classes))
-    dtype = accumulator(hs, ws, ht, wt)
-    factors = work.keep.to(dtype) if work.weight is None else torch.where(work.keep, work.weight.to(dtype), 0.0)
-    values = factors.new_zeros(len(hs))
-    grads = [
-        _gradient_memory(x, i, dtype) if need else None for i, (x, need) in enumerate(zip(tensors, needs, strict=True))
-    ]
-    index, step = _kept(work.keep), _chunk_rows(work.chunk, work.classes, len(heads), dtype)
-    for begin in range(0, len(index), step):
-        at = index[begin : begin + step]
-        z = [head.logits(at, dtype) for head in heads]
-        leaves = [x.requires_grad_(any(needs[3 * i : 3 * i + 3])) for i, x in enumerate(z)]
-        of_t = [_of_rows(t, at, need) for t, need in zip(temperatures, needs[6:], strict=True)]
-        wanted = [x for x in (*leaves, *of_t) if isinstance(x, Tensor) and x.requires_grad]
-        with torch.set_grad_enabled(bool(wanted)):
-            rows = work.rows(*leaves, *[None] * (2 - len(leaves)), at, *of_t)
-            rows = torch.where(factors[at] == 0, 0.0, rows * factors[at])
-        values[at] = rows.detach()
-        if not wanted:
-            continue
-        found = torch.autograd.grad(rows, wanted, torch.ones_like(rows) if upstream is None else upstream[at])
-        found = dict(zip(map(id, wanted), found, strict=True))
-        for i, (head, x) in enumerate(zip(heads, leaves, strict=True)):
-            if id(x) in found:
-                _add_gradients(head, head.through(found[id(x)], x.detach()), at, grads[3 * i : 3 * i + 3])
-        for i, t in enumerate(of_t):
-            if id(t) in found:
-                _add_temperature(grads[6 + i], found[id(t)], at)
-    return values, [g if g is None else g.to(x.dtype) for g, x in zip(grads, tensors, strict=True)]
-
-
-def _gradient_memory(x, i, dtype):
-    """Of hidden states in their type, as each row is written once; of all else, which adds up, in `dtype`."""
-    return torch.zeros_like(x) if i in (0, 3) else torch.zeros_like(x, dtype=dtype)
-
-
-def _of_rows(temperature, at, need):
-    if not isinstance(temperature, Tensor):
-        return temperature
+def _of_rows(temperature, number, at, need):
+    """The temperature of a chunk: a number, or a tensor that collects a gradient."""
+    if temperature is None:
+        return number or None
     return (temperature[at] if temperature.dim() else temperature).detach().requires_grad_(need)
 
 
-def _add_temperature(total, grad, at):
-    if total.dim():
-        total[at] = grad.to(total.dtype)
-    else:
-        total += grad
+def _recorded():
+    """Inside, autograd sees operations also where the op runs below it, as in a compiled graph."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in AUTOGRAD:
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
 
 
-def _add_gradients(head, grad, at, grads):
+AUTOGRAD = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autograd")]
+
+
+def add_gradients(head: Head, grad: Tensor, at: Tensor, grads: Sequence[Tensor | None]) -> None:
+    """Of hidden states, weight and bias, from that of a chunk's products."""
     hidden, weight, bias = grads
     if hidden is not None:
         hidden[at] = _times_weight(grad, head.weight).to(hidden.dtype)
@@ -188,35 +140,165 @@ def _add_gradients(head, grad, at, grads):
         bias += grad.sum(0)
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, work: _Work, *tensors: Tensor | None) -> Tensor:
-        needs = [*ctx.needs_input_grad[1:]]
-        with torch.autocast(work.keep.device.type, enabled=False):
-            values, grads = _compute(work, tensors, None, needs if work.reduce else [False] * len(needs))
-        ctx.work, ctx.grads = work, grads
-        if not work.reduce:
-            ctx.numbers = [None if isinstance(x, Tensor) else x for x in tensors]
-            ctx.save_for_backward(*[x if isinstance(x, Tensor) else None for x in tensors])
-        return fixed_sum(values) / work.count if work.reduce else values
+def _shapes(needs, **arguments):
+    leaves = [arguments[name] for name in LEAVES]
+    hidden, weight, _, teacher, teacher_weight, *_ = leaves
+    values = shapes.sums(hidden.shape[:1], hidden, weight, teacher, teacher_weight)
+    pairs = [(x, need) for x, need in zip(leaves, needs, strict=True) if x is not None]
+    return values, [shapes.gradient(x) if need else x.new_empty(0) for x, need in pairs]
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        check.first_derivative_only("linear_kl")
-        work = ctx.work
-        if not work.reduce:
-            pairs = zip(ctx.saved_tensors, ctx.numbers, strict=True)
-            tensors = [number if x is None else x for x, number in pairs]
-            with torch.autocast(work.keep.device.type, enabled=False):
-                return None, *_compute(work, tensors, grad, [*ctx.needs_input_grad[1:]])[1]
-        if ctx.grads is None:
-            raise RuntimeError(
-                "kdfast.linear_kl keeps gradients, not logits, and they were used by a first backward: "
-                "call it again, or use reduction='none'"
+
+# What may get a gradient, in the order of the op's results, of which those that are not given are left out.
+LEAVES = (
+    *("student_hidden", "student_weight", "student_bias", "teacher_hidden", "teacher_weight", "teacher_bias"),
+    *("temperatures", "teacher_temperatures"),
+)
+
+
+@op("linear", _shapes, has_kernels=False)
+def _linear_kl(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor | None,
+    teacher_weight: Tensor | None,
+    teacher_bias: Tensor | None,
+    temperatures: Tensor | None,
+    teacher_temperatures: Tensor | None,
+    top_values: Tensor | None,
+    top_indices: Tensor | None,
+    top_rest: Tensor | None,
+    labels: Tensor | None,
+    weight: Tensor | None,
+    keep: Tensor,
+    upstream: Tensor | None,
+    temperature: float,
+    teacher_temperature: float,
+    beta: float,
+    kl_weight: float,
+    ce_weight: float,
+    smoothing: float,
+    scale_by_t2: bool,
+    ignore_index: int,
+    student_scale: float,
+    teacher_scale: float,
+    student_softcap: float,
+    teacher_softcap: float,
+    top_temperature: float,
+    tail: str,
+    chunk: int,
+    needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor]]:
+    """-> values of the rows [rows], 0 where they do not count; gradients of their sum in the LEAVES that are given.
+
+    keep: the rows that count. upstream: [rows], in place of 1. teacher_temperature: 0 for the student's. softcaps,
+    chunk: 0 for none.
+    """
+    classes = max(len(student_weight), 0 if teacher_weight is None else len(teacher_weight))
+    heads = [Head(student_hidden, student_weight, student_bias, student_scale, student_softcap, classes)]
+    if teacher_hidden is not None:
+        heads.append(Head(teacher_hidden, teacher_weight, teacher_bias, teacher_scale, teacher_softcap, classes))
+    tensors = (student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias)
+    given_t = temperatures, teacher_temperatures
+    dtype = accumulator(student_hidden, student_weight, teacher_hidden, teacher_weight)
+    factors = keep.to(dtype) if weight is None else torch.where(keep, weight.to(dtype), 0.0)
+    values = factors.new_zeros(len(student_hidden))
+    # Hidden states in their type, as each row is written once; all else, which adds up, in `dtype`.
+    grads = [
+        torch.zeros_like(x, dtype=x.dtype if i in (0, 3) else dtype) if need else None
+        for i, (x, need) in enumerate(zip((*tensors, *given_t), needs, strict=True))
+    ]
+
+    def of_rows(z_s, z_t, at, t_s, t_t):
+        value = 0.0
+        if kl_weight:
+            top = (top_values, top_indices, top_rest)
+            teacher = (
+                z_t if top_values is None else TopK(*[None if x is None else x[at] for x in top], top_temperature, tail)
             )
-        grads, ctx.grads = ctx.grads, None
-        factor = grad / work.count
-        return None, *[g if g is None else g.mul_(factor) for g in grads]
+            value = kl_weight * softmax_kl(z_s, teacher, t_s, beta=beta, teacher_temperature=t_t, reduction="none")
+            squared = t_s.to(value.dtype) ** 2 if isinstance(t_s, Tensor) else t_s**2
+            value = value if scale_by_t2 else value / squared
+        if ce_weight:
+            of_ce = {"ce_weight": ce_weight, "label_smoothing": smoothing, "ignore_index": ignore_index}
+            value = value + cross_entropy(z_s, labels[at], reduction="none", **of_ce)
+        return value if kl_weight or ce_weight else 0.0 * z_s.sum(1)
+
+    index, step = kept_rows(keep), chunk_rows(chunk, classes, len(heads), dtype)
+    for begin in range(0, len(index), step):
+        at = index[begin : begin + step]
+        z = [head.logits(at, dtype).requires_grad_(any(needs[3 * i : 3 * i + 3])) for i, head in enumerate(heads)]
+        numbers = temperature, teacher_temperature
+        of_t = [_of_rows(t, n, at, need) for t, n, need in zip(given_t, numbers, needs[6:], strict=True)]
+        wanted = [x for x in (*z, *of_t) if isinstance(x, Tensor) and x.requires_grad]
+        with torch.set_grad_enabled(bool(wanted)), _recorded():
+            rows = of_rows(*z, *[None] * (2 - len(z)), at, *of_t)
+            rows = torch.where(factors[at] == 0, 0.0, rows * factors[at])
+            ones = torch.ones_like(rows) if upstream is None else upstream[at].to(rows.dtype)
+            found = torch.autograd.grad(rows, wanted, ones) if wanted else ()
+        values[at] = rows.detach()
+        found = dict(zip(map(id, wanted), found, strict=True))
+        for i, (head, x) in enumerate(zip(heads, z, strict=True)):
+            if id(x) in found:
+                add_gradients(head, head.through(found[id(x)], x.detach()), at, grads[3 * i : 3 * i + 3])
+        for i, t in enumerate(of_t):
+            if id(t) in found and t.dim():
+                grads[6 + i][at] = found[id(t)].to(dtype)
+            elif id(t) in found:
+                grads[6 + i] += found[id(t)]
+    results = [
+        x.new_empty(0) if g is None else g.to(x.dtype)
+        for g, x in zip(grads, (*tensors, *given_t), strict=True)
+        if x is not None
+    ]
+    return values, results
+
+
+def _gradients(results, tensors, needs):
+    """The op's results as one for each of the LEAVES: None where none is needed."""
+    results = iter(results)
+    found = [None if x is None else next(results) for x in tensors]
+    return [x if need else None for x, need in zip(found, needs, strict=True)]
+
+
+def _run(*args):
+    """settings: those of the op before `needs`, whether the rows add up, and what their sum is divided by."""
+    ctx, (settings, reduce, divisor), *tensors = args
+    leaves, others, count = tensors[: len(LEAVES)], tensors[len(LEAVES) : -1], tensors[-1]
+    needs = [bool(x) for x in ctx.needs_input_grad[1 : 1 + len(LEAVES)]]
+    with torch.autocast(leaves[0].device.type, enabled=False):
+        values, results = _linear_kl(*leaves, *others, None, *settings, needs if reduce else [False] * len(needs))
+    ctx.settings, ctx.reduce, ctx.divisor, ctx.used = settings, reduce, divisor, False
+    if not reduce:
+        save(ctx, *leaves, *others)
+        return values
+    ctx.grads = _gradients(results, leaves, needs)
+    save(ctx, count)
+    return fixed_sum(values) / (divisor if count is None else count.to(values.dtype))
+
+
+def _differentiate(ctx, grad):
+    check.first_derivative_only("linear_kl")
+    others = [None] * 7  # that have no gradient: the top-k teacher, labels, weight, keep, count
+    if not ctx.reduce:
+        tensors = saved(ctx)
+        leaves, needs = tensors[: len(LEAVES)], [bool(x) for x in ctx.needs_input_grad[1 : 1 + len(LEAVES)]]
+        with torch.autocast(grad.device.type, enabled=False):
+            _, results = _linear_kl(*tensors, grad, *ctx.settings, needs)
+        return None, *_gradients(results, leaves, needs), *others
+    if ctx.used:
+        raise RuntimeError(
+            "kdfast.linear_kl keeps gradients, not logits, and a first backward used them: call it again, "
+            "or take reduction='none'"
+        )
+    ctx.used = True
+    (count,) = saved(ctx)
+    factor = grad / (ctx.divisor if count is None else count.to(grad.dtype))
+    grads, ctx.grads = ctx.grads, None
+    return None, *[g if g is None else g.mul_(factor) for g in grads], *others
+
+
+_function = function_of("linear_kl", _run, _differentiate)
 
 
 # ---- functions -------------------------------------------------------------------------------------------------------
@@ -243,6 +325,12 @@ def _flat(x):
     return None if x is None else x.reshape(-1, x.shape[-1])
 
 
+def _labels(labels, hidden, weight, ignore_index):
+    """Integer labels (...), as int64."""
+    logits = hidden[..., :1].expand(*hidden.shape[:-1], len(weight))
+    return check.class_indices(labels, logits, ignore_index)
+
+
 def _counted(shape, like, mask, labels, ignore_index):
     """Which rows count [rows]."""
     keep = torch.ones(shape, dtype=torch.bool, device=like.device)
@@ -255,13 +343,14 @@ def _counted(shape, like, mask, labels, ignore_index):
 
 
 def _divided(reduction, keep, divisor):
+    """-> what a sum is divided by, in a tensor, or as a number."""
     check.reduction(reduction)
     if divisor is not None:
         check.divisor(divisor)
         if reduction == "none":
             raise ValueError('divisor divides a sum: with reduction="none" there is none')
-        return divisor
-    return keep.sum().clamp(min=1) if reduction in ("mean", "batchmean") else 1.0
+        return (divisor.reshape(()), 1.0) if isinstance(divisor, Tensor) else (None, float(divisor))
+    return (keep.sum().clamp(min=1), 1.0) if reduction in ("mean", "batchmean") else (None, 1.0)
 
 
 def _settings(chunk, kl_weight, ce_weight, *positive):
@@ -299,6 +388,7 @@ def linear_kl(
     reduction: str = "mean",
     divisor: float | Tensor | None = None,
     chunk: int | None = None,
+    group: Any = None,
     vocabulary: str = "strict",
 ) -> Tensor:
     """``kl_weight D_beta + ce_weight CE`` of language models from hidden states, without their logits as a whole.
@@ -320,6 +410,10 @@ def linear_kl(
         reduction: "mean" ("batchmean") divides by the rows that count, or by `divisor`; "sum"; "none" (...), whose
             backward forms the logits again.
         chunk: rows at a time; None: as many as have 64 MiB of logits and gradients.
+        group: a torch.distributed group over which both weights (and biases) are split along V, in parts that may be
+            unequal; all else is the same in each process, with labels and top-k indices of the whole vocabulary.
+            Two small exchanges a chunk; the gradient of hidden states is summed over the group in the backward.
+            Temperatures are numbers then.
         vocabulary: of weights that differ in height. "strict" refuses; "pad": the classes that a side lacks are -inf (a
             smaller student has an infinite forward KL); "common": cuts the larger side to the classes both have.
 
@@ -366,38 +460,51 @@ def linear_kl(
             vocabulary, student_weight, student_bias, teacher_weight, teacher_bias
         )
     keep = _counted(leading, student_hidden, mask, labels, ignore_index)
-    flat_labels = None if labels is None else labels.reshape(-1)
-
-    def rows(z_s, z_t, at, t_s, t_t):
-        values = 0.0
-        if kl_weight:
-            teacher = z_t if top is None else TopK(*[x if i > 2 or x is None else x[at] for i, x in enumerate(top)])
-            of_kl = {"beta": beta, "reduction": "none"} | ({} if t_t is None else {"teacher_temperature": t_t})
-            values = kl_weight * softmax_kl(z_s, teacher, t_s, **of_kl)
-            values = (
-                values if scale_by_t2 else values / (t_s.to(values.dtype) ** 2 if isinstance(t_s, Tensor) else t_s**2)
-            )
-        if ce_weight:
-            of_ce = {"ce_weight": ce_weight, "ignore_index": ignore_index, "reduction": "none"}
-            values = values + cross_entropy(z_s, flat_labels[at], **of_ce)
-        return values if kl_weight or ce_weight else 0.0 * z_s.sum(1)
-
-    classes = max(len(student_weight), 0 if teacher_weight is None else len(teacher_weight))
-    work = _Work(
-        rows,
-        keep,
-        None if weight is None else weight.reshape(-1),
-        _divided(reduction, keep, divisor),
-        reduction != "none",
-        chunk,
-        (student_scale, teacher_scale),
-        (student_softcap, teacher_softcap),
-        classes,
+    count, number = _divided(reduction, keep, divisor)
+    if group is not None:
+        if isinstance(temperature, Tensor) or isinstance(teacher_temperature, Tensor):
+            raise ValueError("temperatures must be numbers with a group of processes, got a tensor")
+        return _of_group(
+            group,
+            (_flat(student_hidden), student_weight, student_bias, _flat(teacher_hidden), teacher_weight, teacher_bias),
+            (top, labels, weight, keep, count),
+            (temperature, teacher_temperature or temperature, beta),
+            (kl_weight * (temperature**2 if scale_by_t2 else 1.0), ce_weight, ignore_index),
+            ((student_scale, teacher_scale), (student_softcap or 0.0, teacher_softcap or 0.0)),
+            (chunk or 0, reduction != "none", number),
+        ).reshape(() if reduction != "none" else leading)
+    t_s, number_s = _temperature(temperature, student_hidden)
+    t_t, number_t = (None, 0.0) if teacher_temperature is None else _temperature(teacher_temperature, student_hidden)
+    stored, tail = (1.0, "rest") if top is None else (float(top.temperature), top.tail)
+    settings = (
+        *(number_s, number_t, float(beta), float(kl_weight), float(ce_weight), 0.0, bool(scale_by_t2), ignore_index),
+        *(float(student_scale), float(teacher_scale), float(student_softcap or 0), float(teacher_softcap or 0)),
+        *(stored, tail, chunk or 0),
     )
-    flat_t = [t.reshape(-1) if isinstance(t, Tensor) and t.dim() else t for t in (temperature, teacher_temperature)]
-    tensors = _flat(student_hidden), student_weight, student_bias, _flat(teacher_hidden), teacher_weight, teacher_bias
-    loss = _Linear.apply(work, *tensors, *flat_t)
-    return loss if work.reduce else loss.reshape(leading)
+    loss = _function(
+        (settings, reduction != "none", number),
+        *(_flat(student_hidden), student_weight, student_bias, _flat(teacher_hidden), teacher_weight, teacher_bias),
+        *(t_s, t_t, *((None,) * 3 if top is None else top[:3])),
+        *(None if labels is None else labels.reshape(-1), None if weight is None else weight.reshape(-1), keep, count),
+    )
+    return loss if reduction != "none" else loss.reshape(leading)
+
+
+def _of_group(group, tensors, others, temperatures, weights, forms, rest):
+    from kdfast.ops.linear_group import Settings, group_linear  # which imports this file
+
+    top, labels, weight, keep, count = others
+    tail, stored = ("rest", 1.0) if top is None else (top.tail, float(top.temperature))
+    settings = Settings(group, *temperatures, *weights, *forms, tail, stored, *rest)
+    flat = (None if x is None else x.reshape(-1) for x in (labels, weight))
+    return group_linear(settings, tensors, top, *flat, keep, count)
+
+
+def _temperature(value, like):
+    """-> the op's tensor and number."""
+    if not isinstance(value, Tensor):
+        return temperature_argument(value, like)
+    return (value.reshape(-1) if value.dim() else value), 1.0
 
 
 def _fit(vocabulary, student_weight, student_bias, teacher_weight, teacher_bias):
@@ -442,21 +549,15 @@ def linear_cross_entropy(
     check.number("label_smoothing", label_smoothing, 0, 1)
     _settings(chunk, 0.0, 1.0, ("softcap", softcap), ("scale", scale))
     leading = hidden.shape[:-1]
-    labels = check.class_indices(labels, hidden[..., :1].expand(*leading, len(weight)), ignore_index)
+    labels = _labels(labels, hidden, weight, ignore_index)
     if row_weight is not None:
         check.row_weight(row_weight, hidden)
-    keep, flat_labels = _counted(leading, hidden, mask, labels, ignore_index), labels.reshape(-1)
-    options = {"label_smoothing": label_smoothing, "ignore_index": ignore_index, "reduction": "none"}
-    work = _Work(
-        lambda z, _, at, *temperatures: cross_entropy(z, flat_labels[at], **options),
-        keep,
-        None if row_weight is None else row_weight.reshape(-1),
-        _divided(reduction, keep, divisor),
-        reduction != "none",
-        chunk,
-        (scale, 1.0),
-        (softcap, None),
-        len(weight),
+    keep = _counted(leading, hidden, mask, labels, ignore_index)
+    count, number = _divided(reduction, keep, divisor)
+    settings = (1.0, 0.0, 0.0, 0.0, 1.0, float(label_smoothing), False, ignore_index, float(scale), 1.0)
+    loss = _function(
+        ((*settings, float(softcap or 0), 0.0, 1.0, "rest", chunk or 0), reduction != "none", number),
+        *(_flat(hidden), weight, bias, *[None] * 8, labels.reshape(-1)),
+        *(None if row_weight is None else row_weight.reshape(-1), keep, count),
     )
-    loss = _Linear.apply(work, _flat(hidden), weight, bias, None, None, None, None, None)
-    return loss if work.reduce else loss.reshape(leading)
+    return loss if reduction != "none" else loss.reshape(leading)

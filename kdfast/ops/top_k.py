@@ -162,14 +162,22 @@ def _missing_mass(log_p):
 
 def of_outcomes(student: Tensor, teacher: TopK, temperature: float) -> tuple[Tensor, Tensor]:
     """Log-probabilities of student and teacher rows at T: over the slots, and over the rest unless it is left out."""
+    if teacher.tail == "renormalise":
+        column, real = _slots(teacher.indices, student.shape[1])
+        kept = student.gather(1, column).to(accumulator(student, teacher.values)) / temperature
+        log_q = torch.cat([torch.where(real, kept, -INF), torch.full_like(kept[:, :1], -INF)], 1)
+    else:
+        log_q = outcomes(student, teacher.indices, temperature)
+    return of_slots(log_q, teacher, temperature)
+
+
+def of_slots(log_q: Tensor, teacher: TopK, temperature: float) -> tuple[Tensor, Tensor]:
+    """The same from the student's log-probabilities [rows, k + 1], of the slots and of the rest."""
     values, indices, rest, stored, tail = teacher
-    dtype = accumulator(student, values)
-    values = torch.where(indices >= 0, values.to(dtype), -INF)
+    dtype = accumulator(log_q, values)
+    log_q, values = log_q.to(dtype), torch.where(indices >= 0, values.to(dtype), -INF)
     if tail == "renormalise":
-        column, real = _slots(indices, student.shape[1])
-        kept = torch.where(real, student.gather(1, column).to(dtype), -INF)
-        return (kept / temperature).log_softmax(1), (values * (stored / temperature)).log_softmax(1)
-    log_q = outcomes(student, indices, temperature).to(dtype)
+        return log_q[:, :-1].log_softmax(1), (values * (stored / temperature)).log_softmax(1)
     if tail == "drop":
         return log_q[:, :-1], values
     if tail == "rest":

@@ -349,9 +349,14 @@ template <class T>
 Run add(Source& s) {
   return arithmetic<T, 2>(s, [](T x, T y, T) { return x + y; });
 }
+// .D2 halves the product, .M2 doubles it, and so on.
 template <class T>
 Run multiply(Source& s) {
-  return arithmetic<T, 2>(s, [](T x, T y, T) { return x * y; });
+  T factor = 1;
+  const std::pair<const char*, double> factors[] = {{"D2", 0.5}, {"D4", 0.25}, {"D8", 0.125},
+                                                    {"M2", 2.0}, {"M4", 4.0},  {"M8", 8.0}};
+  for (const auto& [name, value] : factors) factor = s.has(name) ? T(value) : factor;
+  return arithmetic<T, 2>(s, [factor](T x, T y, T) { return x * y * factor; });
 }
 template <class T>
 Run fused(Source& s) {
