@@ -13,11 +13,13 @@ KD_INLINED inline Term<A> term_of(const F& terms, const Point<A>& x) {
   return {nowhere ? A(0) : t.value, nowhere ? A(0) : t.to_p, nowhere ? A(0) : t.to_q};
 }
 
-// kMoments: also the sums that the slope in a temperature is made of.
-template <bool kMoments, class A, class F>
-Terms<A> row_sums(const A* z_p, const A* z_q, int64_t n, const Sides<A>& sides, const F& terms) {
+// kMoments: also the sums that the slope in a temperature is made of. kKept: e has the exponentials of the centred
+// logits.
+template <bool kMoments, bool kKept, class A, class F>
+Terms<A> row_sums(const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n, const Sides<A>& sides,
+                  const F& terms) {
   return sum_elements<kMoments ? 7 : 3, A>(n, [&](int64_t i) KD_INLINED {
-    const Point<A> x = sides.at(z_p[i], z_q[i]);
+    const Point<A> x = kKept ? sides.at(z_p[i], z_q[i], e_p[i], e_q[i]) : sides.at(z_p[i], z_q[i]);
     const Term<A> t = term_of(terms, x);
     if (!kMoments) return Terms<A>{t.value, t.to_p, t.to_q};
     const A c_p = z_p[i] - sides.p.max, c_q = z_q[i] - sides.q.max;
@@ -29,6 +31,17 @@ Terms<A> row_sums(const A* z_p, const A* z_q, int64_t n, const Sides<A>& sides, 
                     x.p == 0 ? A(0) : x.p * c_p,
                     x.q == 0 ? A(0) : x.q * c_q};
   });
+}
+
+template <class A, class F>
+Terms<A> row_sums(bool moments, bool kept, const A* z_p, const A* z_q, const A* e_p, const A* e_q, int64_t n,
+                  const Sides<A>& sides, const F& terms) {
+  if (moments) {
+    return kept ? row_sums<true, true>(z_p, z_q, e_p, e_q, n, sides, terms)
+                : row_sums<true, false>(z_p, z_q, e_p, e_q, n, sides, terms);
+  }
+  return kept ? row_sums<false, true>(z_p, z_q, e_p, e_q, n, sides, terms)
+              : row_sums<false, false>(z_p, z_q, e_p, e_q, n, sides, terms);
 }
 
 template <bool kTeacher, class A, class F>
@@ -67,10 +80,10 @@ Moments<A> moments_of(const Row<A>& z, int64_t cols) {
 }
 
 template <class A>
-LogSoftmax<A> side_of(const Inputs<A>& in, bool of_teacher, const Row<A>& z, Moments<A>& m) {
+LogSoftmax<A> side_of(const Inputs<A>& in, bool of_teacher, const Row<A>& z, Moments<A>& m, A* e) {
   m = in.standardize ? moments_of(z, in.cols) : Moments<A>{0, 1};
   const A rate = in.rate(of_teacher, z.row, m.std);
-  const Softmax<A> side = softmax_sweep<false, A>(z, in.cols, in.skipped(z.row), rate, nullptr);
+  const Softmax<A> side = softmax_sweep<true>(z, in.cols, in.skipped(z.row), rate, e);
   in.stats.set_softmax(of_teacher ? kSide : 0, z.row, side);
   return {side, rate};
 }
@@ -93,16 +106,17 @@ void divergence_rows(const Inputs<A>& in, const Form& form, A* values) {
     }
     alignas(64) A student_buffer[kChunk], teacher_buffer[kChunk];
     const Row<A> s{in.student, row, student_buffer}, t{in.teacher, row, teacher_buffer};
+    alignas(64) A e_s[kChunk], e_t[kChunk];
+    const bool kept = in.cols <= kChunk && in.skipped(row) < 0;  // all exponentials, those of the only piece
     Moments<A> moments_s, moments_t;
-    const LogSoftmax<A> q = side_of(in, false, s, moments_s), p = side_of(in, true, t, moments_t);
+    const LogSoftmax<A> q = side_of(in, false, s, moments_s, e_s), p = side_of(in, true, t, moments_t, e_t);
     const Sides<A> sides(p, q);
     RowSums<double> sums{};
     dispatch_form<A>(form.of_row(in, row), [&](auto terms) {
       terms.set_row(-1.0, sides.both());
       for_row_pieces(in.cols, in.skipped(row), [&](int64_t begin, int64_t n) {
         const A *z_s = s.piece(begin, n), *z_t = t.piece(begin, n);
-        const Terms<A> piece =
-            in.moments ? row_sums<true>(z_t, z_s, n, sides, terms) : row_sums<false>(z_t, z_s, n, sides, terms);
+        const Terms<A> piece = row_sums(in.moments, kept, z_t, z_s, e_t, e_s, n, sides, terms);
         sums.value += piece.a;
         sums.g_p += piece.b;
         sums.g_q += piece.c;

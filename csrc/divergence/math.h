@@ -50,10 +50,26 @@ struct Sides {
   KD_HD bool is_nan() const { return p.log2_sum != p.log2_sum || q.log2_sum != q.log2_sum; }
 
   KD_HD Point<A> at(A z_p, A z_q) const {
+    Point<A> x = of_logs(z_p, z_q);
+    x.p = exp2(x.log2_p);
+    x.q = exp2(x.log2_q);
+    return x;
+  }
+
+  // The same, from the exponentials of the centred logits.
+  KD_HD Point<A> at(A z_p, A z_q, A e_p, A e_q) const {
+    Point<A> x = of_logs(z_p, z_q);
+    x.p = e_p * p.inverse;
+    x.q = e_q * q.inverse;
+    return x;
+  }
+
+ private:
+  KD_HD Point<A> of_logs(A z_p, A z_q) const {
     const A log2_p = p(z_p), log2_q = q(z_q);
     const A of_logits = (((z_p - from_p) - (z_q - from_q)) - gap) * p.rate - ratio;
     const A d = where(equal_rates, of_logits) + where(~equal_rates, log2_p - log2_q);
-    return {exp2(log2_p), exp2(log2_q), log2_p, log2_q, A(kLn2) * d};
+    return {0, 0, log2_p, log2_q, A(kLn2) * d};
   }
 };
 
