@@ -23,14 +23,14 @@ class Reduction(NamedTuple):
         divisor: of the op's sum, an int.
         reduce: whether the op adds up its rows.
         count: what the sum is divided by after that, or None.
-        shape: of the values of rows.
+        shape: of the values of rows; None: [rows].
     """
 
     weight: Tensor | None
     divisor: int
     reduce: bool
     count: Tensor | float | None
-    shape: torch.Size
+    shape: torch.Size | None
 
     @classmethod
     def of(
@@ -43,7 +43,13 @@ class Reduction(NamedTuple):
     ) -> "Reduction":
         """Of arguments that are checked here, for student logits (..., C)."""
         check.reduction(reduction)
-        reduce, mean, shape = reduction != "none", reduction in ("mean", "batchmean"), student.shape[:-1]
+        reduce, mean = reduction != "none", reduction in ("mean", "batchmean")
+        if mask is None and weight is None and divisor is None:
+            rows = student.shape[0] if student.dim() == 2 else student.shape[:-1].numel()
+            return cls(
+                None, (rows or 1) if mean else 1, reduce, None, None if student.dim() == 2 else student.shape[:-1]
+            )
+        shape = student.shape[:-1]
         if weight is not None:
             check.row_weight(weight, student)
         if divisor is not None:
@@ -64,6 +70,8 @@ class Reduction(NamedTuple):
 
     def finish(self, value: Tensor) -> Tensor:
         """The loss, of what the op gives."""
+        if self.shape is None:
+            return value
         if self.count is not None:
             count = self.count
             return value / (count.to(value) if isinstance(count, Tensor) else count)
