@@ -201,7 +201,11 @@ def test_what_an_objective_reads():
         ({"reads": ("student.logits", "fc")}, ValueError, "reads must be student.LAYER.*got 'fc'"),
         ({"reads": ("student.", "teacher.fc")}, ValueError, "reads must be student.LAYER.*got 'student.'"),
         ({"reads": (["student.fc", 3], "teacher.fc")}, ValueError, "reads must be student.LAYER.*got 3"),
-        ({"reads": ("student.logits",)}, ValueError, r"reads must be the arguments of KD \(student, teacher, labels\)"),
+        (
+            {"reads": ("student.logits",)},
+            ValueError,
+            r"reads must be the arguments of KD \(student, teacher, labels, mask, weight, divisor\)",
+        ),
         ({"name": "kd.1"}, ValueError, "name must be an identifier, got 'kd.1'"),
         ({"name": 1}, TypeError, "name must be a string, got int"),
     ],

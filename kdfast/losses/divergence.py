@@ -10,6 +10,7 @@ from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, Settings, made_of_settin
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.divergence import alpha_beta, head_share, non_target_cross_entropy, skew_kl, total_variation_distance
+from kdfast.ops.elementwise import sigmoid
 from kdfast.ops.reduction import Reduction, rows_of
 from kdfast.ops.softmax_kl import cross_entropy, softmax_kl
 
@@ -137,7 +138,7 @@ class CTKD(Loss):
             strength = -(1 - math.cos(math.pi * min(epoch / self.ramp_epochs, 1))) / 2
         fixed = self.raw.detach()
         reversed_raw = fixed + strength * (self.raw - fixed)  # its value is that of raw
-        temperature = self.minimum + (self.maximum - self.minimum) * torch.sigmoid(reversed_raw)
+        temperature = self.minimum + (self.maximum - self.minimum) * sigmoid(reversed_raw)
         return softmax_kl(student, teacher, temperature, mask=mask)
 
 
@@ -258,7 +259,7 @@ class TAID(Loss):
         change = (self.previous - loss) / (self.previous + 1e-15)
         momentum = self.beta * self.momentum + (1 - self.beta) * change
         planned = self.start + (self.end - self.start) * step / total_steps
-        moved = self.t + self.alpha * momentum.sigmoid() * (1 - self.t)
+        moved = self.t + self.alpha * sigmoid(momentum) * (1 - self.t)
         moved = moved.clamp(min=planned).clamp(max=self.end)
         self.t.copy_(torch.where(first, self.t, moved))
         self.momentum.copy_(torch.where(first, self.momentum, momentum))

@@ -4,7 +4,7 @@ import oracles
 import torch
 
 from kdfast import ops
-from registry import Bench, Group, Op, program_of
+from registry import Group, Op, program_of
 from registry.softmax_kl import SHARED, _pair_sizes, equal, make, of_rows, share
 
 
@@ -39,10 +39,9 @@ def sizes_alpha_beta(student, teacher, alpha, beta):
 
 
 # ---- ops -------------------------------------------------------------------------------------------------------------
-BENCH = Bench(((256, 1000), (64, 151936)))
 
 
-def of_options(name, call, options, weighted=False, reduction="batchmean", bench=None, **at):
+def of_options(name, call, options, weighted=False, reduction="batchmean", **at):
     """An op whose terms have the sizes of a KL; at: where these are."""
     if weighted:
         return Op(
@@ -60,7 +59,6 @@ def of_options(name, call, options, weighted=False, reduction="batchmean", bench
         lambda o, student, teacher: call(o)(student, teacher, reduction=reduction, **options),
         lambda g, student, teacher: of_rows(g, sizes_of(student, teacher, **at), share(reduction, student), 2),
         equal=equal,
-        bench=bench,
     )
 
 
@@ -94,7 +92,7 @@ GROUPS = [
         "divergence",
         make_with_skews,
         [
-            of_options("skew", lambda o: o.skew_kl, {"skew": 0.1}, bench=BENCH),
+            of_options("skew", lambda o: o.skew_kl, {"skew": 0.1}),
             of_options(
                 "skew_reverse",
                 lambda o: o.skew_kl,
@@ -109,7 +107,7 @@ GROUPS = [
                 lambda g, student, teacher, skew: of_rows(g, sizes_of(student, teacher), share("mean", student), 2),
                 equal=equal,
             ),
-            of_options("variation", lambda o: o.total_variation_distance, {}, bench=BENCH),
+            of_options("variation", lambda o: o.total_variation_distance, {}),
             alpha_beta("alpha_beta", 0.2, 0.7),
             alpha_beta("alpha", 0.5, 0.0),
             Op(
@@ -120,11 +118,10 @@ GROUPS = [
                 lambda g, student, teacher, labels: of_rows(
                     g, sizes_of(student, teacher, 2.0), share("mean", student), 2
                 ),
-                bench=BENCH,
             ),
             kl("two_temperatures", 2.0, teacher_temperature=3.0),
             kl("two_temperatures_jsd", 1.0, beta=0.3, teacher_temperature=4.0, weighted=True),
-            kl("standardized", 2.0, standardize=True, bench=BENCH),
+            kl("standardized", 2.0, standardize=True),
             kl("standardized_reverse", 1.0, beta=1.0, standardize=True, weighted=True, reduction="sum"),
         ],
         cases=[
