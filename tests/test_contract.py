@@ -1,6 +1,7 @@
 """What every public loss keeps to, one promise a test; losses and inputs are those of tests/test_papers.py."""
 
 import copy
+import inspect
 import math
 import sys
 
@@ -283,6 +284,40 @@ def test_copies_and_default_devices(name, parameters, kinds):
     with torch.device("meta"):
         got = run(module)
     assert same(got, want)
+
+
+# ---- rows that do not count
+MASKED = [case for case in CASES if "mask" in inspect.signature(getattr(kdfast, case[0]).forward).parameters]
+
+
+@pytest.mark.parametrize(("name", "parameters", "kinds"), MASKED, ids=[f"{n}{i}" for i, (n, *_) in enumerate(MASKED)])
+def test_masked_rows_are_neither_read_nor_counted(implementation, name, parameters, kinds):
+    """They hold NaN, and labels that are none."""
+    mask = torch.tensor([True, False, True, True, False, True], device=implementation.device)
+    module = make(name, parameters, implementation.device)
+    holed, kept = inputs(kinds, implementation.device), []
+    for kind, x in zip(kinds, holed, strict=True):
+        per_row = x.dim() and len(x) == len(mask) and "head" not in kind
+        kept.append(x[mask].clone() if per_row else x.clone())
+        if per_row:
+            x[~mask] = NAN if x.is_floating_point() else -100
+    (holed, leaves), (kept, exact) = with_leaves(kinds, holed), with_leaves(kinds, kept)
+    loss, want = module(*holed, mask=mask), module(*kept)
+    if loss.dim():
+        assert not loss[~mask].any()
+        loss = loss[mask]
+    torch.testing.assert_close(loss, want, rtol=1e-10, atol=1e-14)
+    pairs = zip(
+        *(torch.autograd.grad(x.sum(), y, allow_unused=True) for x, y in ((loss, leaves), (want, exact))), strict=True
+    )
+    for got, expected in pairs:
+        if expected is None:
+            assert got is None or not got.any()
+        elif got.shape == expected.shape:
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-14)
+        else:
+            assert not got[~mask].any()
+            torch.testing.assert_close(got[mask], expected, rtol=1e-8, atol=1e-14)
 
 
 # ---- torch.compile

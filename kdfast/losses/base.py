@@ -52,6 +52,24 @@ class Loss(nn.Module):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
 
 
+class RowLoss(Loss):
+    """A loss on logits (..., C) of student and teacher, of the rows that count; `compute` says which."""
+
+    def compute(self, student: Tensor, teacher: Any, **of_rows: Any) -> Tensor:
+        """The loss; of_rows: mask, weight and divisor, as the op takes them."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Any,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
+        return self.compute(student, teacher, mask=mask, weight=weight, divisor=divisor)
+
+
 @dataclass(frozen=True)
 class _Setting:
     default: Any

@@ -1,12 +1,12 @@
 """Losses on logits since 2022: standardised rows, two temperatures, skewed, adaptive and interpolated divergences."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, Settings, made_of_settings, setting
+from kdfast.losses.base import AT_LEAST_0, SHARE, Loss, RowLoss, Settings, made_of_settings, setting
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.divergence import alpha_beta, head_share, non_target_cross_entropy, skew_kl, total_variation_distance
@@ -16,7 +16,7 @@ from kdfast.ops.softmax_kl import cross_entropy, softmax_kl
 
 
 @made_of_settings
-class LSKD(Loss):
+class LSKD(RowLoss):
     """LSKD - Logit Standardization in Knowledge Distillation (Sun et al., CVPR 2024).
 
     ``T^2 KL(p || q)`` of rows standardised on both sides, z' = (z - mean) / (1e-7 + std), averaged over the rows that
@@ -28,15 +28,7 @@ class LSKD(Loss):
 
     temperature: float = setting(2.0, check.positive)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        mask: Tensor | None = None,
-        weight: Tensor | None = None,
-        divisor: float | Tensor | None = None,
-    ) -> Tensor:
-        of_rows = {"mask": mask, "weight": weight, "divisor": divisor}
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
         return softmax_kl(student, teacher, self.temperature, standardize=True, **of_rows)
 
 
@@ -69,19 +61,19 @@ class NKD(Loss):
 
 
 @made_of_settings
-class TTM(Loss):
+class TTM(RowLoss):
     """TTM - Knowledge Distillation Based on Transformed Teacher Matching (Zheng and Yang, ICLR 2024).
 
     ``KL(p || q)``, p = softmax(teacher / T) and q = softmax(student): no temperature on the student, and no T^2;
-    averaged over the rows that count. Shapes: student, teacher (..., C) logits; 0-d, in nats. `mask`: as in
-    :class:`KD`. Gradients flow to both. The official code raises softmax(teacher) to the power 1 / T, which underflows;
-    its options have l = 1 / T. Op: ``softmax_kl(teacher_temperature=T)``.
+    averaged over the rows that count. Shapes: student, teacher (..., C) logits; 0-d, in nats. `mask`, `weight`,
+    `divisor`: as in :class:`KD`. Gradients flow to both. The official code raises softmax(teacher) to the power 1 / T,
+    which underflows; its options have l = 1 / T. Op: ``softmax_kl(teacher_temperature=T)``.
     """
 
     temperature: float = setting(4.0, check.positive)
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        return softmax_kl(student, teacher, 1.0, teacher_temperature=self.temperature, mask=mask)
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
+        return softmax_kl(student, teacher, 1.0, teacher_temperature=self.temperature, **of_rows)
 
 
 @made_of_settings
@@ -143,7 +135,7 @@ class CTKD(Loss):
 
 
 @made_of_settings
-class SkewKL(Loss):
+class SkewKL(RowLoss):
     """Skewed KL - DistiLLM: Towards Streamlined Distillation for Large Language Models (Ko et al., ICML 2024).
 
     ``KL(p || skew p + (1 - skew) q)``, or with `reverse` ``KL(q || skew q + (1 - skew) p)``, averaged over the rows
@@ -156,19 +148,11 @@ class SkewKL(Loss):
     skew: float = setting(0.1, SHARE)
     reverse: bool = setting(False)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        mask: Tensor | None = None,
-        weight: Tensor | None = None,
-        divisor: float | Tensor | None = None,
-    ) -> Tensor:
-        of_rows = {"mask": mask, "weight": weight, "divisor": divisor}
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
         return skew_kl(student, teacher, self.skew, reverse=self.reverse, **of_rows)
 
 
-class TVD(Loss):
+class TVD(RowLoss):
     """TVD - f-Divergence Minimization for Sequence-Level Knowledge Distillation (Wen et al., ACL 2023).
 
     The total variation distance ``1/2 sum_c |p_c - q_c|``, averaged over the rows that count. Shapes: student, teacher
@@ -176,15 +160,8 @@ class TVD(Loss):
     Op: ``total_variation_distance``.
     """
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        mask: Tensor | None = None,
-        weight: Tensor | None = None,
-        divisor: float | Tensor | None = None,
-    ) -> Tensor:
-        return total_variation_distance(student, teacher, mask=mask, weight=weight, divisor=divisor)
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
+        return total_variation_distance(student, teacher, **of_rows)
 
 
 @made_of_settings
@@ -267,7 +244,7 @@ class TAID(Loss):
 
 
 @made_of_settings
-class AlphaBeta(Loss):
+class AlphaBeta(RowLoss):
     """ABKD - Pursuing a Proper Allocation of the Probability Mass via alpha-beta-Divergence (Wang et al., ICML 2025).
 
     ``-1/(ab) sum_c [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]``, averaged over the rows that count; (1, 0) is
@@ -279,13 +256,5 @@ class AlphaBeta(Loss):
     alpha: float = setting(0.2, check.number)
     beta: float = setting(0.7, check.number)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        mask: Tensor | None = None,
-        weight: Tensor | None = None,
-        divisor: float | Tensor | None = None,
-    ) -> Tensor:
-        of_rows = {"mask": mask, "weight": weight, "divisor": divisor}
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
         return alpha_beta(student, teacher, self.alpha, self.beta, **of_rows)

@@ -1,11 +1,22 @@
 """Losses on logits that run on the softmax-KL kernels."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdfast.losses.base import AT_LEAST_0, REDUCTION, SHARE, TEMPERATURE, Loss, made_of_settings, or_none, setting
+from kdfast.losses.base import (
+    AT_LEAST_0,
+    REDUCTION,
+    SHARE,
+    TEMPERATURE,
+    Loss,
+    RowLoss,
+    made_of_settings,
+    or_none,
+    setting,
+)
 from kdfast.ops import check
 from kdfast.ops.rows import batch_size
 from kdfast.ops.softmax_kl import Teacher, cross_entropy, cross_entropy_kl, cross_entropy_loss, dkd, softmax_kl
@@ -89,7 +100,7 @@ class KD(Loss):
 
 
 @made_of_settings
-class ReverseKD(Loss):
+class ReverseKD(RowLoss):
     """Reverse KD - the mode-seeking direction, as in codistillation (Anil et al., ICLR 2018) and later language models.
 
     ``T^2 KL(q || p)`` with q = softmax(student / T), p = softmax(teacher / T), averaged over the rows that count.
@@ -99,19 +110,12 @@ class ReverseKD(Loss):
 
     temperature: float | Tensor = setting(1.0, TEMPERATURE)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Teacher,
-        mask: Tensor | None = None,
-        weight: Tensor | None = None,
-        divisor: float | Tensor | None = None,
-    ) -> Tensor:
-        return softmax_kl(student, teacher, self.temperature, beta=1.0, mask=mask, weight=weight, divisor=divisor)
+    def compute(self, student: Tensor, teacher: Teacher, **of_rows: Any) -> Tensor:
+        return softmax_kl(student, teacher, self.temperature, beta=1.0, **of_rows)
 
 
 @made_of_settings
-class JSD(Loss):
+class JSD(RowLoss):
     """JSD - generalised Jensen-Shannon divergence, as in on-policy distillation (Agarwal et al., ICLR 2024).
 
     ``T^2 [beta KL(p || m) + (1 - beta) KL(q || m)]``, ``m = beta p + (1 - beta) q``, p the teacher's softmax and q the
@@ -124,15 +128,8 @@ class JSD(Loss):
     beta: float = setting(0.5, SHARE)
     temperature: float | Tensor = setting(1.0, TEMPERATURE)
 
-    def forward(
-        self,
-        student: Tensor,
-        teacher: Teacher,
-        mask: Tensor | None = None,
-        weight: Tensor | None = None,
-        divisor: float | Tensor | None = None,
-    ) -> Tensor:
-        return softmax_kl(student, teacher, self.temperature, beta=self.beta, mask=mask, weight=weight, divisor=divisor)
+    def compute(self, student: Tensor, teacher: Teacher, **of_rows: Any) -> Tensor:
+        return softmax_kl(student, teacher, self.temperature, beta=self.beta, **of_rows)
 
 
 @made_of_settings
