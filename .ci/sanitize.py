@@ -86,7 +86,9 @@ def main(arguments):
     # Not `python -m pytest`: that would import the kdfast of this folder.
     code = "import sys; sys.path.pop(0); import pytest; sys.exit(pytest.main())"
     select = ["-k", "cpu or sanitized or fuzz"]
-    command = [sys.executable, "-c", code, "-q", "--capture=sys", "-p", "no:cacheprovider", *select, *tests, *arguments]
+    together = ["-n", "auto", "--dist", "worksteal", "--maxfail", "1"]  # a finding ends its process, and then the run
+    command = [sys.executable, "-c", code, "-q", "--capture=sys", "-p", "no:cacheprovider", *together, *select, *tests]
+    command += arguments
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

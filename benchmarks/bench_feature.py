@@ -15,6 +15,7 @@ from .harness import Case
 
 FAMILY = "feature"
 SHAPES = [(64, 256, 14, 14), (64, 256, 56, 56)]
+SEGMENTATION = (8, 19, 128, 128)  # logits of Cityscapes' classes
 HOST_SHAPE = (2, 4, 2, 2)
 
 
@@ -42,6 +43,24 @@ def eager_ft(student, teacher):
 def eager_vid(student, teacher, log_scale):
     variance = (torch.log(1 + torch.exp(log_scale)) + 1e-5).view(1, -1, 1, 1)
     return (0.5 * ((student - teacher) ** 2 / variance + torch.log(variance))).mean()
+
+
+def eager_cwd(student, teacher, temperature=4.0):
+    batch, channels, height, width = student.shape
+    student, teacher = (x.reshape(-1, height * width) / temperature for x in (student, teacher))
+    p, log_q, log_p = F.softmax(teacher, 1), F.log_softmax(student, 1), F.log_softmax(teacher, 1)
+    return temperature**2 * (p * (log_p - log_q)).sum() / (batch * channels)
+
+
+def standardize(x):
+    batch, channels, height, width = x.shape
+    rows = x.permute(1, 0, 2, 3).reshape(channels, -1)
+    rows = (rows - rows.mean(-1, keepdim=True)) / (rows.std(-1, keepdim=True) + 1e-6)
+    return rows.reshape(channels, batch, height, width).permute(1, 0, 2, 3)
+
+
+def eager_pkd(student, teacher):
+    return F.mse_loss(standardize(student), standardize(teacher)) / 2
 
 
 def eager_hcl(student, teacher):
@@ -75,6 +94,8 @@ LOSSES = {  # name -> eager, kdfast
     "FT": (eager_ft, kdfast.FT()),
     "VID": (eager_vid, ours_vid),
     "HCL": (eager_hcl, kdfast.HCL()),
+    "CWD": (eager_cwd, kdfast.CWD()),
+    "PKD": (eager_pkd, kdfast.PKD()),
 }
 OF_CHANNELS = {  # name -> what the loss takes beside the maps, made from the number of channels and the device
     "OFD": lambda channels, device: -torch.rand(channels, device=device),
@@ -98,7 +119,12 @@ def case(name, *shape):
     return Case(name, " x ".join(map(str, shape)), inputs, eager, ours, floor)
 
 
-cases, host_cases = harness.of_shapes(case, LOSSES, SHAPES, HOST_SHAPE)
+all_cases, host_cases = harness.of_shapes(case, LOSSES, SHAPES, HOST_SHAPE)
+
+
+def cases(settings, chosen):
+    """Those of every loss, and logits of segmentation for the losses that are made for them."""
+    return all_cases(settings, chosen) + ([] if chosen else [case(name, *SEGMENTATION) for name in ("CWD", "PKD")])
 
 
 # ---- the measurements ------------------------------------------------------------------------------------------------

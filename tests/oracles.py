@@ -470,6 +470,22 @@ def channel_moments(x):
     return torch.stack([mean, (channels - mean[:, None]).square().sum(1) / max(channels.shape[1], 1)])
 
 
+def per_channel(x, f):
+    """f(C, n) -> (C,) of a map's channels, beside the map."""
+    return f(x.transpose(0, 1).flatten(1)).view(-1, *[1] * (x.dim() - 2))
+
+
+def standardized_map(x, epsilon=1e-6):
+    """Channels over samples and positions: (x - mean) / (std + epsilon)."""
+    return (x - per_channel(x, lambda rows: rows.mean(1))) / (per_channel(x, lambda rows: rows.std(1)) + epsilon)
+
+
+def standardized_error(student, teacher, epsilon=1e-6):
+    """Half the mean squared difference of standardised maps."""
+    gap = standardized_map(student, epsilon) - standardized_map(teacher, epsilon)
+    return gap.square().sum() / (2 * max(gap.numel(), 1))
+
+
 # ---- the losses ------------------------------------------------------------------------------------------------------
 def KD(
     student,
@@ -964,6 +980,23 @@ def adaptive_inversion(student, teacher, temperature=3.0):
     return 1 - divergence.clamp(0, 1)
 
 
+# ---- maps of dense prediction ----------------------------------------------------------------------------------------
+def CWD(student, teacher, temperature=4.0):
+    """Shu et al. 2021, eq. 4 and 5: a channel is a distribution over positions."""
+    return _each(lambda s, t: softmax_kl(*(x.flatten(2).flatten(0, 1) for x in (s, t)), temperature), student, teacher)
+
+
+def PKD(student, teacher):
+    """Cao et al. 2022, eq. 4, on the teacher's height."""
+
+    def of_layer(s, t):
+        if s.shape[2] != t.shape[2]:
+            s = torch.nn.functional.interpolate(s, t.shape[2:], mode="bilinear", align_corners=False)
+        return standardized_error(s, t)
+
+    return _each(of_layer, student, teacher)
+
+
 # ---- logits, since 2022 ----------------------------------------------------------------------------------------------
 def LSKD(student, teacher, temperature=2.0):
     """Sun et al. 2024, with the std of C - 1 of the code."""
@@ -1048,6 +1081,7 @@ LOSSES = {
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
+        *(CWD, PKD),
         *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta, LinearKD),
     )
 } | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

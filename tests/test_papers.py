@@ -53,6 +53,8 @@ CASES = [
     ("AlphaBeta", {"alpha": 0.5, "beta": -0.5}, "student teacher"),
     ("AlphaBeta", {"alpha": 0.0, "beta": 0.0}, "student teacher"),
     ("CTKD", {}, "student teacher epoch"),
+    ("CWD", {}, "map map"),
+    ("CWD", {"temperature": 1.0}, "maps maps"),
     ("CTKD", {"minimum": 2.0, "maximum": 5.0, "ramp_epochs": 20}, "student teacher epoch"),
     ("KD", {"teacher_temperature": 2.0}, "student teacher"),
     ("KD", {"standardize": True, "temperature": 2.0, "alpha": 0.5}, "student teacher labels"),
@@ -171,6 +173,8 @@ CASES = [
     ),
     ("ONE", {}, "networks gate labels epoch"),
     ("ONE", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "networks gate labels epoch"),
+    ("PKD", {}, "map map"),
+    ("PKD", {}, "maps_of_4 larger_maps_of_4"),
     ("PKT", {}, "vectors short_vectors"),
     ("PKT", {"eps": 1e-3}, "vectors short_vectors"),
     ("RKD", {}, "vectors short_vectors"),
@@ -306,6 +310,8 @@ OFFICIAL |= {
     ),
     "jacobian_zoo_tail": _relation(lambda p: _with_jacobians, ("js", "jt")),
     "hcl": _maps(lambda p: kdfast.HCL()),
+    "cwd": _maps(lambda p: kdfast.CWD(p["tau"])),
+    "pkd": _maps(lambda p: kdfast.PKD()),
 }
 
 
@@ -477,6 +483,7 @@ def inputs(kinds, device, rows=6, cols=11):
         "margins": lambda: [-torch.rand(channels, dtype=torch.float64) for channels in (4, 3)],
         # As many channels in each layer, of either network.
         "maps_of_4": lambda: [normal(4, 7, 7), normal(4, 3, 3)],
+        "larger_maps_of_4": lambda: [normal(4, 9, 8), normal(4, 2, 2)],
         "maps_of_5": lambda: [normal(5, 3, 3), normal(5, 6, 6)],
         # Three layers, for FSP; more positions than channels.
         "three_maps": lambda: [normal(4, 7, 6), normal(3, 4, 4), normal(5, 4, 4)],

@@ -80,6 +80,7 @@ ALL = [
     ("feature.normalized_2", (2, 32, 16, 16), F32),
     ("feature.pyramid", (2, 32, 16, 16), F32),
     *(("moments.moments", (4, 8, 32, 32), dtype) for dtype in (F32, BF16)),
+    *(("moments.standardized", (4, 8, 32, 32), dtype) for dtype in (F32, BF16)),
     *(("nce.nce", (4, 256, 128, 1000), dtype) for dtype in (F32, BF16)),
     ("nce.nce", (4, 100, 100, 500), F32),
 ]

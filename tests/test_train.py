@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -421,6 +422,35 @@ def test_it_ends_with_processes_that_load(work, event, status, photographs, tmp_
         assert "error: --workers: one of the 2 processes that load images was ended by SIGKILL; " in said
     assert ("Traceback" in said) == (event is fail)
     assert main([*argv, *["--resume"] * (work == "train")]) == 0
+
+
+GIVES_A_FILE_AWAY = """
+import os, sys, time
+from multiprocessing import process, reduction
+from kdfast.training.ranks import end_with_parent
+if sys.argv[1] == "loader":
+    end_with_parent(0)
+process.current_process().authkey = b"any"
+print(reduction.DupFd(os.open(os.devnull, os.O_RDONLY))._id[0], flush=True)
+input()
+time.sleep(0.2)
+"""
+
+
+@pytest.mark.parametrize("kind", ["loader", "other"])
+@pytest.mark.parametrize("after", ["connecting", "the greeting"])
+def test_a_loader_is_silent_when_its_parent_hangs_up(kind, after):
+    """In the middle of taking a tensor over: what killed the parent's other loader stops it anywhere."""
+    code = [sys.executable, "-c", GIVES_A_FILE_AWAY, kind]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(code, text=True, **pipes) as process:
+        address = process.stdout.readline().strip()
+        with socket.socket(socket.AF_UNIX) as parent:
+            parent.connect(address)
+            if after == "the greeting":
+                assert parent.recv(4)
+        _, said = process.communicate("\n")
+    assert process.returncode == 0 and ("Traceback" in said) == (kind == "other"), said
 
 
 def test_no_checkpoint_after_a_loss_that_is_not_finite(photographs, tmp_path, capsys):

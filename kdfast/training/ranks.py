@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,6 +132,13 @@ def end_with_parent(_worker: Any) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)  # as torch's own `spawn` asks for it; Linux only
+    sys.excepthook = _unless_cut_off
+
+
+def _unless_cut_off(kind, error, trace):
+    """In a process that loads images: no traceback of the thread that gives them away when the parent hangs up."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 class Stop:
