@@ -997,6 +997,27 @@ def PKD(student, teacher):
     return _each(of_layer, student, teacher)
 
 
+def _unit(x):
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def similarity_kl(student, queue_of_student, teacher, queue_of_teacher, temperature, teacher_temperature=None):
+    """KL of the softmaxes of cosines to two queues of unit rows, per row."""
+    log_q = _log_softmax(_unit(student) @ queue_of_student.transpose(-1, -2), temperature)
+    log_p = _log_softmax(_unit(teacher) @ queue_of_teacher.transpose(-1, -2), teacher_temperature or temperature)
+    return _kl(log_p, log_q)
+
+
+def PatchKL(student, teacher, temperature=0.07):
+    """The local loss of lightly-train's distillation v3, written out."""
+
+    def of_layer(s, t):
+        s, t = (_unit(x.flatten(2).transpose(1, 2)) for x in (s, t))
+        return similarity_kl(s, s, t, t, temperature).mean()
+
+    return _each(of_layer, student, teacher)
+
+
 # ---- logits, since 2022 ----------------------------------------------------------------------------------------------
 def LSKD(student, teacher, temperature=2.0):
     """Sun et al. 2024, with the std of C - 1 of the code."""
@@ -1081,7 +1102,7 @@ LOSSES = {
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
-        *(CWD, PKD),
+        *(CWD, PKD, PatchKL),
         *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta, LinearKD),
     )
 } | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

@@ -86,6 +86,16 @@ def loaded_job(rank, split, mine):
     return model.state_dict()
 
 
+def queue_job(rank, split, mine):
+    torch.manual_seed(rank)  # rank 0's queue counts
+    loss, seen = kdfast.QueueKL(5, size=7).double(), []
+    for student, teacher, *_ in batches(sum(split)):
+        student = student[mine, :5].clone().requires_grad_()
+        value = loss(student, teacher[mine])
+        seen.append([value.detach(), *torch.autograd.grad(value, student)])
+    return seen, loss.state_dict()
+
+
 def relations_job(rank, split, mine):
     student, teacher, *_ = next(batches(sum(split)))
     return relations(student[mine], teacher[mine])
@@ -116,7 +126,7 @@ def unequal_job(rank, split, mine):
     return messages
 
 
-JOBS = {split: [crd_job, relations_job] for split in SPLITS}
+JOBS = {split: [crd_job, queue_job, relations_job] for split in SPLITS}
 JOBS[3, 5].append(ddp_job)
 JOBS[4, 4].append(loaded_job)
 JOBS[2, 3] = [unequal_job]
@@ -153,6 +163,19 @@ def test_crd_is_that_of_one_process(split, run):
         torch.testing.assert_close(torch.cat([s[1] for s in steps]) / len(split), student_grad, **EQUAL)
         for i, grad in enumerate(grads, 2):
             torch.testing.assert_close(sum(s[i] for s in steps) / len(split), grad, **EQUAL)
+
+
+@pytest.mark.parametrize("split", SPLITS, ids=str)
+def test_the_queue_is_that_of_one_process(split, run):
+    want, state = queue_job(0, (sum(split),), slice(None))
+    ranks = run(split, queue_job)
+    for _, got in ranks:
+        for name, x in state.items():
+            torch.testing.assert_close(got[name], x, **EQUAL)
+    for step, (loss, grad) in enumerate(want):
+        steps = [seen[step] for seen, _ in ranks]
+        torch.testing.assert_close(sum(s[0] for s in steps) / len(split), loss, **EQUAL)
+        torch.testing.assert_close(torch.cat([s[1] for s in steps]) / len(split), grad, **EQUAL)
 
 
 def test_ddp_averages_to_one_process_and_sends_no_bank(run):

@@ -317,9 +317,17 @@ def test_compile_and_autocast(implementation):
 
 
 def test_checkpointing(implementation):
-    x = inputs(implementation.device)
-    loss = torch.utils.checkpoint.checkpoint(lambda *x: call(x), *x, use_reentrant=False)
+    """The forward runs once more, in the backward, and not while it forms its own gradients."""
+    x, calls = inputs(implementation.device), []
+
+    def counted(*x):
+        calls.append(x)
+        return call(x)
+
+    loss = torch.utils.checkpoint.checkpoint(counted, *x, use_reentrant=False)
+    assert len(calls) == 1
     assert_alike(loss, call(x), x)
+    assert len(calls) == 2
 
 
 ERRORS = [

@@ -26,11 +26,12 @@ PUBLIC = [
 WITH_STATE = {
     "CRD": lambda: kdfast.CRD(student_dim=11, teacher_dim=7, n_data=20),
     "CTKD": lambda: kdfast.CTKD(),
+    "QueueKL": lambda: kdfast.QueueKL(11, size=20),
     "TAID": lambda: kdfast.TAID(),
     "VID": lambda: kdfast.VID(student_channels=4, mid_channels=6, teacher_channels=7),
 }
-# Of CRD's steps each depends on the ones before: tests/test_nce.py compares them.
-STEPWISE = {"CRD"}
+# Of their steps each depends on the ones before: tests/test_nce.py and test_similarity.py compare them.
+STEPWISE = {"CRD", "QueueKL"}
 
 
 def of_two_networks(loss, images, labels, *networks):
@@ -174,6 +175,8 @@ CASES = [
     ("ONE", {}, "networks gate labels epoch"),
     ("ONE", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "networks gate labels epoch"),
     ("PKD", {}, "map map"),
+    ("PatchKL", {}, "map other_map"),
+    ("PatchKL", {"temperature": 0.5}, "maps maps"),
     ("PKD", {}, "maps_of_4 larger_maps_of_4"),
     ("PKT", {}, "vectors short_vectors"),
     ("PKT", {"eps": 1e-3}, "vectors short_vectors"),

@@ -277,7 +277,7 @@ __global__ void __launch_bounds__(kBlock, min_blocks<A>())
 // Gradients [batch, size] of the standardised error, of which either may be absent. statistics [2 kStatistics,
 // channels]
 template <class A>
-__global__ void __launch_bounds__(kBlock, min_blocks<A>())
+__global__ void __launch_bounds__(kBlock, min_blocks<A>(2))
     standard_slope_kernel(Map student, Map teacher, Order order, int64_t pieces, Matrix statistics, Column grad,
                           A factor, Matrix to_s, Matrix to_t) {
   const int64_t b = blockIdx.x / pieces, begin = blockIdx.x % pieces * kPiece, size = order.size();

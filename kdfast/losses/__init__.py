@@ -38,6 +38,7 @@ from kdfast.losses.mixed_logits import (
 from kdfast.losses.nce import CRD
 from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
 from kdfast.losses.residual import JointLoss, residual_margin_loss
+from kdfast.losses.similarity import PatchKL, QueueKL
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 from kdfast.losses.teachers import AEKD, DML, Codistillation, EnD
 
@@ -52,7 +53,7 @@ __all__ += ["Paraphraser", "Translator", "ofd_margin", "CCKD", "FAKD", "FSP", "L
 __all__ += ["adaptive_inversion", "bn_statistics_loss", "self_similarity", "total_variation"]
 __all__ += ["FFL", "KDCL", "ONE", "CollaborativeLearning", "FusionModule", "OKDDip", "OKDDipAttention", "ONEGate"]
 __all__ += ["rescale_gradient", "CRD"]
-__all__ += ["LinearKD", "CWD", "PKD"]
+__all__ += ["LinearKD", "CWD", "PKD", "PatchKL", "QueueKL"]
 __all__ += ["IRG", "RKD", "HardDarkRank", "IRGEdge", "IRGTransformation", "RKDAngle", "RKDDistance"]
 __all__ += ["JointLoss", "residual_margin_loss"]
 __all__ += ["DKD", "JSD", "KD", "LabelRefinery", "ReverseKD", "TfKDReg", "TfKDSelf"]

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from kdfast import _kernels, distributed
-from kdfast.losses.base import SHARE, Loss, Settings
+from kdfast.losses.base import SHARE, Settings
+from kdfast.losses.shared_state import SharedState
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
 from kdfast.ops.gram import inner_products
@@ -29,7 +30,7 @@ CONSTANTS = ("z_student", "z_teacher")
 BUFFERS = (*BANKS, *CONSTANTS, "seed")
 
 
-class CRD(Loss):
+class CRD(SharedState):
     """CRD - Contrastive Representation Distillation (Tian, Krishnan and Isola, ICLR 2020).
 
     With unit embeddings v of the student and of the teacher, banks M of those of all `n_data` samples, K negatives:
@@ -52,6 +53,7 @@ class CRD(Loss):
     Usual weight: 0.8 (torchdistill).
     """
 
+    state: ClassVar[tuple[str, ...]] = BUFFERS
     settings: ClassVar[Settings] = {"negatives": check.count, "temperature": check.positive, "momentum": SHARE}
 
     def __init__(
@@ -95,9 +97,8 @@ class CRD(Loss):
         self.register_buffer("seed", torch.empty((), dtype=torch.int64))
         self.reset_parameters()
         self.register_buffer("labels", None if labels is None else labels.detach().long().clone(), persistent=False)
-        # DDP would send them from rank 0 in each step.
-        self._ddp_params_and_buffers_to_ignore = [*BUFFERS, *(["labels"] if labels is not None else [])]
-        self._shared = False  # whether all ranks are known to have rank 0's state
+        if labels is not None:
+            self._ddp_params_and_buffers_to_ignore.append("labels")
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -110,7 +111,6 @@ class CRD(Loss):
         self.seed.random_(2**62)
 
     def forward(self, student: Tensor, teacher: Tensor, index: Tensor, contrast_index: Tensor | None = None) -> Tensor:
-        _refuse_recomputation()
         counts = self._checked(student, teacher, index, contrast_index)
         anchors = self._anchors(student, teacher)
         drawn = contrast_index is None
@@ -135,41 +135,23 @@ class CRD(Loss):
 
     def _checked(self, student, teacher, index, contrast_index):
         """Checks the arguments; -> how many rows each rank has, or None if this is the only one."""
-        if not self.sync or distributed.world_size() == 1:
-            self._check(student, teacher, index, contrast_index)
-            return None
-        if torch.compiler.is_compiling():
-            raise RuntimeError(
-                "CRD exchanges rows with the other ranks, which no graph can do: compile the networks "
-                "and call the loss outside (torch.compiler.disable), or pass sync=False for banks that differ"
-            )
-        error, columns = None, 1 + self.negatives
-        try:
+
+        def describe():
             self._check(student, teacher, index, contrast_index)
             for name, rows in (("index", index), ("contrast_index", contrast_index)):
-                if rows is not None and rows.device.type == "cpu":
+                if self.sync and distributed.world_size() > 1 and rows is not None and rows.device.type == "cpu":
                     check_rows(name, rows, self.n_data)
             columns = 1 + self.negatives if contrast_index is None else contrast_index.shape[1]
-        except Exception as caught:  # whatever it is, the other ranks must not wait for this one
-            error = caught
-        width = torch.finfo(accumulator(student, *self.parameters())).bits if error is None else 0
-        headers = distributed.exchange([error is not None, 0 if error else len(index), columns, width, self._shared])
-        if error is not None:
-            raise error
-        for rank, (failed, _, other_columns, other_width, _) in enumerate(headers):
-            if failed:
-                raise RuntimeError(f"rank {rank} could not score its batch: its own error says why")
-            if headers[0][2:4] != [other_columns, other_width]:
+            return [len(index), columns, torch.finfo(accumulator(student, *self.parameters())).bits]
+
+        ranks = self.agree(describe, 3)
+        for rank, (_, columns, width) in enumerate(ranks or ()):
+            if ranks[0][1:] != [columns, width]:
                 raise ValueError(
                     "contrast_index must have as many columns, and the inputs the same precision, on every rank, got "
-                    f"{headers[0][2]} columns and {headers[0][3]} bits on rank 0, {other_columns} and {other_width} "
-                    f"on rank {rank}"
+                    f"{ranks[0][1]} columns and {ranks[0][2]} bits on rank 0, {columns} and {width} on rank {rank}"
                 )
-        if not all(shared for *_, shared in headers):
-            for name in BUFFERS:
-                torch.distributed.broadcast(distributed.as_bytes(getattr(self, name)), 0)
-            self._shared = True
-        return [rows for _, rows, *_ in headers]
+        return ranks and [rows for rows, *_ in ranks]
 
     def _check(self, student, teacher, index, contrast_index):
         for name, x, dim in (("student", student, self.student_dim), ("teacher", teacher, self.teacher_dim)):
@@ -233,7 +215,6 @@ class CRD(Loss):
                     f"this CRD has {shape[0]} x {shape[1]}: make it with the checkpoint's sizes"
                 )
         super()._load_from_state_dict(state_dict, prefix, *others)
-        self._shared = False
 
     def extra_repr(self) -> str:
         names = ("student_dim", "teacher_dim", "n_data", "feature_dim", "negatives", "temperature", "momentum", "sync")
@@ -266,15 +247,6 @@ def _gather_batch(moves, index, log_sums, counts):
     log_sums = distributed.gather_rows(log_sums[None], [1] * len(counts))
     everything = rows[:, :moves_bytes].contiguous().view(moves.dtype), rows[:, moves_bytes:].contiguous()
     return everything[0], everything[1].view(torch.int64)[:, 0], log_sums.logsumexp(0)
-
-
-def _refuse_recomputation():
-    """A step in a backward would draw again, score other rows, and move the banks a second time."""
-    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-        raise RuntimeError(
-            "CRD is being recomputed in a backward, as torch.utils.checkpoint does: each step draws negatives and "
-            "moves the banks, so a second one is another loss. Call CRD outside of the checkpoint"
-        )
 
 
 def _empty_bank(rows, cols, dtype):

@@ -9,6 +9,7 @@ forward leaves gradients and no logits, and the backward scales them. For one va
 upstream gradient has to be known, and the backward forms the chunks again.
 """
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,12 +119,18 @@ def _of_rows(temperature, number, at, need):
     return (temperature[at] if temperature.dim() else temperature).detach().requires_grad_(need)
 
 
-def _recorded():
-    """Inside, autograd sees operations also where the op runs below it, as in a compiled graph."""
+@contextlib.contextmanager
+def recorded():
+    """Inside, autograd sees operations also where the op runs below it, as in a compiled graph.
+
+    What it saves stays: a checkpoint around the op would run the whole forward again to have it back.
+    """
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in AUTOGRAD:
         excluded = excluded.remove(key)
-    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    keys = torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+    with keys, torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        yield
 
 
 AUTOGRAD = [key for name, key in torch._C.DispatchKey.__members__.items() if name.startswith("Autograd")]
@@ -231,7 +238,7 @@ def _linear_kl(
         numbers = temperature, teacher_temperature
         of_t = [_of_rows(t, n, at, need) for t, n, need in zip(given_t, numbers, needs[6:], strict=True)]
         wanted = [x for x in (*z, *of_t) if isinstance(x, Tensor) and x.requires_grad]
-        with torch.set_grad_enabled(bool(wanted)), _recorded():
+        with torch.set_grad_enabled(bool(wanted)), recorded():
             rows = of_rows(*z, *[None] * (2 - len(z)), at, *of_t)
             rows = torch.where(factors[at] == 0, 0.0, rows * factors[at])
             ones = torch.ones_like(rows) if upstream is None else upstream[at].to(rows.dtype)
@@ -481,9 +488,12 @@ def linear_kl(
         *(float(student_scale), float(teacher_scale), float(student_softcap or 0), float(teacher_softcap or 0)),
         *(stored, tail, chunk or 0),
     )
+    tensors = _flat(student_hidden), student_weight, student_bias, _flat(teacher_hidden), teacher_weight, teacher_bias
+    if torch.compiler.is_compiling():  # dynamo takes no tensor twice, as a weight of both or a hidden state as weight
+        tensors = [None if x is None else x.view_as(x) for x in tensors]
     loss = _function(
         (settings, reduction != "none", number),
-        *(_flat(student_hidden), student_weight, student_bias, _flat(teacher_hidden), teacher_weight, teacher_bias),
+        *tensors,
         *(t_s, t_t, *((None,) * 3 if top is None else top[:3])),
         *(None if labels is None else labels.reshape(-1), None if weight is None else weight.reshape(-1), keep, count),
     )

@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum
-from kdfast.ops.linear import Head, add_gradients, chunk_rows, kept_rows
+from kdfast.ops.linear import Head, add_gradients, chunk_rows, kept_rows, recorded
 from kdfast.ops.rows import INF, kl_grad_p, near_term
 from kdfast.ops.softmax_kl import mixture_ratios, softmax_kl
 from kdfast.ops.top_k import TopK, of_slots, truncated
@@ -107,7 +107,7 @@ def _top_k(z_s, top, settings, sums, first, needs):
         real = top.indices >= 0
         kept = torch.where(real, totals, -INF)
         of_q = torch.cat([kept, sums[:, 1:] - sums[:, :1]], 1).detach().requires_grad_(needs[0])
-        with torch.set_grad_enabled(needs[0]):
+        with torch.set_grad_enabled(needs[0]), recorded():
             log_outcomes, log_p = of_slots(of_q, top, t_s)
             if top.tail == "drop":
                 value = truncated(log_outcomes, log_p, settings.beta)
