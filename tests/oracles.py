@@ -1008,6 +1008,16 @@ def similarity_kl(student, queue_of_student, teacher, queue_of_teacher, temperat
     return _kl(log_p, log_q)
 
 
+def GramAnchoring(student, teacher, positive=True):
+    """Simeoni et al. 2025, eq. of the Gram loss, with the clamp of their code."""
+
+    def of_layer(s, t):
+        s, t = (x @ x.transpose(1, 2) for x in (_unit(x.flatten(2).transpose(1, 2)) for x in (s, t)))
+        return F.mse_loss(s.clamp(min=0), t.clamp(min=0)) if positive else F.mse_loss(s, t)
+
+    return _each(of_layer, student, teacher)
+
+
 def PatchKL(student, teacher, temperature=0.07):
     """The local loss of lightly-train's distillation v3, written out."""
 
@@ -1102,7 +1112,7 @@ LOSSES = {
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
-        *(CWD, PKD, PatchKL),
+        *(CWD, PKD, PatchKL, GramAnchoring),
         *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta, LinearKD),
     )
 } | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

@@ -124,6 +124,8 @@ CASES = [
     ("FitNets", {}, "map map"),
     ("FitNets", {}, "maps maps"),
     ("FitNets", {}, "vectors vectors"),
+    ("GramAnchoring", {}, "map other_map"),
+    ("GramAnchoring", {"positive": False}, "maps large_maps"),
     ("HCL", {}, "map map"),
     ("HCL", {}, "maps maps"),
     ("HardDarkRank", {}, "vectors short_vectors"),

@@ -64,6 +64,7 @@ ALL = [
     ("gram.polynomial", (40, 128), F32),
     ("gram.absolute", (40, 128), F32),
     *(("gram.affinity", (2, 32, 8, 8), dtype) for dtype in (F32, BF16)),
+    ("gram.affinity_positive", (2, 32, 8, 8), F32),
     ("gram.products", (2, 64, 256), F32),
     ("gram.products", (1, 40, 64), F64),
     *(("pairwise.rkd", (64, 256), dtype) for dtype in (F32, BF16)),

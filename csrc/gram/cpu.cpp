@@ -376,46 +376,50 @@ void write_units(const Tensor& x, A eps, const Network<A>& net) {
   });
 }
 
-// gaps := signs; -> sum |gap|
-template <class A>
-A write_signs(const A* s, const A* t, A* signs) {
+// products := slopes; -> the sum of the entries
+template <class F, class A>
+A write_slopes(const F& f, A* s, A* t) {
   return sum_each<A>(kPositions * kPositions, [&](int64_t i) KD_INLINED {
-    const A gap = s[i] - t[i];
-    signs[i] = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
-    return std::abs(gap);
+    A of_s, of_t;
+    const A entry = f.entry(s[i], t[i], of_s, of_t);
+    s[i] = of_s;
+    if (!F::kOneSlope) t[i] = of_t;
+    return entry;
   });
 }
 
-template <class A>
-double affinity_block(const Network<A> (&nets)[2], int64_t b, int64_t i0, int64_t j0) {
-  alignas(64) A products[2][kPositions * kPositions], signs[kPositions * kPositions];
+template <class F, class A>
+double affinity_block(const F& f, const Network<A> (&nets)[2], int64_t b, int64_t i0, int64_t j0) {
+  alignas(64) A products[2][kPositions * kPositions];
   for (int side = 0; side < 2; ++side) {
     const Network<A>& net = nets[side];
     const A* u = net.channel_rows(b);
     add_weighted(u + i0, 1, net.padded_positions, kPositions, u + j0, net.padded_positions, net.channels, kPositions,
                  Sums<A>{products[side], kPositions, true, A(1)});
   }
-  const double loss = write_signs(products[0], products[1], signs);
-  for (const Network<A>& net : nets) {
+  const double loss = write_slopes(f, products[0], products[1]);
+  for (int side = 0; side < 2; ++side) {
+    const Network<A>& net = nets[side];
     if (!net.grad) continue;
+    const A* slopes = products[F::kOneSlope ? 0 : side];
     const int64_t width = net.padded_channels;
     A *u_i = net.position_rows(net.by_position, b, i0), *u_j = net.position_rows(net.by_position, b, j0);
     const Sums<A> grad_i{net.position_rows(net.grad, b, i0), width, false, A(1)};
     const Sums<A> grad_j{net.position_rows(net.grad, b, j0), width, false, A(1)};
-    add_weighted(signs, kPositions, 1, kPositions, u_j, width, kPositions, width, grad_i);
-    if (i0 != j0) add_weighted(signs, 1, kPositions, kPositions, u_i, width, kPositions, width, grad_j);
+    add_weighted(slopes, kPositions, 1, kPositions, u_j, width, kPositions, width, grad_i);
+    if (i0 != j0) add_weighted(slopes, 1, kPositions, kPositions, u_i, width, kPositions, width, grad_j);
   }
   return i0 == j0 ? loss : 2 * loss;
 }
 
-// The sum of |gap| over all pairs of positions. A round-robin schedule whose first round is the diagonal: in each round
-// no block appears twice, so its gradient accumulates in one order, whatever the number of threads.
-template <class A>
-double affinity_sum(const Network<A> (&nets)[2], int64_t batch) {
+// The sum of the entries of all pairs of positions. A round-robin schedule whose first round is the diagonal: in each
+// round no block appears twice, so its gradient accumulates in one order, whatever the number of threads.
+template <class F, class A>
+double affinity_sum(const F& f, const Network<A> (&nets)[2], int64_t batch) {
   const int64_t blocks = nets[0].padded_positions / kPositions, players = blocks + blocks % 2;
   std::vector<double> losses(batch * blocks * blocks);
   const auto run = [&](int64_t b, int64_t i, int64_t j) {
-    losses[(b * blocks + i) * blocks + j] = affinity_block(nets, b, i * kPositions, j * kPositions);
+    losses[(b * blocks + i) * blocks + j] = affinity_block(f, nets, b, i * kPositions, j * kPositions);
   };
   for_each(batch * blocks, 1, [&](int64_t task) { run(task / blocks, task % blocks, task % blocks); });
   for (int64_t round = 0; round < players - 1; ++round) {
@@ -470,8 +474,9 @@ struct Cpu : HostBackend {
     *data<A>(loss) = static_cast<A>(gram::compare<A>(f, student, teacher, weights));
   }
 
-  template <class A>
-  void affinity(const std::array<Tensor, 2>& networks, double eps, A* const (&slopes)[2], const Tensor& loss) const {
+  template <class F, class A>
+  void affinity(const F& f, const std::array<Tensor, 2>& networks, double eps, A* const (&slopes)[2],
+                const Tensor& loss) const {
     const int64_t batch = networks[0].size(0), positions = networks[0].size(2);
     const int64_t padded_positions = blocks_of(positions, kPositions) * kPositions;
     std::vector<Tensor> memory;
@@ -493,7 +498,7 @@ struct Cpu : HostBackend {
       write_units(networks[side], static_cast<A>(eps), nets[side]);
     }
     const double scale = 1 / std::max<double>(1, static_cast<double>(batch) * positions * positions);
-    *data<A>(loss) = static_cast<A>(scale * affinity_sum(nets, batch));
+    *data<A>(loss) = static_cast<A>(scale * affinity_sum(f, nets, batch));
     for (int side = 0; side < 2; ++side) {
       const Network<A>& net = nets[side];
       // s_ij and s_ji are the same number.

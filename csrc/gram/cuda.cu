@@ -130,8 +130,9 @@ struct Affinity {
                          [&](int row, int col, A x, A y) { sums[row][col] += x * y; });
   }
 
-  // grad_i (+)= sum_j sign_ij u_j of the tile's positions j; signs [j][i] in shared memory.
-  static __device__ void add_gradient(const float* signs, const Operand<A>& x, int64_t b, int64_t i0, int64_t j0,
+  // grad_i (+)= sum_j slope_ij u_j of the tile's positions j; slopes [j][i] in shared memory.
+  template <class S>
+  static __device__ void add_gradient(const S* slopes, const Operand<A>& x, int64_t b, int64_t i0, int64_t j0,
                                       Shared& shared, A* grad) {
     A* const channels = shared.half(0);
     const int64_t positions = x.rows;
@@ -141,11 +142,11 @@ struct Affinity {
       Fetch<A, A, kPer> next(by_channel, b, c0, j0);
       for (int k0 = 0; k0 < Of::kSide; k0 += Of::kDepth) {
         next.load(positions - j0 - k0);
-        __syncthreads();  // signs are there; the previous terms have been used
+        __syncthreads();  // slopes are there; the previous terms have been used
         next.store(channels);
         __syncthreads();
-        for_terms<kPer>(signs + k0 * Of::kRow, channels,
-                        [&](int row, int col, float sign, A y) { part[row][col] += sign * y; });
+        for_terms<kPer>(slopes + k0 * Of::kRow, channels,
+                        [&](int row, int col, S slope, A y) { part[row][col] += slope * y; });
       }
 #pragma unroll
       for (int u = 0; u < kPer; ++u) {
@@ -163,38 +164,54 @@ struct Affinity {
 };
 
 // A null gradient is not needed.
-template <class A>
+template <class A, class Kind>
 __global__ void __launch_bounds__(kBlock, kMinBlocks)
-    affinity_kernel(Operand<A> student, Operand<A> teacher, A* grad_s, A* grad_t, double* losses) {
+    affinity_kernel(Kind kind, Operand<A> student, Operand<A> teacher, A* grad_s, A* grad_t, double* losses) {
   using F = Affinity<A>;
   constexpr int kPer = F::kPer, kSide = F::Of::kSide;
   const int64_t n = student.rows, down = (n + kSide - 1) / kSide;
   const int64_t b = blockIdx.x / down, i0 = blockIdx.x % down * kSide;
   using Shared = Columns<A, kPer>;
+  using Slope = typename Kind::Slope;
   KD_SHARED(Shared, shared, 1);
-  KD_SHARED(Neighbours<float>, signs, kSide * F::Of::kRow / kPack);  // [j][i]
+  KD_SHARED(Neighbours<Slope>, slopes, kSide * F::Of::kRow / kPack);  // [j][i]
   const bool all = grad_s || grad_t;
   double loss = 0;
   for (int64_t j0 = all ? 0 : i0; j0 < n; j0 += kSide) {
     A of_s[kPer][kPer] = {}, of_t[kPer][kPer] = {};
     F::products(student, b, i0, j0, shared[0], of_s);
-    F::products(teacher, b, i0, j0, shared[0], of_t);  // its barriers come after the last use of the signs
+    F::products(teacher, b, i0, j0, shared[0], of_t);  // its barriers come after the last use of the slopes
     A sum = 0;
 #pragma unroll
     for (int v = 0; v < kPer; ++v) {
-      Neighbours<float> own;
 #pragma unroll
       for (int u = 0; u < kPer; ++u) {
-        const A gap = of_s[u][v] - of_t[u][v];
-        sum += std::abs(gap);
-        own.x[u] = static_cast<float>(sign(gap));
+        A slope_s, slope_t;
+        sum += kind.entry(of_s[u][v], of_t[u][v], slope_s, slope_t);
+        of_s[u][v] = slope_s;
+        of_t[u][v] = slope_t;
       }
-      const int j = F::Of::at(threadIdx.x % kAcross, v), i = F::Of::at(threadIdx.x / kAcross, 0);
-      signs[(j * F::Of::kRow + i) / kPack] = own;
     }
     loss += all || j0 == i0 ? sum : 2 * sum;
-    if (grad_s) F::add_gradient(signs[0].x, student, b, i0, j0, shared[0], grad_s);
-    if (grad_t) F::add_gradient(signs[0].x, teacher, b, i0, j0, shared[0], grad_t);
+    const auto share = [&](const A(&own)[kPer][kPer]) {
+#pragma unroll
+      for (int v = 0; v < kPer; ++v) {
+        Neighbours<Slope> some;
+#pragma unroll
+        for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
+        const int j = F::Of::at(threadIdx.x % kAcross, v), i = F::Of::at(threadIdx.x / kAcross, 0);
+        slopes[(j * F::Of::kRow + i) / kPack] = some;
+      }
+    };
+    if (grad_s) {
+      share(of_s);
+      F::add_gradient(slopes[0].x, student, b, i0, j0, shared[0], grad_s);
+    }
+    if (grad_t) {
+      if (!Kind::kOneSlope && grad_s) __syncthreads();  // the student's have been used
+      if (!Kind::kOneSlope || !grad_s) share(of_t);
+      F::add_gradient(slopes[0].x, teacher, b, i0, j0, shared[0], grad_t);
+    }
   }
   loss = group_reduce<kBlock>(loss, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;
@@ -294,8 +311,9 @@ struct Cuda : DeviceBackend {
     write_loss<A>(losses, rows, 1 / static_cast<double>(student.numel()), loss);
   }
 
-  template <class A>
-  void affinity(const std::array<Tensor, 2>& networks, double eps, A* const (&slopes)[2], Tensor& loss) const {
+  template <class Kind, class A>
+  void affinity(const Kind& kind, const std::array<Tensor, 2>& networks, double eps, A* const (&slopes)[2],
+                Tensor& loss) const {
     const int64_t batch = networks[0].size(0), positions = networks[0].size(2);
     if (batch == 0) {
       torch::stable::zero_(loss);
@@ -311,8 +329,8 @@ struct Cuda : DeviceBackend {
     const Tensor student = units(networks[0]), teacher = units(networks[1]);
     const int64_t blocks = batch * blocks_for(positions, Tile<A, Affinity<A>::kPer>::kSide);
     DeviceMemory<double> losses(loss, blocks + 1);
-    launch(device, {blocks, kBlock}, affinity_kernel<A>, Operand<A>(Batch(student)), Operand<A>(Batch(teacher)),
-           slopes[0], slopes[1], losses.data());
+    launch(device, {blocks, kBlock}, affinity_kernel<A, Kind>, kind, Operand<A>(Batch(student)),
+           Operand<A>(Batch(teacher)), slopes[0], slopes[1], losses.data());
     const double scale = 1 / (static_cast<double>(batch) * positions * positions);
     write_loss<A>(losses, blocks, scale, loss);
     for (int side = 0; side < 2; ++side) {

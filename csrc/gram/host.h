@@ -51,7 +51,8 @@ ThreeTensors compare_grams(Tensor student, Tensor teacher, std::string kind, dou
 
 // -> the loss, and its slopes in the unit positions [B, N, C] of both.
 template <class Backend>
-ThreeTensors affinity(Tensor student, Tensor teacher, double eps, bool need_student, bool need_teacher) {
+ThreeTensors affinity(Tensor student, Tensor teacher, std::string kind, double eps, bool need_student,
+                      bool need_teacher) {
   const Backend backend(student);
   const int64_t batch = student.size(0), positions = student.size(2);
   const ScalarType dtype = accumulator(student, teacher);
@@ -63,7 +64,7 @@ ThreeTensors affinity(Tensor student, Tensor teacher, double eps, bool need_stud
   dispatch_accumulator(dtype, [&](auto tag) {
     using A = decltype(tag);
     A* const slopes[2] = {data<A>(slope_s, need_student), data<A>(slope_t, need_teacher)};
-    backend.affinity({student, teacher}, eps, slopes, loss);
+    dispatch_affinity<A>(kind, [&](const auto& f) { backend.affinity(f, {student, teacher}, eps, slopes, loss); });
   });
   return {loss, slope_s, slope_t};
 }

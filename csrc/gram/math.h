@@ -188,6 +188,34 @@ struct Cosines {
   }
 };
 
+// Entries of two cosines in `affinity`, and their slopes: in c, and in c' with the other sign.
+template <class A>
+struct Gap {
+  using Slope = float;  // holds every sign
+  static constexpr bool kOneSlope = true;
+
+  KD_HD A entry(A c, A d, A& slope_s, A& slope_t) const {
+    const A gap = c - d;
+    slope_s = slope_t = gap > 0 ? A(1) : gap < 0 ? A(-1) : A(0);
+    return std::abs(gap);
+  }
+};
+
+// kPositive: of max(c, 0) and max(c', 0). A NaN stays one.
+template <class A, bool kPositive>
+struct SquaredGap {
+  using Slope = A;
+  static constexpr bool kOneSlope = !kPositive;
+
+  KD_HD A entry(A c, A d, A& slope_s, A& slope_t) const {
+    const bool no_s = kPositive && c < 0, no_t = kPositive && d < 0;
+    const A gap = (no_s ? A(0) : c) - (no_t ? A(0) : d);
+    slope_s = no_s ? A(0) : 2 * gap;
+    slope_t = no_t ? A(0) : 2 * gap;
+    return gap * gap;
+  }
+};
+
 // Statistics [kStats, rows] of the rows of all matrices, those of one matrix beginning at `first`.
 template <class A>
 struct Stats {
@@ -217,6 +245,14 @@ void dispatch_comparison(const std::string& kind, double scale, double eps, cons
     case 3: return with(std::integral_constant<int, 3>{});
     default: return with(std::integral_constant<int, kAnyTerms>{});
   }
+}
+
+// So is this one's.
+template <class A, class F>
+void dispatch_affinity(const std::string& kind, const F& f) {
+  if (kind == "absolute") return f(Gap<A>{});
+  if (kind == "squared") return f(SquaredGap<A, false>{});
+  return f(SquaredGap<A, true>{});
 }
 
 }  // namespace gram

@@ -20,7 +20,7 @@ from kdfast.losses.feature import (
     Translator,
     ofd_margin,
 )
-from kdfast.losses.gram import CCKD, FAKD, FSP, LKD, NST, PKT, SP
+from kdfast.losses.gram import CCKD, FAKD, FSP, LKD, NST, PKT, SP, GramAnchoring
 from kdfast.losses.inversion import adaptive_inversion, bn_statistics_loss, self_similarity, total_variation
 from kdfast.losses.linear import LinearKD
 from kdfast.losses.maps import CWD, PKD
@@ -53,7 +53,7 @@ __all__ += ["Paraphraser", "Translator", "ofd_margin", "CCKD", "FAKD", "FSP", "L
 __all__ += ["adaptive_inversion", "bn_statistics_loss", "self_similarity", "total_variation"]
 __all__ += ["FFL", "KDCL", "ONE", "CollaborativeLearning", "FusionModule", "OKDDip", "OKDDipAttention", "ONEGate"]
 __all__ += ["rescale_gradient", "CRD"]
-__all__ += ["LinearKD", "CWD", "PKD", "PatchKL", "QueueKL"]
+__all__ += ["LinearKD", "CWD", "PKD", "PatchKL", "QueueKL", "GramAnchoring"]
 __all__ += ["IRG", "RKD", "HardDarkRank", "IRGEdge", "IRGTransformation", "RKDAngle", "RKDDistance"]
 __all__ += ["JointLoss", "residual_margin_loss"]
 __all__ += ["DKD", "JSD", "KD", "LabelRefinery", "ReverseKD", "TfKDReg", "TfKDSelf"]

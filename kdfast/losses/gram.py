@@ -98,6 +98,27 @@ class FAKD(Loss):
         return gram_distance(flat_rows(student), flat_rows(teacher), "rows_absolute")
 
 
+@made_of_settings
+class GramAnchoring(Loss):
+    """Gram anchoring - DINOv3 (Siméoni et al., 2025).
+
+    The mean of ``(max(c_ij, 0) - max(c'_ij, 0))^2`` over images and pairs of positions: c the cosines between the
+    positions (patches) of the student's map, c' of the teacher's, an earlier state of the student in the paper.
+    Without `positive` the cosines are taken as they are. Nothing of size positions^2 is stored. Shapes: student
+    (B, C, H, W), teacher (B, C', H, W), or equally long lists, whose losses are added; tokens by
+    :class:`kdfast.objectives.AsMaps`; 0-d. Gradients flow to both; a position that is 0 gets none.
+    The official code has negatives clamped by default, too, and an option for the teacher's alone, which is not here.
+    Op: ``affinity``.
+    """
+
+    positive: bool = setting(True, partial(check.one_of, choices=(True, False)))
+
+    def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
+        kind = "positive" if self.positive else "squared"
+        pairs = check.layers(student, teacher, check.maps)
+        return total(affinity(s, t, kind=kind, eps=0.0) for s, t in pairs)
+
+
 class FSP(Loss):
     """FSP - A Gift from Knowledge Distillation: the flow of the solution procedure (Yim, Joo, Bae and Kim, CVPR 2017).
 

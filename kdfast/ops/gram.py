@@ -8,7 +8,9 @@ With G_ij = x_i . x_j of the rows of one network, G' of the other, c_ij = G_ij /
                                     p_i = (1 + c_i) / sum_j (1 + c_ij)
                       polynomial    1/B^2 sum_ij (K(c_ij) - K(c'_ij))^2,   K(c) = sum_k coefficient_k c^k
                       absolute      1/B^2 sum_ij |c_ij - c'_ij|
-    affinity          absolute, of the positions of a map, with nothing of size positions^2
+    affinity          absolute          |c_ij - c'_ij|, averaged, of the positions of a map,
+                      squared           (c_ij - c'_ij)^2,
+                      positive          (max(c_ij, 0) - max(c'_ij, 0))^2, with nothing of size positions^2
 
 Each comparison gives its gradient as one symmetric matrix M with dL/dx_i = sum_j M_ij x_j. A row that is 0 has no
 direction: its cosines and its gradient are 0.
@@ -30,6 +32,7 @@ from kdfast.ops.saved import save, saved
 
 __all__ = ["affinity", "gram_distance", "inner_products", "selectivity"]
 
+AFFINITIES = ("absolute", "squared", "positive")
 KINDS = ("rows", "rows_absolute", "distribution", "polynomial", "absolute")
 FLOOR = 1e-12  # smallest norm of a row of G, as in torch.nn.functional.normalize
 MOST_TERMS = 16  # of a polynomial: what a kernel holds
@@ -196,7 +199,7 @@ def _loss_and_slopes(student, teacher, need_student, need_teacher, **_):
 
 @op("gram", _loss_and_slopes)
 def _affinity(
-    student: Tensor, teacher: Tensor, eps: float, need_student: bool, need_teacher: bool
+    student: Tensor, teacher: Tensor, kind: str, eps: float, need_student: bool, need_teacher: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> loss; dL/du [B, N, C] of the sides that need it, u the unit positions."""
     units = [unit_positions(x, eps, accumulator(student, teacher)) for x in (student, teacher)]
@@ -210,11 +213,14 @@ def _affinity(
     step = max(1, BLOCK // max(1, batch * positions))
     for start in range(0, positions, step):
         rows = slice(start, start + step)
-        gap = torch.sub(*(products(u[:, rows], u) for u in units))
-        loss = loss + scale * fixed_sum(fixed_sum(fixed_sum(gap.abs())))
-        for u, grad, sign in zip(units, grads, (2, -2), strict=True):
+        cosines = [products(u[:, rows], u) for u in units]
+        absent = [None if kind != "positive" else c < 0 for c in cosines]
+        gap = torch.sub(*(c if no is None else c.masked_fill(no, 0.0) for c, no in zip(cosines, absent, strict=True)))
+        terms, slope = (gap.abs(), gap.sign()) if kind == "absolute" else (gap.square(), 2 * gap)
+        loss = loss + scale * fixed_sum(fixed_sum(fixed_sum(terms)))
+        for u, grad, sign, no in zip(units, grads, (2, -2), absent, strict=True):
             if grad.numel():
-                grad[:, rows] = weighted_rows(sign * scale * gap.sign(), u)
+                grad[:, rows] = weighted_rows(sign * scale * (slope if no is None else slope.masked_fill(no, 0.0)), u)
     return loss, *grads
 
 
@@ -245,7 +251,9 @@ def _compare(student, teacher, *settings):
 _gram_distance_function = gradient_formed(
     _compare, lambda grad, weights, x, *_: _weighted_sums(weights, x, grad), "gram_distance"
 )
-_affinity_function = gradient_formed(_affinity, _affinity_backward, "affinity")
+_affinity_function = gradient_formed(
+    _affinity, lambda grad, slope, x, kind, eps: _affinity_backward(grad, slope, x, eps), "affinity"
+)
 
 
 # Written out: through `differentiable.py` a small call would take 9 % longer.
@@ -417,10 +425,11 @@ def selectivity(student: Tensor, teacher: Tensor) -> Tensor:
     return _selectivity_function((), student, teacher)
 
 
-def affinity(student: Tensor, teacher: Tensor, *, eps: float = 1e-8) -> Tensor:
+def affinity(student: Tensor, teacher: Tensor, *, kind: str = "absolute", eps: float = 1e-8) -> Tensor:
     """``1 / (B N^2) sum_bij |u_bi . u_bj - u'_bi . u'_bj|``: u the positions of a map, x / (|x| + eps).
 
     Args:
+        kind: "absolute"; "squared" takes the squares of the differences, and "positive" those of the positive parts.
         student, teacher: maps (B, C, H, W) and (B, C', H, W), N = H W positions, float32, float64, float16 or bfloat16,
             any strides; dtypes may differ.
         eps: added to the norm of a position.
@@ -433,5 +442,6 @@ def affinity(student: Tensor, teacher: Tensor, *, eps: float = 1e-8) -> Tensor:
     Raises: TypeError, ValueError naming the argument.
     """
     check.two_maps(student, teacher)
+    check.one_of("kind", kind, AFFINITIES)
     check.number("eps", eps, low=0.0)
-    return _affinity_function((float(eps),), student.flatten(2), teacher.flatten(2))
+    return _affinity_function((kind, float(eps)), student.flatten(2), teacher.flatten(2))

@@ -1,5 +1,8 @@
 """Matrices of inner products, and how they are compared."""
 
+import dataclasses
+import functools
+
 import oracles
 import torch
 
@@ -76,14 +79,18 @@ def sizes_gram(student, teacher, kind="rows", *, eps=0.0, coefficients=()):
     return scale * value.sum(), *entries
 
 
-def affinity_formula(student, teacher, eps=1e-8):
+def affinity_formula(student, teacher, kind="absolute", eps=1e-8):
     s, t = (oracles._cosines_of_rows(x.flatten(2).transpose(1, 2), eps) for x in (student, teacher))
-    return (s - t).abs().sum() / max(s.numel(), 1)
+    if kind == "positive":
+        s, t = s.clamp(min=0), t.clamp(min=0)
+    gap = s - t
+    return (gap.abs() if kind == "absolute" else gap.square()).sum() / max(s.numel(), 1)
 
 
-def sizes_affinity(student, teacher, *, eps=1e-8):
+def sizes_affinity(student, teacher, kind="absolute", *, eps=1e-8):
     rows = [x.flatten(2).transpose(1, 2) for x in (student, teacher)]
-    value, *entries = sizes_gram(*rows, "absolute", eps=eps)
+    coefficients = () if kind == "absolute" else (0.0, 1.0)
+    value, *entries = sizes_gram(*rows, "polynomial", eps=eps, coefficients=coefficients)
     return value, *(e.transpose(1, 2).unflatten(2, student.shape[2:]) for e in entries)
 
 
@@ -101,13 +108,13 @@ def gram_distance(name, **options):
     )
 
 
-def affinity():
+def affinity(name, **options):
     """Nothing of the size of positions^2: a few copies of the maps."""
     return Op(
-        "affinity",
-        lambda o, student, teacher: o.affinity(student, teacher),
-        lambda g, student, teacher: scaled(g, sizes_affinity(student, teacher)),
-        affinity_formula,
+        name,
+        lambda o, student, teacher: o.affinity(student, teacher, **options),
+        lambda g, student, teacher: scaled(g, sizes_affinity(student, teacher, **options)),
+        functools.partial(affinity_formula, **options),
         memory=lambda x, kernel: 8 * sum(t.nbytes for t in x.values()) if kernel else None,
     )
 
@@ -177,7 +184,7 @@ GROUPS = [
     Group(
         "gram",
         make,
-        [affinity()],
+        [affinity("affinity"), affinity("affinity_squared", kind="squared")],
         cases=MAPS,
         small=(2, 3, 4, 5),
         tiny=(1, 3, 2, 2),
@@ -214,6 +221,18 @@ GROUPS = [
 ]
 
 
+GROUPS.insert(
+    2,
+    dataclasses.replace(
+        GROUPS[1],
+        ops=[affinity("affinity_positive", kind="positive")],
+        largest=lambda name, t: (
+            t / t.abs().amax() * 6e4
+        ),  # cosines of signs are 0 but for rounding: there the slope jumps
+    ),
+)
+
+
 # ---- raw ops, programs -----------------------------------------------------------------------------------------------
 def raw_calls(device):
     a, b = (torch.randn(2, n, 7, device=device) for n in (4, 3))
@@ -225,7 +244,8 @@ def raw_calls(device):
         ("compare_grams", (gram, gram + 1, "rows", 0.0, [], True, False)),
         ("compare_grams", (gram, gram + 1, "distribution", 1e-7, [], True, True)),
         ("compare_grams", (gram, gram + 1, "polynomial", 0.0, SERIES, False, False)),
-        ("affinity", (a, a[:, :2], 1e-8, True, False)),
+        ("affinity", (a, a[:, :2], "absolute", 1e-8, True, False)),
+        ("affinity", (a, a[:, :2], "positive", 1e-8, True, True)),
         ("affinity_backward", (grad, torch.randn(2, 7, 4, device=device), a, 1e-8)),
     ]
 
@@ -270,6 +290,11 @@ ERRORS = [
     ),
     (lambda s, t: ops.gram_distance(s, t, eps=-1.0), ValueError, "eps must be from 0.0 to inf, got -1.0"),
     (lambda s, t: ops.gram_distance(s.int(), t), TypeError, "student must be float32"),
+    (
+        lambda s, t: ops.affinity(s[..., None, None], t[..., None, None], kind="cosine"),
+        ValueError,
+        "kind must be one of absolute, squared, positive, got 'cosine'",
+    ),
     (lambda s, t: ops.affinity(s, t), ValueError, "student must be .batch, channels, height, width"),
     (lambda s, t: ops.inner_products(s), ValueError, "a must be .batches, rows, features"),
     (lambda s, t: ops.inner_products(s[None], t[None]), ValueError, r"b must be \(1, rows, 9\)"),
