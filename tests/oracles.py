@@ -1028,6 +1028,104 @@ def PatchKL(student, teacher, temperature=0.07):
     return _each(of_layer, student, teacher)
 
 
+def _convolution(x, weights, name):
+    """1x1 or 3x3, if there is one of this name."""
+    if f"{name}.weight" not in weights:
+        return x
+    weight = weights[f"{name}.weight"]
+    return F.conv2d(x, weight, weights.get(f"{name}.bias"), padding=weight.shape[-1] // 2)
+
+
+def MGD(student, teacher, mask, *, weights, **_):
+    """Yang et al. 2022, eq. 4 to 6."""
+    x = _convolution(student, weights, "align") * mask
+    x = _convolution(F.relu(_convolution(x, weights, "generation.0")), weights, "generation.2")
+    return (x - teacher).square().sum() / len(teacher)
+
+
+def box_masks(boxes, sizes, height, width):
+    """Of one image: the weights of foreground and background, box by box and cell by cell."""
+    inside = torch.zeros(height, width, dtype=torch.float64)
+    image_height, image_width = (float(n) for n in sizes)
+    for x1, y1, x2, y2 in boxes.tolist():
+        left, right = math.floor(x1 / image_width * width), math.ceil(x2 / image_width * width)
+        top, bottom = math.floor(y1 / image_height * height), math.ceil(y2 / image_height * height)
+        for row in range(max(top, 0), min(bottom, height - 1) + 1):
+            for column in range(max(left, 0), min(right, width - 1) + 1):
+                weight = 1 / ((bottom + 1 - top) * (right + 1 - left))
+                inside[row, column] = max(weight, float(inside[row, column]))
+    outside = (inside == 0).double()
+    return inside, outside / max(float(outside.sum()), 1.0)
+
+
+def FGD(
+    student,
+    teacher,
+    boxes,
+    image_sizes,
+    *,
+    weights,
+    temperature=0.5,
+    foreground=1e-3,
+    background=5e-4,
+    attention=1e-3,
+    relation=5e-6,
+    **_,
+):
+    """Yang et al. 2022, eq. 2 to 12, image by image."""
+    total = 0.0
+    for s, t, of_image, size in zip(_convolution(student, weights, "align"), teacher, boxes, image_sizes, strict=True):
+        channels, height, width = t.shape
+        masks = [m.to(t.device) for m in box_masks(of_image, size, height, width)]
+        places = [
+            height * width * (x.abs().mean(0).flatten() / temperature).softmax(0).view(height, width) for x in (s, t)
+        ]
+        of_channels = [channels * (x.abs().mean((1, 2)) / temperature).softmax(0) for x in (s, t)]
+        error = (s - t).square() * places[1] * of_channels[1][:, None, None]
+        total = total + foreground * (error * masks[0]).sum() + background * (error * masks[1]).sum()
+        total = total + attention * sum((x - y).abs().sum() for x, y in (places, of_channels))
+        added = []
+        for x, side in ((s, "student"), (t, "teacher")):
+            shares = _convolution(x[None], weights, f"mask_{side}").flatten().softmax(0)
+            context = (x.flatten(1) * shares).sum(1).view(1, channels, 1, 1)
+            inner = _convolution(context, weights, f"context_{side}.0")
+            norm = [weights[f"context_{side}.1.{part}"] for part in ("weight", "bias")]
+            inner = F.relu(F.layer_norm(inner, inner.shape[1:], *norm))
+            added.append(x + _convolution(inner, weights, f"context_{side}.3")[0])
+        total = total + relation * (added[0] - added[1]).square().sum()
+    return total / len(teacher)
+
+
+def _normed(x, weights, name):
+    """A convolution and a batch norm in training."""
+    x = _convolution(x, weights, f"{name}.0")
+    return F.batch_norm(x, None, None, weights[f"{name}.1.weight"], weights[f"{name}.1.bias"], training=True)
+
+
+def ReviewKD(student, teacher, *, weights, **_):
+    """Chen et al. 2021, figure 3, and their HCL."""
+    fused, deeper = [], None
+    for k, (x, t) in enumerate(zip(reversed(student), reversed(teacher), strict=True)):
+        x = _normed(x, weights, f"fusions.{k}.conv1")
+        if deeper is not None:
+            deeper = F.interpolate(deeper, x.shape[2:])
+            maps = torch.sigmoid(_convolution(torch.cat([x, deeper], 1), weights, f"fusions.{k}.attention"))
+            x = x * maps[:, :1] + deeper * maps[:, 1:]
+        deeper = F.interpolate(x, t.shape[2:])
+        fused.insert(0, _normed(deeper, weights, f"fusions.{k}.conv2"))
+    return HCL(fused, teacher)
+
+
+def SimKD(student, teacher, *, weights, **_):
+    """Chen et al. 2022, eq. 4."""
+    student, teacher = _to_smaller_square(student, teacher)
+    for first in (0, 3, 6):
+        student = _convolution(student, weights, f"transfer.{first}")
+        norm = [weights[f"transfer.{first + 1}.{part}"] for part in ("weight", "bias")]
+        student = F.relu(F.batch_norm(student, None, None, *norm, training=True))
+    return F.mse_loss(student, teacher)
+
+
 # ---- logits, since 2022 ----------------------------------------------------------------------------------------------
 def LSKD(student, teacher, temperature=2.0):
     """Sun et al. 2024, with the std of C - 1 of the code."""
@@ -1112,7 +1210,7 @@ LOSSES = {
         *(AEKD, DML, FFL, KDCL, ONE, Codistillation, CollaborativeLearning, EnD, OKDDip),
         JointLoss,
         *(HardDarkRank, IRG, IRGEdge, IRGTransformation),
-        *(CWD, PKD, PatchKL, GramAnchoring),
+        *(CWD, PKD, PatchKL, GramAnchoring, FGD, MGD, ReviewKD, SimKD),
         *(LSKD, NKD, TTM, WTTM, CTKD, SkewKL, TVD, AKL, TAID, AlphaBeta, LinearKD),
     )
 } | {"DKD": dkd, "RKD": rkd, "RKDAngle": rkd_angle, "RKDDistance": rkd_distance}

@@ -58,7 +58,7 @@ def broken(arguments, at, positions):
     """Copies of the arguments with one NaN in argument `at` -> (number of its tensor, arguments)."""
     flat, spec = tree_flatten(arguments[at])
     for number, x in enumerate(flat):
-        if not x.is_floating_point():
+        if not x.is_floating_point() or not x.numel():
             continue
         for where in sorted({0, x.numel() // 2, x.numel() - 1})[:positions]:
             changed = x.clone()
@@ -287,7 +287,11 @@ def test_copies_and_default_devices(name, parameters, kinds):
 
 
 # ---- rows that do not count
-MASKED = [case for case in CASES if "mask" in inspect.signature(getattr(kdfast, case[0]).forward).parameters]
+MASKED = [  # MGD's mask is of positions
+    case
+    for case in CASES
+    if "mask" in inspect.signature(getattr(kdfast, case[0]).forward).parameters and case[0] != "MGD"
+]
 
 
 @pytest.mark.parametrize(("name", "parameters", "kinds"), MASKED, ids=[f"{n}{i}" for i, (n, *_) in enumerate(MASKED)])
@@ -325,6 +329,8 @@ def test_masked_rows_are_neither_read_nor_counted(implementation, name, paramete
 def test_two_graphs_for_every_size_and_temperature(name, parameters, kinds):
     if name == "JacobianMatching":
         pytest.skip("it differentiates twice, which no graph does")
+    if name == "FGD":
+        pytest.skip("its boxes are a list as long as the batch: a graph for each length")
     torch.compiler.reset()
     module = make(name, parameters, "cpu")
     compiled = torch.compile(lambda *x, m=module: call(name, m, x), fullgraph=True, backend="aot_eager")

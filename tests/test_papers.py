@@ -26,7 +26,11 @@ PUBLIC = [
 WITH_STATE = {
     "CRD": lambda: kdfast.CRD(student_dim=11, teacher_dim=7, n_data=20),
     "CTKD": lambda: kdfast.CTKD(),
+    "FGD": lambda: kdfast.FGD(4, 7),
+    "MGD": lambda: kdfast.MGD(4, 7),
     "QueueKL": lambda: kdfast.QueueKL(11, size=20),
+    "ReviewKD": lambda: kdfast.ReviewKD([4, 3], [5, 4]),
+    "SimKD": lambda: kdfast.SimKD(4, 7),
     "TAID": lambda: kdfast.TAID(),
     "VID": lambda: kdfast.VID(student_channels=4, mid_channels=6, teacher_channels=7),
 }
@@ -118,6 +122,16 @@ CASES = [
     ("FAKD", {"affinity": "instance"}, "maps small_maps"),
     ("FFL", {}, "networks student labels epoch"),
     ("FFL", {"temperature": 1.0, "rampup_epochs": 0, "eps": 0.0}, "networks student labels epoch"),
+    ("FGD", {"student_channels": 4, "teacher_channels": 7}, "map other_map boxes image_sizes"),
+    (
+        "FGD",
+        {
+            "student_channels": 4,
+            "teacher_channels": 4,
+            **{"temperature": 1.0, "foreground": 0.1, "background": 0.2, "attention": 0.3, "relation": 0.4},
+        },
+        "map map boxes image_sizes",
+    ),
     ("FSP", {}, "three_maps three_maps"),
     ("FT", {}, "map map"),
     ("FT", {}, "maps maps"),
@@ -162,6 +176,8 @@ CASES = [
     ("LabelRefinery", {}, "student probabilities"),
     ("LabelRefinery", {"reduction": "sum"}, "student probabilities"),
     ("LabelRefinery", {"reduction": "none"}, "student probabilities"),
+    ("MGD", {"student_channels": 4, "teacher_channels": 7}, "map other_map kept"),
+    ("MGD", {"student_channels": 4, "teacher_channels": 4, "mask_ratio": 0.3}, "map map kept"),
     ("NST", {}, "maps small_maps"),
     ("NST", {}, "map map"),
     ("NST", {}, "many_positions many_positions"),
@@ -187,10 +203,19 @@ CASES = [
     ("RKD", {"distance_weight": 0.0, "angle_weight": -2.0}, "vectors short_vectors"),
     ("RKDAngle", {}, "vectors short_vectors"),
     ("RKDDistance", {}, "vectors short_vectors"),
+    ("ReviewKD", {"student_channels": [4, 3], "teacher_channels": [5, 4]}, "maps large_maps"),
+    (
+        "ReviewKD",
+        {"student_channels": [4, 4], "teacher_channels": [4, 4], "mid_channels": 5},
+        "maps_of_4 larger_maps_of_4",
+    ),
     ("ReverseKD", {}, "student teacher"),
     ("ReverseKD", {"temperature": 5.0}, "student teacher"),
     ("SP", {}, "maps small_maps"),
     ("SP", {}, "vectors short_vectors"),
+    ("SimKD", {"student_channels": 4, "teacher_channels": 7}, "map other_map"),
+    ("SimKD", {"student_channels": 4, "teacher_channels": 7, "factor": 3}, "square small_square"),
+    ("SimKD", {"student_channels": 7, "teacher_channels": 4}, "small_square square"),
     ("TfKDReg", {}, "student labels"),
     ("TfKDReg", {"temperature": 1.0, "alpha": 0.5, "multiplier": 10.0}, "student labels"),
     ("TfKDSelf", {}, "student teacher labels"),
@@ -203,7 +228,15 @@ CASES = [
     ),
 ]
 CASES = [(name, parameters, tuple(kinds.split())) for name, parameters, kinds in CASES]
-FIXED = {"labels", "probabilities", "permutations", "epoch"}  # kinds that no loss differentiates
+FIXED = {
+    "labels",
+    "probabilities",
+    "permutations",
+    "epoch",
+    "kept",
+    "boxes",
+    "image_sizes",
+}  # kinds that no loss differentiates
 
 
 @dataclass(frozen=True)
@@ -440,6 +473,10 @@ OTHERS = (
     "ban_dkpp_permute",
     "endd_uncertainties",
     "endd_temperature",
+    "fgd_",
+    "mgd_",
+    "reviewkd_",
+    "simkd_",
     "ofd_margin__",
     "explain_",
 )
@@ -481,6 +518,12 @@ def inputs(kinds, device, rows=6, cols=11):
         # Maps of two networks, or lists of them, those of the teacher smaller or as large. Margins of the channels.
         "map": lambda: normal(4, 5, 3),
         "other_map": lambda: normal(7, 5, 3),
+        "square": lambda: normal(4, 6, 6),
+        "small_square": lambda: normal(7, 3, 3),
+        # Positions of `map` that are kept; boxes in images of any size, of which one has none.
+        "kept": lambda: torch.rand(rows, 1, 5, 3) < 0.5,
+        "boxes": lambda: [torch.rand(i % 4, 2).repeat(1, 2) * 40 + torch.tensor([0, 0, 30, 20]) for i in range(rows)],
+        "image_sizes": lambda: torch.tensor([[60 + i, 80] for i in range(rows)]),
         "margin": lambda: -torch.rand(4, dtype=torch.float64),
         "maps": lambda: [normal(4, 7, 6), normal(3, 4, 3)],
         "small_maps": lambda: [normal(5, 3, 3), normal(3, 4, 3)],

@@ -130,9 +130,9 @@ struct Affinity {
                          [&](int row, int col, A x, A y) { sums[row][col] += x * y; });
   }
 
-  // grad_i (+)= sum_j slope_ij u_j of the tile's positions j; slopes [j][i] in shared memory.
+  // grad_i += sum_j slope_ij u_j of `n` positions j, = where they are the first; slopes [j][i] in shared memory.
   template <class S>
-  static __device__ void add_gradient(const S* slopes, const Operand<A>& x, int64_t b, int64_t i0, int64_t j0,
+  static __device__ void add_gradient(const S* slopes, int n, const Operand<A>& x, int64_t b, int64_t i0, int64_t j0,
                                       Shared& shared, A* grad) {
     A* const channels = shared.half(0);
     const int64_t positions = x.rows;
@@ -140,7 +140,7 @@ struct Affinity {
     for (int64_t c0 = 0; c0 < x.cols; c0 += Of::kSide) {
       Sums part = {};
       Fetch<A, A, kPer> next(by_channel, b, c0, j0);
-      for (int k0 = 0; k0 < Of::kSide; k0 += Of::kDepth) {
+      for (int k0 = 0; k0 < n; k0 += Of::kDepth) {
         next.load(positions - j0 - k0);
         __syncthreads();  // slopes are there; the previous terms have been used
         next.store(channels);
@@ -174,8 +174,10 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   using Shared = Columns<A, kPer>;
   using Slope = typename Kind::Slope;
   KD_SHARED(Shared, shared, 1);
-  KD_SHARED(Neighbours<Slope>, slopes, kSide * F::Of::kRow / kPack);  // [j][i]
+  constexpr int kHeld = sizeof(Slope) == 8 ? kSide / 2 : kSide;       // positions j whose slopes fit at once
+  KD_SHARED(Neighbours<Slope>, slopes, kHeld * F::Of::kRow / kPack);  // [j][i]
   const bool all = grad_s || grad_t;
+  const A* const first_grad = grad_s ? grad_s : grad_t;
   double loss = 0;
   for (int64_t j0 = all ? 0 : i0; j0 < n; j0 += kSide) {
     A of_s[kPer][kPer] = {}, of_t[kPer][kPer] = {};
@@ -193,25 +195,24 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       }
     }
     loss += all || j0 == i0 ? sum : 2 * sum;
-    const auto share = [&](const A(&own)[kPer][kPer]) {
+    const auto add = [&](const A(&own)[kPer][kPer], bool there, const Operand<A>& x, A* grad) {
+      for (int first = 0; first < kSide; first += kHeld) {
+        if (!there) {
+          if (first > 0 || grad != first_grad) __syncthreads();  // what was there has been used
 #pragma unroll
-      for (int v = 0; v < kPer; ++v) {
-        Neighbours<Slope> some;
+          for (int v = 0; v < kPer; ++v) {
+            Neighbours<Slope> some;
 #pragma unroll
-        for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
-        const int j = F::Of::at(threadIdx.x % kAcross, v), i = F::Of::at(threadIdx.x / kAcross, 0);
-        slopes[(j * F::Of::kRow + i) / kPack] = some;
+            for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
+            const int j = F::Of::at(threadIdx.x % kAcross, v) - first, i = F::Of::at(threadIdx.x / kAcross, 0);
+            if (j >= 0 && j < kHeld) slopes[(j * F::Of::kRow + i) / kPack] = some;
+          }
+        }
+        F::add_gradient(slopes[0].x, kHeld, x, b, i0, j0 + first, shared[0], grad);
       }
     };
-    if (grad_s) {
-      share(of_s);
-      F::add_gradient(slopes[0].x, student, b, i0, j0, shared[0], grad_s);
-    }
-    if (grad_t) {
-      if (!Kind::kOneSlope && grad_s) __syncthreads();  // the student's have been used
-      if (!Kind::kOneSlope || !grad_s) share(of_t);
-      F::add_gradient(slopes[0].x, teacher, b, i0, j0, shared[0], grad_t);
-    }
+    if (grad_s) add(of_s, false, student, grad_s);
+    if (grad_t) add(of_t, Kind::kOneSlope && kHeld == kSide && grad_s, teacher, grad_t);
   }
   loss = group_reduce<kBlock>(loss, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;

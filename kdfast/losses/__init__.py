@@ -3,6 +3,7 @@
 from kdfast.losses.attention import AT
 from kdfast.losses.born_again import CWTM, DKPP
 from kdfast.losses.composite import DIST
+from kdfast.losses.detection import FGD, MGD
 from kdfast.losses.dirichlet import EnDD, TemperatureAnnealing, ensemble_uncertainty
 from kdfast.losses.divergence import AKL, CTKD, LSKD, NKD, TAID, TTM, TVD, WTTM, AlphaBeta, SkewKL
 from kdfast.losses.diversity import DiversityCooperation
@@ -38,6 +39,7 @@ from kdfast.losses.mixed_logits import (
 from kdfast.losses.nce import CRD
 from kdfast.losses.pairwise import IRG, RKD, HardDarkRank, IRGEdge, IRGTransformation, RKDAngle, RKDDistance
 from kdfast.losses.residual import JointLoss, residual_margin_loss
+from kdfast.losses.review import ReviewKD, SimKD
 from kdfast.losses.similarity import PatchKL, QueueKL
 from kdfast.losses.softmax_kl import DKD, JSD, KD, LabelRefinery, ReverseKD, TfKDReg, TfKDSelf
 from kdfast.losses.teachers import AEKD, DML, Codistillation, EnD
@@ -54,6 +56,7 @@ __all__ += ["adaptive_inversion", "bn_statistics_loss", "self_similarity", "tota
 __all__ += ["FFL", "KDCL", "ONE", "CollaborativeLearning", "FusionModule", "OKDDip", "OKDDipAttention", "ONEGate"]
 __all__ += ["rescale_gradient", "CRD"]
 __all__ += ["LinearKD", "CWD", "PKD", "PatchKL", "QueueKL", "GramAnchoring"]
+__all__ += ["FGD", "MGD", "ReviewKD", "SimKD"]
 __all__ += ["IRG", "RKD", "HardDarkRank", "IRGEdge", "IRGTransformation", "RKDAngle", "RKDDistance"]
 __all__ += ["JointLoss", "residual_margin_loss"]
 __all__ += ["DKD", "JSD", "KD", "LabelRefinery", "ReverseKD", "TfKDReg", "TfKDSelf"]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import dataclass_transform
 
@@ -50,6 +51,13 @@ class Loss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
+
+
+def in_own_type(layers: nn.Module, x: Tensor) -> Tensor:
+    """``layers(x)`` in the type of their weights, whatever autocast says."""
+    dtype = next((weight.dtype for weight in layers.parameters()), x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return layers(x.to(dtype))
 
 
 class RowLoss(Loss):
