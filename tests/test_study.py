@@ -18,7 +18,7 @@ import kdfast  # noqa: E402
 from kdfast import _kernels  # noqa: E402
 from kdfast.analysis import effective_logit  # noqa: E402
 from kdfast.cli import main  # noqa: E402
-from kdfast.lab.studies import data_free, digits, explain, residual, runner, scenes, wide  # noqa: E402
+from kdfast.lab.studies import data_free, digits, explain, residual, runner, scenes, segmentation, wide  # noqa: E402
 from kdfast.runs import checkpoints  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,6 +44,8 @@ def tiny(monkeypatch, request):
         request.addfinalizer(cached.cache_clear)
     monkeypatch.setattr(explain, "IMAGES", 3)
     monkeypatch.setattr(explain, "NOISE", {"noises": 4, "steps": 6})
+    for name, value in {"TRAINING": 32, "TEST": 8, "SHOWN": 2}.items():
+        monkeypatch.setattr(segmentation, name, value)
     monkeypatch.setattr(wide, "WIDTH", 64)
     monkeypatch.setattr(wide, "SIZES", (8, 16))
     monkeypatch.setattr(wide, "TEACHER_STEPS", {"teacher": 100, "stopped early": 10})
@@ -55,6 +57,7 @@ TINY = {
     "wide": ["--seeds", "2"],
     "explain": ["--epochs", "3", "--seeds", "2"],
     "data-free": [],
+    "segmentation": ["--epochs", "1", "--seeds", "1"],
 }
 
 
@@ -210,12 +213,34 @@ def test_mean_average_precision():
     assert scenes.mean_average_precision(nothing, boxes, labels) == 0
 
 
+def test_class_maps_are_the_pixels_of_the_shapes():
+    """Each shape's pixels have one colour but for the noise, and lie in its box."""
+    images, boxes, labels = scenes.scenes(20, 0)
+    maps = scenes.class_maps(boxes, labels)
+    for image, of_image, box, label in zip(images, maps, boxes, labels, strict=True):
+        assert set(of_image.unique().tolist()) == {0, *(label[label >= 0] + 1).tolist()}
+        for (left, top, right, bottom), name in zip(box[label >= 0].tolist(), label[label >= 0].tolist(), strict=True):
+            inside = torch.zeros_like(of_image, dtype=torch.bool)
+            inside[round(top) : round(bottom) + 1, round(left) : round(right) + 1] = True
+            assert image[:, inside & (of_image == 1 + name)].std(1).max() < 0.1
+    assert scenes.mean_overlap(maps, maps) == 100
+    half = torch.where(torch.arange(20)[:, None, None] < 10, maps, 0)
+    assert scenes.mean_overlap(half, maps) < 80
+
+
+def test_segmentation_rows(tiny):
+    assert main(["study", "segmentation", "--epochs", "1", "--seeds", "2", "--out", "run"]) == 0
+    found = [(row["kind"], row["network"], row["seed"]) for row in rows("run/results.csv")]
+    want = [(kind, name, seed) for kind in segmentation.LOSSES for name in segmentation.names(kind) for seed in "01"]
+    assert found == want
+
+
 # ---- wrong arguments -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ([], "STUDY: got '', expected one of residual, wide, explain, data-free"),
-        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide, explain, data-free"),
+        ([], "STUDY: got '', expected one of residual, wide, explain, data-free, segmentation"),
+        (["residuals"], "STUDY: got 'residuals', expected one of residual, wide, explain, data-free, segmentation"),
         (["residual", "--epochs", "0"], "--epochs: got '0', expected a whole number of at least 1"),
         (["wide", "--epochs", "1"], "--epochs: got '1', but kdfast study wide has no epochs"),
         (["data-free", "--seeds", "2"], "--seeds: got '2', but kdfast study data-free has no seeds"),

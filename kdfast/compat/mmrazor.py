@@ -78,8 +78,8 @@ class DKDLoss(nn.Module):
     """:class:`kdfast.DKD` times `loss_weight`, of logits (N, C).
 
     `reduction`: "batchmean" is the mean over the N rows. "sum", "mean" and "none" all sum, as in the original, where an
-    old argument of torch's kl_div goes before them. data_samples: objects with ``gt_label.label`` (one-hot ``gt_label.score`` counts by its argmax, which the
-    original cannot do), or the labels (N,).
+    old argument of torch's kl_div goes before them. data_samples: objects with ``gt_label.label`` (one-hot
+    ``gt_label.score`` counts by its argmax, which the original cannot do), or the labels (N,).
     """
 
     def __init__(

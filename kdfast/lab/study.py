@@ -16,6 +16,7 @@ STUDIES = {
     "wide": "how much data soft labels save, and what hard ones mend",
     "explain": "which pixels a student knows, with and without a teacher",
     "data-free": "images out of a network, and students that learn on them",
+    "segmentation": "small segmenters and detectors with losses on the teacher's maps",
 }
 
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     declare(parser, Settings)
     add_folder(parser, "where results go (default: a new folder in runs)", " or the study's newest in runs")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(["studies:", *(f"  {name:10} {summary}" for name, summary in STUDIES.items())])
+    parser.epilog = "\n".join(["studies:", *(f"  {name:12} {summary}" for name, summary in STUDIES.items())])
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""Generated scenes of shapes, a small one-stage detector for them, its loss and its mean average precision."""
+"""Generated scenes of shapes; for them a small segmenter, and a one-stage detector with its loss and precision."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from kdfast.procedures import box_overlap
 from kdfast.runs.determinism import derived_seed
 
-__all__ = ["CLASSES", "SIDE", "Detector", "decode", "detection_loss", "mean_average_precision", "scenes"]
+__all__ = ["CLASSES", "SIDE", "Detector", "Segmenter", "class_maps", "decode", "detection_loss"]
+__all__ += ["mean_average_precision", "mean_overlap", "scenes"]
 
 SIDE = 32  # pixels
 CLASSES = ("disc", "square", "cross")
@@ -33,7 +34,6 @@ def scenes(count: int, *seed: Any) -> tuple[Tensor, Tensor, Tensor]:
     slope = uniform(-0.2, 0.2, count, 3, 1, 1) * across + uniform(-0.2, 0.2, count, 3, 1, 1) * across[:, None]
     images = uniform(0.1, 0.4, count, 3, 1, 1) + slope
     boxes, labels = torch.zeros(count, MOST, 4), torch.full((count, MOST), -1)
-    rows, columns = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
     for i in range(count):
         for number in range(int(torch.randint(1, MOST + 1, (), generator=generator))):
             size = uniform(*SIZES, 1)
@@ -42,13 +42,27 @@ def scenes(count: int, *seed: Any) -> tuple[Tensor, Tensor, Tensor]:
             if (box_overlap(box[None], boxes[i]) > 0).any():
                 continue
             label = int(torch.randint(len(CLASSES), (), generator=generator))
-            x, y = (columns - corner[0]) / size * 2 - 1, (rows - corner[1]) / size * 2 - 1  # -1..1 within the box
-            inside = _SHAPES[CLASSES[label]](x, y)
-            colour = uniform(0.4, 1.0, 3, 1)
-            images[i][:, inside] = colour
+            images[i][:, _inside(label, box)] = uniform(0.4, 1.0, 3, 1)
             boxes[i, number], labels[i, number] = box, label
     images = images + 0.05 * torch.randn(images.shape, generator=generator)
     return images.clamp(0, 1), boxes, labels
+
+
+def _inside(label, box):
+    """Which pixels a shape has."""
+    rows, columns = torch.meshgrid(torch.arange(SIDE) + 0.5, torch.arange(SIDE) + 0.5, indexing="ij")
+    left, top, right, bottom = box
+    x, y = (columns - left) / (right - left) * 2 - 1, (rows - top) / (bottom - top) * 2 - 1  # -1..1 within the box
+    return _SHAPES[CLASSES[label]](x, y)
+
+
+def class_maps(boxes: Tensor, labels: Tensor) -> Tensor:
+    """Of scenes: 0 for the background, 1 and more for the shapes, (count, SIDE, SIDE)."""
+    maps = torch.zeros(len(boxes), SIDE, SIDE, dtype=torch.long)
+    for i, number in (labels >= 0).nonzero().tolist():
+        label = int(labels[i, number])
+        maps[i][_inside(label, boxes[i, number])] = 1 + label
+    return maps
 
 
 def _within(x, y):
@@ -60,6 +74,32 @@ _SHAPES = {
     "square": _within,
     "cross": lambda x, y: _within(x, y) & (torch.minimum(x.abs(), y.abs()) <= 0.4),
 }
+
+
+# ---- the segmenter ---------------------------------------------------------------------------------------------------
+class Segmenter(nn.Module):
+    """Images (B, 3, n, n) -> logits (B, 1 + classes, n / 2, n / 2): four convolutions and a classifier."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        layers, channels = [], 3
+        for out, stride in ((width, 1), (2 * width, 2), (2 * width, 1), (2 * width, 1)):
+            layers += [nn.Conv2d(channels, out, 3, stride, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            channels = out
+        self.body: nn.Sequential = nn.Sequential(*layers)
+        self.head: nn.Conv2d = nn.Conv2d(channels, 1 + len(CLASSES), 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.body(images))
+
+
+def mean_overlap(found: Tensor, maps: Tensor) -> float:
+    """Intersection over union of two class maps, meaned over background and shapes, in percent."""
+    ratios = []
+    for name in range(1 + len(CLASSES)):
+        a, b = found == name, maps == name
+        ratios.append((a & b).sum().double() / (a | b).sum().clamp(min=1))
+    return 100 * torch.stack(ratios).mean().item()
 
 
 # ---- the detector ----------------------------------------------------------------------------------------------------
