@@ -324,6 +324,34 @@ def test_masked_rows_are_neither_read_nor_counted(implementation, name, paramete
             torch.testing.assert_close(got[mask], expected, rtol=1e-8, atol=1e-14)
 
 
+WEIGHTED = [case for case in MASKED if "weight" in inspect.signature(getattr(kdfast, case[0]).forward).parameters]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "kinds"), WEIGHTED, ids=[f"{n}{i}" for i, (n, *_) in enumerate(WEIGHTED)]
+)
+def test_weight_and_divisor_of_rows(implementation, name, parameters, kinds):
+    """The sum of the rows' own losses, each times its weight, over the divisor; rows of weight 0 may hold NaN."""
+    if parameters.get("reduction") == "none":
+        pytest.skip("a divisor divides a sum")
+    weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 3.0], dtype=torch.float64, device=implementation.device)
+    module, arguments = make(name, parameters, implementation.device), inputs(kinds, implementation.device)
+
+    def per_row(kind, x):
+        return x.dim() and len(x) == len(weight) and "head" not in kind
+
+    def alone(i):
+        rows = [x[i : i + 1] if per_row(kind, x) else x for kind, x in zip(kinds, arguments, strict=True)]
+        return module(*rows)
+
+    want = sum(w * alone(i) for i, w in enumerate(weight.tolist()) if w) / 7
+    for kind, x in zip(kinds, arguments, strict=True):
+        if per_row(kind, x) and x.is_floating_point():
+            x[weight == 0] = NAN
+    got = module(*arguments, weight=weight, divisor=7)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-14)
+
+
 # ---- torch.compile
 @every_loss
 def test_two_graphs_for_every_size_and_temperature(name, parameters, kinds):

@@ -177,7 +177,6 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   constexpr int kHeld = sizeof(Slope) == 8 ? kSide / 2 : kSide;       // positions j whose slopes fit at once
   KD_SHARED(Neighbours<Slope>, slopes, kHeld * F::Of::kRow / kPack);  // [j][i]
   const bool all = grad_s || grad_t;
-  const A* const first_grad = grad_s ? grad_s : grad_t;
   double loss = 0;
   for (int64_t j0 = all ? 0 : i0; j0 < n; j0 += kSide) {
     A of_s[kPer][kPer] = {}, of_t[kPer][kPer] = {};
@@ -195,24 +194,27 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       }
     }
     loss += all || j0 == i0 ? sum : 2 * sum;
-    const auto add = [&](const A(&own)[kPer][kPer], bool there, const Operand<A>& x, A* grad) {
+    const auto add = [&](auto again, const A(&own)[kPer][kPer], const Operand<A>& x, A* grad) {
+#pragma unroll
       for (int first = 0; first < kSide; first += kHeld) {
-        if (!there) {
-          if (first > 0 || grad != first_grad) __syncthreads();  // what was there has been used
+        if (decltype(again)::value || first > 0) __syncthreads();  // what was there has been used
 #pragma unroll
-          for (int v = 0; v < kPer; ++v) {
-            Neighbours<Slope> some;
+        for (int v = 0; v < kPer; ++v) {
+          Neighbours<Slope> some;
 #pragma unroll
-            for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
-            const int j = F::Of::at(threadIdx.x % kAcross, v) - first, i = F::Of::at(threadIdx.x / kAcross, 0);
-            if (j >= 0 && j < kHeld) slopes[(j * F::Of::kRow + i) / kPack] = some;
-          }
+          for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
+          const int j = F::Of::at(threadIdx.x % kAcross, v) - first, i = F::Of::at(threadIdx.x / kAcross, 0);
+          if (kHeld == kSide || (j >= 0 && j < kHeld)) slopes[(j * F::Of::kRow + i) / kPack] = some;
         }
         F::add_gradient(slopes[0].x, kHeld, x, b, i0, j0 + first, shared[0], grad);
       }
     };
-    if (grad_s) add(of_s, false, student, grad_s);
-    if (grad_t) add(of_t, Kind::kOneSlope && kHeld == kSide && grad_s, teacher, grad_t);
+    if (grad_s) add(std::false_type{}, of_s, student, grad_s);
+    if (grad_t && grad_s && Kind::kOneSlope && kHeld == kSide) {
+      F::add_gradient(slopes[0].x, kHeld, teacher, b, i0, j0, shared[0], grad_t);
+    } else if (grad_t) {
+      add(std::true_type{}, of_t, teacher, grad_t);
+    }
   }
   loss = group_reduce<kBlock>(loss, Add{});
   if (threadIdx.x == 0) losses[blockIdx.x] = loss;

@@ -38,8 +38,8 @@ class NKD(Loss):
 
     ``-p_y log q_y - gamma T^2 sum_{c != y} P_c log Q_c`` averaged over the rows that count: p and q at temperature 1,
     p_y without gradient, P and Q the softmaxes at T of the classes that are not the label y. Shapes: student, teacher
-    (..., C) logits; labels (...) integers, or (..., C), of which the argmax counts; 0-d, in nats. `mask`: as in
-    :class:`KD`. The student gets its gradient from both terms, the teacher from the second.
+    (..., C) logits; labels (...) integers, or (..., C), of which the argmax counts; 0-d, in nats. `mask`, `weight`,
+    `divisor`: as in :class:`KD`. The student gets its gradient from both terms, the teacher from the second.
     Both terms are cross-entropies: equal logits do not give 0. The official code adds the task's cross-entropy outside.
     Op: ``cross_entropy``, ``non_target_cross_entropy``.
     """
@@ -47,17 +47,29 @@ class NKD(Loss):
     temperature: float = setting(1.0, check.positive)
     gamma: float = setting(1.5, check.number)
 
-    def forward(self, student: Tensor, teacher: Tensor, labels: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        labels: Tensor,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
         check.pair(student, teacher, check.rows_of_logits)
         check.tensor("labels", labels)
         if labels.shape == student.shape:
             labels = labels.argmax(-1)
+        of_rows = {"mask": mask, "divisor": divisor}
         target = cross_entropy(teacher.detach(), labels, mask=mask, reduction="none").neg().exp()
-        first = cross_entropy(student, labels, mask=mask, weight=target)
+        if weight is not None:  # a row of weight 0 may hold NaN
+            check.row_weight(weight, student)
+            target = torch.where(weight == 0, 0.0, target * weight)
+        first = cross_entropy(student, labels, weight=target, **of_rows)
         if not self.gamma:
             return first
-        second = non_target_cross_entropy(student, teacher, labels, temperature=self.temperature, mask=mask)
-        return first + self.gamma * second
+        how = {"temperature": self.temperature, "weight": weight, **of_rows}
+        return first + self.gamma * non_target_cross_entropy(student, teacher, labels, **how)
 
 
 @made_of_settings
@@ -77,23 +89,25 @@ class TTM(RowLoss):
 
 
 @made_of_settings
-class WTTM(Loss):
+class WTTM(RowLoss):
     """WTTM - the weighted form of the same paper (Zheng and Yang, ICLR 2024).
 
     ``w KL(p || q)`` of :class:`TTM` with w = sum_c softmax(teacher)_c^(1/T) of each row: 1 for a certain teacher, up to
-    C^(1 - 1/T). Shapes: student, teacher (..., C) logits; 0-d, in nats. `mask`: as in :class:`KD`. Gradients flow to
-    both, the teacher's through w, too. Op: ``softmax_kl``.
+    C^(1 - 1/T). Shapes: student, teacher (..., C) logits, `mask`, `weight`, `divisor` as in :class:`KD`; 0-d, in nats.
+    Gradients flow to both, the teacher's through w, too. Op: ``softmax_kl``.
     """
 
     temperature: float = setting(4.0, check.positive)
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-        of_both = {"teacher_temperature": self.temperature, "mask": mask}
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
+        check.pair(student, teacher, check.rows_of_logits)
+        how = Reduction.of(student, "mean", **of_rows)
+        of_both = {"teacher_temperature": self.temperature, "mask": of_rows["mask"], "weight": of_rows["weight"]}
         rows = softmax_kl(student, teacher, 1.0, reduction="none", **of_both)
-        how = Reduction.of(student, "mean", mask)
-        z = (teacher if mask is None else torch.where(mask[..., None], teacher, 0.0)).to(rows.dtype)
-        weight = ((z / self.temperature).logsumexp(-1) - z.logsumexp(-1) / self.temperature).exp()
-        return how.finish(fixed_sum((weight * rows).reshape(-1)) / how.divisor)
+        counted = None if how.weight is None else (how.weight != 0).view(rows.shape)
+        z = (teacher if counted is None else torch.where(counted[..., None], teacher, 0.0)).to(rows.dtype)
+        own = ((z / self.temperature).logsumexp(-1) - z.logsumexp(-1) / self.temperature).exp()
+        return how.finish(fixed_sum((own * rows).reshape(-1)) / how.divisor)
 
 
 class CTKD(Loss):
@@ -120,7 +134,15 @@ class CTKD(Loss):
         self.ramp_epochs: int = ramp_epochs
         self.raw: nn.Parameter = nn.Parameter(torch.ones(()))
 
-    def forward(self, student: Tensor, teacher: Tensor, epoch: int | Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        epoch: int | Tensor,
+        mask: Tensor | None = None,
+        weight: Tensor | None = None,
+        divisor: float | Tensor | None = None,
+    ) -> Tensor:
         if isinstance(epoch, Tensor):
             check.tensor("epoch", epoch)
             done = (epoch.to(self.raw.device, torch.float64) / self.ramp_epochs).clamp(max=1)
@@ -131,7 +153,7 @@ class CTKD(Loss):
         fixed = self.raw.detach()
         reversed_raw = fixed + strength * (self.raw - fixed)  # its value is that of raw
         temperature = self.minimum + (self.maximum - self.minimum) * sigmoid(reversed_raw)
-        return softmax_kl(student, teacher, temperature, mask=mask)
+        return softmax_kl(student, teacher, temperature, mask=mask, weight=weight, divisor=divisor)
 
 
 @made_of_settings
@@ -165,35 +187,43 @@ class TVD(RowLoss):
 
 
 @made_of_settings
-class AKL(Loss):
+class AKL(RowLoss):
     """AKL - Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs (Wu et al., COLING 2025).
 
     ``w KL(p || q) + (1 - w) KL(q || p)`` averaged over the rows that count, w = the share of the head in the sum of
     |p_c - q_c|, a constant for both sides. The head: the teacher's largest classes (of equal ones the lower index)
-    while their sum is at most `head`, and one in any case. Shapes: student, teacher (..., C) logits, `mask` as in
-    :class:`KD`; 0-d, in nats. Gradients flow to both. The official code is 0/0 where p = q, which is 0 here, and
-    replaces infinite logits by 0 in w. Op: ``softmax_kl``, once in each direction.
+    while their sum is at most `head`, and one in any case. Shapes: student, teacher (..., C) logits, `mask`, `weight`,
+    `divisor` as in :class:`KD`; 0-d, in nats. Gradients flow to both. The official code is 0/0 where p = q, which is 0
+    here, and replaces infinite logits by 0 in w. Op: ``softmax_kl``, once in each direction.
     """
 
     head: float = setting(0.5, SHARE)
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
         check.pair(student, teacher, check.rows_of_logits)
         share = head_share(rows_of(student.detach()), rows_of(teacher.detach()), self.head)
         share = share.reshape(student.shape[:-1])
+        mask, weight = of_rows["mask"], of_rows["weight"]
         if mask is not None:
             check.row_mask(mask, student)
             share = torch.where(mask, share, 0.0)
-        forward = softmax_kl(student, teacher, mask=mask, weight=share)
-        return forward + softmax_kl(student, teacher, beta=1.0, mask=mask, weight=1 - share)
+        rest = 1 - share
+        if weight is not None:  # a row of weight 0 may hold NaN
+            check.row_weight(weight, student)
+            share, rest = (torch.where(weight == 0, 0.0, weight.to(x.dtype) * x) for x in (share, rest))
+        how = {"mask": mask, "divisor": of_rows["divisor"]}
+        return softmax_kl(student, teacher, weight=share, **how) + softmax_kl(
+            student, teacher, beta=1.0, weight=rest, **how
+        )
 
 
-class TAID(Loss):
+class TAID(RowLoss):
     """TAID - Temporally Adaptive Interpolated Distillation (Shing et al., ICLR 2025).
 
     ``KL(P || q)`` averaged over the rows that count, P = softmax((1 - t) stop(student) + t teacher), with t from
     `start` to `end` as training goes on: :meth:`update` after each step. Shapes: student, teacher (..., C) logits,
-    `mask` as in :class:`KD`; 0-d, in nats. The student gets its gradient through q, the teacher through P.
+    `mask`, `weight`, `divisor` as in :class:`KD`; 0-d, in nats. The student gets its gradient through q, the teacher
+    through P.
 
     Args:
         start, end: of t, from 0 to 1.
@@ -218,13 +248,13 @@ class TAID(Loss):
         self.register_buffer("previous", torch.tensor(math.inf))
         self.register_buffer("momentum", torch.tensor(0.0))
 
-    def forward(self, student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute(self, student: Tensor, teacher: Tensor, **of_rows: Any) -> Tensor:
         check.pair(student, teacher, check.rows_of_logits)
         dtype = accumulator(student, teacher)
         t = self.t.to(dtype)
         # A factor of 0 leaves out what may be -inf.
         mine = torch.where(t == 1, 0.0, (1 - t) * student.detach().to(dtype))
-        return softmax_kl(student, mine + torch.where(t == 0, 0.0, t * teacher.to(dtype)), mask=mask)
+        return softmax_kl(student, mine + torch.where(t == 0, 0.0, t * teacher.to(dtype)), **of_rows)
 
     @torch.no_grad()
     def update(self, loss: float | Tensor, step: int, total_steps: int) -> None:
