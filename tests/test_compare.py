@@ -451,7 +451,20 @@ def test_rows_cover_the_losses_of_logits(noise):
         if not features & {read for part in row.recipe.parts for read in part.reads} and not row.pre_stage:
             loss = trainer_of(row, noise).objective.terms[0].loss
             built.add(type(getattr(loss, "loss", loss)))
-    names = ("KD", "ReverseKD", "JSD", "DKD", "DIST", "TfKDSelf", "TfKDReg", "LabelRefinery", "CWTM", "DKPP")
+    since_2022 = ("LSKD", "NKD", "TTM", "WTTM", "CTKD", "SkewKL", "TVD", "AKL", "AlphaBeta")
+    names = (
+        *since_2022,
+        "KD",
+        "ReverseKD",
+        "JSD",
+        "DKD",
+        "DIST",
+        "TfKDSelf",
+        "TfKDReg",
+        "LabelRefinery",
+        "CWTM",
+        "DKPP",
+    )
     several = ("AEKD", "EnD", "EnDD", "DML", "ONE", "OKDDip", "KDCL", "FFL", "Codistillation")
     names = (*names, *several, "CollaborativeLearning", "DiversityCooperation")
     assert built == {getattr(kdfast, name) for name in names}

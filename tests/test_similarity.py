@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kdfast
+from kdfast.losses import similarity
 
 
 def steps(count=3, rows=6, dim=8):
@@ -93,6 +94,17 @@ def test_edges():
     assert kdfast.PatchKL()(*[torch.randn(0, 5, 2, 2, requires_grad=True) for _ in range(2)]) == 0
     x = torch.randn(2, 5, 4, 3)
     assert kdfast.PatchKL()(x, x).abs() < 1e-6
+
+
+def test_patches_together_and_one_by_one(monkeypatch):
+    """The same loss and gradients, whether all similarities are formed at once or some rows at a time."""
+    maps, results = [torch.randn(3, c, 4, 5, dtype=torch.float64) for c in (6, 4)], []
+    for at_once in (2**22, 0):
+        monkeypatch.setattr(similarity, "AT_ONCE", at_once)
+        leaves = [x.clone().requires_grad_() for x in maps]
+        loss = kdfast.PatchKL(0.2)(*leaves)
+        results.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
 
 
 def test_patches_do_not_store_similarities():

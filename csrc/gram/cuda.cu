@@ -161,6 +161,31 @@ struct Affinity {
       }
     }
   }
+
+  // Positions j of a tile whose slopes fit into shared memory at once.
+  template <class Kind>
+  static constexpr int kHeld = sizeof(typename Kind::Slope) == 8 ? Of::kSide / 2 : Of::kSide;
+
+  // The same with a thread's own slopes, which go through shared memory; kAgain: after those of the other side.
+  template <class Kind, bool kAgain>
+  static __device__ void add_side(const Sums& own, const Operand<A>& x, int64_t b, int64_t i0, int64_t j0,
+                                  Shared& shared, Neighbours<typename Kind::Slope>* slopes, A* grad) {
+    using Slope = typename Kind::Slope;
+    const int i = Of::at(threadIdx.x / kAcross, 0);
+#pragma unroll
+    for (int first = 0; first < Of::kSide; first += kHeld<Kind>) {
+      if (kAgain || first > 0) __syncthreads();  // what was there has been used
+#pragma unroll
+      for (int v = 0; v < kPer; ++v) {
+        Neighbours<Slope> some;
+#pragma unroll
+        for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
+        const int j = Of::at(threadIdx.x % kAcross, v) - first;
+        if (kHeld<Kind> == Of::kSide || (j >= 0 && j < kHeld<Kind>)) slopes[(j * Of::kRow + i) / kPack] = some;
+      }
+      add_gradient(slopes[0].x, kHeld<Kind>, x, b, i0, j0 + first, shared, grad);
+    }
+  }
 };
 
 // A null gradient is not needed.
@@ -174,8 +199,7 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
   using Shared = Columns<A, kPer>;
   using Slope = typename Kind::Slope;
   KD_SHARED(Shared, shared, 1);
-  constexpr int kHeld = sizeof(Slope) == 8 ? kSide / 2 : kSide;       // positions j whose slopes fit at once
-  KD_SHARED(Neighbours<Slope>, slopes, kHeld * F::Of::kRow / kPack);  // [j][i]
+  KD_SHARED(Neighbours<Slope>, slopes, F::template kHeld<Kind> * F::Of::kRow / kPack);  // [j][i]
   const bool all = grad_s || grad_t;
   double loss = 0;
   for (int64_t j0 = all ? 0 : i0; j0 < n; j0 += kSide) {
@@ -194,26 +218,11 @@ __global__ void __launch_bounds__(kBlock, kMinBlocks)
       }
     }
     loss += all || j0 == i0 ? sum : 2 * sum;
-    const auto add = [&](auto again, const A(&own)[kPer][kPer], const Operand<A>& x, A* grad) {
-#pragma unroll
-      for (int first = 0; first < kSide; first += kHeld) {
-        if (decltype(again)::value || first > 0) __syncthreads();  // what was there has been used
-#pragma unroll
-        for (int v = 0; v < kPer; ++v) {
-          Neighbours<Slope> some;
-#pragma unroll
-          for (int u = 0; u < kPer; ++u) some.x[u] = static_cast<Slope>(own[u][v]);
-          const int j = F::Of::at(threadIdx.x % kAcross, v) - first, i = F::Of::at(threadIdx.x / kAcross, 0);
-          if (kHeld == kSide || (j >= 0 && j < kHeld)) slopes[(j * F::Of::kRow + i) / kPack] = some;
-        }
-        F::add_gradient(slopes[0].x, kHeld, x, b, i0, j0 + first, shared[0], grad);
-      }
-    };
-    if (grad_s) add(std::false_type{}, of_s, student, grad_s);
-    if (grad_t && grad_s && Kind::kOneSlope && kHeld == kSide) {
-      F::add_gradient(slopes[0].x, kHeld, teacher, b, i0, j0, shared[0], grad_t);
+    if (grad_s) F::template add_side<Kind, false>(of_s, student, b, i0, j0, shared[0], slopes, grad_s);
+    if (grad_t && grad_s && Kind::kOneSlope && F::template kHeld<Kind> == kSide) {
+      F::add_gradient(slopes[0].x, kSide, teacher, b, i0, j0, shared[0], grad_t);
     } else if (grad_t) {
-      add(std::true_type{}, of_t, teacher, grad_t);
+      F::template add_side<Kind, true>(of_t, teacher, b, i0, j0, shared[0], slopes, grad_t);
     }
   }
   loss = group_reduce<kBlock>(loss, Add{});

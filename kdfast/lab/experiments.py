@@ -99,12 +99,22 @@ ALONE = _row(CROSS_ENTROPY, LABELS, labels=0.0)
 
 # Settings are the papers' or their official code's, where these name them for image classification. ReverseKD and JSD,
 # which come from other uses, take KD's temperature. JacobianMatching has no official code, so no weight: with 10 to 100
-# the digits are classified worse. HCL stands without ReviewKD's fusion of stages.
+# the digits are classified worse. HCL is that of ReviewKD, without its fusion of stages.
 ROWS = {
     "kd": _row(KD, LOGITS_LABELS, labels=0.0),
     "reverse-kd": _row(plain(kdfast.ReverseKD, temperature=4.0)),
     "jsd": _row(plain(kdfast.JSD, beta=0.5, temperature=4.0)),
     "dkd": _row(plain(kdfast.DKD, temperature=4.0, alpha=1.0, beta=8.0), LOGITS_LABELS),
+    # Of those made for language models each stands beside the labels with the weight 1, at the temperature 1.
+    "lskd": _row(plain(kdfast.LSKD, temperature=2.0), LOGITS, 9.0),
+    "nkd": _row(plain(kdfast.NKD), LOGITS_LABELS),
+    "ttm": _row(plain(kdfast.TTM)),
+    "wttm": _row(plain(kdfast.WTTM)),
+    "ctkd": _row(plain(kdfast.CTKD), (*LOGITS, "epoch"), 0.9),
+    "skew-kl": _row(plain(kdfast.SkewKL)),
+    "tvd": _row(plain(kdfast.TVD)),
+    "akl": _row(plain(kdfast.AKL)),
+    "alpha-beta": _row(plain(kdfast.AlphaBeta)),
     "rkd": _row(plain(kdfast.RKD, distance_weight=25.0, angle_weight=50.0), EMBEDDINGS),
     "irg": _row(plain(connected.Graph), GRAPH, stages=slice(-2, None)),
     # A mean over 16 times fewer positions than in the paper's 32 x 32 is so much larger.
@@ -135,6 +145,10 @@ ROWS = {
     "ofd": _row(overhaul, PREACTIVATIONS, 1e-3),
     "vid": _row(information, MAPS),
     "hcl": _row(_connected(kdfast.HCL, MAPS), MAPS),
+    "reviewkd": _row(lambda setting: kdfast.ReviewKD(*map(setting.channels, MAPS)), MAPS),
+    "mgd": _row(lambda setting: kdfast.MGD(*(setting.channels(read)[0] for read in LAST_MAP)), LAST_MAP, 7e-5),
+    "gram-anchoring": _row(plain(kdfast.GramAnchoring), MAPS),
+    "patch-kl": _row(plain(kdfast.PatchKL), MAPS),
     "fsp": _row(CROSS_ENTROPY, LABELS, labels=0.0, pre_stage=single(_connected(kdfast.FSP, MAPS), MAPS, labels=0.0)),
     "jacobian": _row(plain(kdfast.JacobianMatching), (*LOGITS, "images", "labels")),
     "dist": _row(plain(kdfast.DIST, beta=1.0, gamma=1.0)),

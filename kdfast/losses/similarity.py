@@ -11,7 +11,11 @@ from kdfast.losses.base import Loss, Settings, made_of_settings, or_none, settin
 from kdfast.losses.shared_state import SharedState
 from kdfast.ops import check
 from kdfast.ops.accumulate import accumulator, fixed_sum, total
+from kdfast.ops.gram import inner_products
 from kdfast.ops.linear import linear_kl
+from kdfast.ops.softmax_kl import softmax_kl
+
+AT_ONCE = 2**22  # similarities of a layer that are formed together
 
 
 class QueueKL(SharedState):
@@ -116,8 +120,9 @@ class PatchKL(Loss):
     ``KL(p || q)`` averaged over images and patches: row i of p is the softmax of the cosines of patch i to all patches
     of its image over the temperature, for the teacher; q for the student. Shapes: student (B, C, H, W), teacher
     (B, C', H, W), or equally long lists, whose losses are added; tokens by :class:`kdfast.objectives.AsMaps`. 0-d, in
-    nats. Gradients flow to both. An image's N x N similarities, N = H W, are formed some rows at a time.
-    Op: ``linear_kl``, once for each image.
+    nats. Gradients flow to both. Similarities, N x N of each image with N = H W, are formed some rows at a time where
+    they would take more than 16 MiB a side, and not kept.
+    Op: ``linear_kl``, once for each image, or ``inner_products`` and ``softmax_kl``.
     """
 
     temperature: float = setting(0.07, check.positive)
@@ -130,6 +135,8 @@ class PatchKL(Loss):
         student, teacher = (unit(x.flatten(2).transpose(1, 2)) for x in (student, teacher))
         if len(student) == 0:
             return (student.sum() + teacher.sum()) * 0.0
+        if student.shape[0] * student.shape[1] ** 2 <= AT_ONCE:  # one call for all images
+            return softmax_kl(*(inner_products(x) / self.temperature for x in (student, teacher)))
         kl = {"temperature": self.temperature, "reduction": "sum"}
         images = zip(student, teacher, strict=True)
         return total(linear_kl(s, s, t, t, **kl) for s, t in images) / (student.shape[0] * student.shape[1])
