@@ -1085,13 +1085,13 @@ def FGD(
         total = total + foreground * (error * masks[0]).sum() + background * (error * masks[1]).sum()
         total = total + attention * sum((x - y).abs().sum() for x, y in (places, of_channels))
         added = []
-        for x, side in ((s, "student"), (t, "teacher")):
-            shares = _convolution(x[None], weights, f"mask_{side}").flatten().softmax(0)
+        for x, side in ((s, "s"), (t, "t")):
+            shares = _convolution(x[None], weights, f"conv_mask_{side}").flatten().softmax(0)
             context = (x.flatten(1) * shares).sum(1).view(1, channels, 1, 1)
-            inner = _convolution(context, weights, f"context_{side}.0")
-            norm = [weights[f"context_{side}.1.{part}"] for part in ("weight", "bias")]
+            inner = _convolution(context, weights, f"channel_add_conv_{side}.0")
+            norm = [weights[f"channel_add_conv_{side}.1.{part}"] for part in ("weight", "bias")]
             inner = F.relu(F.layer_norm(inner, inner.shape[1:], *norm))
-            added.append(x + _convolution(inner, weights, f"context_{side}.3")[0])
+            added.append(x + _convolution(inner, weights, f"channel_add_conv_{side}.3")[0])
         total = total + relation * (added[0] - added[1]).square().sum()
     return total / len(teacher)
 
@@ -1106,13 +1106,13 @@ def ReviewKD(student, teacher, *, weights, **_):
     """Chen et al. 2021, figure 3, and their HCL."""
     fused, deeper = [], None
     for k, (x, t) in enumerate(zip(reversed(student), reversed(teacher), strict=True)):
-        x = _normed(x, weights, f"fusions.{k}.conv1")
+        x = _normed(x, weights, f"abfs.{k}.conv1")
         if deeper is not None:
             deeper = F.interpolate(deeper, x.shape[2:])
-            maps = torch.sigmoid(_convolution(torch.cat([x, deeper], 1), weights, f"fusions.{k}.attention"))
+            maps = torch.sigmoid(_convolution(torch.cat([x, deeper], 1), weights, f"abfs.{k}.att_conv.0"))
             x = x * maps[:, :1] + deeper * maps[:, 1:]
         deeper = F.interpolate(x, t.shape[2:])
-        fused.insert(0, _normed(deeper, weights, f"fusions.{k}.conv2"))
+        fused.insert(0, _normed(deeper, weights, f"abfs.{k}.conv2"))
     return HCL(fused, teacher)
 
 

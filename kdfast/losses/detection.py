@@ -38,6 +38,11 @@ class _Aligned(Loss):
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
+def _recordable(x):
+    """`x` for operations that autograd records: it saves no inference tensor."""
+    return x.clone() if not torch.compiler.is_compiling() and x.is_inference() else x
+
+
 class MGD(_Aligned):
     """MGD - Masked Generative Distillation (Yang et al., ECCV 2022).
 
@@ -81,6 +86,7 @@ class MGD(_Aligned):
                     f"{tuple(mask.shape)}"
                 )
             check.same_device("mask", mask, student)
+            mask = _recordable(mask)
         x = in_own_type(self.align, student)
         generated = in_own_type(self.generation, x * mask.to(x.dtype))
         return squared_error(generated, teacher) * (channels * height * width)
@@ -112,7 +118,7 @@ class FGD(_Aligned):
     gradient is NaN where S underflows, and its sums overflow in float16. It divides by an image's size before padding
     and multiplies by the padded map's: pass the padded size for boxes in their place. A corner below 0 there loses the
     box, here it is cut.
-    Op: none, plain PyTorch.
+    The layers have the official names. Op: none, plain PyTorch.
     """
 
     settings: ClassVar[Settings] = {
@@ -137,11 +143,11 @@ class FGD(_Aligned):
         self.background: float = background
         self.attention: float = attention
         self.relation: float = relation
-        self.mask_student: nn.Conv2d = nn.Conv2d(teacher_channels, 1, 1)
-        self.mask_teacher: nn.Conv2d = nn.Conv2d(teacher_channels, 1, 1)
-        self.context_student: nn.Sequential = _context_block(teacher_channels)
-        self.context_teacher: nn.Sequential = _context_block(teacher_channels)
-        for mask in (self.mask_student, self.mask_teacher):
+        self.conv_mask_s: nn.Conv2d = nn.Conv2d(teacher_channels, 1, 1)
+        self.conv_mask_t: nn.Conv2d = nn.Conv2d(teacher_channels, 1, 1)
+        self.channel_add_conv_s: nn.Sequential = _context_block(teacher_channels)
+        self.channel_add_conv_t: nn.Sequential = _context_block(teacher_channels)
+        for mask in (self.conv_mask_s, self.conv_mask_t):
             nn.init.kaiming_normal_(mask.weight, nonlinearity="relu")
             nn.init.zeros_(mask.bias)
 
@@ -155,8 +161,7 @@ class FGD(_Aligned):
         self._check(student, teacher)
         _check_boxes(boxes, image_sizes, student)
         student = in_own_type(self.align, student)
-        if not torch.compiler.is_compiling() and teacher.is_inference():
-            teacher = teacher.clone()  # autograd saves no inference tensor
+        teacher = _recordable(teacher)
         with torch.autocast(student.device.type, enabled=False):
             dtype = accumulator(student, teacher)
             return self._sums(student.to(dtype), teacher.to(dtype), boxes, image_sizes) / max(len(student), 1)
@@ -176,8 +181,8 @@ class FGD(_Aligned):
         contexts = [
             _context(x, mask, block)
             for x, mask, block in (
-                (student, self.mask_student, self.context_student),
-                (teacher, self.mask_teacher, self.context_teacher),
+                (student, self.conv_mask_s, self.channel_add_conv_s),
+                (teacher, self.conv_mask_t, self.channel_add_conv_t),
             )
         ]
         return loss + self.relation * _total((gap + torch.sub(*contexts)[:, :, None, None]).square())
@@ -253,12 +258,16 @@ def box_masks(
     else:
         # Places without a box are infinite, which is nowhere; a NaN is everywhere.
         corners = nn.utils.rnn.pad_sequence([x.double() for x in boxes], batch_first=True, padding_value=float("inf"))
-        scale = torch.stack([width / sizes[:, 1], height / sizes[:, 0]], 1)[:, None]
-        first, last = (corners[..., :2] * scale).floor(), (corners[..., 2:] * scale).ceil()
-        weight = 1 / (last + 1 - first).prod(-1)
+        spans = []  # of columns and rows; exact for whole corners, which the quotient first is not
+        for i, cells in ((0, width), (1, height)):
+            places = corners[..., i::2] * cells / sizes[:, 1 - i, None, None]
+            spans.append((places[..., 0].floor(), places[..., 1].ceil()))
+        weight = 1 / torch.stack([last + 1 - first for first, last in spans]).prod(0)
         covered = [
-            (cells >= first[..., i, None]) & (cells <= last[..., i, None])
-            for i, cells in enumerate(torch.arange(n, device=device) for n in (width, height))
+            (cells >= first[..., None]) & (cells <= last[..., None])
+            for (first, last), cells in zip(
+                spans, (torch.arange(n, device=device) for n in (width, height)), strict=True
+            )
         ]
         over = covered[1][..., :, None] & covered[0][..., None, :] | corners.isnan().any(-1)[..., None, None]
         weight = torch.where(corners.isnan().any(-1), float("nan"), weight)

@@ -28,14 +28,14 @@ class _Fusion(nn.Module):
         self.conv2 = _unit_of(mid, teacher_channels, 3)
         for conv in (self.conv1[0], self.conv2[0]):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-        self.attention = None if deepest else nn.Conv2d(2 * mid, 2, 1)
+        self.att_conv = None if deepest else nn.Sequential(nn.Conv2d(2 * mid, 2, 1))
 
     def forward(self, x, deeper, size):
         """-> what the teacher's map is compared with, and what the next stage gets."""
         x = in_own_type(self.conv1, x)
-        if self.attention is not None:
+        if self.att_conv is not None:
             deeper = F.interpolate(deeper, x.shape[2:], mode="nearest")
-            own, other = sigmoid(in_own_type(self.attention, torch.cat([x, deeper], 1))).to(x.dtype).split(1, 1)
+            own, other = sigmoid(in_own_type(self.att_conv, torch.cat([x, deeper], 1))).to(x.dtype).split(1, 1)
             x = x * own + deeper * other
         if x.shape[2:] != size:
             x = F.interpolate(x, size, mode="nearest")
@@ -58,8 +58,8 @@ class ReviewKD(Loss):
 
     Teacher's maps are those before the activation, and the pooled vector as a 1 x 1 map is the deepest stage. The
     official CIFAR code takes squares alone, its detection code never resizes for the teacher: both are here. The
-    warm-up min(epoch / 20, 1) is yours. One image and 1 x 1 maps are refused by batch norm in training.
-    Op: ``pyramid_error``.
+    warm-up min(epoch / 20, 1) is yours. One image and 1 x 1 maps are refused by batch norm in training. The layers have
+    the official names. Op: ``pyramid_error``.
     """
 
     def __init__(
@@ -80,20 +80,20 @@ class ReviewKD(Loss):
         self.teacher_channels: list[int] = list(teacher_channels)
         self.mid_channels: int = mid
         stages = list(zip(student_channels, teacher_channels, strict=True))[::-1]
-        self.fusions: nn.ModuleList = nn.ModuleList(_Fusion(s, mid, t, i == 0) for i, (s, t) in enumerate(stages))
+        self.abfs: nn.ModuleList = nn.ModuleList(_Fusion(s, mid, t, i == 0) for i, (s, t) in enumerate(stages))
         self.hcl: HCL = HCL()
 
     def forward(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
         pairs = check.layers(student, teacher, check.maps)
-        if len(pairs) != len(self.fusions):
-            raise ValueError(f"student must be a list of {len(self.fusions)} maps, got {len(pairs)}")
+        if len(pairs) != len(self.abfs):
+            raise ValueError(f"student must be a list of {len(self.abfs)} maps, got {len(pairs)}")
         for i, pair in enumerate(pairs):
             for name, x in zip(("student", "teacher"), pair, strict=True):
                 want = getattr(self, f"{name}_channels")[i]
                 if x.shape[1] != want:
                     raise ValueError(f"{name}[{i}] must have {want} channels, got shape {tuple(x.shape)}")
         fused, deeper = [], None
-        for fusion, (s, t) in zip(self.fusions, reversed(pairs), strict=True):
+        for fusion, (s, t) in zip(self.abfs, reversed(pairs), strict=True):
             out, deeper = fusion(s, deeper, t.shape[2:])
             fused.insert(0, out)
         return self.hcl(fused, [t for _, t in pairs])
