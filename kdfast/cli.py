@@ -13,6 +13,7 @@ from kdfast._extras import MissingExtra
 # Each module has add_arguments(parser) and run(options) -> exit status. Only the chosen one is imported.
 COMMANDS = {
     "doctor": ("kdfast.doctor", "say what is built and which path each op takes here"),
+    "list": ("kdfast.listing", "find a paper: the methods that there are, and what to call"),
     "compare": ("kdfast.lab.compare", "train a student with each of several losses on small data, and compare them"),
     "train": ("kdfast.training.command", "train a timm model from a timm teacher, on ImageNet or the like"),
     "study": ("kdfast.lab.study", "run a method that is more than a loss, to its result on small data"),

@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import os
-import re
 import subprocess
 import sys
 import warnings
@@ -123,34 +122,6 @@ def test_one_name_without_a_list():
     with kdfast.capture(net, "stem:input") as features:
         net(x)
         assert features["stem:input"] is x
-
-
-def test_readme_example():
-    """It trains the student, on networks with torchvision's names."""
-    readme = Path(__file__).parents[1] / "README.md"
-    if not readme.exists():
-        pytest.skip("no README.md")
-    (example,) = [x for x in re.findall("```python\n(.*?)```", readme.read_text(), re.DOTALL) if "kdfast.capture" in x]
-
-    class Residual(nn.Module):
-        def __init__(self, seed):
-            super().__init__()
-            torch.manual_seed(seed)
-            self.layer2 = nn.Sequential(nn.Conv2d(3, 4, 1), Block(4))
-            self.layer3 = nn.Sequential(Block(4), Block(4))
-            self.fc = nn.Linear(4, 5)
-
-        def forward(self, x):
-            return self.fc(self.layer3(self.layer2(x).clone()).mean((2, 3)))
-
-    student, teacher = Residual(0), Residual(1)
-    before = [copy.deepcopy(net.state_dict()) for net in (student, teacher)]
-    optimizer = torch.optim.SGD(student.parameters(), lr=0.01)
-    loader = [(images(), torch.arange(2))]
-    exec(example, dict(globals(), student=student, teacher=teacher, loader=loader, optimizer=optimizer))
-    assert all(not torch.equal(x, before[0][name]) for name, x in student.state_dict().items())
-    assert all(torch.equal(x, before[1][name]) for name, x in teacher.state_dict().items())
-    assert untouched(student) and untouched(teacher)
 
 
 def test_losses_take_the_values():

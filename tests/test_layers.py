@@ -9,7 +9,7 @@ PACKAGE = Path(kdfast.__file__).parent
 
 # Part -> the parts it may import, which all stand above it here: the library first, then what is built on it. "kdfast"
 # is the package's face, whose names are the library's.
-GROUND = ("_build_record", "_extras", "_files", "_text", "_types")
+GROUND = ("_build_record", "_extras", "_files", "_text", "_types", "papers")
 OPS = (*GROUND, "_kernels", "ops", "distributed", "capture")
 LIBRARY = (*OPS, "losses", "analysis", "procedures", "teacher_store", "_api", "kdfast")
 MAY_IMPORT = {
@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "training": (*LIBRARY, "objectives", "integrations", "runs"),
     "bench": (*LIBRARY, "runs"),
     "doctor": LIBRARY,
+    "listing": LIBRARY,
     "cli": LIBRARY,
     "__main__": ("cli",),
 }

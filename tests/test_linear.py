@@ -1,8 +1,6 @@
 """linear_kl: language models from hidden states, against official code and formulas; chunks; groups of processes."""
 
 import math
-import re
-from pathlib import Path
 from unittest import mock
 
 import oracles
@@ -432,13 +430,3 @@ def test_parts_of_the_vocabulary_equal_one_process(tmp_path, parts):
             torch.testing.assert_close(rank[i][0], loss, rtol=1e-11, atol=1e-13)
             torch.testing.assert_close(rank[i][1], of_hidden, rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(torch.cat([rank[i][2] for rank in ranks]), of_weight, rtol=1e-11, atol=1e-12)
-
-
-def test_the_page_of_language_models_runs():
-    page = Path(__file__).parents[1] / "docs/language-models.md"
-    if not page.exists():
-        pytest.skip("no docs")
-    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    found = {}
-    exec("\n".join(blocks), found)
-    assert len(blocks) == 3 and found["loss"].isfinite()

@@ -1,10 +1,9 @@
-"""Every public loss: against its oracle, against the numbers of the official code, and on the README's list."""
+"""Every public loss: against its oracle, against the numbers of the official code, and in the registry of methods."""
 
 import functools
 import inspect
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import oracles
 import pytest
@@ -12,8 +11,11 @@ import torch
 from official import GOLDEN, Official
 
 import kdfast
+from kdfast.cli import main
+from kdfast.papers import KINDS, PAPERS, find
 
-README = Path(__file__).parents[1] / "README.md"
+# What the repositories state; "none": nothing, and empty: nobody has looked.
+LICENCES = ("", "none", "Apache-2.0", "BSD-2-Clause", "DINOv3 licence", "MIT", "MIT-style, NAVER")
 MODULES = [
     name
     for name in kdfast.__all__
@@ -634,12 +636,64 @@ def test_repr_and_state(name):
         assert f"{name}={getattr(module, name)!r}" in repr(module)
 
 
-def test_readme_lists_the_public_losses():
-    if not README.exists():
-        pytest.skip("no README.md")
-    section = re.split(r"^#+ .*Find your paper.*$", README.read_text(), flags=re.MULTILINE | re.IGNORECASE)
-    assert len(section) == 2, "README.md needs one heading 'Find your paper'"
-    table = re.split(r"^#+ ", section[1], flags=re.MULTILINE)[0]
-    listed = re.findall(r"^\| *`([^`(]+)[^`]*`", table, flags=re.MULTILINE)
-    assert sorted(listed) == sorted(PUBLIC)
-    assert all(f"`{layer.__name__}`" in table for layer in kdfast.losses.LAYERS)
+# ---- the registry of methods -----------------------------------------------------------------------------------------
+def of_kdfast(name):
+    """kdfast's "procedures.born_again"."""
+    return functools.reduce(getattr, name.split("."), kdfast)
+
+
+def constructor(loss):
+    """The parameters of a loss's constructor."""
+    parameters = inspect.signature(loss.__init__).parameters.values()
+    return [p.name for p in parameters if p.name != "self" and p.kind is p.POSITIONAL_OR_KEYWORD]
+
+
+def test_every_public_loss_is_a_paper():
+    """What is added to kdfast.losses has an entry in kdfast/papers.py, by itself or beside a loss."""
+    named = [paper.name for paper in PAPERS]
+    assert len(named) == len(set(named))
+    assert sorted(name for name in named if hasattr(kdfast, name)) == sorted(PUBLIC)
+    beside = {name for paper in PAPERS for name in paper.also}
+    assert {*kdfast.losses.__all__} <= {*named, *beside} and all(map(of_kdfast, beside))
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.name)
+def test_paper(paper):
+    """An entry says what is true of its class: the paper, arguments, ops, and names of other tables."""
+    assert paper.kind in KINDS and paper.licence in LICENCES and bool(paper.code) >= bool(paper.licence)
+    assert all(hasattr(kdfast.ops, op) for op in paper.ops)
+    made, *called = re.findall(r"([\w.]*)\(([\w, ]*)\)", paper.call)
+    target = of_kdfast(made[0])
+    signatures = [constructor(target) if inspect.isclass(target) else inspect.signature(target).parameters]
+    if called:
+        signatures.append(inspect.signature(target.forward).parameters)
+    for (_, names), parameters in zip([made, *called], signatures, strict=True):
+        assert {*filter(None, names.split(", "))} <= {*parameters}
+    if hasattr(kdfast, paper.name):
+        first = inspect.getdoc(target).splitlines()[0]
+        assert re.match(r"\w+", paper.authors)[0] in first and str(paper.year) in first
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_setting_is_documented_and_shown(name):
+    """help() names each argument of the constructor, and repr shows its value."""
+    loss = getattr(kdfast, name)
+    module = WITH_STATE.get(name, loss)()
+    section = re.search(r"^Args:\n((?: .*\n?)+)", inspect.getdoc(loss), re.MULTILINE)
+    documented = re.findall(r"^ {4}(\w+(?:, \w+)*):|\. (\w+(?:, \w+)*):", section[1] if section else "", re.MULTILINE)
+    documented = ", ".join(one or other for one, other in documented).split(", ")
+    for setting in constructor(loss):
+        assert setting in documented, f"{setting} is not in the docstring's Args"
+        assert f"{setting}=" in repr(module), f"{setting} is not in {module!r}"
+
+
+def test_list_finds_a_paper(capsys):
+    """Any part of its name, title or authors; without a word, all of them."""
+    assert main(["list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {paper.name} " in printed for paper in PAPERS)
+    assert not find("no such method")
+    for word, name in (("similarity-preserving", "SP"), ("tian", "CRD"), ("ban-2", "Born-Again"), ("nce", "CRD")):
+        assert main(["list", word]) == 0
+        assert f"\n{name}" in "\n" + capsys.readouterr().out
+    assert main(["list", "no such method"]) == 1 and "No method has" in capsys.readouterr().out

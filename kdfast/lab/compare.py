@@ -4,6 +4,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+from kdfast.papers import PAPERS
 from kdfast.runs.errors import RunError
 from kdfast.runs.options import add_arguments as declare
 from kdfast.runs.options import add_folder, device, option, whole
@@ -14,63 +15,7 @@ COMMAND = "kdfast compare"
 DIGITS = "digits"  # the bundled data, where --data is not given
 
 # Name -> what the table's row is, in the order of "all".
-LOSSES = {
-    "kd": "Hinton's distillation: softened teacher and labels",
-    "reverse-kd": "KL the other way round",
-    "jsd": "Jensen-Shannon divergence",
-    "dkd": "decoupled target and non-target classes",
-    "lskd": "kd of standardised logits",
-    "nkd": "normalised kd of target and other classes",
-    "ttm": "a teacher with a temperature, a student without",
-    "wttm": "ttm, rows weighted by the teacher's entropy",
-    "ctkd": "a temperature that learns to be hard",
-    "skew-kl": "KL to a mixture with the teacher",
-    "tvd": "total variation distance",
-    "akl": "KL both ways, weighed by the head of the classes",
-    "alpha-beta": "alpha-beta divergence",
-    "rkd": "distances and angles among a batch's embeddings",
-    "irg": "a graph of the samples in two maps, embedding and logits",
-    "at": "attention maps of every stage",
-    "sp": "similarities among a batch's samples",
-    "pkt": "similarities as probabilities",
-    "cckd": "Gaussian correlations among a batch's embeddings",
-    "nst": "selectivity of the channels of every stage",
-    "fakd": "affinities among the positions of every stage",
-    "lkd": "correlations among local patches",
-    "crd": "contrast with memory banks of embeddings",
-    "fitnets": "hints from the middle stage, then kd",
-    "ft": "factors of the last maps, after their paraphraser",
-    "ab": "activation boundaries of every stage, then the labels",
-    "ofd": "pre-activations above a margin",
-    "vid": "variational information of every stage",
-    "hcl": "maps of every stage, pooled to several sizes",
-    "reviewkd": "stages fused from the deepest on, then as hcl",
-    "mgd": "the last map from a masked one",
-    "gram-anchoring": "cosines among the positions of every stage",
-    "patch-kl": "the same as probabilities",
-    "fsp": "inner products of consecutive stages, then the labels",
-    "jacobian": "gradients of the labelled logit in the image",
-    "dist": "correlations between and within classes",
-    "tfkd-self": "teacher-free: the student trained alone teaches",
-    "tfkd-reg": "teacher-free: a hand-made teacher",
-    "label-refinery": "the teacher's probabilities replace the labels",
-    "ban": "Born-Again: the student alone teaches one like it",
-    "ban-2": "Born-Again: ban's student teaches the next generation",
-    "cwtm": "Born-Again: labels weighted by the student's confidence",
-    "dkpp": "Born-Again: the student alone teaches how sure to be",
-    "refinery-2": "label-refinery's student refines the labels again",
-    "aekd": "three teachers weighed by their gradients",
-    "end": "the mean of three teachers",
-    "endd": "three teachers as a Dirichlet distribution",
-    "dml": "two students teach each other",
-    "codistillation": "two students, each the other's soft labels after 5 epochs",
-    "kdcl": "three students and the least logits among them",
-    "one": "three branches and their gated ensemble",
-    "okddip": "three branches that attend to each other, and a leader",
-    "collaborative": "three branches, each taught by the mean of the others",
-    "ffl": "two students and the fusion of their maps",
-    "divcoop": "three students that agree about the wrong classes",
-}
+LOSSES = {name: summary for paper in PAPERS for name, summary in paper.compare.items()}
 
 
 def _losses(argument, text):
@@ -123,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     declare(parser, Settings)
     add_folder(parser, "where results and checkpoints go (default: a new one in runs)", " or the newest in runs")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "\n".join(["losses:", *(f"  {name:15} {summary}" for name, summary in LOSSES.items())])
+    rows = [f"  {name:15} {summary}" for name, summary in LOSSES.items()]
+    parser.epilog = "\n".join(["losses (`kdfast list NAME` has the paper):", *rows])
 
 
 def run(options: argparse.Namespace) -> int:

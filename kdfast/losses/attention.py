@@ -20,6 +20,9 @@ class AT(Loss):
     both. The paper's eq. 2 takes the norm of each sample's difference; its code, which this follows, the mean of
     squares. An odd p keeps the sign of x, as RepDistiller's code does. Op: ``attention_transfer``.
     Usual weight: 1000 (torchdistill on ImageNet).
+
+    Args:
+        p: power of the activations, a whole number above 0.
     """
 
     p: int = setting(2, check.count)

@@ -1,5 +1,6 @@
 """What losses have in common: settings that are checked whenever they are set."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +51,9 @@ class Loss(nn.Module):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in self.settings)
+        """Every argument of the constructor that became an attribute of its name."""
+        names = [name for name in inspect.signature(type(self).__init__).parameters if name in vars(self)]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def in_own_type(layers: nn.Module, x: Tensor) -> Tensor:

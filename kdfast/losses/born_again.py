@@ -40,6 +40,10 @@ class DKPP(Loss):
     `keep` is that class, the "label" as in the public code, or the teacher's "argmax" as in the paper.
     Shapes: student, teacher (B, C) logits, labels (B,) integers, permutation (B, C) integers or None: drawn anew for
     each sample. 0-d, in nats. Gradients flow to both. There is no official code. Op: ``softmax_kl``.
+
+    Args:
+        temperature: T, above 0.
+        keep: the class that stays, "label" or "argmax".
     """
 
     temperature: float = setting(1.0, check.positive)

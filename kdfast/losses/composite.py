@@ -74,6 +74,11 @@ class DIST(Loss):
     official code (so that equal networks leave a small positive value). Shapes: student, teacher (B, C) logits, or
     (B, C, H, W), where every position is a sample; 0-d. Gradients flow to both. The official segmentation version has
     no temperature: keep it at 1 there. With one sample the second term is the constant gamma T^2. Plain PyTorch.
+
+    Args:
+        beta: weight of the correlations between the classes of a sample.
+        gamma: weight of those within a class.
+        temperature: T, above 0.
     """
 
     beta: float = setting(1.0, check.number)

@@ -33,10 +33,6 @@ class _Aligned(Loss):
                 raise ValueError(f"{name} must have {name}_channels={channels} channels, got shape {tuple(x.shape)}")
         check.two_maps(student, teacher)
 
-    def extra_repr(self) -> str:
-        names = ("student_channels", "teacher_channels", *self.settings)
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
 
 def _recordable(x):
     """`x` for operations that autograd records: it saves no inference tensor."""
@@ -54,6 +50,7 @@ class MGD(_Aligned):
     flow to both.
 
     Args:
+        student_channels, teacher_channels: of the maps.
         mask_ratio: the share that is masked; 0.65 for detection, 0.75 for segmentation. The official classification
             masks whole channels, with 0.15: pass that mask.
 
@@ -111,6 +108,7 @@ class FGD(_Aligned):
     student; the last layer of a block is 0 at the start.
 
     Args:
+        student_channels, teacher_channels: of the maps.
         temperature: T.
         foreground, background, attention, relation: weights of the terms, at least 0. Configurations differ.
 

@@ -111,6 +111,12 @@ class EnDD(Loss):
     Shapes: student (B, C) logits; teachers a list of M (B, C) or one (M, B, C) of logits; 0-d, in nats; it may be
     negative. Gradients flow to all. Computed in float64 for every input: finite wherever that is, else +inf, with a
     finite gradient; the official float32 code overflows at concentrations of e^88. Plain PyTorch.
+
+    Args:
+        temperature: T, above 0; :class:`TemperatureAnnealing` gives that of an epoch.
+        smoothing: e, added in logarithms.
+        teacher_smoothing: g, the share of the uniform distribution in each teacher.
+        variant: as above.
     """
 
     temperature: float = setting(1.0, check.positive)

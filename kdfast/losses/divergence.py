@@ -24,6 +24,9 @@ class LSKD(RowLoss):
     in :class:`KD`; 0-d, in nats. Gradients flow to both, through mean and std.
     The std divides by C - 1 as the official code's does; the paper's divides by C. A constant row becomes zeros.
     Op: ``softmax_kl(standardize=True)``.
+
+    Args:
+        temperature: T, above 0.
     """
 
     temperature: float = setting(2.0, check.positive)
@@ -42,6 +45,10 @@ class NKD(Loss):
     `divisor`: as in :class:`KD`. The student gets its gradient from both terms, the teacher from the second.
     Both terms are cross-entropies: equal logits do not give 0. The official code adds the task's cross-entropy outside.
     Op: ``cross_entropy``, ``non_target_cross_entropy``.
+
+    Args:
+        temperature: T of the classes that are not the label.
+        gamma: weight of the second term.
     """
 
     temperature: float = setting(1.0, check.positive)
@@ -80,6 +87,9 @@ class TTM(RowLoss):
     averaged over the rows that count. Shapes: student, teacher (..., C) logits; 0-d, in nats. `mask`, `weight`,
     `divisor`: as in :class:`KD`. Gradients flow to both. The official code raises softmax(teacher) to the power 1 / T,
     which underflows; its options have l = 1 / T. Op: ``softmax_kl(teacher_temperature=T)``.
+
+    Args:
+        temperature: T of the teacher, above 0.
     """
 
     temperature: float = setting(4.0, check.positive)
@@ -95,6 +105,9 @@ class WTTM(RowLoss):
     ``w KL(p || q)`` of :class:`TTM` with w = sum_c softmax(teacher)_c^(1/T) of each row: 1 for a certain teacher, up to
     C^(1 - 1/T). Shapes: student, teacher (..., C) logits, `mask`, `weight`, `divisor` as in :class:`KD`; 0-d, in nats.
     Gradients flow to both, the teacher's through w, too. Op: ``softmax_kl``.
+
+    Args:
+        temperature: T of the teacher, above 0.
     """
 
     temperature: float = setting(4.0, check.positive)
@@ -165,6 +178,10 @@ class SkewKL(RowLoss):
     :class:`KD`; 0-d, in nats. Gradients flow to both, through the mixture too.
     The official forward form lacks the teacher's entropy (a constant), and is NaN where both sides underflow.
     Op: ``skew_kl``.
+
+    Args:
+        skew: share of the first distribution in the mixture, from 0 to 1.
+        reverse: the second form.
     """
 
     skew: float = setting(0.1, SHARE)
@@ -195,6 +212,9 @@ class AKL(RowLoss):
     while their sum is at most `head`, and one in any case. Shapes: student, teacher (..., C) logits, `mask`, `weight`,
     `divisor` as in :class:`KD`; 0-d, in nats. Gradients flow to both. The official code is 0/0 where p = q, which is 0
     here, and replaces infinite logits by 0 in w. Op: ``softmax_kl``, once in each direction.
+
+    Args:
+        head: the teacher's probability that the head holds, from 0 to 1.
     """
 
     head: float = setting(0.5, SHARE)
@@ -281,6 +301,9 @@ class AlphaBeta(RowLoss):
     KL(p || q), (0, 1) KL(q || p), and where a, b or a + b is 0 it is the limit. Shapes: student, teacher (..., C)
     logits, `mask`, `weight`, `divisor` as in :class:`KD`; 0-d. Gradients flow to both.
     The official branches for those limits lack a factor 1/a or 1/b: they agree at 1 only. Op: ``alpha_beta``.
+
+    Args:
+        alpha, beta: the powers a and b.
     """
 
     alpha: float = setting(0.2, check.number)

@@ -116,6 +116,11 @@ class DiversityCooperation(Loss):
     `sign` -1 is the official "neg_". The official weights are 10 for "js" and 1 for "cos" at T=5, beside the heads' own
     cross-entropies. Shapes: logits a list of M heads (B, C) or one (M, B, C), labels (B,) integers; 0-d, and 0 for one
     head. Gradients flow to all heads, also through the targets. Plain PyTorch: no (B, C, M, M) tensor.
+
+    Args:
+        relation: one of the four.
+        temperature: T, above 0.
+        sign: 1 or -1.
     """
 
     relation: str = setting("js", one_of(*RELATIONS))

@@ -143,6 +143,10 @@ class AB(Loss):
     (B, ...), or equally long lists, whose losses are added; 0-d (``reduction="none"``: (B,)). "sum" is the official
     code's and "mean" divides it by B; weights 1 / 2^k of the layers are the caller's. The gradient goes to the student
     and stops at the teacher. Op: ``activation_boundary``.
+
+    Args:
+        margin: how far from 0 a neuron has to be.
+        reduction: "sum", "mean" or "none", as above.
     """
 
     margin: float = setting(1.0, check.number)
@@ -164,6 +168,9 @@ class OFD(Loss):
     are the caller's. Gradients flow to both (to the teacher half of it where t = margin) and stop at the margin.
     Op: ``partial_squared_error``.
     Usual weight: 1e-4, an earlier layer half (the authors' code for ImageNet).
+
+    Args:
+        reduction: "sum", "mean" or "none", as above.
     """
 
     reduction: str = setting("sum", REDUCTION)
@@ -239,6 +246,12 @@ class VID(Loss):
     softplus does neither. The regressor works in the type of its weights, whatever autocast says.
     Op: ``channel_squared_error``.
     Usual weight: 1 (torchdistill).
+
+    Args:
+        student_channels, teacher_channels: of the maps.
+        mid_channels: between the convolutions of r.
+        init_variance: v at the start.
+        eps: the least v.
     """
 
     def __init__(
@@ -289,10 +302,6 @@ class VID(Loss):
         with torch.autocast(student.device.type, enabled=False):
             mean = self.regressor(student.to(self.log_scale.dtype))
         return gaussian_error(mean, teacher, variance_of(self.log_scale.to(accumulator(mean, teacher)), self.eps))
-
-    def extra_repr(self) -> str:
-        sizes = ("student_channels", "mid_channels", "teacher_channels", "init_variance", "eps")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in sizes)
 
 
 @functools.cache

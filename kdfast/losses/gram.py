@@ -38,6 +38,9 @@ class PKT(Loss):
     cosines among the student's samples, the diagonal too, p' the teacher's. Shapes: student (B, D), teacher (B, D')
     embeddings, more dimensions are flattened; 0-d. Gradients flow to both; a row that is 0 gets none (official: NaN).
     The mean over B^2 is the official code's, for a weight of 30000. Op: ``gram_distance``.
+
+    Args:
+        eps: keeps the logarithm finite.
     """
 
     eps: float = setting(1e-7, check.positive)
@@ -56,6 +59,11 @@ class CCKD(Loss):
     bilinear: ``K(c) = c``. Shapes: student (B, D), teacher (B, D') embeddings, more dimensions are flattened; 0-d.
     Gradients flow to both. RepDistiller's loss of this name is another formula, which the order of the batch changes;
     torchdistill normalises no rows and takes the root. Op: ``gram_distance``.
+
+    Args:
+        kernel: "gaussian" or "bilinear".
+        gamma: of the Gaussian.
+        order: the highest power of the series, from 0 on.
     """
 
     kernel: str = setting("gaussian", one_of("gaussian", "bilinear"))
@@ -79,6 +87,9 @@ class FAKD(Loss):
     instance: ``s_i = G_i / |G_i|``, ``G_ij = x_i . x_j`` among the batch's samples. Summed over layers. Shapes: student
     (B, C, H, W), teacher (B, C', H, W) maps, or equally long lists; channel needs C = C', instance compares any sizes;
     0-d. Gradients flow to both; a vector that is 0 gets none (official: NaN). Ops: ``affinity``, ``gram_distance``.
+
+    Args:
+        affinity: "spatial", "channel" or "instance".
     """
 
     affinity: str = setting("spatial", one_of("spatial", "channel", "instance"))
@@ -109,6 +120,9 @@ class GramAnchoring(Loss):
     :class:`kdfast.objectives.AsMaps`; 0-d. Gradients flow to both; a position that is 0 gets none.
     The official code has negatives clamped by default, too, and an option for the teacher's alone, which is not here.
     Op: ``affinity``.
+
+    Args:
+        positive: whether negative cosines count as 0.
     """
 
     positive: bool = setting(True, partial(check.one_of, choices=(True, False)))
@@ -191,6 +205,10 @@ class LKD(Loss):
     No code of the authors is public, so this is a choice: cosines, means of squares and equal weights; a map whose
     height or width is no multiple of ``patches`` is average-pooled to the next smaller multiple; the paper's
     class-aware attention is left to the caller, who multiplies the maps with it. Op: ``gram_distance``.
+
+    Args:
+        patches: along a side of the map.
+        intra_weight, inter_weight, cross_weight: of the three means.
     """
 
     patches: int = setting(4, check.count)

@@ -1,14 +1,15 @@
 """Losses on hidden states: the classifier inside."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
-from kdfast.losses.base import REDUCTION, SHARE, TEMPERATURE, Loss, Settings, or_none
+from kdfast.losses.base import REDUCTION, SHARE, TEMPERATURE, Loss, made_of_settings, or_none, setting
 from kdfast.ops.linear import linear_kl
 from kdfast.ops.softmax_kl import TopK
 
 
+@made_of_settings
 class LinearKD(Loss):
     """LinearKD - Distilling the Knowledge in a Neural Network, from hidden states (Hinton, Vinyals and Dean, 2014).
 
@@ -18,51 +19,34 @@ class LinearKD(Loss):
     teacher_weight (V, Ht) or None; labels (...) integers, mask (...) bool, weight (...), divisor a number or 0-d,
     biases (V,). 0-d float32, in nats. No T^2 unless `scale_by_t2`.
 
-    Args: those of :func:`kdfast.ops.linear_kl`, which says what they do. alpha: None, or from 0 to 1.
+    Args:
+        temperature, teacher_temperature: as in :class:`KD`.
+        beta: the teacher's share in the mixture, from 0 to 1.
+        alpha: weight of the divergence, from 0 to 1; None: no cross-entropy.
+        ignore_index: rows with this label count in neither term.
+        scale_by_t2: whether the divergence is multiplied by T^2.
+        student_softcap, teacher_softcap, student_scale, teacher_scale: of the logits, see :func:`kdfast.ops.linear_kl`.
+        reduction: "mean" over the rows that count, "sum" or "none".
+        chunk, group, vocabulary: rows at a time, processes with parts of the weights, and weights that differ in
+            height, see :func:`kdfast.ops.linear_kl`.
 
     Op: ``linear_kl``.
     """
 
-    settings: ClassVar[Settings] = {
-        "temperature": TEMPERATURE,
-        "beta": SHARE,
-        "alpha": or_none(SHARE),
-        "teacher_temperature": or_none(TEMPERATURE),
-        "reduction": REDUCTION,
-    }
-
-    def __init__(
-        self,
-        temperature: float | Tensor = 1.0,
-        beta: float = 0.0,
-        alpha: float | None = None,
-        teacher_temperature: float | Tensor | None = None,
-        ignore_index: int = -100,
-        scale_by_t2: bool = False,
-        student_softcap: float | None = None,
-        teacher_softcap: float | None = None,
-        student_scale: float = 1.0,
-        teacher_scale: float = 1.0,
-        reduction: str = "mean",
-        chunk: int | None = None,
-        group: Any = None,
-        vocabulary: str = "strict",
-    ) -> None:
-        super().__init__()
-        self.temperature: float | Tensor = temperature
-        self.beta: float = beta
-        self.alpha: float | None = alpha
-        self.teacher_temperature: float | Tensor | None = teacher_temperature
-        self.ignore_index: int = ignore_index
-        self.scale_by_t2: bool = scale_by_t2
-        self.student_softcap: float | None = student_softcap
-        self.teacher_softcap: float | None = teacher_softcap
-        self.student_scale: float = student_scale
-        self.teacher_scale: float = teacher_scale
-        self.reduction: str = reduction
-        self.chunk: int | None = chunk
-        self.group: Any = group
-        self.vocabulary: str = vocabulary
+    temperature: float | Tensor = setting(1.0, TEMPERATURE)
+    beta: float = setting(0.0, SHARE)
+    alpha: float | None = setting(None, or_none(SHARE))
+    teacher_temperature: float | Tensor | None = setting(None, or_none(TEMPERATURE))
+    ignore_index: int = setting(-100)
+    scale_by_t2: bool = setting(False)
+    student_softcap: float | None = setting(None)
+    teacher_softcap: float | None = setting(None)
+    student_scale: float = setting(1.0)
+    teacher_scale: float = setting(1.0)
+    reduction: str = setting("mean", REDUCTION)
+    chunk: int | None = setting(None)
+    group: Any = setting(None)
+    vocabulary: str = setting("strict")
 
     def forward(
         self,

@@ -22,6 +22,9 @@ class CWD(Loss):
     mmrazor's default temperature is 1, with a weight of 5 on logits. One position gives 0.
     Op: ``softmax_kl``, whose rows are channels; channels_last maps are copied into that order.
     Usual weight: 3 on logits at the authors' T = 4.
+
+    Args:
+        temperature: T, above 0.
     """
 
     temperature: float = setting(4.0, check.positive)

@@ -69,6 +69,11 @@ class ONE(_Scheduled):
     Shapes: logits a list of (B, C) or one (M, B, C), gate (B, M) as :class:`ONEGate` gives it, labels (B,) integers,
     epoch an int or a 0-d tensor; 0-d, in nats. Targets are constants: gate and branches learn from CE(z_e) through z_e,
     not from the divergence. The official code fixes T = 3. Op: ``mixed_logits_kl``.
+
+    Args:
+        temperature: T, above 0.
+        rampup_epochs: until the ramp is 1; 0: at once.
+        eps: added to the targets.
     """
 
     def forward(self, logits: Networks, gate: Tensor, labels: Tensor, epoch: float | Tensor) -> Tensor:
@@ -108,6 +113,12 @@ class OKDDip(Loss):
     :class:`OKDDipAttention` gives it, labels (B,) integers, epoch an int or a 0-d tensor; 0-d, in nats.
     Nothing is detached: peers and attention learn through the targets, too. The paper averages predictions, the
     official code logits, and so does this. Op: ``mixed_logits_kl``.
+
+    Args:
+        temperature: T, above 0.
+        alpha: weight of the divergences.
+        rampup_epochs: until the ramp is 1; 0: at once.
+        eps: added to the targets.
     """
 
     temperature: float = setting(3.0, check.positive)
@@ -154,6 +165,11 @@ class FFL(_Scheduled):
     Shapes: logits of the branches a list of (B, C) or one (M, B, C), fused (B, C) as :class:`FusionModule` gives it,
     labels (B,) integers, epoch an int or a 0-d tensor; 0-d, in nats. All targets are constants. The official code has
     two branches and T = 3. Op: ``mixed_logits_kl``.
+
+    Args:
+        temperature: T of both divergences.
+        rampup_epochs: until the ramp is 1; 0: at once.
+        eps: added to the targets.
     """
 
     def forward(self, logits: Networks, fused: Tensor, labels: Tensor, epoch: float | Tensor) -> Tensor:
@@ -210,6 +226,12 @@ class CollaborativeLearning(Loss):
     Shapes: logits a list of at least two (B, C) or one (M, B, C), labels (B,) integers, epoch an int or a 0-d tensor
     (or None with rampup_epochs=None); 0-d, in nats. The targets are not detached, as in that repository; in the paper
     they are. :func:`rescale_gradient` goes with it, after the shared layers. Op: ``mixed_logits_kl``.
+
+    Args:
+        temperature: T, above 0.
+        alpha: weight of the divergences.
+        rampup_epochs: until the ramp is 1; None: no ramp.
+        eps: added to the targets.
     """
 
     temperature: float = setting(3.0, check.positive)
@@ -259,6 +281,11 @@ class KDCL(Loss):
 
     Shapes: logits a list of (B, C) or one (M, B, C), labels (B,) integers; 0-d, in nats. The target is a constant;
     :meth:`target` gives it. There is no official code. Op: ``mixed_logits_kl``.
+
+    Args:
+        temperature: T, above 0.
+        rule: one of the five.
+        weight: of the divergences.
     """
 
     RULES = ("naive", "linear", "minlogit", "general", "mean")

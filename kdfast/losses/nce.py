@@ -51,6 +51,17 @@ class CRD(SharedState):
     linear layers in the inputs' accumulation type, whatever autocast and torch's setting for TF32 say; they learn only
     if the optimizer has ``crd.parameters()``. One thread at a time may call it. Op: ``nce``.
     Usual weight: 0.8 (torchdistill).
+
+    Args:
+        student_dim, teacher_dim: numbers of features.
+        n_data: samples in the data set.
+        feature_dim: of the embeddings.
+        negatives: K, drawn for each sample.
+        temperature: of the scores.
+        momentum: share of the old row in a bank's update.
+        bank_dtype: of the banks, a floating dtype.
+        sync: one bank for all ranks, as above.
+        labels: (n_data,) integers or None.
     """
 
     state: ClassVar[tuple[str, ...]] = BUFFERS
@@ -218,7 +229,9 @@ class CRD(SharedState):
 
     def extra_repr(self) -> str:
         names = ("student_dim", "teacher_dim", "n_data", "feature_dim", "negatives", "temperature", "momentum", "sync")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names) + f", bank_dtype={self.bank_student.dtype}"
+        labels = None if self.labels is None else f"those of {len(self.labels)} samples"
+        shown = [f"{name}={getattr(self, name)}" for name in names]
+        return ", ".join([*shown, f"bank_dtype={self.bank_student.dtype}", f"labels={labels}"])
 
 
 def _unit(x, linear):

@@ -49,6 +49,9 @@ class RKD(Loss):
     ``distance_weight RKD-D + angle_weight RKD-A`` from one pair of distance matrices; the default weights are
     RepDistiller's (the official scripts take 1 and 2). Shapes: student (B, D), teacher (B, D') embeddings, more
     dimensions are flattened; 0-d. The gradient goes to the student and stops at the teacher. Op: ``rkd``.
+
+    Args:
+        distance_weight, angle_weight: of the two terms.
     """
 
     distance_weight: float = setting(25.0, check.number)
@@ -86,6 +89,10 @@ class HardDarkRank(Loss):
     Shapes: student (B, D), teacher (B, D') embeddings, more dimensions are flattened; 0-d. The gradient goes to the
     student; the teacher only ranks. Formula and defaults are those of RKD's official code, which leaves the order of
     equally near rows open; here the first comes first. Op: ``pairwise_distance``.
+
+    Args:
+        alpha, beta: of the scores S.
+        permute_len: how many rows are ranked, from 1 on.
     """
 
     alpha: float = setting(3.0, check.positive)
@@ -201,6 +208,9 @@ class IRG(Loss):
     [map1, map2, feature, logits] of (B, C1, H1, W1), (B, C2, H2, W2), (B, D), (B, C); each network has its own sizes,
     both the same C; 0-d. Nothing is detached: gradients flow to both, through the maxima too. This is the formula of
     the widely used PyTorch code (AberHu); the authors' release has no vertices. Op: ``pairwise_distance``.
+
+    Args:
+        vertex_weight, edge_weight, transformation_weight: of the three parts.
     """
 
     vertex_weight: float = setting(0.1, check.number)

@@ -40,6 +40,12 @@ class JointLoss(Loss):
     computes the joint paths and throws them away.
     Shapes: logits a list of (B, C) or one (n, B, C), feature_losses a list of n 0-d tensors or one (n,), labels (B,)
     integers, epoch an int or a 0-d tensor; 0-d. Op: ``cross_entropy``.
+
+    Args:
+        feature_weight: w.
+        decay_floor: the least m, from 0 to 1.
+        decay_epochs: until m is at its floor.
+        stage: "joint" or "ta".
     """
 
     feature_weight: float = setting(1e-3, check.number)

@@ -98,10 +98,6 @@ class ReviewKD(Loss):
             fused.insert(0, out)
         return self.hcl(fused, [t for _, t in pairs])
 
-    def extra_repr(self) -> str:
-        names = ("student_channels", "teacher_channels", "mid_channels")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
 
 class SimKD(Loss):
     """SimKD - Knowledge Distillation with the Reused Teacher Classifier (Chen et al., CVPR 2022).
@@ -116,6 +112,10 @@ class SimKD(Loss):
     Official: cross-entropy and KL have weight 0, this loss 1; squares alone. A call of `project` in training mode moves
     the batch norms' statistics once more.
     Op: ``squared_error``.
+
+    Args:
+        student_channels, teacher_channels: of the last maps.
+        factor: how many times fewer channels there are inside.
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, factor: int = 2) -> None:
@@ -157,7 +157,3 @@ class SimKD(Loss):
         channels = getattr(self, f"{name}_channels")
         if x.shape[1] != channels:
             raise ValueError(f"{name} must have {name}_channels={channels} channels, got shape {tuple(x.shape)}")
-
-    def extra_repr(self) -> str:
-        names = ("student_channels", "teacher_channels", "factor")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)

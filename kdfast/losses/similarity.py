@@ -101,10 +101,6 @@ class QueueKL(SharedState):
         self.queue.index_copy_(0, places, rows.to(self.queue.dtype))
         self.position.add_(len(rows)).remainder_(self.size)
 
-    def extra_repr(self) -> str:
-        names = ("dim", "size", "temperature", "teacher_temperature", "sync")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
 
 def unit(x: Tensor) -> Tensor:
     """Vectors of the last dimension divided by their lengths, in the accumulation type; a zero vector stays zero."""
@@ -123,6 +119,9 @@ class PatchKL(Loss):
     nats. Gradients flow to both. Similarities, N x N of each image with N = H W, are formed some rows at a time where
     they would take more than 16 MiB a side, and not kept.
     Op: ``linear_kl``, once for each image, or ``inner_products`` and ``softmax_kl``.
+
+    Args:
+        temperature: of the softmaxes, above 0.
     """
 
     temperature: float = setting(0.07, check.positive)

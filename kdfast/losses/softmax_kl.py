@@ -106,6 +106,9 @@ class ReverseKD(RowLoss):
     ``T^2 KL(q || p)`` with q = softmax(student / T), p = softmax(teacher / T), averaged over the rows that count.
     Shapes: student, teacher (..., C) logits; 0-d loss in nats. Gradients flow to both. `mask`, `weight`, `divisor`: as
     in :class:`KD`. Op: ``softmax_kl(beta=1)``.
+
+    Args:
+        temperature: T, as in :class:`KD`.
     """
 
     temperature: float | Tensor = setting(1.0, TEMPERATURE)
@@ -123,6 +126,10 @@ class JSD(RowLoss):
     ``T^2 KL(q || p)``. Shapes: student, teacher (..., C) logits; 0-d loss in nats. Gradients flow to both. `mask`,
     `weight`, `divisor`: as in :class:`KD`.
     The mixture is formed from log-probabilities, so that nothing is NaN where both underflow. Op: ``softmax_kl``.
+
+    Args:
+        beta: the teacher's share in the mixture, from 0 to 1.
+        temperature: T, as in :class:`KD`.
     """
 
     beta: float = setting(0.5, SHARE)
@@ -141,6 +148,11 @@ class DKD(Loss):
     nats. Gradients flow to both. `mask`, `weight`, `divisor`: as in :class:`KD`. The official code takes logarithms of
     probabilities and masks with -1000: NaN at T=1 for confident logits, and always NaN in the teacher's gradient; this
     closed form has neither. Op: ``dkd``.
+
+    Args:
+        temperature: T, above 0.
+        alpha: weight of the target's part.
+        beta: weight of the other classes' part.
     """
 
     temperature: float = setting(4.0, check.positive)
@@ -167,6 +179,11 @@ class TfKDSelf(Loss):
     ``(1 - alpha) CE + alpha multiplier T^2 KL(p || q) / C``: a network taught by an earlier copy of itself. The
     official ``nn.KLDivLoss()`` averages over B * C, and so does this. Shapes: student, teacher (B, C) logits, labels
     (B,) integers; 0-d. Gradients flow to both. Op: ``cross_entropy_kl``.
+
+    Args:
+        temperature: T, above 0.
+        alpha: weight of the KL, from 0 to 1.
+        multiplier: factor of the KL.
     """
 
     temperature: float = setting(20.0, check.positive)
@@ -188,6 +205,11 @@ class TfKDReg(Loss):
     r = softmax(u / T), u = 0.99 at the label and 0.01 / (C - 1) elsewhere: the official code takes the softmax of those
     probabilities. r has two values, so the loss is one label-smoothed cross-entropy plus a constant, and no (B, C)
     target exists. Shapes: student (B, C) logits, labels (B,) integers; 0-d. Op: ``cross_entropy``.
+
+    Args:
+        temperature: T of the virtual teacher.
+        alpha: weight of the KL, from 0 to 1.
+        multiplier: factor of the KL.
     """
 
     temperature: float = setting(20.0, check.positive)
@@ -225,6 +247,9 @@ class LabelRefinery(Loss):
     ``-sum_c P_c log softmax(student)_c``, the cross-entropy with a previous network's probabilities P at temperature 1.
     Shapes: student (B, C) logits, teacher_probabilities (B, C); "mean" divides the sum by B; "none" gives (B,).
     No gradient to the probabilities (the official code refuses them if they require one). Op: ``cross_entropy``.
+
+    Args:
+        reduction: "mean", "sum" or "none".
     """
 
     reduction: str = setting("mean", REDUCTION)

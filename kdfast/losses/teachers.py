@@ -25,6 +25,9 @@ class DML(Loss):
     Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), labels (B,) integers or None for the divergences
     alone; 0-d, in nats. No gradient to the peers, which have losses of their own. The official TensorFlow code adds
     1e-8 in the logarithm, and shows each network peers that were updated in the same step. Op: ``teachers_kl``.
+
+    Args:
+        temperature: T, above 0.
     """
 
     temperature: float = setting(1.0, check.positive)
@@ -48,6 +51,10 @@ class Codistillation(Loss):
     Shapes: student (B, C), peers a list of (B, C) or one (M, B, C), epoch an int, a 0-d tensor or None; 0-d, in nats.
     Before epoch `burn_in` the loss and its gradient are 0; None counts as after. No gradient to the peers, which in the
     paper are copies some steps old. There is no official code. Op: ``teachers_kl``.
+
+    Args:
+        mode: "cross_entropy" or "reverse_kl".
+        burn_in: epochs without the loss.
     """
 
     MODES = ("cross_entropy", "reverse_kl")
@@ -77,6 +84,11 @@ class AEKD(Loss):
     Gradients flow to the student; teachers and weights are constants. The weights are the optimum, found on the device
     and without a backward per teacher; the official code's solver stops early where gradients are small, with weights
     that depend on the teachers' order. Op: ``aekd``.
+
+    Args:
+        temperature: T, above 0.
+        slack: the largest weight of a teacher, from 0 to 1.
+        normalize: as above.
     """
 
     settings: ClassVar[Settings] = {"temperature": check.positive, "slack": SHARE}
@@ -92,9 +104,6 @@ class AEKD(Loss):
         loss, self.weights = aekd(student, teachers, self.temperature, slack=self.slack, normalize=self.normalize)
         return loss
 
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, slack={self.slack}, normalize={self.normalize}"
-
 
 @made_of_settings
 class EnD(Loss):
@@ -104,6 +113,9 @@ class EnD(Loss):
     B * C, C times smaller than the usual cross-entropy.
     Shapes: student (B, C), teachers a list of (B, C) or one (M, B, C); 0-d, in nats. Gradients flow to all.
     The teachers are not smoothed. Op: ``teachers_kl``.
+
+    Args:
+        temperature: T, above 0.
     """
 
     temperature: float = setting(1.0, check.positive)
