@@ -66,7 +66,7 @@ class Settings:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `kdfast compare`."""
     declare(parser, Settings)
-    add_folder(parser, "where results and checkpoints go (default: a new one in runs)", " or the newest in runs")
+    add_folder(parser, "where results and checkpoints go (default: new, in runs)", " or the newest in runs")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     rows = [f"  {name:15} {summary}" for name, summary in LOSSES.items()]
     parser.epilog = "\n".join(["losses (`kdfast list NAME` has the paper):", *rows])

@@ -12,7 +12,7 @@ from kdfast.runs.options import add_folder, declared, option, resolve, whole
 __all__ = ["STUDIES", "Settings", "add_arguments", "run", "settings_of"]
 
 STUDIES = {
-    "residual": "a plain student without shortcuts learns through a residual teacher",
+    "residual": "a plain student without shortcuts learns from a residual teacher",
     "wide": "how much data soft labels save, and what hard ones mend",
     "explain": "which pixels a student knows, with and without a teacher",
     "data-free": "images out of a network, and students that learn on them",

@@ -125,7 +125,7 @@ class GramAnchoring(Loss):
         positive: whether negative cosines count as 0.
     """
 
-    positive: bool = setting(True, partial(check.one_of, choices=(True, False)))
+    positive: bool = setting(True)
 
     def forward(self, student: Tensors, teacher: Tensors) -> Tensor:
         kind = "positive" if self.positive else "squared"
