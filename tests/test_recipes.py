@@ -112,6 +112,10 @@ def test_tokens():
     tokens, maps = torch.randn(2, 1 + 12, 5), torch.randn(2, 6, 3, 4)
     expected = tokens[:, 1:].reshape(2, 3, 4, 5).permute(0, 3, 1, 2)
     assert torch.equal(AsMaps(kdfast.AT(), student=(3, 4))(tokens, maps), kdfast.AT()(expected, maps))
+    focal, boxes = kdfast.FGD(expected.shape[1], maps.shape[1]), [torch.tensor([[0.0, 0, 5, 5]])] * len(maps)
+    sizes = [(9, 12)] * len(maps)
+    got = AsMaps(focal, student=(3, 4))(tokens, maps, boxes, sizes)  # what a loss takes beside maps
+    assert torch.equal(got, focal(expected, maps, boxes, sizes))
     loss = AsMaps(kdfast.AT(), student=[(3, 4), "NCHW"])
     assert torch.equal(loss([tokens, maps], [maps, maps]), kdfast.AT()([expected, maps], [maps, maps]))
     term = Term(loss, 1.0, (["student.a", "student.b"], ["teacher.a", "teacher.b"]), "at")

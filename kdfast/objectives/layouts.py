@@ -35,9 +35,9 @@ class AsMaps(nn.Module):
         self.student = student
         self.teacher = teacher
 
-    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor]) -> Tensor:
-        """The loss of the maps."""
-        return self.loss(self._maps("student", student), self._maps("teacher", teacher))
+    def forward(self, student: Tensor | Sequence[Tensor], teacher: Tensor | Sequence[Tensor], *more: Any) -> Tensor:
+        """The loss of the maps; `more` is what it takes beside them."""
+        return self.loss(self._maps("student", student), self._maps("teacher", teacher), *more)
 
     def _maps(self, name, outputs):
         layouts = getattr(self, name)

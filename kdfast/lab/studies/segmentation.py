@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 __all__ = ["DEFAULTS", "PICTURES", "findings", "steps"]
 
-DEFAULTS = {"epochs": 12, "seed": 0, "seeds": 3}
+DEFAULTS = {"epochs": 20, "seed": 0, "seeds": 3}
 PICTURES = ("segmentation.png",)
 
-TRAINING, TEST, BATCH, RATE = 512, 256, 32, 1e-2
-WIDTHS = {"segmenter": (16, 3), "detector": (16, 3)}  # of the teacher, of the student
+TRAINING, TEST, BATCH, RATE = 512, 256, 32, 5e-3
+WIDTHS = {"segmenter": (16, 4), "detector": (12, 3)}  # of the teacher, of the student
 LOSSES = {  # name -> label, weight beside the labels' loss
     "segmenter": {
         "KD": ("KD, each pixel", 1.0),
