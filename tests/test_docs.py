@@ -25,7 +25,12 @@ import generate  # noqa: E402
 
 OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md")
 # What a block of code imports -> the package without which it cannot run.
-NEEDED = {"timm": "timm", "kdfast.integrations.timm": "timm", "kdfast.teacher_store": "safetensors"}
+NEEDED = {
+    "transformers": "transformers",
+    "timm": "timm",
+    "kdfast.integrations.timm": "timm",
+    "kdfast.teacher_store": "safetensors",
+}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 
