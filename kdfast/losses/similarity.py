@@ -10,9 +10,10 @@ from kdfast._types import Tensors
 from kdfast.losses.base import Loss, Settings, made_of_settings, or_none, setting
 from kdfast.losses.shared_state import SharedState
 from kdfast.ops import check
-from kdfast.ops.accumulate import accumulator, fixed_sum, total
+from kdfast.ops.accumulate import total
 from kdfast.ops.gram import inner_products
 from kdfast.ops.linear import linear_kl
+from kdfast.ops.patches import patch_kl, unit
 from kdfast.ops.softmax_kl import softmax_kl
 
 AT_ONCE = 2**22  # similarities of a layer that are formed together
@@ -102,13 +103,6 @@ class QueueKL(SharedState):
         self.position.add_(len(rows)).remainder_(self.size)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Vectors of the last dimension divided by their lengths, in the accumulation type; a zero vector stays zero."""
-    x = x.to(accumulator(x))
-    squares = fixed_sum(x * x)[..., None]
-    return x / torch.where(squares > 0, squares, 1.0).sqrt()
-
-
 @made_of_settings
 class PatchKL(Loss):
     """Patch affinity KL - the local term of lightly-train's distillation v3 (Lightly, 2025).
@@ -131,14 +125,10 @@ class PatchKL(Loss):
         return total(self._of_layer(s, t) for s, t in pairs)
 
     def _of_layer(self, student, teacher):
-        student, teacher = (unit(x.flatten(2).transpose(1, 2)) for x in (student, teacher))
-        if len(student) == 0:
-            return (student.sum() + teacher.sum()) * 0.0
-        if student.shape[0] * student.shape[1] ** 2 <= AT_ONCE:  # one call for all images
-            return softmax_kl(*(inner_products(x) / self.temperature for x in (student, teacher)))
-        kl = {"temperature": self.temperature, "reduction": "sum"}
-        images = zip(student, teacher, strict=True)
-        return total(linear_kl(s, s, t, t, **kl) for s, t in images) / (student.shape[0] * student.shape[1])
+        if student.shape[0] * (student.shape[2] * student.shape[3]) ** 2 > AT_ONCE:
+            return patch_kl(student.flatten(2), teacher.flatten(2), self.temperature)
+        units = [unit(x.flatten(2).transpose(1, 2)) for x in (student, teacher)]
+        return softmax_kl(*(inner_products(x) / self.temperature for x in units))  # one call for all images
 
 
 def _same_positions(name, teacher, student, of="the student"):
