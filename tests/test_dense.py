@@ -239,6 +239,15 @@ def test_simkd_is_used_with_the_teachers_classifier():
     assert module.project(student).shape == (2, 4, 6, 6) and module.project(student, 3).shape == (2, 4, 3, 3)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 6, 5), (2, 4, 3, 4), (2, 4, 8, 8)], ids=str)
+def test_simkd_that_refuses_a_width_leaves_the_statistics(shape):
+    """Of a teacher as high as the student, lower and higher."""
+    module = kdfast.SimKD(3, 4)
+    with pytest.raises(ValueError, match="teacher must have the student's width"):
+        module(torch.randn(2, 3, 6, 7), torch.randn(shape))
+    assert all(norm.num_batches_tracked == 0 for norm in module.modules() if isinstance(norm, torch.nn.BatchNorm2d))
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 def fgd(s, t, boxes=None, sizes=None):
     boxes = [torch.zeros(0, 4)] * 2 if boxes is None else boxes
@@ -267,6 +276,8 @@ def fgd(s, t, boxes=None, sizes=None):
         (lambda s, t: kdfast.ReviewKD([3], [3])([s], [t]), ValueError, r"teacher\[0\] must have 3 channels"),
         (lambda s, t: kdfast.SimKD(3, 4)(s, t[..., :3]), ValueError, "teacher must have the student's width 4"),
         (lambda s, t: kdfast.SimKD(3, 4, factor=5), ValueError, "factor must be"),
+        (lambda s, t: kdfast.SimKD(3, 4).project(s, 0), ValueError, "size must be at least 1, got 0"),
+        (lambda s, t: kdfast.SimKD(3, 4).project(s, 2.5), TypeError, "size must be an int, got float"),
         (lambda s, t: kdfast.PKD()(s, t), ValueError, "teacher must have the student's 3 channels"),
         (lambda s, t: kdfast.PKD()(t, t[..., :3]), ValueError, "teacher must have the student's width 4 where the hei"),
         (lambda s, t: kdfast.PKD()(t[:1, :, :1, :1], t[:1, :, :1, :1]), ValueError, "more than one value a channel"),

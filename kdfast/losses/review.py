@@ -137,17 +137,19 @@ class SimKD(Loss):
         self._check("student", student)
         self._check("teacher", teacher)
         check.same_batch("teacher", teacher, student)
-        height = student.shape[2]
-        if height < teacher.shape[2]:
+        height, size = student.shape[2], teacher.shape[2]
+        if height < size:
             teacher = average_pool(teacher, height, height)
-        projected = self.project(student, teacher.shape[2])
-        if projected.shape != teacher.shape:
-            raise ValueError(f"teacher must have the student's width {projected.shape[3]}, got {tuple(teacher.shape)}")
-        return squared_error(projected, teacher)
+        width = size if height > size else student.shape[3]
+        if teacher.shape[3] != width:  # before the layers, whose statistics move
+            raise ValueError(f"teacher must have the student's width {width}, got {tuple(teacher.shape)}")
+        return squared_error(self.project(student, teacher.shape[2]), teacher)
 
     def project(self, student: Tensor, size: int | None = None) -> Tensor:
         """The map for the teacher's classifier, (B, teacher_channels, H, W), pooled to size x size if it is higher."""
         self._check("student", student)
+        if size is not None:
+            check.count("size", size)
         if size is not None and student.shape[2] > size:
             student = average_pool(student, size, size).to(student.dtype)
         return in_own_type(self.transfer, student)
