@@ -1,6 +1,7 @@
 """Dense prediction: the official code of losses with layers of their own, and what no contract of all losses says."""
 
 import copy
+import math
 
 import oracles
 import pytest
@@ -269,7 +270,13 @@ def fgd(s, t, boxes=None, sizes=None):
         (lambda s, t: fgd(s, t, [torch.zeros(4)] * 2), ValueError, r"boxes\[0\] must be \(n, 4\), got shape \(4,\)"),
         (lambda s, t: fgd(s, t, [[1, 2, 3, 4]] * 2), TypeError, r"boxes\[0\] must be a torch.Tensor, got list"),
         (lambda s, t: fgd(s, t, sizes=[(16, 16)]), ValueError, "image_sizes must have one entry"),
-        (lambda s, t: fgd(s, t, sizes=[(16, 0)] * 2), ValueError, r"image_sizes\[0\] must be \(height, width\)"),
+        (lambda s, t: fgd(s, t, [torch.ones(1, 4).bool()] * 2), TypeError, r"boxes\[0\] must be floating or integers"),
+        (lambda s, t: fgd(s, t, [torch.ones(1, 4).cfloat()] * 2), TypeError, r"boxes\[0\] must be floating or intege"),
+        (lambda s, t: fgd(s, t, sizes=[16, 16]), ValueError, r"image_sizes\[0\] must be \(height, width\), got 16"),
+        (lambda s, t: fgd(s, t, sizes=[(16, 16, 3)] * 2), ValueError, r"image_sizes\[0\] must be \(height, width\)"),
+        (lambda s, t: fgd(s, t, sizes=[(16, 0)] * 2), ValueError, r"image_sizes\[0\]\[1\] must be finite and above 0"),
+        (lambda s, t: fgd(s, t, sizes=[(math.nan, 9)] * 2), ValueError, r"image_sizes\[0\]\[0\] must be finite and ab"),
+        (lambda s, t: fgd(s, t, sizes=[("a", 9)] * 2), TypeError, r"image_sizes\[0\]\[0\] must be"),
         (lambda s, t: fgd(s, t, sizes=torch.ones(2, 3)), ValueError, r"image_sizes must be \(2, 2\)"),
         (lambda s, t: kdfast.ReviewKD([3], [4, 5]), ValueError, "one entry for each stage"),
         (lambda s, t: kdfast.ReviewKD([3], [4])([s, s], [t, t]), ValueError, "student must be a list of 1 maps, got 2"),

@@ -232,14 +232,18 @@ def _check_boxes(boxes, image_sizes, student):
         check.tensor(f"boxes[{i}]", of_image)
         if of_image.dim() != 2 or of_image.shape[1] != 4:
             raise ValueError(f"boxes[{i}] must be (n, 4), got shape {tuple(of_image.shape)}")
+        if of_image.dtype not in (*check.FLOATS, *check.INTEGERS):
+            raise TypeError(f"boxes[{i}] must be floating or integers, got {of_image.dtype}")
         check.same_device(f"boxes[{i}]", of_image, student)
     if isinstance(image_sizes, Tensor):
         if tuple(image_sizes.shape) != (len(student), 2):
             raise ValueError(f"image_sizes must be ({len(student)}, 2), got shape {tuple(image_sizes.shape)}")
         return
     for i, size in enumerate(image_sizes):
-        if len(size) != 2 or min(size) <= 0:
-            raise ValueError(f"image_sizes[{i}] must be (height, width), each above 0, got {tuple(size)}")
+        if not isinstance(size, (list, tuple)) or len(size) != 2:
+            raise ValueError(f"image_sizes[{i}] must be (height, width), got {size!r}")
+        for j, length in enumerate(size):
+            check.positive(f"image_sizes[{i}][{j}]", length)
 
 
 @torch.no_grad()
