@@ -1,6 +1,7 @@
 """Dense prediction: the official code of losses with layers of their own, and what no contract of all losses says."""
 
 import copy
+import itertools
 import math
 
 import oracles
@@ -99,6 +100,25 @@ def test_fgd_boxes(names):
         torch.testing.assert_close((inside[i], outside[i]), want, rtol=1e-15, atol=0)
     if names == ["the image"]:
         torch.testing.assert_close(inside.sum(), torch.tensor(40 / 54, dtype=torch.float64))
+
+
+def test_fgd_rows_of_inf_are_no_boxes():
+    """So that one graph serves every number of boxes."""
+    torch.compiler.reset()
+    module, (student, teacher, *_) = kdfast.FGD(3, 4), maps_of("FGD", torch.float32)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    sizes = [(40, 80)] * 2
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for counts in itertools.product((0, 1, 3), repeat=2):
+            boxes = [torch.tensor(BOXES["overlapping"])[:n] for n in counts]
+            padded = torch.full((2, 4, 4), math.inf)
+            for rows, of_image in zip(padded, boxes, strict=True):
+                rows[: len(of_image)] = of_image
+            masks = box_masks(boxes, sizes, student)
+            assert all(map(torch.equal, box_masks(padded, sizes, student), masks))
+            torch.testing.assert_close(
+                compiled(student, teacher, padded, sizes), module(student, teacher, boxes, sizes)
+            )
 
 
 def test_fgd_nan_in_a_box():

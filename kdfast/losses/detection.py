@@ -115,7 +115,8 @@ class FGD(_Aligned):
     All is summed in float32, or float64, whatever autocast says. The official code multiplies roots of S, A and M: its
     gradient is NaN where S underflows, and its sums overflow in float16. It divides by an image's size before padding
     and multiplies by the padded map's: pass the padded size for boxes in their place. A corner below 0 there loses the
-    box, here it is cut.
+    box, here it is cut. A row of inf is no box: pad with them for torch.compile, where an image's 0, 1 and more boxes
+    are graphs of their own.
     The layers have the official names. Op: none, plain PyTorch.
     """
 
