@@ -273,7 +273,7 @@ def box_masks(
             )
         ]
         over = covered[1][..., :, None] & covered[0][..., None, :] | corners.isnan().any(-1)[..., None, None]
-        weight = torch.where(corners.isnan().any(-1), float("nan"), weight)
-        inside = torch.where(over, weight[..., None, None], 0.0).amax(1).to(maps.dtype)
+        weight = torch.where(corners.isnan().any(-1), float("nan"), weight).to(maps.dtype)
+        inside = torch.where(over, weight[..., None, None], 0.0).amax(1)
     outside = (inside == 0).to(maps.dtype)
     return inside, outside / fixed_sum(outside.flatten(1)).clamp(min=1)[:, None, None]
