@@ -192,10 +192,38 @@ def test_cwd_where_the_published_form_is_not_finite():
 def test_sums_in_float16_overflow_where_ours_do_not():
     """What mmrazor's users see as NaN under AMP: a sum of squares beyond 65504."""
     student, teacher = (torch.full((1, 4, 16, 16), x, dtype=torch.float16) for x in (40.0, 10.0))
-    assert (student - teacher).square().sum().isinf()
-    loss = kdfast.FGD(4, 4)(student, teacher, [torch.zeros(0, 4)], [(16, 16)])
-    want = kdfast.FGD(4, 4).double()(student.double(), teacher.double(), [torch.zeros(0, 4)], [(16, 16)])
-    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    assert official_fgd_sums(student, teacher).isinf()
+    results = []
+    for dtype in (torch.float16, torch.float64):
+        leaf, module = student.to(dtype, copy=True).requires_grad_(), kdfast.FGD(4, 4)  # what is drawn adds nothing yet
+        module = module.double() if dtype == torch.float64 else module
+        loss = module(leaf, teacher.to(dtype), [torch.zeros(0, 4)], [(16, 16)])
+        results.append((loss.double(), torch.autograd.grad(loss, leaf)[0].double()))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=2**-10, atol=2**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["MGD", "FGD", "SimKD", "ReviewKD"])
+def test_layers_take_the_largest_half(name, dtype):
+    """Maps up to 6e4, in and out of autocast: the loss of float64 on the same numbers, and finite gradients."""
+    torch.manual_seed(0)
+    module, (student, teacher, *more) = MODULES[name][0](), maps_of(name, torch.float32)
+    several = isinstance(student, list)
+    student, teacher = (
+        [(x / x.abs().max() * 6e4).to(dtype) for x in (side if several else [side])] for side in (student, teacher)
+    )
+    more = [x.to(torch.float64) if isinstance(x, torch.Tensor) else x for x in more]
+    pair = [side if several else side[0] for side in ([x.double() for x in student], [x.double() for x in teacher])]
+    want = copy.deepcopy(module).double()(*pair, *more)
+    for autocast in (False, True):
+        leaves = [x.clone().requires_grad_() for x in student]
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            loss = module(*((leaves, teacher) if several else (leaves[0], teacher[0])), *more)
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+        for g in torch.autograd.grad(loss, [*leaves, *module.parameters()]):
+            assert g.isfinite().all()
 
 
 # ---- the layers ------------------------------------------------------------------------------------------------------
