@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from copies import saved
 from test_papers import CALLS, CASES, FIXED, inputs, with_leaves
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
@@ -284,6 +285,27 @@ def test_copies_and_default_devices(name, parameters, kinds):
     with torch.device("meta"):
         got = run(module)
     assert same(got, want)
+
+
+# ---- torch.utils.checkpoint
+@every_case
+def test_a_checkpoint_runs_it_once_more(name, parameters, kinds):
+    """In the backward; gradients that a loss forms in its forward are no reason to run it again."""
+    if name == "JacobianMatching":
+        pytest.skip("its forward differentiates the networks, whose graph lies in the checkpoint")
+    module, runs = make(name, parameters, "cpu"), []
+    arguments, leaves = with_leaves(kinds, inputs(kinds, "cpu"))
+    want = torch.autograd.grad(call(name, module, arguments).sum(), leaves, allow_unused=True)
+
+    def counted(*x):
+        runs.append(None)
+        return call(name, module, x)
+
+    loss = torch.utils.checkpoint.checkpoint(counted, *arguments, use_reentrant=False)
+    assert len(runs) == 1
+    got = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    assert len(runs) <= 2
+    torch.testing.assert_close(got, want)
 
 
 # ---- rows that do not count

@@ -12,7 +12,7 @@ from kdfast import _kernels, distributed
 from kdfast.losses.base import SHARE, Settings
 from kdfast.losses.shared_state import SharedState
 from kdfast.ops import check
-from kdfast.ops.accumulate import accumulator, fixed_sum
+from kdfast.ops.accumulate import accumulator
 from kdfast.ops.gram import inner_products
 from kdfast.ops.nce import (
     LARGEST_BANK,
@@ -24,6 +24,7 @@ from kdfast.ops.nce import (
     nce_log_sums,
     update_bank,
 )
+from kdfast.ops.patches import unit
 
 BANKS = ("bank_student", "bank_teacher")
 CONSTANTS = ("z_student", "z_teacher")
@@ -239,9 +240,7 @@ def _unit(x, linear):
     for parameter in (linear.weight, linear.bias):
         check.tensor("an embedding's parameter", parameter)
     dtype = accumulator(x, linear.weight)
-    x = _products(x.flatten(1), linear.weight).to(dtype) + linear.bias.to(dtype)
-    squares = fixed_sum(x * x)[:, None]
-    return x / torch.where(squares > 0, squares, 1.0).sqrt()
+    return unit(_products(x.flatten(1), linear.weight).to(dtype) + linear.bias.to(dtype))
 
 
 def _products(x, weight):

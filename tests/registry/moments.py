@@ -63,6 +63,23 @@ def sizes_standardized(student, teacher):
     return value, *entries
 
 
+SHAPES = dict(  # of both groups
+    small=(3, 5, 6, 5),
+    tiny=(2, 3, 5, 2),
+    laid_out=((2, 4, 6, 5),),
+    other_dims=((3, 5), (70, 40), (3, 5, 12), (3, 5, 2, 3, 2)),
+    largest=lambda name, t: t.clamp(-1, 1) * 6e4,
+    far=(((3, 4, 5, 4), (FAR, 20, 4, 1)), ((3, 4, 5, 4), (FAR, 1, 16, 4))),
+    deterministic=((5, 3, 9, 7), (2, 40, 60, 50), (70, 130, 2, 2)),
+    deterministic_simt=((5, 3, 9, 7),),
+    memory=(4, 16, 64, 64),
+    workload=(
+        (2, 3, 1, 5),  # less than the elements that a thread reads at once
+        (3, 33, 5, 7),  # one channel more than a warp has lanes
+        (5, 2, 17, 19),  # more positions than a block takes
+        (3, 1, 105, 105),  # more elements of a channel than a block takes
+    ),
+)
 GROUPS = [
     Group(
         "moments",
@@ -77,25 +94,11 @@ GROUPS = [
         ],
         cases=CASES,
         channels_last=CASES,
-        small=(3, 5, 6, 5),
-        tiny=(2, 3, 5, 2),
-        laid_out=((2, 4, 6, 5),),
-        other_dims=((3, 5), (70, 40), (3, 5, 12), (3, 5, 2, 3, 2)),
         leaves=("x",),
         cols=lambda x: [x["x"].numel() // max(x["x"].shape[1], 1), 1],
         layouts={"x": "maps"},
-        largest=lambda name, t: t.clamp(-1, 1) * 6e4,
         largest_upstream=1e-3,
-        far=(((3, 4, 5, 4), (FAR, 20, 4, 1)), ((3, 4, 5, 4), (FAR, 1, 16, 4))),
-        deterministic=((5, 3, 9, 7), (2, 40, 60, 50), (70, 130, 2, 2)),
-        deterministic_simt=((5, 3, 9, 7),),
-        memory=(4, 16, 64, 64),
-        workload=(
-            (2, 3, 1, 5),  # less than the elements that a thread reads at once
-            (3, 33, 5, 7),  # one channel more than a warp has lanes
-            (5, 2, 17, 19),  # more positions than a block takes
-            (3, 1, 105, 105),  # more elements of a channel than a block takes
-        ),
+        **SHAPES,
     ),
     Group(
         "moments",
@@ -112,27 +115,13 @@ GROUPS = [
         ],
         cases=[(2, 3, 1, 1), *CASES[2:]],
         channels_last=CASES[2:],
-        small=(3, 5, 6, 5),
-        tiny=(2, 3, 5, 2),
-        laid_out=((2, 4, 6, 5),),
-        other_dims=((3, 5), (70, 40), (3, 5, 12), (3, 5, 2, 3, 2)),
         leaves=("student", "teacher"),
         cols=lambda x: x["student"].numel() // x["student"].shape[1],
         layouts={"student": "maps", "teacher": "maps"},
         equal_shapes=((3, 5, 6, 5), (2, 3, 33, 35)),
         elementwise=True,
-        largest=lambda name, t: t.clamp(-1, 1) * 6e4,
         largest_upstream=1.0,
-        far=(((3, 4, 5, 4), (FAR, 20, 4, 1)), ((3, 4, 5, 4), (FAR, 1, 16, 4))),
-        deterministic=((5, 3, 9, 7), (2, 40, 60, 50), (70, 130, 2, 2)),
-        deterministic_simt=((5, 3, 9, 7),),
-        memory=(4, 16, 64, 64),
-        workload=(
-            (2, 3, 1, 5),  # less than the elements that a thread reads at once
-            (3, 33, 5, 7),  # one channel more than a warp has lanes
-            (5, 2, 17, 19),  # more positions than a block takes
-            (3, 1, 105, 105),  # more elements of a channel than a block takes
-        ),
+        **SHAPES,
     ),
 ]
 
