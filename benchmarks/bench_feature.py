@@ -95,8 +95,10 @@ LOSSES = {  # name -> eager, kdfast
     "VID": (eager_vid, ours_vid),
     "HCL": (eager_hcl, kdfast.HCL()),
     "CWD": (eager_cwd, kdfast.CWD()),
+    "CWD, channels_last": (eager_cwd, kdfast.CWD()),
     "PKD": (eager_pkd, kdfast.PKD()),
 }
+OF_SEGMENTATION = ("CWD", "CWD, channels_last", "PKD")
 OF_CHANNELS = {  # name -> what the loss takes beside the maps, made from the number of channels and the device
     "OFD": lambda channels, device: -torch.rand(channels, device=device),
     "VID": lambda channels, device: likelihood(channels, device).log_scale,
@@ -109,7 +111,9 @@ def case(name, *shape):
     shape = (*shape, 1, 1)[:4]
 
     def inputs(device):
-        student, teacher = (torch.randn(shape, device=device) for _ in range(2))
+        memory_format = torch.channels_last if name.endswith("channels_last") else torch.contiguous_format
+        maps = (torch.randn(shape, device=device) for _ in range(2))
+        student, teacher = (x.contiguous(memory_format=memory_format) for x in maps)
         more = [OF_CHANNELS[name](shape[1], student.device)] if name in OF_CHANNELS else []
         return student.requires_grad_(), teacher, *more
 
@@ -124,7 +128,7 @@ all_cases, host_cases = harness.of_shapes(case, LOSSES, SHAPES, HOST_SHAPE)
 
 def cases(settings, chosen):
     """Those of every loss, and logits of segmentation for the losses that are made for them."""
-    return all_cases(settings, chosen) + ([] if chosen else [case(name, *SEGMENTATION) for name in ("CWD", "PKD")])
+    return all_cases(settings, chosen) + [case(name, *SEGMENTATION) for name in OF_SEGMENTATION if not chosen]
 
 
 # ---- the measurements ------------------------------------------------------------------------------------------------

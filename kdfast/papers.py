@@ -796,7 +796,7 @@ PAPERS = (
         call="CWD(temperature)(student, teacher)",
         equation=r"L = \frac{T^2}{B C} \sum_{b, c} \mathrm{KL}\left( \mathrm{softmax}_n \frac{t_{bcn}}{T}"
         r" \,\middle\Vert\, \mathrm{softmax}_n \frac{s_{bcn}}{T} \right)",
-        ops=("softmax_kl",),
+        ops=("channel_kl",),
         differs="Takes the logarithm of a softmax, -inf from gaps of 103 on, and detaches the teacher; mmrazor does"
         " neither and is followed.",
         code="irfanICMLL/TorchDistiller",

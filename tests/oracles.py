@@ -85,6 +85,12 @@ def softmax_kl(student, teacher, temperature=1.0, *, beta=0.0, weight=None, redu
     return _reduce(_weighted(temperature**2 * rows, weight), reduction)
 
 
+def channel_kl(student, teacher, temperature=1.0):
+    return softmax_kl(
+        *(x.flatten(2).flatten(0, 1) for x in (student.unsqueeze(-1), teacher.unsqueeze(-1))), temperature
+    )
+
+
 def _targets(labels, shape, ignore_index):
     """-> target probabilities [rows, cols], rows kept [rows]."""
     if labels.is_floating_point():
@@ -983,7 +989,7 @@ def adaptive_inversion(student, teacher, temperature=3.0):
 # ---- maps of dense prediction ----------------------------------------------------------------------------------------
 def CWD(student, teacher, temperature=4.0):
     """Shu et al. 2021, eq. 4 and 5: a channel is a distribution over positions."""
-    return _each(lambda s, t: softmax_kl(*(x.flatten(2).flatten(0, 1) for x in (s, t)), temperature), student, teacher)
+    return _each(lambda s, t: channel_kl(s, t, temperature), student, teacher)
 
 
 def PKD(student, teacher):

@@ -173,7 +173,7 @@ def test_nan_is_seen(implementation, op):
     x = op.group.inputs(implementation, op.group.small, torch.float32)
     for i, (label, t) in enumerate(registry.labelled(x, op.leaves)):
         changed = t.clone()
-        changed.view(-1)[0] = float("nan")
+        changed[(0,) * t.dim()] = float("nan")
         leaves = registry.tensors(x, op.leaves)
         value = op(ops, registry.replaced(x, op.leaves, [*leaves[:i], changed, *leaves[i + 1 :]]))
         assert value.isnan().any(), label
@@ -210,16 +210,18 @@ def test_deterministic(implementation, group, shape, same_bits):
 @pytest.mark.parametrize(("op", "shape"), CASES, ids=[f"{op}-{shape}" for op, shape in CASES])
 def test_blocks_do_not_show(implementation, op, shape, monkeypatch):
     """Plain PyTorch goes through rows in blocks, whose size depends on the number of threads: the same bits for any."""
-    x = op.group.inputs(implementation, shape, torch.float32)
-    results = []
-    for elements in (1, 64, 2**30):
-        monkeypatch.setattr(blocks, "ELEMENTS", elements)
-        leaves = op.collecting(x)
-        value = op(ops, leaves)
-        grads = torch.autograd.grad(value.sum(), registry.tensors(leaves, op.leaves), allow_unused=True)
-        results.append([value.detach(), *(g for g in grads if g is not None)])
-    for one_row, some, whole in zip(*results, strict=True):
-        assert torch.equal(one_row, whole) and torch.equal(some, whole)
+    for turned in (False, True):  # rows whose columns lie apart
+        x = op.group.inputs(implementation, shape, torch.float32)
+        x = registry.mapped(x, lambda name, t, turned=turned: t.t().contiguous().t() if turned and t.dim() == 2 else t)
+        results = []
+        for elements in (1, 64, 2**30):
+            monkeypatch.setattr(blocks, "ELEMENTS", elements)
+            leaves = op.collecting(x)
+            value = op(ops, leaves)
+            grads = torch.autograd.grad(value.sum(), registry.tensors(leaves, op.leaves), allow_unused=True)
+            results.append([value.detach(), *(g for g in grads if g is not None)])
+        for one_row, some, whole in zip(*results, strict=True):
+            assert torch.equal(one_row, whole) and torch.equal(some, whole)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -82,6 +82,11 @@ ALL = [
     ("feature.pyramid", (2, 32, 16, 16), F32),
     *(("moments.moments", (4, 8, 32, 32), dtype) for dtype in (F32, BF16)),
     *(("moments.standardized", (4, 8, 32, 32), dtype) for dtype in (F32, BF16)),
+    *(
+        ("channel_kl.channel_kl_4", shape, dtype)
+        for shape in ((2, 32, 16, 16), (1, 48, 17, 19))
+        for dtype in (F32, BF16)
+    ),
     *(("nce.nce", (4, 256, 128, 1000), dtype) for dtype in (F32, BF16)),
     ("nce.nce", (4, 100, 100, 500), F32),
 ]
@@ -89,7 +94,7 @@ POINTS = [point for point in ALL if point[0] in OPS]  # of the families that are
 
 
 # Points whose kernels read each input once: they may touch 2 % more sectors than their arguments and results have.
-ONCE = ("softmax_kl", "divergence", "teachers", "mixed_logits.constant", "feature", "moments")
+ONCE = ("softmax_kl", "divergence", "teachers", "mixed_logits.constant", "feature", "moments", "channel_kl")
 TWICE = ("feature.normalized_2", "moments.standardized")  # for norms or moments, and for the difference
 
 

@@ -20,12 +20,11 @@ struct Order {
   int64_t outer, inner;
   bool by_channel;
 
-  explicit Order(const Tensor& x) {
-    const int64_t channels = x.size(1), n = positions(x);
-    by_channel = n == 1 || (channels > 1 && x.stride(1) == 1);
-    outer = by_channel ? n : channels;
-    inner = by_channel ? channels : n;
-  }
+  explicit Order(const Tensor& x) : Order(x, positions(x) == 1 || (x.size(1) > 1 && x.stride(1) == 1)) {}
+  Order(const Tensor& x, bool by_channel)
+      : outer(by_channel ? positions(x) : x.size(1)),
+        inner(by_channel ? x.size(1) : positions(x)),
+        by_channel(by_channel) {}
   KD_HD int64_t size() const { return outer * inner; }
 };
 

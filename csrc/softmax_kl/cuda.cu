@@ -1,6 +1,7 @@
 #include "common/rows.cuh"
 #include "common/sum.cuh"
 #include "softmax_kl/host.h"
+#include "softmax_kl/sweep.cuh"
 
 namespace kdfast {
 namespace softmax_kl {
@@ -35,22 +36,6 @@ __device__ bool skips(const Inputs<A>& in, int64_t row, int64_t stats) {
 // ---- forward sweeps
 template <class A>
 using State = KlState<A, A>;
-
-// Logits beyond the end of a row are -inf and add nothing.
-template <class A>
-__device__ void kl_update(State<A>& s, const A (&z_p)[kStep], const A (&z_q)[kStep], A rate) {
-  const A top_p = max_of(z_p, s.max_p), top_q = max_of(z_q, s.max_q);
-  if (top_p > s.max_p || top_q > s.max_q) s.rebase(top_p, top_q, rate);
-  const A max_p = finite_max(s.max_p), max_q = finite_max(s.max_q);
-#pragma unroll
-  for (int i = 0; i < kStep; ++i) {
-    const A c_p = z_p[i] - max_p, c_q = z_q[i] - max_q;
-    const A e_p = exp2(c_p * rate);
-    s.sum_p += e_p;
-    s.sum_q += exp2(c_q * rate);
-    s.dot += kl_term(e_p, c_p - c_q);
-  }
-}
 
 template <int kThreads, class A>
 __device__ void merge(State<A>& s, A rate) {

@@ -5,6 +5,7 @@ A family's functions are those of its module's `__all__`.
 
 # ruff: noqa: F403
 import kdfast.ops.attention as _attention
+import kdfast.ops.channel_kl as _channel_kl
 import kdfast.ops.divergence as _divergence
 import kdfast.ops.feature as _feature
 import kdfast.ops.gram as _gram
@@ -16,6 +17,7 @@ import kdfast.ops.pairwise as _pairwise
 import kdfast.ops.softmax_kl as _softmax_kl
 import kdfast.ops.teachers as _teachers
 from kdfast.ops.attention import *
+from kdfast.ops.channel_kl import *
 from kdfast.ops.divergence import *
 from kdfast.ops.feature import *
 from kdfast.ops.gram import *
@@ -29,6 +31,7 @@ from kdfast.ops.teachers import *
 
 __all__: list[str] = []
 __all__ += _attention.__all__
+__all__ += _channel_kl.__all__
 __all__ += _divergence.__all__
 __all__ += _feature.__all__
 __all__ += _gram.__all__

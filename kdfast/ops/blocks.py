@@ -31,11 +31,14 @@ def by_block(
     rows = max(1, elements // max(1, math.prod(first.shape[1:])))
     if first.device.type != "cpu" or len(first) <= 2 * rows:
         rows = max(1, len(first))
-        if not into:
+        if not into and first.device.type != "cpu":
             return function(*tensors)
     for begin in range(0, max(1, len(first)), rows):
         end = begin + rows
-        results = function(*[x if x is None else x[begin:end] for x in tensors])
+        # The order of torch's sums depends on strides, and of strided rows on how many there are.
+        results = function(*[x if x is None else x[begin:end].contiguous() for x in tensors])
+        if not whole and rows >= len(first):
+            return tuple(results)
         whole += [x.new_empty((len(first), *x.shape[1:])) if x.numel() else x for x in results[len(whole) :]]
         for out, x in zip(whole, results, strict=True):
             if x.numel():
