@@ -35,7 +35,6 @@ MOST_SHARDS = 10_000_000
 LONG = 100  # characters of a field that a message does not show whole
 SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-LARGEST = 1 / 64  # of a log-probability: bfloat16 rounds some to a little more than 0
 
 
 class StoreError(ValueError):
@@ -384,8 +383,7 @@ def _checked_top_k(contents, name, teacher, expected, absent, called):
     check.distinct_classes(indices, contents.classes, True, f"{name}.indices")
     values = teacher.values.detach().cpu().masked_fill(indices < 0, -float("inf"))
     _check_numbers("log-probabilities", values, absent, called)
-    if (values > LARGEST).any():
-        raise ValueError(f"{name}.values must be log-probabilities, which are at most 0, got {values.max():g}")
+    check.log_probabilities(f"{name}.values", values)
     return teacher._replace(values=values, indices=indices)
 
 

@@ -574,7 +574,7 @@ def put(name, row, slot, value):
         (
             lambda: bad_top_k(values=put("values", 3, 0, 2.5)),
             ValueError,
-            "logits.values must be log-probabilities, which are at most 0, got 2.5",
+            "logits.values must be log-probabilities, numbers of at most 0, got 2.5",
         ),
         (
             lambda: bad_top_k(values=put("values", 3, 0, float("nan"))),

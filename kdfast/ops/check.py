@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGEST_LOG = 1 / 64  # of a log-probability
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Looked up once: a check takes less time than finding these names.
@@ -319,6 +320,13 @@ def distinct_classes(indices: Tensor, classes: int, padded: bool = False, name: 
         if not 0 <= index < classes or index in seen:
             raise ValueError(top_k_message(row, i, index, classes, name))
         seen.add(index)
+
+
+def log_probabilities(name: str, values: Tensor) -> None:
+    """No NaN, and at most 0, but for what bfloat16 rounds to a little more. On CUDA this waits for the device."""
+    if not (values <= LARGEST_LOG).all():
+        largest = values.max()  # NaN if there is one
+        raise ValueError(f"{name} must be log-probabilities, numbers of at most 0, got {largest:g}")
 
 
 def top_k_message(row: int, i: int, index: int, classes: int, name: str = "teacher.indices") -> str:
