@@ -1,6 +1,7 @@
 """`DistillationTrainer` with a teacher in the data, against the formula with all logits in float64."""
 
 import copy
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -385,3 +386,15 @@ def test_collators_that_move_tokens():
 
     with pytest.raises(ValueError, match=r"must keep the 7 tokens of samples\[0\] at the begin or the end of its row"):
         TopKCollator(cut, VOCABULARY)(taught())
+
+
+def test_stored_teacher_example():
+    example = Path(__file__).resolve().parents[1] / "examples/stored_teacher.py"
+    if not example.exists():
+        pytest.skip("needs the source tree")
+    code = [line for line in example.read_text().split('"""')[2].splitlines() if line.strip()]
+    assert len(code) <= 30, len(code)
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    before, after = (float(x) for x in re.search(r"([\d.]+) nats a token before, ([\d.]+) after", done.stdout).groups())
+    assert after < 0.7 * before, done.stdout

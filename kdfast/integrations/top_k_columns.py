@@ -20,7 +20,7 @@ __all__ = ["COLUMNS", "StoredTeacher", "TopKCollator"]
 COLUMNS = "teacher_log_probabilities", "teacher_indices"
 
 
-class StoredTeacher(Dataset):
+class StoredTeacher(Dataset[dict[str, Any]]):
     """The samples of a data set, each with the two columns that a store of its teacher's log-probabilities has of it.
 
     Example::
