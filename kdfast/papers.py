@@ -457,6 +457,7 @@ PAPERS = (
         example="taid = kdfast.TAID(start=0.4)\n"
         "loss = taid(student, teacher, mask)\n"
         "taid.update(loss.detach(), 0, 1000)  # after each step: its number, and how many there will be",
+        compare={"taid": "KL to a target that moves from the student to the teacher"},
     ),
     Paper(
         "AlphaBeta",

@@ -1,10 +1,12 @@
 """A teacher's logits on disk, for each image and augmentation: training from them needs no teacher.
 
+Or its k largest log-probabilities, and for each sample one row, as of images, or as many as it has tokens.
+
 A store is a folder. ``manifest.json`` tells its `Contents`: which teacher, which images, how augmented, how stored.
 ``logits-AAAA-NNNNN.safetensors`` is a shard: consecutive images of one augmentation, with "logits" [rows, classes], or
-of a top-k store "values" and "indices" [rows, k] and "rest" [rows] (see :class:`kdfast.TopK`). Its metadata has the
-SHA-256 of its tensors' bytes, in the order of their names, and that of the contents it belongs to. A shard is whole or
-absent.
+of a top-k store "values" and "indices" [rows, k] and, of logits, "rest" [rows] (see :class:`kdfast.TopK`). Of sequences
+all tokens are rows, and "offsets" [samples + 1] tells where each sequence begins. Its metadata has the SHA-256 of its
+tensors' bytes, in the order of their names, and that of the contents it belongs to. A shard is whole or absent.
 """
 
 import hashlib
@@ -21,7 +23,8 @@ from torch import Tensor
 
 from kdfast import _files
 from kdfast._extras import require
-from kdfast.ops.softmax_kl import TopK
+from kdfast.ops import check
+from kdfast.ops.top_k import TAILS, TopK
 
 __all__ = ["Contents", "Shard", "StoreError", "TeacherStore", "TeacherStoreWriter", "refuse_others"]
 
@@ -31,7 +34,7 @@ SHARD_BYTES = 64 << 20  # of memory while a shard is made
 MOST_SHARDS = 10_000_000
 LONG = 100  # characters of a field that a message does not show whole
 SHARD_ROWS = 32_768  # less than a minute of a teacher's work, which a kill loses
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class StoreError(ValueError):
@@ -51,7 +54,9 @@ class Contents:
     augmentations: int  # of each image, numbered from 0
     dtype: str = "float16"
     top_k: int | None = None  # None: all logits
-    temperature: float | None = None  # of the rest of a top-k store
+    temperature: float | None = None  # of the rest of a top-k store, or of its log-probabilities
+    tail: str = "rest"  # of a top-k store: "rest" of logits, of log-probabilities another tail of `TopK`
+    longest: int | None = None  # tokens of the longest sequence; None: each sample is one row
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -70,23 +75,41 @@ class Contents:
                 f"top_k and temperature go together: the rest of a top-k teacher has one, got top_k={self.top_k} and "
                 f"temperature={self.temperature}"
             )
+        check.one_of("tail", self.tail, ("rest", *TAILS))
+        if self.tail != "rest" and self.top_k is None:
+            raise ValueError(f"tail={self.tail!r} is that of a top-k store: it needs top_k, got None")
+        if self.longest is not None and not (_is_whole(self.longest) and self.longest >= 1):
+            raise ValueError(f"longest must be a whole number of at least 1 or None, got {self.longest!r}")
 
-    def encode(self, logits: Tensor) -> dict[str, Tensor]:
-        """(rows, classes) logits as the tensors of a shard, by name."""
+    def encode(self, teacher: "Tensor | TopK") -> dict[str, Tensor]:
+        """(rows, classes) logits, or log-probabilities where the tail is theirs, as the tensors of a shard, by name."""
         dtype = DTYPES[self.dtype]
         if self.top_k is None:
-            return {"logits": self._narrow(logits, dtype)}
-        top = TopK.of(logits, self.top_k, self.temperature)
-        indices = top.indices.to(self._index_dtype)
-        return {"values": self._narrow(top.values, dtype), "indices": indices, "rest": top.rest.float()}
+            return {"logits": self._narrow(teacher, dtype)}
+        top = TopK.of(teacher, self.top_k, self.temperature) if self.tail == "rest" else teacher
+        tensors = {"values": self._narrow(top.values, dtype), "indices": top.indices.to(self._index_dtype)}
+        return tensors if top.rest is None else {**tensors, "rest": top.rest.float()}
 
-    def layout(self, rows: int) -> dict[str, Any]:
-        """Name -> (shape, dtype) of the tensors of a shard of so many rows."""
-        dtype = DTYPES[self.dtype]
+    def layout(self, samples: int, rows: int) -> dict[str, Any]:
+        """Name -> (shape, dtype) of the tensors of a shard of so many samples, which are one row each or sequences."""
+        tensors = {} if self.longest is None else {"offsets": ((samples + 1,), torch.int64)}
+        dtype, wide = DTYPES[self.dtype], (rows, self.top_k)
         if self.top_k is None:
-            return {"logits": ((rows, self.classes), dtype)}
-        wide = rows, self.top_k
-        return {"values": (wide, dtype), "indices": (wide, self._index_dtype), "rest": ((rows,), torch.float32)}
+            return {**tensors, "logits": ((rows, self.classes), dtype)}
+        tensors |= {"values": (wide, dtype), "indices": (wide, self._index_dtype)}
+        return tensors if self.tail != "rest" else {**tensors, "rest": ((rows,), torch.float32)}
+
+    def blank(self, rows: int) -> "TopK | Tensor":
+        """What a teacher says of so many rows that could not be read."""
+        if self.tail == "rest":
+            return torch.zeros(rows, self.classes)
+        values = torch.zeros(rows, self.top_k)
+        return TopK.of_log_probabilities(values, torch.full_like(values, -1).long(), self.temperature, self.tail)
+
+    @property
+    def values(self) -> str:
+        """The name of the tensor whose NaN marks what could not be read."""
+        return "logits" if self.top_k is None else "values"
 
     @property
     def _index_dtype(self):
@@ -96,7 +119,7 @@ class Contents:
         """The teacher that `kdfast.ops.softmax_kl` takes."""
         if self.top_k is None:
             return tensors["logits"]
-        return TopK(tensors["values"], tensors["indices"], tensors["rest"], self.temperature)
+        return TopK(tensors["values"], tensors["indices"], tensors.get("rest"), self.temperature, self.tail)
 
     def _narrow(self, values, dtype):
         narrow = values.to(dtype)
@@ -107,21 +130,26 @@ class Contents:
 
     @property
     def row_bytes(self) -> int:
-        """What one image takes."""
+        """What one image or token takes."""
         size = DTYPES[self.dtype].itemsize
         if self.top_k is None:
             return self.classes * size
-        return self.top_k * (size + self._index_dtype.itemsize) + 4
+        return self.top_k * (size + self._index_dtype.itemsize) + 4 * (self.tail == "rest")
 
     @property
     def rows_at_most(self) -> int:
-        """Images in a shard."""
-        return max(1, min(SHARD_ROWS, SHARD_BYTES // self.row_bytes))
+        """Samples in a shard."""
+        return max(1, min(SHARD_ROWS, SHARD_BYTES // (self.row_bytes * (self.longest or 1))))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that a manifest has: those that came later only where they say something."""
+        later = {"tail": "rest", "longest": None}
+        return {name: value for name, value in asdict(self).items() if later.get(name, ...) != value}
 
     @property
     def digest(self) -> str:
         """The SHA-256 that shards name."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.as_dict(), sort_keys=True).encode()).hexdigest()
 
     def differences(self, other: dict[str, Any]) -> list[Any]:
         """Words "name ours, not theirs" for the fields of the dict `other` that are not equal."""
@@ -195,8 +223,12 @@ class _Folder:
     def shards(self):
         """All shards that the whole store has."""
         for augmentation in range(self.contents.augmentations):
-            for number, begin in enumerate(range(0, self.contents.samples, self.rows)):
-                yield Shard(augmentation, number, begin, min(begin + self.rows, self.contents.samples))
+            for number in range(-(-self.contents.samples // self.rows)):
+                yield self.shard(augmentation, number)
+
+    def shard(self, augmentation, number):
+        begin = number * self.rows
+        return Shard(augmentation, number, begin, min(begin + self.rows, self.contents.samples))
 
     def missing(self):
         """Those that are not there."""
@@ -227,9 +259,10 @@ class TeacherStoreWriter:
     Args:
         folder: where; new, empty, or a store of the same contents.
         contents: the `Contents`.
-        rows: images in a shard of a new store (default: as many as fill 64 MiB, up to 32768).
+        rows: samples in a shard of a new store (default: as many as fill 64 MiB, up to 32768).
 
-    Raises: StoreError if the folder holds something else, naming what differs, or its disk has too little space.
+    Raises: StoreError if the folder holds something else, naming what differs, or its disk has too little space (of
+    sequences, whose size nobody knows before, a full disk shows when a shard is written).
     """
 
     def __init__(self, folder: Path, contents: "Contents", rows: int | None = None) -> None:
@@ -243,7 +276,7 @@ class TeacherStoreWriter:
             store = self._create(folder, contents, rows or contents.rows_at_most)
         self._store = store
         needed = sum(shard.end - shard.begin for shard in self.missing()) * contents.row_bytes
-        if needed > (free := shutil.disk_usage(folder).free):
+        if contents.longest is None and needed > (free := shutil.disk_usage(folder).free):
             raise StoreError(f"{folder}: the missing shards need {needed / 1e9:.3g} GB, the disk has {free / 1e9:.3g}")
 
     @staticmethod
@@ -253,7 +286,7 @@ class TeacherStoreWriter:
             refuse_others(folder)
         except OSError as error:
             raise StoreError(f"cannot write to {folder}: {error.strerror or error}") from error
-        manifest = {"format": FORMAT, "contents": asdict(contents), "rows": rows}
+        manifest = {"format": FORMAT, "contents": contents.as_dict(), "rows": rows}
         _write(folder / MANIFEST, json.dumps(manifest, indent=2).encode(), "start again")
         return _Folder(folder, contents, rows)
 
@@ -261,27 +294,109 @@ class TeacherStoreWriter:
         """The shards that are still to be written."""
         return self._store.missing()
 
-    def write(self, shard: "Shard", logits: Tensor, absent: Tensor | None = None) -> None:
-        """Write the teacher's logits (rows, classes) of all images of `shard`, in their order.
+    def write(self, shard: "Shard", logits: Any, absent: Tensor | None = None) -> None:
+        """Write what the teacher says of all samples of `shard`, in their order.
 
-        `absent` (rows,) marks images that could not be read: a reader raises if it is asked for them.
+        Args:
+            shard: one of :meth:`missing`.
+            logits: (rows, classes); where the contents' tail is not "rest" a `TopK` of log-probabilities (rows, k), of
+                that tail and temperature. Of sequences a list with one of them for each, whose rows are its tokens.
+            absent: (rows,) marks samples that could not be read: a reader raises if it is asked for them.
 
-        Raises: ValueError for another shape; StoreError for NaN or inf, if the disk is full or the dtype too narrow.
+        Raises: TypeError, ValueError for another kind, shape, tail or temperature, and for what is no log-probability;
+        StoreError for NaN or inf, if the disk is full or the dtype too narrow.
         """
-        contents = self._store.contents
-        expected = (shard.end - shard.begin, contents.classes)
-        if logits.shape != expected:
-            raise ValueError(f"logits must have the shape {expected} of {shard.name}, got {tuple(logits.shape)}")
-        logits = logits.detach().cpu()
-        if logits.isnan().any() or (logits == float("inf")).any():
-            bad = int((logits.isnan() | (logits == float("inf"))).any(1).nonzero()[0])
-            raise StoreError(f"the teacher's logits must be numbers, got NaN or inf for image {shard.begin + bad}")
-        if absent is not None:
-            logits = logits.masked_fill(absent[:, None], float("nan"))
-        tensors = {name: x.contiguous() for name, x in contents.encode(logits).items()}
+        contents, samples = self._store.contents, shard.end - shard.begin
+        absent = torch.zeros(samples, dtype=torch.bool) if absent is None else absent.cpu()
+        if contents.longest is None:
+            expected, called = (samples, shard.name), lambda row: f"image {shard.begin + row}"
+            rows = _checked(contents, "logits", logits, expected, absent, called)
+            tensors = contents.encode(_without(rows, absent))
+        else:
+            tensors = _joined(contents, shard, logits, absent.tolist())
+        tensors = {name: x.contiguous() for name, x in tensors.items()}
         metadata = {"sha256": _digest(tensors), "contents": contents.digest}
         content = _in_order(self._safetensors.save(tensors, metadata))
         _write(self._store.folder / shard.name, content, "the same command continues")
+
+
+def _joined(contents, shard, sequences, absent):
+    """The tensors of a shard of sequences, one after the other; one that is absent is a single row."""
+    if isinstance(sequences, TopK) or not isinstance(sequences, (list, tuple)):
+        raise TypeError(f"logits must be a list of sequences, got {type(sequences).__name__}")
+    if len(sequences) != len(absent):
+        raise ValueError(f"logits must have the {len(absent)} sequences of {shard.name}, got {len(sequences)}")
+    rows, offsets = [contents.encode(contents.blank(0))], [0]
+    for i, (sequence, gone) in enumerate(zip(sequences, absent, strict=True)):
+        if gone:
+            sequence = contents.blank(1)
+        values = sequence.values if isinstance(sequence, TopK) else sequence
+        check.tensor(f"logits[{i}]", values)
+        tokens = len(values) if values.dim() else 0
+        if tokens > contents.longest:
+            raise ValueError(f"logits[{i}] must have at most longest={contents.longest} tokens, got {tokens}")
+        gone, called = torch.full((tokens,), gone), f"token {{}} of sequence {shard.begin + i}".format
+        sequence = _checked(contents, f"logits[{i}]", sequence, (tokens, shard.name), gone, called)
+        rows.append(contents.encode(_without(sequence, gone)))
+        offsets.append(offsets[-1] + tokens)
+    joined = {name: torch.cat([tensors[name] for tensors in rows]) for name in rows[0]}
+    return {**joined, "offsets": torch.tensor(offsets)}
+
+
+def _without(teacher, absent):
+    """The same with NaN in the rows that are absent."""
+    if not isinstance(teacher, TopK):
+        return teacher.masked_fill(absent[:, None], float("nan"))
+    return teacher._replace(values=teacher.values.masked_fill(absent[:, None], float("nan")))
+
+
+def _checked(contents, name, teacher, expected, absent, called):
+    """Logits, or log-probabilities whose padding is -inf, on the CPU.
+
+    expected: how many rows, and of which file. absent: rows that may hold anything. called: row -> its name.
+    """
+    rows, file = expected
+    if contents.tail != "rest":
+        return _checked_top_k(contents, name, teacher, expected, absent, called)
+    check.floating(name, teacher)
+    _check_shape(name, teacher, (rows, contents.classes), file)
+    teacher = teacher.detach().cpu()
+    _check_numbers("logits", teacher, absent, called)
+    return teacher
+
+
+def _checked_top_k(contents, name, teacher, expected, absent, called):
+    rows, file = expected
+    if not isinstance(teacher, TopK):
+        raise TypeError(f"{name} must be a TopK of log-probabilities, got {type(teacher).__name__}")
+    for what in ("tail", "temperature"):
+        ours, theirs = getattr(contents, what), getattr(teacher, what)
+        if ours != theirs:
+            raise ValueError(f"{name} must have the store's {what} {ours!r}, got {theirs!r}")
+    check.floating(f"{name}.values", teacher.values)
+    check.tensor(f"{name}.indices", teacher.indices)
+    _check_shape(f"{name}.values", teacher.values, (rows, contents.top_k), file)
+    _check_shape(f"{name}.indices", teacher.indices, (rows, contents.top_k), file)
+    if teacher.indices.dtype not in check.INTEGERS:
+        raise TypeError(f"{name}.indices must be integers, got {teacher.indices.dtype}")
+    indices = teacher.indices.cpu().long().masked_fill(absent[:, None], -1)
+    check.distinct_classes(indices, contents.classes, True, f"{name}.indices")
+    values = teacher.values.detach().cpu().masked_fill(indices < 0, -float("inf"))
+    _check_numbers("log-probabilities", values, absent, called)
+    check.log_probabilities(f"{name}.values", values)
+    return teacher._replace(values=values, indices=indices)
+
+
+def _check_shape(name, x, expected, file):
+    if x.shape != expected:
+        raise ValueError(f"{name} must have the shape {expected} of {file}, got {tuple(x.shape)}")
+
+
+def _check_numbers(kind, values, absent, called):
+    bad = (values.isnan() | (values == float("inf"))).any(1) & ~absent
+    if bad.any():
+        row = called(int(bad.nonzero()[0]))
+        raise StoreError(f"the teacher's {kind} must be numbers, got NaN or inf for {row}")
 
 
 def _write(path, content, then):
@@ -352,8 +467,14 @@ class TeacherStore:
         if differences := self.contents.differences(expected):
             raise StoreError(f"{self._store.folder} does not fit: it has {'; '.join(differences)}")
 
-    def logits(self, index: Tensor | int | list[int], augmentation: int) -> "TopK | Tensor":
-        """The teacher's logits of images `index` (B,) in `augmentation`: (B, classes), or a `TopK`; on the CPU.
+    def logits(self, index: Tensor | int | list[int], augmentation: int = 0) -> Any:
+        """What the teacher says of samples `index` (B,): (B, classes) logits, or a `TopK`; on the CPU.
+
+        Of sequences a list with one of them for each, whose rows are its tokens.
+
+        Args:
+            index: places of the samples in the data set.
+            augmentation: of which augmentation.
 
         Raises: IndexError for an image or augmentation that the store does not have; StoreError for a damaged shard
         and for an image that could not be read when it was written.
@@ -364,6 +485,8 @@ class TeacherStore:
         index = torch.as_tensor(index).reshape(-1)
         if len(index) and not (0 <= index.min() and index.max() < contents.samples):
             raise IndexError(f"index must be from 0 to {contents.samples - 1}, got {index.min()} to {index.max()}")
+        if contents.longest is not None:
+            return [self._sequence(i, augmentation) for i in index.tolist()]
         numbers = index // rows
         batch = {}
         for number in numbers.unique().tolist() or [0]:
@@ -372,15 +495,27 @@ class TeacherStore:
                 if name not in batch:
                     batch[name] = rows_of.new_empty((len(index), *rows_of.shape[1:]))
                 batch[name][places] = rows_of[index[places] - number * rows]
-        absent = batch["logits" if contents.top_k is None else "values"][:, 0].isnan()
+        absent = batch[contents.values][:, 0].isnan()
         if absent.any():
-            first = int(index[absent][0])
-            called = f" ({self._name(first)})" if self._name else ""
-            raise StoreError(
-                f"{self._store.folder} has no logits of image {first}{called} in augmentation {augmentation}, which "
-                "could not be read when they were written: write the store anew"
-            )
+            self._refuse(int(index[absent][0]), augmentation)
         return contents.decode(batch)
+
+    def _sequence(self, i, augmentation):
+        number, place = divmod(i, self._store.rows)
+        tensors = dict(self._shard(augmentation, number))
+        begin, end = tensors.pop("offsets")[place : place + 2].tolist()
+        sequence = {name: x[begin:end].clone() for name, x in tensors.items()}
+        if sequence[self.contents.values][:1, 0].isnan().any():
+            self._refuse(i, augmentation)
+        return self.contents.decode(sequence)
+
+    def _refuse(self, i, augmentation):
+        kind = "image" if self.contents.longest is None else "sequence"
+        called = f" ({self._name(i)})" if self._name else ""
+        raise StoreError(
+            f"{self._store.folder} has no logits of {kind} {i}{called} in augmentation {augmentation}, which "
+            "could not be read when they were written: write the store anew"
+        )
 
     def verify(self) -> None:
         """Compare every shard with its checksum; a StoreError names the first that is damaged."""
@@ -389,9 +524,7 @@ class TeacherStore:
 
     def _shard(self, augmentation, number):
         if (augmentation, number) not in self._open:
-            begin = number * self._store.rows
-            shard = Shard(augmentation, number, begin, min(begin + self._store.rows, self.contents.samples))
-            self._open[augmentation, number] = self._load(shard, self._verify)
+            self._open[augmentation, number] = self._load(self._store.shard(augmentation, number), self._verify)
         return self._open[augmentation, number]
 
     def _load(self, shard, verify):
@@ -405,9 +538,17 @@ class TeacherStore:
             raise StoreError(f"{path} is damaged ({error}): delete it, and write it again") from error
         if metadata.get("contents") != contents.digest:
             raise StoreError(f"{path} belongs to another store: delete it, and write it again")
-        expected = contents.layout(shard.end - shard.begin)
+        samples = shard.end - shard.begin
+        rows = samples if contents.longest is None else sum(tensors.get(contents.values, torch.empty(0)).shape[:1])
+        expected = contents.layout(samples, rows)
         if (found := {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}) != expected:
             raise StoreError(f"{path} has {_words(found)}, expected {_words(expected)}: delete it, and write it again")
         if verify and _digest(tensors) != metadata.get("sha256"):
             raise StoreError(f"{path} is damaged (its checksum differs): delete it, and write it again")
+        if contents.longest is not None:
+            begins = tensors["offsets"]
+            if begins[0] != 0 or begins[-1] != rows or (begins.diff() < 0).any():
+                raise StoreError(
+                    f"{path} is damaged (its offsets do not divide {rows} rows): delete it, and write it again"
+                )
         return tensors

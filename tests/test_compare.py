@@ -426,6 +426,46 @@ def trainer_of(row, given, epochs=2, teachers=None, seed=0):
     return trainer.Trainer(trainer.Training("row", "student", row, seed), given, epochs, 8, teachers)
 
 
+def test_the_target_of_taid_moves_with_each_step(loaded):
+    """By the paper's rule from TAID's own loss, also over a stop between two epochs."""
+    epochs, alpha, beta, seen = 3, 5e-4, 0.99, []
+
+    def one():
+        made = trainer_of(experiments.ROWS["taid"], loaded, epochs)
+        loss = made.objective.terms[0].loss
+        assert isinstance(loss, kdfast.TAID)
+        loss.register_forward_hook(lambda module, args, out: seen.append((out.item(), module.t.item())))
+        return made
+
+    with one() as made:
+        for _ in range(epochs):
+            made.train_epoch()
+        whole = made.state()
+    steps = len(seen)
+    assert steps == epochs * (len(loaded.train_labels) // 8)
+    t, momentum = 0.4, 0.0
+    for number, (value, moved) in enumerate(seen):
+        if number > 1:  # the first call only keeps the loss
+            before, last = seen[number - 2][0], seen[number - 1][0]
+            momentum = beta * momentum + (1 - beta) * (before - last) / (before + 1e-15)
+            grown = t + alpha * (1 - t) / (1 + np.exp(-momentum))
+            t = min(1.0, max(0.4 + 0.6 * (number - 1) / steps, grown))
+        assert moved == pytest.approx(t, abs=1e-5), number
+        assert value >= 0
+    assert 0.4 < whole["objectives"]["0.taid.t"].item() <= 1.0
+    with one() as made:
+        made.train_epoch()
+        half = made.state()
+    with one() as made:
+        made.load(half)
+        for _ in range(epochs - 1):
+            made.train_epoch()
+        for name, x in made.state()["objectives"].items():
+            assert torch.equal(x, whole["objectives"][name]), name
+        for name, x in made.state()["network"].items():
+            assert torch.equal(x, whole["network"][name]), name
+
+
 @pytest.mark.filterwarnings("ignore::kdfast.FallbackWarning")
 @pytest.mark.parametrize("row", [experiments.ALONE, *experiments.ROWS.values()], ids=["alone", *experiments.ROWS])
 def test_loss_rows(row, noise):
@@ -451,7 +491,7 @@ def test_rows_cover_the_losses_of_logits(noise):
         if not features & {read for part in row.recipe.parts for read in part.reads} and not row.pre_stage:
             loss = trainer_of(row, noise).objective.terms[0].loss
             built.add(type(getattr(loss, "loss", loss)))
-    since_2022 = ("LSKD", "NKD", "TTM", "WTTM", "CTKD", "SkewKL", "TVD", "AKL", "AlphaBeta")
+    since_2022 = ("LSKD", "NKD", "TTM", "WTTM", "CTKD", "SkewKL", "TVD", "AKL", "TAID", "AlphaBeta")
     names = (
         *since_2022,
         "KD",

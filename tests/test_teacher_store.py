@@ -34,6 +34,56 @@ CONTENTS = Contents(
 TOP_K = dataclasses.replace(CONTENTS, top_k=4, temperature=2.0)
 
 
+BUCKET = dataclasses.replace(TOP_K, tail="bucket", temperature=1.0)
+# Sequences of 0 to 6 tokens, of which some shards have none.
+LENGTHS = [0, 3, 6, 1, 0, *[0] * 5, *(i % 7 for i in range(13))]
+KINDS = {
+    "logits": CONTENTS,
+    "top-k": TOP_K,
+    **{tail: dataclasses.replace(BUCKET, tail=tail) for tail in ("bucket", "renormalise", "drop")},
+}
+KINDS |= {f"sequences, {name}": dataclasses.replace(x, longest=6) for name, x in KINDS.items()}
+
+
+def log_probabilities(logits, contents):
+    """The k largest of each row, of which every third has padding in its last or all slots."""
+    values, indices = (logits / contents.temperature).log_softmax(-1).topk(contents.top_k)
+    indices[1::3, -1], indices[2::3] = -1, -1
+    values = values.to(getattr(torch, contents.dtype))
+    return kdfast.TopK.of_log_probabilities(values, indices, contents.temperature, contents.tail)
+
+
+def sequence_logits(i, augmentation):
+    generator = torch.Generator().manual_seed(100 * augmentation + i)
+    return torch.randn(LENGTHS[i], CLASSES, generator=generator) * 5
+
+
+def given(contents, shard):
+    """What a writer of these contents is given for a shard."""
+    say = (lambda x: x) if contents.tail == "rest" else (lambda x: log_probabilities(x, contents))
+    if contents.longest is None:
+        return say(teacher_logits(shard.augmentation, shard.begin, shard.end))
+    return [say(sequence_logits(i, shard.augmentation)) for i in range(shard.begin, shard.end)]
+
+
+def wanted(contents, i, augmentation):
+    """What a reader gives back for sequence i."""
+    (teacher,) = given(contents, stores.Shard(augmentation, 0, i, i + 1))
+    if contents.top_k is None or contents.tail != "rest":
+        return teacher
+    return kdfast.TopK.of(teacher, contents.top_k, contents.temperature)
+
+
+def same(got, want):
+    """To the bit, but for padding slots, which are -inf."""
+    if isinstance(want, torch.Tensor):
+        return got.dtype == want.dtype and torch.equal(got, want)
+    values = want.values.masked_fill(want.indices < 0, -float("inf"))
+    rest = got.rest is None if want.rest is None else torch.equal(got.rest, want.rest)
+    equal = torch.equal(got.values, values) and torch.equal(got.indices.long(), want.indices) and rest
+    return equal and got.values.dtype == values.dtype and got[3:] == want[3:]
+
+
 def teacher_logits(augmentation, begin=0, end=SAMPLES):
     generator = torch.Generator().manual_seed(augmentation)
     return torch.randn(SAMPLES, CLASSES, generator=generator)[begin:end] * 5
@@ -42,7 +92,7 @@ def teacher_logits(augmentation, begin=0, end=SAMPLES):
 def write(folder, contents=CONTENTS, shards=slice(None)):
     writer = TeacherStoreWriter(folder, contents, ROWS)
     for shard in writer.missing()[shards]:
-        writer.write(shard, teacher_logits(shard.augmentation, shard.begin, shard.end))
+        writer.write(shard, given(contents, shard))
     return writer
 
 
@@ -110,6 +160,72 @@ def test_training_from_a_store(tmp_path, contents):
     assert torch.equal(trained(store.logits), trained(live))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalise", "drop"])
+def test_log_probabilities(tmp_path, dtype, tail):
+    """A batch of any order, with padding, is what was given; the loss of it too."""
+    contents = dataclasses.replace(BUCKET, dtype=dtype, tail=tail, temperature=2.0)
+    write(tmp_path, contents)
+    index = torch.tensor([22, 3, 5, 2, 14])
+    top = TeacherStore(tmp_path).logits(index, 1)
+    shards = [stores.Shard(1, i, i, min(i + ROWS, SAMPLES)) for i in range(0, SAMPLES, ROWS)]
+    given_rows = [given(contents, shard) for shard in shards]
+    want = given_rows[0]._replace(
+        values=torch.cat([x.values for x in given_rows])[index],
+        indices=torch.cat([x.indices for x in given_rows])[index],
+    )
+    assert top.values.dtype == getattr(torch, dtype) and same(top, want)
+    assert (want.indices == -1).any(1).any() and (want.indices == -1).all(1).any()
+    student = torch.randn(5, CLASSES)
+    losses = [kdfast.ops.softmax_kl(student, x, 2.0, reduction="none") for x in (top, want)]
+    torch.testing.assert_close(*losses, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("sequences")])
+def test_sequences(tmp_path, kind):
+    """Each comes back with its own number of tokens, to the bit, also without any."""
+    contents = KINDS[kind]
+    write(tmp_path, contents)
+    store = TeacherStore(tmp_path)
+    assert store.contents == contents
+    for augmentation in range(AUGMENTATIONS):
+        index = torch.randperm(SAMPLES)
+        found = store.logits(index, augmentation)
+        assert len(found) == SAMPLES
+        for i, got in zip(index.tolist(), found, strict=True):
+            assert same(got, wanted(contents, i, augmentation)), i
+    assert store.logits([], 0) == []
+    store.verify()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_continues_after_a_full_disk_and_is_held_to_its_checksums(tmp_path, kind, monkeypatch):
+    contents = KINDS[kind]
+    write(tmp_path, contents, slice(0, 3))
+    with monkeypatch.context() as patch:
+        patch.setattr(_files.os, "fsync", full_disk)
+        with pytest.raises(StoreError, match="cannot write .*00003.*No space left.*the same command continues$"):
+            write(tmp_path, contents)
+    assert len(names(tmp_path)) == 4
+    with pytest.raises(StoreError, match="is not whole: 7 of 10 shards are missing"):
+        TeacherStore(tmp_path)
+    assert not write(tmp_path, contents).missing()
+    write(tmp_path / "whole", contents)
+    for name in names(tmp_path / "whole"):
+        assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    path = tmp_path / "logits-0001-00002.safetensors"
+    path = path if contents.longest is None else tmp_path / "logits-0001-00003.safetensors"
+    flip(path, -9)
+    with pytest.raises(StoreError, match=f"{path.name} is damaged .its checksum differs"):
+        TeacherStore(tmp_path).verify()
+
+
+def test_stores_of_before_have_the_same_names_and_digests():
+    assert CONTENTS.digest.startswith("8fa38b916765d40c") and TOP_K.digest.startswith("e5dc2cbd1327702c")
+    assert "tail" not in TOP_K.as_dict() and "longest" not in TOP_K.as_dict()
+    assert BUCKET.digest != dataclasses.replace(BUCKET, tail="drop").digest
+
+
 def test_shards_of_the_default_size(tmp_path):
     writer = TeacherStoreWriter(tmp_path, CONTENTS)
     assert [shard[2:] for shard in writer.missing()] == [(0, SAMPLES)] * AUGMENTATIONS
@@ -117,6 +233,7 @@ def test_shards_of_the_default_size(tmp_path):
     shards = TeacherStoreWriter(tmp_path / "large", few_bytes).missing()
     assert [(shard.begin, shard.end) for shard in shards] == [(0, 32_768), (32_768, 40_000)]
     assert dataclasses.replace(CONTENTS, classes=22_000).rows_at_most == (64 << 20) // (4 * 22_000)
+    assert dataclasses.replace(BUCKET, longest=4096).rows_at_most == (64 << 20) // (4096 * 4 * (4 + 2))
 
 
 # ---- going on --------------------------------------------------------------------------------------------------------
@@ -210,6 +327,25 @@ def test_unread_images(tmp_path):
         named = TeacherStore(tmp_path / str(contents.top_k), name="image-{}.jpg".format)
         with pytest.raises(StoreError, match=r"has no logits of image 7 \(image-7.jpg\) in augmentation 1, which"):
             named.logits([6, 7], 1)
+
+
+@pytest.mark.parametrize("kind", ["bucket", "sequences, logits", "sequences, top-k", "sequences, bucket"])
+def test_unread_samples(tmp_path, kind):
+    """What is given for them does not matter."""
+    contents = KINDS[kind]
+    writer = TeacherStoreWriter(tmp_path, contents, ROWS)
+    for shard in writer.missing():
+        teacher = given(contents, shard)
+        if contents.longest and shard.number == 1:
+            teacher[2] = None
+        elif shard.number == 1:
+            teacher.values[2], teacher.indices[2] = float("nan"), CLASSES
+        writer.write(shard, teacher, absent=torch.arange(shard.begin, shard.end) == 7)
+    store = TeacherStore(tmp_path)
+    store.logits([6, 8], 0)
+    what = "sequence" if contents.longest else "image"
+    with pytest.raises(StoreError, match=f"has no logits of {what} 7 in augmentation 1, which could not be read"):
+        store.logits([6, 7], 1)
 
 
 # ---- what is refused -------------------------------------------------------------------------------------------------
@@ -365,10 +501,14 @@ def test_logits_that_cannot_be_stored(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dtype": "int8"}, "dtype must be one of float16, float32, got 'int8'"),
+        ({"dtype": "int8"}, "dtype must be one of float16, bfloat16, float32, got 'int8'"),
         ({"samples": 0}, "samples must be a whole number of at least 1, got 0"),
         ({"top_k": 13, "temperature": 1.0}, "top_k must be from 1 to the 12 classes, got 13"),
         ({"top_k": 3}, "top_k and temperature go together"),
+        ({"tail": "bucket"}, "tail='bucket' is that of a top-k store: it needs top_k, got None"),
+        ({"tail": "head", "top_k": 3, "temperature": 1.0}, "tail must be .*'head'"),
+        ({"longest": 0}, "longest must be a whole number of at least 1 or None, got 0"),
+        ({"longest": True}, "longest must be a whole number of at least 1 or None, got True"),
     ],
     ids=str,
 )
@@ -384,3 +524,106 @@ def test_without_safetensors(tmp_path, monkeypatch):
     for call in (lambda: TeacherStore(tmp_path), lambda: TeacherStoreWriter(tmp_path, CONTENTS)):
         with pytest.raises(MissingExtra, match=r"install it with: pip install .*safetensors"):
             call()
+
+
+def bad_top_k(**change):
+    top = log_probabilities(teacher_logits(0, 0, ROWS), BUCKET)
+    top = top._replace(indices=top.indices.clone().clamp(min=-1))
+    return top._replace(**{name: value(top) if callable(value) else value for name, value in change.items()})
+
+
+def put(name, row, slot, value):
+    def changed(top):
+        x = getattr(top, name).clone()
+        x[row, slot] = value
+        return x
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("teacher", "error", "message"),
+    [
+        (lambda: torch.zeros(5, CLASSES), TypeError, "logits must be a TopK of log-probabilities, got Tensor"),
+        (lambda: bad_top_k(tail="drop"), ValueError, "logits must have the store's tail 'bucket', got 'drop'"),
+        (lambda: bad_top_k(temperature=2.0), ValueError, "logits must have the store's temperature 1.0, got 2.0"),
+        (
+            lambda: bad_top_k(values=lambda x: x.values[:, 1:], indices=lambda x: x.indices[:, 1:]),
+            ValueError,
+            r"logits.values must have the shape \(5, 4\) of logits-0000-00000.safetensors, got \(5, 3\)",
+        ),
+        (
+            lambda: bad_top_k(indices=lambda x: x.indices[1:]),
+            ValueError,
+            r"logits.indices must have the shape \(5, 4\) of .*, got \(4, 4\)",
+        ),
+        (lambda: bad_top_k(indices=lambda x: x.indices.float()), TypeError, "logits.indices must be integers"),
+        (lambda: bad_top_k(values=lambda x: x.values.long()), TypeError, "logits.values must be"),
+        (
+            lambda: bad_top_k(indices=put("indices", 3, 1, CLASSES)),
+            ValueError,
+            r"logits.indices\[3, 1\] is 12, expected a class from 0 to 11",
+        ),
+        (
+            lambda: bad_top_k(
+                indices=lambda x: x.indices.clone().index_put_((torch.tensor(0), torch.tensor(1)), x.indices[0, 0])
+            ),
+            ValueError,
+            r"logits.indices\[0, 1\] is \d+, which the row has already",
+        ),
+        (
+            lambda: bad_top_k(values=put("values", 3, 0, 2.5)),
+            ValueError,
+            "logits.values must be log-probabilities, numbers of at most 0, got 2.5",
+        ),
+        (
+            lambda: bad_top_k(values=put("values", 3, 0, float("nan"))),
+            StoreError,
+            "the teacher's log-probabilities must be numbers, got NaN or inf for image 3",
+        ),
+    ],
+)
+def test_log_probabilities_that_cannot_be_stored(tmp_path, teacher, error, message):
+    writer = TeacherStoreWriter(tmp_path, BUCKET, ROWS)
+    with pytest.raises(error, match=message):
+        writer.write(writer.missing()[0], teacher())
+    padded = bad_top_k(values=put("values", 2, 0, float("nan")))  # a slot of padding
+    assert padded.indices[2, 0] == -1
+    writer.write(writer.missing()[0], padded)
+
+
+def test_sequences_that_cannot_be_stored(tmp_path):
+    contents = KINDS["sequences, bucket"]
+    writer = TeacherStoreWriter(tmp_path, contents, ROWS)
+    shard = writer.missing()[0]
+    rows = given(contents, shard)
+    long = log_probabilities(torch.randn(7, CLASSES), contents)
+    for teacher, error, message in [
+        (rows[2], TypeError, "logits must be a list of sequences, got TopK"),
+        (rows[1:], ValueError, "logits must have the 5 sequences of logits-0000-00000.safetensors, got 4"),
+        ([*rows[:3], long, rows[4]], ValueError, r"logits\[3\] must have at most longest=6 tokens, got 7"),
+        ([*rows[:3], None, rows[4]], TypeError, r"logits\[3\] must be a .*Tensor, got NoneType"),
+        ([*rows[:3], torch.zeros(2, CLASSES), rows[4]], TypeError, r"logits\[3\] must be a TopK of log-prob"),
+    ]:
+        with pytest.raises(error, match=message):
+            writer.write(shard, teacher)
+    rows[2].values[4, 1] = float("inf")
+    with pytest.raises(StoreError, match="got NaN or inf for token 4 of sequence 2"):
+        writer.write(shard, rows)
+    logits = TeacherStoreWriter(tmp_path / "logits", KINDS["sequences, logits"], ROWS)
+    with pytest.raises(TypeError, match=r"logits\[2\] must be a .*Tensor, got TopK"):
+        logits.write(shard, [torch.zeros(0, CLASSES)] * 2 + rows[2:])
+
+
+@pytest.mark.parametrize("offsets", [[0, 3, 9, 10, 10, 11], [1, 3, 9, 10, 10, 10], [0, 9, 3, 10, 10, 10]], ids=str)
+def test_hand_made_offsets(tmp_path, offsets):
+    """A shard with the right digests whose sequences do not follow each other."""
+    from safetensors.torch import load_file, save_file
+
+    contents = KINDS["sequences, bucket"]
+    write(tmp_path, contents)
+    path = tmp_path / "logits-0000-00000.safetensors"
+    tensors = {**load_file(path), "offsets": torch.tensor(offsets)}
+    save_file(tensors, path, {"sha256": stores._digest(tensors), "contents": contents.digest})
+    with pytest.raises(StoreError, match="00000.safetensors is damaged .its offsets do not divide 10 rows"):
+        TeacherStore(tmp_path).logits([1], 0)

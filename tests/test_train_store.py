@@ -246,6 +246,27 @@ def test_store_that_does_not_fit(more, expected, photographs, store, tmp_path, c
     assert expected in refused(capsys, learning(photographs, store(), tmp_path / "run", *more))
 
 
+@pytest.mark.parametrize("longest", [None, 9], ids=["images", "sequences"])
+def test_store_of_log_probabilities(longest, photographs, store, tmp_path, capsys):
+    """Of images it trains a student by its tail; of sequences it is refused."""
+    contents = TeacherStore(store()).contents
+    contents = dataclasses.replace(contents, top_k=2, temperature=1.0, tail="bucket", dtype="float32", longest=longest)
+    writer = teacher_store.TeacherStoreWriter(tmp_path / "store", contents)
+    for shard in writer.missing():
+        logits = torch.randn(shard.end - shard.begin, CLASSES)
+        top = kdfast.TopK.of_log_probabilities(*logits.log_softmax(1).topk(2))
+        writer.write(
+            shard, top if longest is None else [top._replace(values=top[0][:3], indices=top[1][:3])] * len(logits)
+        )
+    command = learning(photographs, tmp_path / "store", tmp_path / "run")
+    if longest is not None:
+        assert "does not fit: it has longest 9, not None" in refused(capsys, command)
+        return
+    assert main(command) == 0
+    losses = [float(row["kd_loss"]) for row in rows(tmp_path / "run" / "train.csv")]
+    assert losses and all(loss > 0 for loss in losses)
+
+
 def test_store_of_other_data(photographs, store, tmp_path, capsys):
     """The numbers of both sides are named."""
     fewer = tmp_path / "photographs"

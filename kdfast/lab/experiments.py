@@ -114,6 +114,7 @@ ROWS = {
     "skew-kl": _row(plain(kdfast.SkewKL)),
     "tvd": _row(plain(kdfast.TVD)),
     "akl": _row(plain(kdfast.AKL)),
+    "taid": _row(plain(kdfast.TAID)),
     "alpha-beta": _row(plain(kdfast.AlphaBeta)),
     "rkd": _row(plain(kdfast.RKD, distance_weight=25.0, angle_weight=50.0), EMBEDDINGS),
     "irg": _row(plain(connected.Graph), GRAPH, stages=slice(-2, None)),

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+import kdfast
 from kdfast.lab import networks
 from kdfast.lab.experiments import Experiment
 from kdfast.lab.networks import STUDENT, TEACHER, ConvNet
@@ -112,12 +113,19 @@ class Trainer:
         said = {"student": student, "teacher": teacher, "images": images, "epoch": len(self.history)}
         return said | {"labels": self.data.train_labels[index], "index": index}
 
-    def step(self, index: Tensor, objective: Objective) -> Tensor:
-        """One optimizer step of `objective` on the training images at `index`; returns the detached loss."""
-        value = objective(**self.batch(index, objective))
+    def step(self, index: Tensor, objective: Objective, number: int = 0, steps: int = 1) -> Tensor:
+        """One optimizer step of `objective` on the training images at `index`; returns the detached loss.
+
+        number, steps: which one it is, from 0, and of how many: TAID's target moves with them, by its own loss.
+        """
+        losses = objective.losses(**self.batch(index, objective))
+        value = objective.total(losses)
         self.optimizer.zero_grad()
         value.backward()
         self.optimizer.step()
+        for term in objective.terms:
+            if isinstance(term.loss, kdfast.TAID):
+                term.loss.update(losses[term.name].detach(), number, steps)
         return value.detach()
 
     # ---- epochs ----------------------------------------------------------------------------------------------------
@@ -151,7 +159,10 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.network.train()
-        return torch.stack([self.step(index, objective) for index in self._batches(order)]).mean().item()
+        batches = self._batches(order)
+        begin, steps = done * len(batches), epochs * len(batches)
+        losses = [self.step(index, objective, begin + i, steps) for i, index in enumerate(batches)]
+        return torch.stack(losses).mean().item()
 
     def _batches(self, order):
         """Index tensors of an epoch's batches, in the order of that number.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+LARGEST_LOG = 1 / 64  # of a log-probability
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # Looked up once: a check takes less time than finding these names.
@@ -306,7 +307,7 @@ def unusable_rows(indices: Tensor, classes: int, padded: bool = False) -> Tensor
     return (ordered[:, 0] < (-1 if padded else 0)) | (ordered[:, -1] >= classes) | twice.any(1)
 
 
-def distinct_classes(indices: Tensor, classes: int, padded: bool = False) -> None:
+def distinct_classes(indices: Tensor, classes: int, padded: bool = False, name: str = "teacher.indices") -> None:
     """Every index is a class (or, if `padded`, -1), none of them twice in a row. On CUDA this waits for the device."""
     wrong = unusable_rows(indices, classes, padded)
     if not wrong.any():
@@ -317,14 +318,21 @@ def distinct_classes(indices: Tensor, classes: int, padded: bool = False) -> Non
         if padded and index == -1:
             continue
         if not 0 <= index < classes or index in seen:
-            raise ValueError(top_k_message(row, i, index, classes))
+            raise ValueError(top_k_message(row, i, index, classes, name))
         seen.add(index)
 
 
-def top_k_message(row: int, i: int, index: int, classes: int) -> str:
+def log_probabilities(name: str, values: Tensor) -> None:
+    """No NaN, and at most 0, but for what bfloat16 rounds to a little more. On CUDA this waits for the device."""
+    if not (values <= LARGEST_LOG).all():
+        largest = values.max()  # NaN if there is one
+        raise ValueError(f"{name} must be log-probabilities, numbers of at most 0, got {largest:g}")
+
+
+def top_k_message(row: int, i: int, index: int, classes: int, name: str = "teacher.indices") -> str:
     """What the CPU kernel says of a bad index, too."""
     twice = 0 <= index < classes
-    return f"teacher.indices[{row}, {i}] is {index}" + (
+    return f"{name}[{row}, {i}] is {index}" + (
         ", which the row has already: expected each class at most once"
         if twice
         else f", expected a class from 0 to {classes - 1}"

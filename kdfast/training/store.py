@@ -23,7 +23,7 @@ __all__ = ["check_terms", "check_transform", "contents", "opened"]
 def opened(chosen: "Settings", reader: "ClassFolders", classes: int, data: str) -> "TeacherStore":
     """The store that --teacher names, for the training images of `reader`, whose fingerprint is `data`."""
     store = TeacherStore(chosen.teacher, name=lambda index: reader.filename(index, absolute=True))
-    store.check(classes=classes, samples=len(reader), data=data)
+    store.check(classes=classes, samples=len(reader), data=data, longest=None)
     return store
 
 
