@@ -35,12 +35,11 @@ KD_HD double where(uint32_t mask, double x) { return mask ? x : 0; }
 template <class A>
 struct Sides {
   LogSoftmax<A> p, q;
-  A from_p, from_q, gap, ratio;
-  uint32_t equal_rates;
+  A from_p, from_q, gap, ratio, per;  // rate of q to that of p
 
   KD_HD Sides(LogSoftmax<A> p, LogSoftmax<A> q)
-      : p(p), q(q), ratio(p.log2_sum - q.log2_sum), equal_rates(p.rate == q.rate ? ~0u : 0u) {
-    const bool near = fabs(p.max - q.max) <= 1;
+      : p(p), q(q), ratio(p.log2_sum - q.log2_sum), per(p.rate == q.rate ? A(1) : q.rate / p.rate) {
+    const bool near = p.rate == q.rate && fabs(p.max - q.max) <= 1;
     from_p = near ? A(0) : p.max;
     from_q = near ? A(0) : q.max;
     gap = near ? p.max - q.max : A(0);
@@ -66,17 +65,16 @@ struct Sides {
 
  private:
   KD_HD Point<A> of_logs(A z_p, A z_q) const {
-    const A log2_p = p(z_p), log2_q = q(z_q);
-    const A of_logits = (((z_p - from_p) - (z_q - from_q)) - gap) * p.rate - ratio;
-    const A d = where(equal_rates, of_logits) + where(~equal_rates, log2_p - log2_q);
-    return {0, 0, log2_p, log2_q, A(kLn2) * d};
+    const A d = (((z_p - from_p) - (z_q - from_q) * per) - gap) * p.rate - ratio;
+    return {0, 0, p(z_p), q(z_q), A(kLn2) * d};
   }
 };
 
-// A class that is impossible on both sides adds nothing.
+// A class that is impossible on both sides adds nothing. A row with a NaN has terms of no meaning: it is seen in its
+// sums of exponentials.
 template <class A>
 KD_HD bool is_nowhere(const Point<A>& x) {
-  return is_masked(x.log2_p) & is_masked(x.log2_q);
+  return x.d != x.d;
 }
 
 // 2^x of any x.
@@ -96,6 +94,36 @@ KD_HD A exp_minus_1(A x) {
   return fabs(x) <= A(0.25) ? small_excess(x) - x : any_exp2(x * A(-kLog2E)) - A(1);
 }
 
+// log(m / p) and m / p - 1 - log(m / p) of a mixture m: where `small`, from near = m / p - 1, else from far = m / p.
+template <class A>
+struct LogMixture {
+  A log, excess;
+};
+
+// m / p = 2^n (1 + f) with 1 + f in [sqrt(1/2), sqrt(2)): f - log(1 + f) is f^2 times a polynomial (minimax, error 2
+// ulp), and so is the excess where n = 0, which has nothing to cancel then.
+KD_HD LogMixture<float> log_mixture(bool small, float near, float far) {
+  const int32_t exponent = static_cast<int32_t>(bits<uint32_t>(far) - 0x3f3504f3u) >> 23, n = small ? 0 : exponent;
+  const float scaled = bits<float>(bits<uint32_t>(far) - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  const float f = small ? near : scaled;
+  float p = 7.77801722e-2f;
+  p = p * f - 0.12777324f;
+  p = p * f + 0.13114041f;
+  p = p * f - 0.141961470f;
+  p = p * f + 0.166270927f;
+  p = p * f - 0.200016364f;
+  p = p * f + 0.250007778f;
+  p = p * f - 0.333333254f;
+  p = p * f + 0.5f;
+  const float part = p * (f * f), log = static_cast<float>(n) * static_cast<float>(kLn2) + (f - part);
+  return {log, n == 0 ? part : (far - 1.0f) - log};
+}
+
+KD_HD LogMixture<double> log_mixture(bool small, double near, double far) {
+  const double log = small ? ::log1p(near) : ::log(far), excess = (small ? near : far - 1) - log;
+  return {log, excess < 0 ? 0.0 : excess};  // a rounding
+}
+
 // a KL(p || m) + b KL(q || m), m = of_p p + of_q q. Which terms there are, and whether m is p or q, is known when a
 // loop is compiled, or (kAny) told by the numbers.
 enum Which { kAny, kOfP, kOfQ, kOfBoth };
@@ -109,23 +137,19 @@ struct Skewed {
   KD_HD Term<A> operator()(const Point<A>& x) const {
     const bool is_p = kMixture == kAnyMixture ? of_q == 0 : kMixture == kIsP,
                is_q = kMixture == kAnyMixture ? of_p == 0 : kMixture == kIsQ;
-    const A m = of_p * x.p + of_q * x.q, least = smallest_normal<A>(), floor = m < least ? least : m;
-    const bool small = fabs(x.d) <= A(0.25);
-    const A near = -small_log1p(small ? of_q * (small_excess(x.d) - x.d) : A(0)),
-            log2_m = m == m ? fast_log2(floor) : m;
-    const A far_p = A(kLn2) * (x.log2_p - log2_m), far_q = A(kLn2) * (x.log2_q - log2_m);
-    const A log_p = is_p ? A(0) : is_q ? x.d : small ? near : far_p;
-    const A log_q = is_q ? A(0) : is_p ? -x.d : small ? near - x.d : far_q;
-    const A gap = x.p - x.q, inverse = divide(A(1), floor), cross = of_p * of_q * gap * inverse;
+    const A m = of_p * x.p + of_q * x.q, least = smallest_normal<A>(), gap = x.p - x.q;
+    const A inverse = divide(A(1), m < least ? least : m), cross = of_p * of_q * gap * inverse;
     Term<A> term{0, 0, 0};
     if (kWhich == kAny ? a != 0 : kWhich != kOfQ) {
-      term.value += a * value(x.p, m, log_p);
-      term.to_p += x.p == 0 ? A(0) : a * x.p * (log_p - cross);
+      const Side side = of(x.p, x.q, x.d, m, of_q, is_q);
+      term.value += a * side.value;
+      term.to_p += x.p == 0 ? A(0) : a * x.p * (side.log_ratio - cross);
       term.to_q -= a * of_q * of_q * gap * (is_q ? A(1) : x.q * inverse);
     }
     if (kWhich == kAny ? b != 0 : kWhich != kOfP) {
-      term.value += b * value(x.q, m, log_q);
-      term.to_q += x.q == 0 ? A(0) : b * x.q * (log_q + cross);
+      const Side side = of(x.q, x.p, -x.d, m, of_p, is_p);
+      term.value += b * side.value;
+      term.to_q += x.q == 0 ? A(0) : b * x.q * (side.log_ratio + cross);
       term.to_p += b * of_p * of_p * gap * (is_p ? A(1) : x.p * inverse);
     }
     return term;
@@ -140,8 +164,30 @@ struct Skewed {
   }
 
  private:
-  KD_HD A value(A p, A m, A log_ratio) const {
-    return where(both, near_term(p, m, log_ratio)) + where(~both, kl_term(p, log_ratio));
+  // A term of KL(p || m), and log(p / m).
+  struct Side {
+    A value, log_ratio;
+  };
+
+  // is_other: m is `other`, whose share it has.
+  KD_HD Side of(A p, A other, A d, A m, A share, bool is_other) const {
+    if (kMixture == kIsP || kMixture == kIsQ) return of_other(p, other, d);
+    const bool small = fabs(d) <= A(0.25);
+    const LogMixture<A> mixed = log_mixture(small, share * (small_excess(d) - d), m * divide(A(1), p));
+    const Side side{term(p, m, mixed.excess, -mixed.log), -mixed.log};
+    if (kMixture == kBetween) return side;
+    if (share == 0) return {0, 0};
+    const Side whole = of_other(p, other, d);
+    return {is_other ? whole.value : side.value, is_other ? whole.log_ratio : side.log_ratio};
+  }
+
+  KD_HD Side of_other(A p, A other, A d) const {
+    return {where(both, near_term(p, other, d)) + where(~both, kl_term(p, d)), d};
+  }
+
+  // Where both rows are distributions, terms of which none is negative: their sum is the KL, and keeps its digits.
+  KD_HD A term(A p, A m, A excess, A log_ratio) const {
+    return p == 0 ? where(both, m) : p * (where(both, excess) + where(~both, log_ratio));
   }
 };
 
@@ -150,7 +196,8 @@ template <class A>
 struct Variation {
   KD_HD Term<A> operator()(const Point<A>& x) const {
     const A e = fabs(x.d), larger = x.p > x.q ? x.p : x.q, side = x.d > 0 ? A(0.5) : x.d < 0 ? A(-0.5) : x.d;
-    return {A(-0.5) * larger * exp_minus_1(e), x.p * side, -x.q * side};
+    const A near = larger * (e - small_excess(e)), far = fabs(x.p - x.q);
+    return {A(0.5) * (e <= A(0.25) ? near : far), x.p * side, -x.q * side};
   }
 
   KD_HD void set_row(double, bool) {}
