@@ -94,7 +94,7 @@ POINTS = [point for point in ALL if point[0] in OPS]  # of the families that are
 
 
 # Points whose kernels read each input once: they may touch 2 % more sectors than their arguments and results have.
-ONCE = ("softmax_kl", "divergence", "teachers", "mixed_logits.constant", "feature", "moments", "channel_kl")
+ONCE = ("softmax_kl", "divergence", "teachers", "mixed_logits.constant", "feature", "moments")
 TWICE = ("feature.normalized_2", "moments.standardized")  # for norms or moments, and for the difference
 
 
