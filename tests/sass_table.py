@@ -110,7 +110,7 @@ def compare(found, recorded):
     now, before = numbers(found), numbers(recorded)
     for path in sorted(now.keys() | before.keys(), key=str):
         new, old = now.get(path, 0), before.get(path, 0)
-        exact = path[-1] not in (*CLASSES, "per_element")
+        exact = path[-1] not in (*CLASSES, *MODEL, "per_element")
         if abs(new - old) > (0 if exact else TOLERANCE * old):
             grows = new > old
             better_more = path[-1] == "in_flight"
