@@ -25,6 +25,7 @@ and takes the longest of HBM, L2 and, of a matrix product, its FLOPs over the ra
 import json
 import math
 import statistics
+import textwrap
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -38,6 +39,7 @@ RESULTS = ROOT / "benchmarks/results/predicted"
 WARPS = 8  # of a block; kernels of one warp are the exception
 CLASSES = (*PIPES, "move", "global", "shared", "local", "constant", "control")
 GATHERS = {"nce", "nce_log_sums"}  # read rows of a table, as often as they are drawn
+FIGURE = report.FIGURE
 OVER = ("eager", "eager TF32")
 BOUNDS = ("launch", "issue", "L2", "HBM", "latency", "matmul")
 
@@ -221,12 +223,13 @@ def summary():
     lines, ratios, heading = [], {}, ["predicted slower", "shape"]
     for name, results in predicted.items():
         device, known = results["device"]["name"], sorted(r["x eager"] for r in results["rows"] if "x eager" in r)
-        lines.append(
+        words = (
             f"- [{device}](../benchmarks/results/predicted/{name}.md), predicted: eager PyTorch takes {known[0]:.2f} "
             f"to {known[-1]:.0f} times as long as kdfast in {len(known)} cases, median {statistics.median(known):.1f}. "
             f"{len(slower(results, 'eager'))} are predicted slower than eager PyTorch, "
             f"{len(slower(results, 'eager TF32'))} where its products are in TF32."
         )
+        lines.append(textwrap.fill(words, 118, subsequent_indent="  ", break_on_hyphens=False))
         for over in OVER:
             heading.append(f"x {over}, {device}")
             for row in results["rows"]:
@@ -238,14 +241,14 @@ def summary():
 
 # ---- beside what was measured ----------------------------------------------------------------------------------------
 def of_device(name):
-    """{(loss, shape, dtype, phase, implementation): predicted seconds} of the device that a name means; or {}."""
+    """{what FIGURE tells: predicted seconds} on the device that a name means; {} where it is none of them."""
     key = "h200" if "H200" in name else "h100-sxm" if "H100" in name and "PCIe" not in name else None
     path = RESULTS / f"{key}.json"
     if key is None or not path.exists():
         return {}
     rows = json.loads(path.read_text())["rows"]
     return {
-        (row["loss"], row["shape"], row["dtype"], row["phase"], name): row[name]["seconds"]
+        tuple({**row, "implementation": name}[key] for key in FIGURE): row[name]["seconds"]
         for row in rows
         for name in ("kdfast", "eager")
         if name in row
@@ -256,9 +259,9 @@ def compared(results):
     """Measured figures of a family's results beside predicted ones, with the logarithm of their ratio."""
     known, found = of_device(results["machine"]["device"]), []
     for figure in results["figures"]:
-        key = tuple(figure[name] for name in ("loss", "shape", "dtype", "phase", "implementation"))
+        key = tuple(figure[name] for name in FIGURE)
         if key in known:
-            what = dict(zip(("loss", "shape", "dtype", "phase", "implementation"), key, strict=True))
+            what = dict(zip(FIGURE, key, strict=True))
             error = rounded(math.log(figure["median"] / known[key]))
             found.append({**what, "measured": figure["median"], "predicted": known[key], "log_ratio": error})
     return found

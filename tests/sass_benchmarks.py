@@ -27,7 +27,7 @@ from benchmarks import devices, harness, work
 from kdfast import _kernels
 
 TABLE = ROOT / ".ci/benchmark_counts.json"
-BLOCKS = 16
+BLOCKS = 32
 FAMILIES = (
     *("attention", "divergence", "feature", "gram", "mixed_logits", "moments", "nce", "ops", "pairwise"),
     *("softmax_kl", "teachers"),
