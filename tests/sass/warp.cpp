@@ -321,7 +321,7 @@ void Counts::add(const Counts& launch, int64_t blocks, int64_t ran) {
   more(warps, launch.warps);
   more(barriers, launch.barriers);
   for (int i = 0; i < kClasses; ++i) more(instructions[i], launch.instructions[i]);
-  for (Traffic Counts::*way : {&Counts::loads, &Counts::stores}) {
+  for (Traffic Counts::* way : {&Counts::loads, &Counts::stores}) {
     more((this->*way).requests, (launch.*way).requests);
     more((this->*way).sectors, (launch.*way).sectors);
     more((this->*way).distinct, (launch.*way).distinct);
