@@ -37,31 +37,50 @@ def demangle(names):
 
 
 # ---- cubins
+def _string(cubin, at):
+    return cubin[at : cubin.index(b"\0", at)].decode()
+
+
+def _attributes(cubin, at, length):
+    """Of a section: each one's (format, kind), and the place of its value, which with format 4 has its own length."""
+    end = at + length
+    while at < end:
+        form, kind, more = struct.unpack_from("<BBH", cubin, at)
+        yield (form, kind), at + 4
+        at += 4 + (more if form == 4 else 0)
+
+
 def read_cubin(cubin):
-    """Of each kernel in an ELF file: bytes of code and, where it has them, the threads of its launch bounds, the end of
-    its static shared memory, and the offset and size of its parameters by number."""
+    """Of each kernel in an ELF file: bytes of code, registers and, where it has them, the threads of its launch bounds,
+    the end of its static shared memory, and the offset and size of its parameters by number."""
     table, size, count, names = struct.unpack_from("<Q10xHHH", cubin, 0x28)
-    headers = [struct.unpack_from("<II16xQQ", cubin, table + i * size) for i in range(count)]
-    kernels = {}
-    for name, _, at, length in headers:
+    headers = [struct.unpack_from("<II16xQQI", cubin, table + i * size) for i in range(count)]
+    kernels, registers, symbols = {}, {}, []
+    for name, kind, at, length, link in headers:
         start = headers[names][2] + name
-        section, _, kernel = cubin[start : cubin.index(b"\0", start)].decode().rpartition(".")
+        section, _, kernel = _string(cubin, start).rpartition(".")
         facts = kernels.setdefault(kernel, {})
         if section == ".text":
             facts["code"] = length
         if section == ".nv.shared":
             facts["shared"] = length
         if section == ".nv.info":
-            # Attributes: a format, a kind and 16 bits; of format 4 those are the length of what follows.
-            end = at + length
-            while at < end:
-                form, kind, more = struct.unpack_from("<BBH", cubin, at)
-                if (form, kind) == (4, 0x05):
-                    facts["threads"] = struct.unpack_from("<I", cubin, at + 4)[0]
-                if (form, kind) == (4, 0x17):
-                    number, offset, bits = struct.unpack_from("<4xHHI", cubin, at + 4)
+            for what, place in _attributes(cubin, at, length):
+                if what == (4, 0x05):
+                    facts["threads"] = struct.unpack_from("<I", cubin, place)[0]
+                if what == (4, 0x17):
+                    number, offset, bits = struct.unpack_from("<4xHHI", cubin, place)
                     facts.setdefault("parameters", {})[number] = (offset, bits >> 18)
-                at += 4 + (more if form == 4 else 0)
+        if kind == 2:  # the symbols, whose names lie in section `link`
+            offsets = (struct.unpack_from("<I", cubin, at + i)[0] for i in range(0, length, 24))
+            symbols = [_string(cubin, headers[link][2] + offset) for offset in offsets]
+        if (section, kernel) == (".nv", "info"):
+            for what, place in _attributes(cubin, at, length):
+                if what == (4, 0x2F):
+                    symbol, number = struct.unpack_from("<II", cubin, place)
+                    registers[symbol] = number
+    for symbol, number in registers.items():
+        kernels.setdefault(symbols[symbol], {})["registers"] = number
     return {kernel: facts for kernel, facts in kernels.items() if "code" in facts}
 
 

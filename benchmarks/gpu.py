@@ -1,19 +1,28 @@
 """Builds kdfast for this machine's GPU, tests it, watches it with compute-sanitizer and measures it, without a network.
 
-    python3 benchmarks/gpu.py [FOLDER] [--seconds N]
+    python3 benchmarks/gpu.py [FOLDER] [--part 1|2] [--seconds N]
 
-needs torch with CUDA, nvcc, ninja, pytest and pytest-benchmark, and takes less than nine minutes on 16 cores. FOLDER,
-else $OUT, else gpu-results gets the logs, gpu.json and gpu.md about all steps, and DEVICE/FAMILY.json and .md with the
-figures of each family. The table is printed last. Exit status: 0 if all is well, 1 if a step failed, 2 where there is
-no GPU. What this machine cannot check, for want of compute-sanitizer, is listed as not proved.
+needs torch with CUDA, nvcc, ninja, pytest and pytest-benchmark. Part 1 builds for the GPU and tests, part 2 measures;
+that builds as well, which takes no time where part 1 has. Each takes six and a half minutes at most, both thirteen.
+
+FOLDER, else $OUT, else gpu-results gets the logs, after each step gpu.json (of a part gpu-1.json, ...) about all steps
+so far, and at the end gpu.md. DEVICE/FAMILY.json and .md have the figures of each family: every case in eager PyTorch
+and with kdfast, forward + backward, the most used losses first. Where time is left, more/DEVICE/ has the other
+implementations and the host's overhead, at the first shape of each loss. Measured times stand beside those that
+benchmarks/predict.py predicted for such a GPU. The tables are printed last.
+
+Exit status: 0 if all is well, 1 if a step failed, 2 where there is no GPU. What this machine cannot check, for want of
+compute-sanitizer, is listed as not proved.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -23,8 +32,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 510.0  # for everything; the rest of the nine minutes is slack
-QUICK_BELOW = 120.0  # seconds left for a family under which most of its full benchmarks would be left out
+SECONDS = 390.0  # for a part; together thirteen minutes
+WORTH_STARTING = 25.0  # seconds left for a family, of which a process and torch.compile take most
+# Families by importance -> the share of the time that each gets; others come after them.
+IMPORTANCE = {
+    **{"softmax_kl": 4, "gram": 3, "pairwise": 3, "feature": 3, "nce": 2, "attention": 1, "teachers": 2},
+    **{"mixed_logits": 2, "divergence": 2, "moments": 1, "linear": 2, "ops": 1, "step": 2, "compat": 1},
+}
+COMPARED = "ceiling or (both and not compile and not fallback and not host)"  # of a family's figures
 SHOWN_LINES = 25  # of a log, where its step failed
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 # Installing needs a network, and the SIMT build of the kernels stands in for a GPU.
@@ -60,7 +75,8 @@ def main(arguments):
         print(f"gpu.py needs {', '.join(missing)} in {sys.executable}")
         return 1
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, results in {options.folder}", flush=True)
-    return Run(options.folder, options.seconds).everything()
+    os.environ["TORCH_CUDA_ARCH_LIST"] = "{}.{}".format(*torch.cuda.get_device_capability())  # an image may ask for all
+    return Run(options.folder, options.seconds, options.part).everything()
 
 
 def parse(arguments):
@@ -68,31 +84,37 @@ def parse(arguments):
     parser.add_argument(
         "folder", nargs="?", type=Path, default=os.environ.get("OUT") or "gpu-results", metavar="FOLDER"
     )
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default).0f)")
+    parser.add_argument("--part", type=int, choices=(1, 2), help="1: build and test; 2: measure (default: both)")
+    parser.add_argument("--seconds", type=float, help=f"for everything (default: {SECONDS:.0f} a part)")
     options = parser.parse_args(arguments)
+    options.seconds = options.seconds or (SECONDS if options.part else 2 * SECONDS)
     options.folder = Path(options.folder).resolve()
     return options
 
 
 def families():
-    """Every family that has a bench file."""
-    return sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py"))
+    """Every family that has a bench file, the most important first."""
+    names = sorted(path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py"))
+    order = [*IMPORTANCE, *names]
+    return sorted(names, key=order.index)
 
 
 class Run:
     """The steps, one after another, within a number of seconds."""
 
-    def __init__(self, folder, seconds):
-        self.folder, self.end, self.steps = folder, time.monotonic() + seconds, []
+    def __init__(self, folder, seconds, part=None):
+        self.folder, self.end, self.part, self.steps = folder, time.monotonic() + seconds, part, []
         self.begin = time.time()
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def everything(self):
-        if self.step("build", 300, "setup.py", "build_ext", "--inplace"):
+        if self.step("build", 240, "setup.py", "build_ext", "--inplace"):
             self.step("doctor", 60, "-m", "kdfast", "doctor")
             self.step("machine", 60, "-c", MACHINE)
-            self.prove(240)
-            self.measure()
+            if self.part != 2:
+                self.prove(240)
+            if self.part != 1:
+                self.measure()
         return self.report()
 
     def left(self):
@@ -113,6 +135,7 @@ class Run:
         log = self.folder / f"{step.name}.log"
         if step.status == "FAILED" and log.exists():
             print("\n".join(f"    {line}" for line in log.read_text(errors="replace").splitlines()[-SHOWN_LINES:]))
+        self.write()
         return step.status == "ok"
 
     def prove(self, limit):
@@ -135,37 +158,87 @@ class Run:
                 self.finish(Step(tool, "not proved", 0.0, "compute-sanitizer is not installed"))
 
     def measure(self):
-        """Every family's benchmarks, each with its share of the time that is left."""
+        """kdfast and eager PyTorch in every case; then, where time is left, the rest at the first shapes."""
         names = families()
+        weights = [IMPORTANCE.get(name, 1) for name in names]
         for index, family in enumerate(names):
-            seconds = max(self.left() - 5, 1.0) / (len(names) - index)
-            # One that began in time may still compile; it is stopped only where that takes too long.
-            command = ["-m", "kdfast", "bench", "--device", "cuda", "--family", family, "--out", str(self.folder)]
-            command += ["--seconds", f"{0.85 * seconds:.0f}"] + ["--quick"] * (seconds < QUICK_BELOW)
-            log = self.folder / f"bench-{family}.log"
-            step = execute(log, f"bench-{family}", seconds, sys.executable, *command)
-            left_out = re.search(r"\d+ figures were left out.*", log.read_text(errors="replace"))
-            step.reason = step.reason or (left_out[0] if left_out else "")
-            self.finish(step)
+            share = weights[index] / sum(weights[index:])
+            self.bench(f"bench-{family}", family, share * max(self.left() - 5, 1), self.folder, "-k", COMPARED)
+        for family in names:
+            if self.left() - 5 > WORTH_STARTING:
+                self.bench(f"more-{family}", family, self.left() - 5, self.folder / "more", "--quick")
+
+    def bench(self, name, family, seconds, folder, *options):
+        """One run of `kdfast bench`, which begins no figure late; it is stopped where one takes too long."""
+        command = ["-m", "kdfast", "bench", "--device", "cuda", "--family", family, "--out", str(folder)]
+        command += ["--seconds", f"{0.85 * seconds:.0f}", *options]
+        log = self.folder / f"{name}.log"
+        step = execute(log, name, seconds, sys.executable, *command)
+        left_out = re.search(r"\d+ figures were left out.*", log.read_text(errors="replace"))
+        step.reason = step.reason or (left_out[0] if left_out else "")
+        self.finish(step)
 
     # ---- report ------------------------------------------------------------------------------------------------------
-    def report(self):
-        """Write gpu.json and gpu.md, print the tables, and return the exit status."""
-        sys.path.insert(0, str(ROOT))
-        from benchmarks import report
+    def written(self):
+        """Results files of this run, those of the comparison first."""
+        paths = [path for place in ("*", "more/*") for path in sorted(self.folder.glob(f"{place}/*.json"))]
+        return [path for path in paths if path.stat().st_mtime >= self.begin - 1]
 
-        written = [path for path in sorted(self.folder.glob("*/*.json")) if path.stat().st_mtime >= self.begin - 1]
-        results = [json.loads(path.read_text()) for path in written]
+    def write(self):
+        """Write gpu.json as far as things have come; returns its content and its path."""
+        sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
+        results = [json.loads(path.read_text()) for path in self.written()]
         known = any(step.name == "machine" for step in self.steps)
         machine = read_machine(self.folder / "machine.log") if known else {}
-        summary = {"machine": machine, "steps": [asdict(step) for step in self.steps], "results": results}
-        (self.folder / "gpu.json").write_text(json.dumps(summary, indent=1) + "\n")
-        (self.folder / "gpu.md").write_text(markdown(summary, report))
-        for family in results:
+        summary = {"machine": machine, "steps": [asdict(step) for step in self.steps]}
+        summary |= {"predicted": predicted(results), "results": results}
+        path = self.folder / (f"gpu-{self.part}.json" if self.part else "gpu.json")
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+        return summary, path
+
+    def report(self):
+        """Write gpu.md, print the tables, and return the exit status."""
+        summary, path = self.write()
+        from benchmarks import report
+
+        path.with_suffix(".md").write_text(markdown(summary, report))
+        for family in summary["results"]:
             print(f"\n{family['family']}\n{report.text(family)}")
             if family["host"]:
                 print("\n" + "\n".join(report.aligned(report.host_rows(family), 1)))
+        if summary["predicted"]["figures"]:
+            print(f"\n{PREDICTED.format(**summary['predicted'])}")
+            print("\n".join(report.aligned(compared_rows(summary), 3)))
         return verdict(self.steps)
+
+
+PREDICTED = (
+    "Measured beside what had been predicted without a GPU, forward + backward. Half of the figures are within a "
+    "factor of {half_within:.2f}; measured / predicted is {median_ratio:.2f} in the median."
+)
+
+
+def predicted(results):
+    """Each measured figure of which a prediction exists, the logarithm of measured over predicted, and what is typical.
+
+    The first measurement of a case counts.
+    """
+    from benchmarks import predict
+
+    found = {}
+    for family in results:
+        for figure in predict.compared(family):
+            found.setdefault(tuple(figure[key] for key in predict.FIGURE), figure)
+    errors = [figure["log_ratio"] for figure in found.values()]
+    typical = {"median_ratio": math.exp(statistics.median(errors))} if errors else {}
+    typical |= {"half_within": math.exp(statistics.median(map(abs, errors)))} if errors else {}
+    return {"figures": list(found.values()), **typical}
+
+
+def compared_rows(summary):
+    from benchmarks import predict
+
+    return predict.compared_rows(summary["predicted"]["figures"])
 
 
 def execute(log, name, limit, *command):
@@ -226,7 +299,11 @@ def markdown(summary, report):
     machine = ", ".join(f"{name} {value}" for name, value in summary["machine"].items() if value is not None)
     rows = [["step", "result", "seconds", "why"]]
     rows += [[s["name"], s["status"], f"{s['seconds']:.0f}", s["reason"]] for s in summary["steps"]]
-    parts = ["# kdfast on a GPU", machine, report.markdown_table(rows, 2), *map(report.markdown, summary["results"])]
+    parts = ["# kdfast on a GPU", machine, report.markdown_table(rows, 2)]
+    if summary["predicted"]["figures"]:
+        words = PREDICTED.format(**summary["predicted"])
+        parts += ["# Predicted and measured", words, report.markdown_table(compared_rows(summary), 3)]
+    parts += map(report.markdown, summary["results"])
     return "\n\n".join(parts)
 
 

@@ -104,6 +104,11 @@ def save(results, folder, chart=True):
     return path
 
 
+def measured(folder):
+    """The results files below a folder: of what was measured, not of what is predicted."""
+    return sorted(path for path in Path(folder).glob("*/*.json") if path.parent.name != "predicted")
+
+
 # ---- tables ----------------------------------------------------------------------------------------------------------
 def cases(results, phase="both", steps=False):
     """(loss, shape with dtype) -> implementation -> figure, of one phase, in the order of measurement.

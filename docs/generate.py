@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import kdfast  # noqa: E402
-from benchmarks import report  # noqa: E402
+from benchmarks import predict, report  # noqa: E402
 from kdfast.papers import KINDS, PAPERS  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -236,7 +236,7 @@ def digits_table():
 
 def speed(paper):
     """Machine -> (shape, figures) of a loss that was measured; the chart's machine first."""
-    machines = sorted((path.name for path in RESULTS.iterdir() if any(path.glob("*.json"))), key=lambda m: m != MACHINE)
+    machines = sorted({path.parent.name for path in report.measured(RESULTS)}, key=lambda m: (m != MACHINE, m))
     found = {machine: first_cases(machine) for machine in machines}
     return [(machine, cases[paper.bench]) for machine, cases in found.items() if paper.bench in cases]
 
@@ -298,6 +298,7 @@ PARTS = {
     "docs/losses/index.md": {"losses": index, "note": digits_note},
     "docs/compare.md": {"digits": digits_table},
     "docs/api.md": {"ops": ops},
+    "docs/cuda.md": {"predicted": predict.summary},
     **{f"docs/losses/{page_of(kind)}.md": {"losses": lambda kind=kind: sections(kind)} for kind in KINDS},
 }
 
@@ -317,7 +318,7 @@ def main():
     for page in PARTS:
         (ROOT / page).write_text(generated(page))
     CHART.write_text(chart())
-    report.update_readme(ROOT / "docs/benchmarks.md", *sorted(RESULTS.glob("*/*.json")))
+    report.update_readme(ROOT / "docs/benchmarks.md", *report.measured(RESULTS))
 
 
 if __name__ == "__main__":

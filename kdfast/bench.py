@@ -160,7 +160,7 @@ def variables(isa: str | None) -> dict[str, str]:
 
 def write_readme(readme: Any, folder: Any) -> Any:
     """Regenerate the README's benchmark block from every results file in `folder`."""
-    results = sorted(Path(folder).glob("*/*.json"))
+    results = load("report").measured(folder)
     if not results:
         print(f"kdfast bench: no results in {folder}", file=sys.stderr)
         return 1

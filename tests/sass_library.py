@@ -95,11 +95,13 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         self._library.sass_counts.restype = ctypes.c_char_p
         self._library.sass_disassembler(tools()[1].encode())
+        self._facts = {}
         for cubin in [cubin for place in folders for cubin in sorted(place.glob("*.cubin"))]:
             for kernel, facts in cuda_table.read_cubin(cubin.read_bytes()).items():
                 places = [part for _, place in sorted(facts.get("parameters", {}).items()) for part in place]
                 array = (ctypes.c_int * len(places))(*places)
                 shared = facts.get("shared", 0)
+                self._facts[kernel] = facts
                 self._library.sass_kernel(kernel.encode(), str(cubin).encode(), shared, array, len(places) // 2)
 
     @staticmethod
@@ -114,6 +116,25 @@ class Emulator:
                 raise RuntimeError(f"cuobjdump failed: {done.stdout}{done.stderr}")
             os.replace(partial, place)
         return place
+
+    @functools.cached_property
+    def blocks_at_once(self):
+        """{short name of a kernel: blocks of 256 threads that a multiprocessor holds}."""
+        names, found = list(self._facts), {}
+        for name, short in zip(names, cuda_table.demangle(names), strict=True):
+            facts = self._facts[name]
+            shared = max(facts.get("shared", 0) - 1024, 0)  # without the system's
+            found[short] = cuda_table.blocks_at_once("sm_90", 256, facts["registers"], shared)
+        return found
+
+    @contextlib.contextmanager
+    def sampled(self, blocks):
+        """Inside, at most so many blocks of a launch run, spread over its grid; counts are as if all had done that."""
+        self._library.sass_sample(blocks)
+        try:
+            yield
+        finally:
+            self._library.sass_sample(0)
 
     def run(self, function, *arguments):
         """The function's kernels may touch its own tensors alone, and are counted from here on."""

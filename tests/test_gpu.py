@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ def test_folder(monkeypatch):
     monkeypatch.setenv("OUT", "/somewhere")
     assert gpu.parse([]).folder == Path("/somewhere")
     assert gpu.parse(["/elsewhere", "--seconds", "60"]).folder == Path("/elsewhere")
+    assert [gpu.parse(x).seconds for x in ([], ["--part", "1"], ["--seconds", "60"])] == [780, 390, 60]
     with pytest.raises(SystemExit):
         gpu.parse(["a", "b"])
 
@@ -107,24 +109,27 @@ def play(monkeypatch, tmp_path):
     if not RECORDED.exists():
         pytest.skip("no figures are recorded")
 
-    def run(fail=(), sanitizer="compute-sanitizer", seconds=510.0):
-        commands = {}
+    def run(fail=(), sanitizer="compute-sanitizer", seconds=780.0, part=None, device="Fake GPU", spent=1.0):
+        commands, clock = {}, [0.0]
+        monkeypatch.setattr(gpu.time, "monotonic", lambda: clock[0])
 
         def execute(log, name, limit, *command):
             assert 0 < limit <= seconds
             commands[name] = command
             log.write_text({"machine": json.dumps(MACHINE) + "\n"}.get(name, CLEAN))
-            if name.startswith("bench-"):
-                folder = tmp_path / "fake-gpu"
-                folder.mkdir(exist_ok=True)
-                results = json.loads(RECORDED.read_text()) | {"family": name.removeprefix("bench-")}
+            if name.startswith(("bench-", "more-")):
+                folder = Path(command[command.index("--out") + 1]) / "fake-gpu"
+                folder.mkdir(exist_ok=True, parents=True)
+                results = json.loads(RECORDED.read_text()) | {"family": name.partition("-")[2]}
+                results["machine"]["device"] = device
                 (folder / f"{results['family']}.json").write_text(json.dumps(results))
                 log.write_text("7 figures were left out: no time left\n")
+            clock[0] += spent
             return gpu.Step(name, "FAILED" if name in fail else "ok", 1.0, "exit status 1" if name in fail else "")
 
         monkeypatch.setattr(gpu, "execute", execute)
         monkeypatch.setattr(gpu, "compute_sanitizer", lambda: sanitizer)
-        return gpu.Run(tmp_path, seconds).everything(), commands, tmp_path
+        return gpu.Run(tmp_path, seconds, part).everything(), commands, tmp_path
 
     return run
 
@@ -132,13 +137,13 @@ def play(monkeypatch, tmp_path):
 def test_everything_goes_well(play, capsys):
     status, commands, folder = play()
     assert status == 0
-    benches = [f"bench-{family}" for family in gpu.families()]
+    benches = [f"{pass_}-{family}" for pass_ in ("bench", "more") for family in gpu.families()]
     proofs = {"tests-cuda", "tests-other", *gpu.TOOLS}  # at the same time
     before, during, after = (list(commands)[part] for part in (slice(3), slice(3, 9), slice(9, None)))
     assert before == ["build", "doctor", "machine"] and set(during) == proofs and after == benches != []
     summary = json.loads((folder / "gpu.json").read_text())
     assert summary["machine"] == MACHINE and len(summary["steps"]) == len(commands)
-    assert [results["family"] for results in summary["results"]] == gpu.families()
+    assert [results["family"] for results in summary["results"]] == 2 * sorted(gpu.families())
     figure = summary["results"][0]["figures"][0]
     assert {"median", "q1", "q3", "rounds", "rate", "share", "peak_bytes"} <= figure.keys()
     text = (folder / "gpu.md").read_text()
@@ -169,14 +174,62 @@ def test_without_compute_sanitizer_nothing_is_proved(play, capsys):
     assert "compute-sanitizer is not installed" in (folder / "gpu.md").read_text()
 
 
-def test_benchmarks_get_what_time_is_left(play):
+def test_benchmarks_share_the_time_by_importance(play):
     families = gpu.families()
-    _, commands, _ = play(seconds=(gpu.QUICK_BELOW + 10) * len(families))
-    assert not any("--quick" in commands[f"bench-{family}"] for family in families)
-    _, commands, _ = play(seconds=60.0)
-    assert all("--quick" in commands[f"bench-{family}"] for family in families)
-    first = commands[f"bench-{families[0]}"]
-    assert 0 < float(first[first.index("--seconds") + 1]) <= 60 / len(families)
+    assert families[0] == "softmax_kl" and set(gpu.IMPORTANCE) == set(families)
+    _, commands, _ = play(seconds=60.0, spent=2.0)
+    seconds = {name: float(c[c.index("--seconds") + 1]) for name, c in commands.items() if "--seconds" in c}
+    assert seconds["bench-softmax_kl"] > seconds["bench-attention"] > 0 and sum(seconds.values()) <= 60
+    assert not any(name.startswith("more-") for name in commands)
+    _, commands, _ = play(seconds=390.0, spent=10.0)
+    assert "--quick" in commands["more-softmax_kl"] and "--quick" not in commands["bench-softmax_kl"]
+    assert "more-compat" not in commands
+
+
+def test_parts(play):
+    """Each builds; the first tests and the second measures. Together they do what the whole does."""
+    (_, first, folder), (_, second, _), (_, whole, _) = (play(part=part) for part in (1, 2, None))
+    common = {"build", "doctor", "machine"}
+    assert set(first) & set(second) == common and set(first) | set(second) == set(whole)
+    assert "tests-cuda" in first and "bench-gram" in second
+    names = ("gpu-1", "gpu-2", "gpu")
+    assert all((folder / f"{name}{end}").exists() for name in names for end in (".json", ".md"))
+
+
+def test_what_a_run_found_is_kept_when_it_is_stopped(play, monkeypatch, tmp_path):
+    steps, finish = [], gpu.Run.finish
+
+    def stopped(self, step):
+        if step.name == "bench-gram":
+            raise KeyboardInterrupt
+        steps.append(step.name)
+        return finish(self, step)
+
+    monkeypatch.setattr(gpu.Run, "finish", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        play()
+    summary = json.loads((tmp_path / "gpu.json").read_text())
+    assert [step["name"] for step in summary["steps"]] == steps and steps[-1] == "bench-softmax_kl"
+    assert summary["results"][0]["family"] == "softmax_kl"
+
+
+def test_measured_stands_beside_predicted(play, capsys):
+    _, _, folder = play(device="NVIDIA H200", part=2)
+    predicted = json.loads((folder / "gpu-2.json").read_text())["predicted"]
+    kd = next(f for f in predicted["figures"] if (f["loss"], f["shape"]) == ("KD", "256 x 1000"))
+    assert kd["log_ratio"] == pytest.approx(math.log(kd["measured"] / kd["predicted"]), abs=1e-3)
+    cases = [tuple(f[key] for key in ("loss", "shape", "dtype", "implementation")) for f in predicted["figures"]]
+    assert len(set(cases)) == len(cases)
+    ratios = sorted(f["log_ratio"] for f in predicted["figures"])
+    assert ratios[0] <= math.log(predicted["median_ratio"]) <= ratios[-1] and predicted["half_within"] > 1
+    assert "measured / predicted" in capsys.readouterr().out
+    assert "# Predicted and measured" in (folder / "gpu-2.md").read_text()
+
+
+def test_of_another_gpu_nothing_is_predicted(play):
+    _, _, folder = play(part=2)
+    assert json.loads((folder / "gpu-2.json").read_text())["predicted"] == {"figures": []}
+    assert "# Predicted" not in (folder / "gpu-2.md").read_text()
 
 
 def test_results_of_an_earlier_run_are_not_reported(play, tmp_path):
@@ -185,7 +238,7 @@ def test_results_of_an_earlier_run_are_not_reported(play, tmp_path):
     shutil.copy(RECORDED, old)
     os.utime(old, (0, 0))
     _, _, folder = play()
-    assert len(json.loads((folder / "gpu.json").read_text())["results"]) == len(gpu.families())
+    assert len(json.loads((folder / "gpu.json").read_text())["results"]) == 2 * len(gpu.families())
 
 
 # ---- the benchmarks' CUDA path ---------------------------------------------------------------------------------------
@@ -217,6 +270,14 @@ def test_losses_are_timed_by_events_and_the_host_by_its_own_clock(fake_device, t
     assert all(f["median"] == f["q1"] == f["q3"] == pytest.approx(fake_gpu.TICK) for f in figures)
     assert all(f["peak_bytes"] == 1000 for f in figures if f["phase"] == "both")
     assert results["host"] and all(f["median"] != pytest.approx(fake_gpu.TICK) for f in results["host"])
+
+
+def test_kdfast_is_compared_with_eager_alone(fake_device, tmp_path):
+    select = f"KD-4x16 and ({gpu.COMPARED}) and not Reverse"
+    assert bench.run(options("--shape", "4x16", "-k", select, "--out", str(tmp_path))) == 0
+    results = json.loads((tmp_path / "fake-gpu" / "softmax_kl.json").read_text())
+    assert {(f["implementation"], f["phase"]) for f in results["figures"]} == {("eager", "both"), ("kdfast", "both")}
+    assert results["host"] == results["ceilings"] == []
 
 
 def test_what_does_not_begin_in_time_is_left_out(fake_device, tmp_path, capfd):

@@ -21,6 +21,7 @@ from kdfast import _kernels, ops
 
 if not (simt_library.ROOT / ".ci").exists():
     pytest.skip("needs the source tree", allow_module_level=True)
+import sass_benchmarks  # noqa: E402
 import sass_library  # noqa: E402
 
 RECORDING = os.environ.get("KDFAST_SASS_RECORD") == "1"
@@ -291,6 +292,42 @@ def test_what_is_worse(tmp_path, planted):
     assert sass_table.compare(less, more) == (["in_flight: 16 -> 8"], [])
     assert sass_table.compare(more, less) == ([], ["in_flight: 8 -> 16"])
     assert sass_table.compare({"int": 1020}, less) == (["in_flight: 8 -> 0", "int: 1000 -> 1020"], [])
+
+
+# ---- some blocks of a launch, at the benchmarks' shapes
+RECOUNTED = (
+    "softmax_kl: KD, 4096 x 1000, float32",
+    "softmax_kl: KD, 64 x 151936, bfloat16",
+    "attention: AT, 64 x 256 x 14 x 14, float32",
+    "gram: SP, 256 x 2048, float32",
+)
+
+
+def test_some_blocks_stand_for_all(folder):
+    (case,) = (c for c in sass_benchmarks.cases("softmax_kl") if str(c) == "KD-256x1000-float32")
+    some, every = (sass_benchmarks.kdfast(case, folder, blocks)[0] for blocks in (5, 0))
+    for few, all_ in zip(some, every, strict=True):
+        assert few["bytes"] == all_["bytes"] and few["kernels"].keys() == all_["kernels"].keys()
+        for now, before in zip(few["kernels"].values(), all_["kernels"].values(), strict=True):
+            assert now["warps"] == before["warps"] and now["launches"] == before["launches"]
+            for key in sass_benchmarks.KEPT:
+                assert now.get(key, 0) == pytest.approx(before.get(key, 0), rel=0.05), key
+
+
+@pytest.mark.parametrize("name", RECOUNTED)
+def test_counts_at_the_benchmarks_shapes_are_up_to_date(folder, one_thread, name):
+    """Some of them; `python tests/sass_benchmarks.py` records all."""
+    table = sass_benchmarks.load()
+    if (table["nvcc"], table["torch"]) != (sass_library.tools()[2], torch.__version__.split("+")[0]):
+        pytest.skip("recorded with another nvcc or torch")
+    recorded = table["cases"][name]
+    (case,) = (c for c in sass_benchmarks.cases(recorded["family"]) if name.endswith(sass_benchmarks.name_of("", c)))
+    found = sass_benchmarks.found(case, folder)
+    assert found["eager"] == recorded["eager"] and found["beside"] == recorded["beside"]
+    assert [op["op"] for op in found["ops"]] == [op["op"] for op in recorded["ops"]]
+    now, before = ([{**op, "op": 0} for op in facts["ops"]] for facts in (found, recorded))
+    worse, other = sass_table.compare(now, before)
+    assert not worse + other, "\n".join(worse + other)
 
 
 # ---- the ops

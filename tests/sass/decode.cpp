@@ -154,6 +154,7 @@ Instruction parse_instruction(const std::string& text, uint64_t low, uint64_t hi
   }
   to.waits = high >> 52 & 63;
   to.sets = high >> 46 & 7;
+  to.clocks = std::max<int>(high >> 41 & 15, 1);
   understand(source, to);
   return to;
 }

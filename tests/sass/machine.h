@@ -99,6 +99,7 @@ struct Instruction {
   Operand guard;
   uint8_t waits = 0;  // a bit for each scoreboard that has to be free
   int sets = 7;       // the scoreboard that is taken until the result is there; 7: none
+  int clocks = 1;     // until the warp may go on, at the earliest
   Class kind = Class::kControl;
   Flow flow = Flow::kNext;
   Operand condition;    // of a branch or an exit, beside the guard
@@ -149,7 +150,13 @@ struct Counts {
   } loads, stores;
   // Waits for global memory: of all warps, of the one with most; and the bytes that a lane waits for, of all of them.
   int64_t trips = 0, most_trips = 0, in_flight = 0;
+  // Waits that end with a sector which the launch had not read before. Waits for other units, as shared memory, without
+  // one for global memory. Clocks that the encoding holds warps back.
+  int64_t far = 0, pauses = 0, clocks = 0;
   int64_t shared_requests = 0, conflicts = 0;  // conflicts: wavefronts beyond those that the width needs
+
+  // Those of one launch, of whose blocks only some ran: as if all had done what these did.
+  void add(const Counts& launch, int64_t blocks, int64_t ran);
 };
 
 // ---- memory
@@ -165,6 +172,9 @@ struct Launch {
   uint32_t blocks, threads, dynamic_shared;
   std::vector<uint8_t> constants;  // bank 0
 };
+
+// At most so many blocks of a launch run, spread over its grid; 0: all.
+extern uint32_t most_blocks;
 
 void run(Launch launch, Counts& counts);
 
@@ -252,6 +262,8 @@ class Warp {
   uint32_t at_ = 0;
   bool at_barrier_ = false;
   int outstanding_[kScoreboards];  // bytes of a lane's global loads
+  bool busy_[kScoreboards];        // with something else
+  bool far_ = false;               // a sector on its way is one that the launch has not read before
   int64_t trips_ = 0;
   std::vector<uint8_t> local_;  // of each lane in turn
 };

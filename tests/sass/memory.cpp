@@ -34,14 +34,16 @@ Range* find(uintptr_t address, int bytes) {
   return &ranges[recent];
 }
 
-void mark(uintptr_t sector, bool write) {
+// Whether the launch had not touched the sector before.
+bool mark(uintptr_t sector, bool write) {
   Range* range = find(sector * kSector, 1);
   if (!range) range = find(sector * kSector + kSector - 1, 1);  // it begins inside the sector
-  if (!range) return;
+  if (!range) return false;
   const uintptr_t first = range->begin / kSector;
   std::vector<bool>& seen = range->seen[write];
   if (seen.empty()) seen.resize(range->end / kSector + 1 - first);
-  seen[sector - first] = true;
+  if (seen[sector - first]) return false;
+  return seen[sector - first] = true;
 }
 
 std::string described(const char* space, bool write, int bytes, uint64_t address) {
@@ -62,12 +64,15 @@ void each_once(const Vec<uint64_t>& addresses, Mask lanes, int bytes, uint64_t u
   std::for_each(units, std::unique(units, units + count), f);
 }
 
-void count_sectors(Counts::Traffic& traffic, const Vec<uint64_t>& addresses, Mask lanes, bool write) {
+// Whether a sector was new.
+bool count_sectors(Counts::Traffic& traffic, const Vec<uint64_t>& addresses, Mask lanes, bool write) {
   ++traffic.requests;
+  bool is_new = false;
   each_once(addresses, lanes, 1, kSector, [&](uint64_t sector) {
     ++traffic.sectors;
-    mark(sector, write);
+    is_new |= mark(sector, write);
   });
+  return is_new;
 }
 
 void count_banks(Counts& counts, const Vec<uint64_t>& addresses, Mask lanes, int bytes) {
@@ -140,7 +145,8 @@ uint8_t* Warp::place(Space space, uint64_t address, int bytes, int lane, bool wr
 }
 
 void Warp::count(Space space, const Vec<uint64_t>& addresses, Mask lanes, int bytes, bool write) {
-  if (space == Space::kGlobal) count_sectors(write ? block.counts.stores : block.counts.loads, addresses, lanes, write);
+  if (space == Space::kGlobal && write) count_sectors(block.counts.stores, addresses, lanes, true);
+  if (space == Space::kGlobal && !write) far_ |= count_sectors(block.counts.loads, addresses, lanes, false);
   if (space == Space::kShared) count_banks(block.counts, addresses, lanes, bytes);
 }
 

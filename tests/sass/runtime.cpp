@@ -133,7 +133,8 @@ std::string described(const Counts& c) {
   list("stores", {c.stores.requests, c.stores.sectors, c.stores.distinct});
   list("banks", {c.shared_requests, c.conflicts});
   list("trips", {c.trips, c.most_trips});
-  to << ", \"in_flight\": " << (c.trips ? c.in_flight / c.trips : 0) << "}";
+  to << ", \"in_flight\": " << (c.trips ? c.in_flight / c.trips : 0);
+  to << ", \"far\": " << c.far << ", \"pauses\": " << c.pauses << ", \"clocks\": " << c.clocks << "}";
   return to.str();
 }
 
@@ -153,6 +154,9 @@ SASS_API void sass_kernel(const char* name, const char* cubin, uint32_t shared_e
   entry.kernel.shared_end = shared_end;
   for (int i = 0; i < count; ++i) entry.kernel.parameters.push_back({parameters[2 * i], parameters[2 * i + 1]});
 }
+
+// From now on at most so many blocks of a launch run; 0: all.
+SASS_API void sass_sample(uint32_t blocks) { most_blocks = blocks; }
 
 // Before a call of an op: nothing is counted, and no memory may be touched.
 SASS_API void sass_begin() {
@@ -249,7 +253,8 @@ AOTITorchError __wrap_aoti_torch_empty_strided(int64_t dims, const int64_t* size
   aoti_torch_get_storage_size(*tensor, &bytes);
   if (bytes > 0) {
     ++allocations;
-    memset(data, 0xff, bytes);  // NaN in every dtype: an element that no kernel writes shows
+    // NaN in every dtype: an element that no kernel writes shows. Where only some blocks write, it is to be a number.
+    memset(data, most_blocks ? 0 : 0xff, bytes);
   }
   return error;
 }

@@ -6,6 +6,7 @@
 // A wait for global memory is an instruction whose encoding waits for a scoreboard that a load has taken since the last
 // such wait; it is counted as one round trip, at whose end all earlier loads are there.
 #include <algorithm>
+#include <cmath>
 
 #include "machine.h"
 
@@ -19,6 +20,12 @@ Vec<uint32_t> broadcast(uint32_t x) {
   Vec<uint32_t> y;
   for (uint32_t& v : y.x) v = x;
   return y;
+}
+
+// One block of each of `ran` equal parts of the grid, at another place in each.
+uint32_t spread(uint32_t i, uint32_t ran, uint32_t blocks) {
+  const double place = 0.6180339887498949 * (i + 1);
+  return static_cast<uint32_t>((i + place - std::floor(place)) * blocks / ran);
 }
 
 }  // namespace
@@ -141,6 +148,8 @@ void Warp::start() {
   memset(members_, 0, sizeof(members_));
   memset(waiting_, 0, sizeof(waiting_));
   memset(outstanding_, 0, sizeof(outstanding_));
+  memset(busy_, 0, sizeof(busy_));
+  far_ = false;
   predicates[kPT] = kAllLanes;
   uniform_predicates[kPT] = true;
   groups_ = {{0, alive}};
@@ -173,13 +182,20 @@ void Warp::run() {
 
 void Warp::wait(const Instruction& i) {
   int in_flight = 0;
-  bool waits = false;
+  bool waits = false, pauses = false;
   for (int s = 0; s < kScoreboards; ++s) {
     in_flight += outstanding_[s];
     waits |= (i.waits >> s & 1) && outstanding_[s] > 0;
+    pauses |= (i.waits >> s & 1) && busy_[s];
+    busy_[s] = busy_[s] && !(i.waits >> s & 1);
   }
-  if (!waits) return;
+  if (!waits) {
+    block.counts.pauses += pauses;
+    return;
+  }
   ++block.counts.trips;
+  block.counts.far += far_;
+  far_ = false;
   block.counts.most_trips = std::max(block.counts.most_trips, ++trips_);
   block.counts.in_flight += in_flight;
   memset(outstanding_, 0, sizeof(outstanding_));
@@ -199,12 +215,16 @@ void Warp::step() {
   const Instruction& i = code[at_ / kStep];
   const Mask group = groups_.back().lanes, lanes = group & mask(i.guard);
   ++block.counts.instructions[static_cast<int>(i.kind)];
+  block.counts.clocks += i.clocks;
   wait(i);
   switch (i.flow) {
     case Flow::kNext:
       if (lanes) {
         i.run(*this, lanes);
-        if (i.loads && i.sets < kScoreboards) outstanding_[i.sets] += i.loads;
+        if (i.sets < kScoreboards) {
+          outstanding_[i.sets] += i.loads;
+          busy_[i.sets] |= i.loads == 0;
+        }
       }
       groups_.back().at += kStep;
       return;
@@ -294,14 +314,40 @@ void Block::run(uint32_t block) {
   counts.warps += warps_.size();
 }
 
+void Counts::add(const Counts& launch, int64_t blocks, int64_t ran) {
+  const auto more = [&](int64_t& to, int64_t from) { to += (from * blocks + ran / 2) / ran; };
+  launches += launch.launches;
+  most_trips = std::max(most_trips, launch.most_trips);
+  more(warps, launch.warps);
+  more(barriers, launch.barriers);
+  for (int i = 0; i < kClasses; ++i) more(instructions[i], launch.instructions[i]);
+  for (Traffic Counts::* way : {&Counts::loads, &Counts::stores}) {
+    more((this->*way).requests, (launch.*way).requests);
+    more((this->*way).sectors, (launch.*way).sectors);
+    more((this->*way).distinct, (launch.*way).distinct);
+  }
+  more(trips, launch.trips);
+  more(in_flight, launch.in_flight);
+  more(far, launch.far);
+  more(pauses, launch.pauses);
+  more(clocks, launch.clocks);
+  more(shared_requests, launch.shared_requests);
+  more(conflicts, launch.conflicts);
+}
+
+uint32_t most_blocks = 0;
+
 void run(Launch launch, Counts& counts) {
   const uint32_t size[] = {launch.threads, 1, 1, launch.blocks, 1, 1}, stack = kStackEnd;
   memcpy(launch.constants.data(), size, sizeof(size));
   memcpy(launch.constants.data() + kStack, &stack, sizeof(stack));
-  Block block(launch, counts);
-  for (uint32_t i = 0; i < launch.blocks; ++i) block.run(i);
-  ++counts.launches;
-  end_sectors(counts);
+  Counts own;
+  Block block(launch, own);
+  const uint32_t ran = most_blocks ? std::min(most_blocks, launch.blocks) : launch.blocks;
+  for (uint32_t i = 0; i < ran; ++i) block.run(ran == launch.blocks ? i : spread(i, ran, launch.blocks));
+  ++own.launches;
+  end_sectors(own);
+  counts.add(own, launch.blocks, ran);
 }
 
 }  // namespace sass
