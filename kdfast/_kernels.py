@@ -40,12 +40,13 @@ class Op:
 
 @dataclass
 class Library:
-    """One compiled library: where it is, whether it is loaded, and if not, why."""
+    """One compiled library: where it is, whether it is loaded, and if not, why, and what to do if that is known."""
 
     path: str | None = None
     loaded: bool = False
     error: str | None = None
     reason: str = ""
+    remedy: str = ""
 
 
 _libraries = {"_cpu": Library(), "_cuda": Library()}
@@ -111,12 +112,14 @@ def _load_cuda(library):
     if torch.version.cuda is None:
         library.reason = "this torch has no CUDA, so the CUDA library is left alone"
         return
-    here = torch.version.cuda.split(".")[0]
-    built = (_build_record.read().get("cuda") or here).split(".")[0]
-    if built != here:
-        library.reason = (
-            f"its CUDA library is for CUDA {built}, this torch for CUDA {here}: "
-            f"take a torch for CUDA {built}, or build kdfast with nvcc {here}"
+    here = torch.version.cuda
+    built = _build_record.read().get("cuda") or here
+    if built.split(".")[0] != here.split(".")[0]:
+        library.reason = f"its CUDA library is for CUDA {built}, torch {torch.__version__} is for CUDA {here}"
+        library.remedy = (
+            "install a torch for its CUDA (pip install --force-reinstall torch --index-url "
+            f"https://download.pytorch.org/whl/cu{built.replace('.', '')}), or build kdfast for this torch "
+            f"(with nvcc {here.split('.')[0]}: pip install --no-build-isolation --no-binary kdfast kdfast)"
         )
         return
     try:
@@ -181,9 +184,10 @@ def _announce(family, device):
         return
     library = _libraries["_cuda" if device == "cuda" else "_cpu"]
     why = library.error or library.reason or f"no kernel exists for device {device!r}"
+    what = library.remedy or "reinstall kdfast where a C++ compiler (for CUDA also nvcc) is found"
     message = (
         f"kdfast.{family} runs on its plain-PyTorch fallback on {device}, slower and with more memory: {why}. "
-        "`kdfast doctor` says what was built; reinstall kdfast where a C++ compiler (for CUDA also nvcc) is found."
+        f"`kdfast doctor` says what was built; {what}."
     )
     if os.environ.get("KDFAST_REQUIRE_KERNELS") == "1":
         raise RuntimeError(message + " (KDFAST_REQUIRE_KERNELS=1 makes this an error.)")

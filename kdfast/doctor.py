@@ -89,7 +89,7 @@ def notes(report: Any) -> Iterator[Any]:
         elif device == "cuda" and not report["torch_cuda"]:
             yield device, "this torch has no CUDA", "for GPU kernels, install a CUDA torch and then kdfast again"
         elif not library["loaded"]:
-            yield device, library["reason"] or f"{name} was not built", remedy(device)
+            yield device, library["reason"] or f"{name} was not built", library["remedy"] or remedy(device)
         elif slow:
             yield device, f"{name} has no kernel for {', '.join(slow)}", "nothing to do: they are plain PyTorch"
     if report["libraries"]["_cuda"]["loaded"]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kdfast
 from kdfast import _build_record, cli, doctor
@@ -64,9 +65,9 @@ def test_covers(archs, capability, covered):
 
 def test_notes_name_the_cause():
     """Each reason for a slower path, from a made-up report."""
-    loaded = {"path": "x.so", "loaded": True, "error": None, "reason": ""}
-    missing = {"path": None, "loaded": False, "error": None, "reason": "no compiler"}
-    broken = {"path": "x.so", "loaded": False, "error": "undefined symbol", "reason": ""}
+    loaded = {"path": "x.so", "loaded": True, "error": None, "reason": "", "remedy": ""}
+    missing = {"path": None, "loaded": False, "error": None, "reason": "no compiler", "remedy": ""}
+    broken = {"path": "x.so", "loaded": False, "error": "undefined symbol", "reason": "", "remedy": ""}
     ops = {"softmax_kl": {"cpu": "kernel", "cuda": "fallback"}}
     gpu = [{"name": "Some GPU", "capability": "7.5"}]
 
@@ -114,7 +115,7 @@ def test_without_the_module(monkeypatch, capsys):
     assert "a compiler for baseline; for torch >= 2.11" in run_doctor(capsys)[1]
 
 
-def test_a_library_for_another_cuda_is_left_alone(monkeypatch, tmp_path):
+def test_a_library_for_another_cuda_is_left_alone(monkeypatch, tmp_path, capsys):
     """Its dynamic libraries are not there: a reason for the fallback, which says what to do, and no error."""
     (tmp_path / "_cuda.so").touch()
     monkeypatch.setattr(kdfast._kernels, "FOLDER", str(tmp_path))
@@ -123,7 +124,16 @@ def test_a_library_for_another_cuda_is_left_alone(monkeypatch, tmp_path):
     library = kdfast._kernels.Library()
     kdfast._kernels._load_cuda(library)
     assert not library.loaded and library.error is None
-    assert library.reason.endswith("take a torch for CUDA 13, or build kdfast with nvcc 12")
+    assert library.reason == f"its CUDA library is for CUDA 13.0, torch {torch.__version__} is for CUDA 12.8"
+    assert "--index-url https://download.pytorch.org/whl/cu130)" in library.remedy
+    assert "with nvcc 12: pip install" in library.remedy
+    monkeypatch.setitem(kdfast._kernels._libraries, "_cuda", library)
+    status, text = run_doctor(capsys)
+    assert f"cuda: {library.reason}.\n      -> {library.remedy}" in text and status == 0
+    monkeypatch.setattr(kdfast._kernels, "_warned", set())
+    monkeypatch.delenv("KDFAST_REQUIRE_KERNELS", raising=False)
+    with pytest.warns(kdfast.FallbackWarning, match="cu130"):
+        kdfast._kernels._announce("softmax_kl", "cuda")
 
 
 def test_instruction_set_by_hand():
