@@ -127,10 +127,10 @@ class Tree:
     def libraries(self):
         return sorted(path.name for path in (self.site / "kdfast").glob("_*.so"))
 
-    def python(self, code):
+    def python(self, code, **env):
         # -S: else the finder of an editable kdfast would add its compiled modules to this one.
         path = os.pathsep.join([str(self.site), *(entry for entry in sys.path if "site-packages" in entry)])
-        return run([sys.executable, "-S", "-c", code], self.site.parent, PYTHONPATH=path)
+        return run([sys.executable, "-S", "-c", code], self.site.parent, PYTHONPATH=path, **env)
 
 
 @pytest.fixture
@@ -255,5 +255,9 @@ def test_sdist_and_wheel(tmp_path):
     assert {"kdfast/py.typed", "kdfast/_build.json", "kdfast/ops/softmax_kl.py"} <= set(names)
     assert all(name.startswith("kdfast") for name in names)
 
-    tree.pip(wheel)
-    assert "_cpu          loaded: " in tree.python("import kdfast.cli; kdfast.cli.main(['doctor'])").stdout
+    # A machine without a compiler installs and runs it.
+    (tmp_path / "bin").mkdir()
+    alone = {"PATH": str(tmp_path / "bin"), "CXX": None, "CUDA_HOME": None}
+    tree.pip(wheel, **alone)
+    said = tree.python("import kdfast.cli; kdfast.cli.main(['doctor'])", **alone).stdout
+    assert "cpu: KDFAST_CPU_ONLY=1" in said and "_cpu          loaded: " in said
