@@ -22,6 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
@@ -60,12 +61,6 @@ def decide(env, system, cxx, nvcc, torch_version=None, torch_cuda=None):
     if nvcc.split(".")[0] != torch_cuda.split(".")[0]:
         return "cpu", f"nvcc is {nvcc}, but torch {torch_version} is for CUDA {torch_cuda}: another major version"
     return "cuda", f"nvcc {nvcc} was found, and torch {torch_version} is for CUDA {torch_cuda}"
-
-
-def local_version(env):
-    """What the version ends with, e.g. "+cpu": wheels with and without CUDA kernels need names of their own."""
-    label = env.get("KDFAST_LOCAL_VERSION")
-    return f"+{label}" if label else ""
 
 
 def choose_archs(requested, visible, supported):
@@ -206,6 +201,14 @@ def extensions(torch, home, record):
 
 
 def commands(torch, record):
+    class Metadata(egg_info):
+        """Adds a label to the version, e.g. "+cpu": wheels with and without CUDA kernels need names of their own."""
+
+        def finalize_options(self):
+            if label := os.environ.get("KDFAST_LOCAL_VERSION"):
+                self.tag_build = f"+{label}"
+            super().finalize_options()
+
     class BuildPy(build_py):
         """Records the plan in the package, and first removes what an earlier build with another plan left there."""
 
@@ -235,8 +238,9 @@ def commands(torch, record):
         def get_tag(self):
             return "py3", "none", super().get_tag()[2]
 
+    common = {"bdist_wheel": Wheel, "build_py": BuildPy, "egg_info": Metadata}
     if not torch:
-        return {"bdist_wheel": Wheel, "build_py": BuildPy, "build_ext": NoTorch}
+        return {**common, "build_ext": NoTorch}
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildKernels(BuildExtension):
@@ -270,7 +274,7 @@ def commands(torch, record):
                 for stale in Path(OBJECTS).glob("kdfast._cuda/csrc/*/cuda.o"):
                     stale.unlink()
 
-    return {"bdist_wheel": Wheel, "build_py": BuildPy, "build_ext": BuildKernels}
+    return {**common, "build_ext": BuildKernels}
 
 
 def main():
@@ -287,7 +291,6 @@ def main():
         ext_modules=extensions(torch, home, record),
         cmdclass=commands(torch, record),
         setup_requires=needed,
-        options={"egg_info": {"tag_build": local_version(os.environ)}},
     )
 
 

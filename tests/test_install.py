@@ -247,9 +247,10 @@ def test_sdist_and_wheel(tmp_path):
     assert not [name for name in names if name.endswith((".so", ".o", "_build.json")) or name.startswith("build/")]
 
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", "dist"]
-    run([*command, str(sdist)], tree.source, KDFAST_CPU_ONLY="1")
+    run([*command, str(sdist)], tree.source, KDFAST_CPU_ONLY="1", KDFAST_LOCAL_VERSION="cpu")
     wheel = next((tree.source / "dist").glob("*.whl"))
-    assert wheel.name.split("-")[2:4] == ["py3", "none"] and "any" not in wheel.name
+    version, *tag = wheel.stem.split("-")[1:]
+    assert version.endswith("+cpu") and tag[:2] == ["py3", "none"] and tag[2] != "any"
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if name.endswith(".so")] == [f"kdfast/{name}" for name in CPU_LIBRARIES]
     assert {"kdfast/py.typed", "kdfast/_build.json", "kdfast/ops/softmax_kl.py"} <= set(names)
