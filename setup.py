@@ -1,8 +1,9 @@
 """Builds the compiled kernels, where the machine can; metadata and settings are in pyproject.toml.
 
-kdfast._C (csrc/module.cpp) is a Python module. The kernels are plain libraries: kdfast._cpu_<set> (csrc/*/cpu.cpp) for
-each instruction set, of which one is loaded, and kdfast._cuda (csrc/*/cuda.cu), which is loaded where torch has CUDA.
-All use LibTorch's stable ABI: one binary serves every torch from 2.11 on.
+The kernels are plain libraries: kdfast._cpu_<set> (csrc/*/cpu.cpp) for each instruction set, of which one is loaded,
+and kdfast._cuda (csrc/*/cuda.cu), which is loaded where torch has CUDA. They use LibTorch's stable ABI and nothing of
+Python: one binary serves every torch from 2.11 on and every Python. kdfast._C (csrc/module.cpp, with the pybind11 in
+torch) is a Python module that tells `kdfast doctor` how they were built; wheels leave it out, and so need no pybind11.
 """
 
 import json
@@ -18,8 +19,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 TORCH_TARGET = (2, 11)
 DEFAULT_ARCHS = ["7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0"]
@@ -77,6 +80,11 @@ def find_cxx():
     return next((cxx for cxx in candidates if shutil.which(shlex.split(cxx)[0])), None)
 
 
+def describe(cxx):
+    """The compiler's name and version, e.g. "g++ (GCC) 14.2.1"."""
+    return subprocess.run([*shlex.split(cxx), "--version"], capture_output=True, text=True).stdout.partition("\n")[0]
+
+
 def find_nvcc():
     """nvcc's version, toolkit folder and architectures. All three are asked of nvcc: on PATH it may be a script."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
@@ -129,7 +137,8 @@ def make_plan():
         "torch_target": "{}.{}".format(*TORCH_TARGET),
         "cuda": nvcc if situation == "cuda" else None,
         "archs": archs,
-        "compiler": cxx if situation != "python" else None,
+        "cpu_sets": cpu_sets() if situation != "python" else [],
+        "compiler": describe(cxx) if situation != "python" else None,
     }
     return torch, home, record
 
@@ -144,11 +153,11 @@ def cpu_extensions(cpp_extension, record):
     built = {
         "KDFAST_CUDA_VERSION": record["cuda"] or "",
         "KDFAST_CUDA_ARCHS": " ".join(record["archs"]),
-        "KDFAST_CPU_SETS": " ".join(cpu_sets()),
+        "KDFAST_CPU_SETS": " ".join(record["cpu_sets"]),
     }
     kernels = sorted(map(str, Path("csrc").glob("*/cpu.cpp")))
     libraries = {"_C": (["csrc/module.cpp"], [f'-D{name}="{value}"' for name, value in built.items()])}
-    libraries |= {f"_cpu_{name}": (kernels, CPU_SETS[name]) for name in cpu_sets()}
+    libraries |= {f"_cpu_{name}": (kernels, CPU_SETS[name]) for name in record["cpu_sets"]}
     return [
         Extension(
             f"kdfast.{name}",
@@ -184,7 +193,7 @@ def extensions(torch, home, record):
     if record["situation"] == "python":
         return []
     if not torch:  # sdists and metadata need no torch, only to know that something will be compiled
-        return [Extension("kdfast._C", ["csrc/module.cpp"])]
+        return [Extension("kdfast._cpu_baseline", ["csrc/module.cpp"])]
     from torch.utils import cpp_extension
 
     cuda = [cuda_extension(cpp_extension, record, home)] if record["situation"] == "cuda" else []
@@ -192,6 +201,14 @@ def extensions(torch, home, record):
 
 
 def commands(torch, record):
+    class Metadata(egg_info):
+        """Adds a label to the version, e.g. "+cpu": wheels with and without CUDA kernels need names of their own."""
+
+        def finalize_options(self):
+            if label := os.environ.get("KDFAST_LOCAL_VERSION"):
+                self.tag_build = f"+{label}"
+            super().finalize_options()
+
     class BuildPy(build_py):
         """Records the plan in the package, and first removes what an earlier build with another plan left there."""
 
@@ -210,14 +227,30 @@ def commands(torch, record):
                 f"Install it first, or leave out --no-build-isolation. {WAY_OUT}"
             )
 
+    class Wheel(bdist_wheel):
+        """A wheel for every Python, without the one library that is made for one of them."""
+
+        def run(self):
+            modules = self.distribution.ext_modules
+            self.distribution.ext_modules = [module for module in modules if module.name != "kdfast._C"]
+            super().run()
+
+        def get_tag(self):
+            return "py3", "none", super().get_tag()[2]
+
+    common = {"bdist_wheel": Wheel, "build_py": BuildPy, "egg_info": Metadata}
     if not torch:
-        return {"build_py": BuildPy, "build_ext": NoTorch}
+        return {**common, "build_ext": NoTorch}
     from torch.utils.cpp_extension import BuildExtension
 
     class BuildKernels(BuildExtension):
         def finalize_options(self):
             super().finalize_options()
             self.build_temp = OBJECTS  # an editable install would otherwise compile everything anew each time
+
+        def get_ext_filename(self, name):
+            usual = super().get_ext_filename(name)
+            return usual if name.endswith("_C") else usual.partition(".")[0] + ".so"  # without the name of a Python
 
         def build_extension(self, extension):
             self.build_temp = f"{OBJECTS}/{extension.name}"  # sets compile the same sources
@@ -236,25 +269,29 @@ def commands(torch, record):
             # beside every torch.
             os.makedirs(STUB, exist_ok=True)
             stub = ["-shared", "-x", "c", "/dev/null", "-Wl,-soname,libtorch_cuda.so", "-o", f"{STUB}/libtorch_cuda.so"]
-            subprocess.run([*shlex.split(record["compiler"]), *stub], check=True)
+            subprocess.run([*shlex.split(find_cxx()), *stub], check=True)
             if not torch.version.cuda:  # then cpp_extension does not track the headers of .cu files
                 for stale in Path(OBJECTS).glob("kdfast._cuda/csrc/*/cuda.o"):
                     stale.unlink()
 
-    return {"build_py": BuildPy, "build_ext": BuildKernels}
+    return {**common, "build_ext": BuildKernels}
 
 
 def main():
     torch, home, record = make_plan()
     if torch:
-        os.environ.setdefault("CXX", record["compiler"])  # what cpp_extension and setuptools call
+        os.environ.setdefault("CXX", find_cxx())  # what cpp_extension and setuptools call
     if find_spec("ninja"):  # it compiles in parallel, but only if its program is on PATH
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ["PATH"]])
     # An isolated build installs these first: torch only if there is something to compile and no torch yet.
     needed = [] if record["situation"] == "python" else ["ninja"] if torch else ["ninja", "torch>=2.11"]
-    setup(ext_modules=extensions(torch, home, record), cmdclass=commands(torch, record), setup_requires=needed)
+    setup(
+        ext_modules=extensions(torch, home, record),
+        cmdclass=commands(torch, record),
+        setup_requires=needed,
+    )
 
 
 if __name__ == "__main__":

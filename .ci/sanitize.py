@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +21,6 @@ CXX = shlex.split(os.environ.get("CXX") or "g++")
 # The last two: line numbers in the report, and no minute spent on optimising.
 FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g1", "-O1"]
 CPU_SET = "baseline"
-LIBRARIES = ("kdfast._C", f"kdfast._cpu_{CPU_SET}")
 ASAN_OPTIONS = "detect_leaks=0"  # Python and torch leave much behind when they end
 
 
@@ -39,12 +37,10 @@ def build():
     """A copy of the package with sanitized kernels, for one instruction set; -> the folder to import it from."""
     from torch.utils import cpp_extension
 
-    extensions = setup.cpu_extensions(cpp_extension, {"cuda": None, "archs": []})
-    extensions = {extension.name: extension for extension in extensions if extension.name in LIBRARIES}
-    for extension in extensions.values():
-        extension.include_dirs.append(sysconfig.get_path("include"))
-    started = {name: [start_compiling(x, source) for source in x.sources] for name, x in extensions.items()}
-    if any([process.wait() for objects in started.values() for _, process in objects]):
+    record = {"cuda": None, "archs": [], "cpu_sets": [CPU_SET]}
+    extension = setup.cpu_extensions(cpp_extension, record)[-1]
+    started = [start_compiling(extension, source) for source in extension.sources]
+    if any([process.wait() for _, process in started]):
         raise SystemExit("sanitize: compiling failed, see above")
     package = BUILD / "lib" / "kdfast"
     shutil.rmtree(package, ignore_errors=True)
@@ -52,11 +48,9 @@ def build():
     shutil.copytree(
         ROOT / "benchmarks", package / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__")
     )
-    for name, extension in extensions.items():
-        libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
-        library = package / f"{name.partition('.')[2]}{sysconfig.get_config_var('EXT_SUFFIX')}"
-        command = [*CXX, *FLAGS, "-shared", *(str(target) for target, _ in started[name]), *libraries]
-        subprocess.run([*command, "-lc10", "-ltorch_python", "-o", str(library)], check=True)
+    libraries = [f"-L{path}" for path in extension.library_dirs] + [f"-l{name}" for name in extension.libraries]
+    command = [*CXX, *FLAGS, "-shared", *(str(target) for target, _ in started), *libraries]
+    subprocess.run([*command, "-o", str(package / f"_cpu_{CPU_SET}.so")], check=True)
     return package.parent
 
 

@@ -50,7 +50,7 @@ def checkout(commit):
     if name.returncode:
         raise ValueError(f"--against: {commit} is no commit of {ROOT}")
     folder = ROOT / "build/against" / name.stdout.strip()[:12]
-    if not list(folder.glob("kdfast/_C.*")):
+    if not list(folder.glob("kdfast/*.so")):
         print(f"building {commit} in {folder}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         files = subprocess.run([*git, "archive", commit], check=True, stdout=subprocess.PIPE).stdout

@@ -6,7 +6,6 @@ for each instruction set, and ``_cuda`` register faster kernels, which the dispa
 
 import contextlib
 import glob
-import importlib.util
 import inspect
 import os
 import sys
@@ -15,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from kdfast import _build_record
+from kdfast import _build_record, _processor
 
 __all__ = ["FallbackWarning", "fallback", "load", "op", "override", "paths", "status"]
 
 NAMESPACE = torch.library.Library("kdfast", "DEF")
 OPS = {}  # name -> Op
+FOLDER = os.path.dirname(os.path.abspath(__file__))  # of the package, where the libraries are
 _warned = set()  # families that have said that they run on the fallback
 
 
@@ -40,21 +40,22 @@ class Op:
 
 @dataclass
 class Library:
-    """One compiled library: where it is, whether it is loaded, and if not, why."""
+    """One compiled library: where it is, whether it is loaded, and if not, why, and what to do if that is known."""
 
     path: str | None = None
     loaded: bool = False
     error: str | None = None
     reason: str = ""
+    remedy: str = ""
 
 
-_libraries = {"_C": Library(), "_cuda": Library()}
+_libraries = {"_cpu": Library(), "_cuda": Library()}
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
 def load():
     """Load the libraries that were built; one that is there and does not load is an ImportError with the reason."""
-    _load_cpu(_libraries["_C"])
+    _load_cpu(_libraries["_cpu"])
     _load_cuda(_libraries["_cuda"])
     errors = [f"{library.path}: {library.error}" for library in _libraries.values() if library.error]
     if errors and not _is_doctor():
@@ -73,25 +74,27 @@ def _is_doctor():
 
 
 def _load_cpu(library):
-    spec = importlib.util.find_spec("kdfast._C")
-    if spec is None:
-        library.reason = _build_record.read().get("reason") or _unbuilt("_C")
+    found = _cpu_libraries()
+    if not found:
+        library.reason = _build_record.read().get("reason") or _unbuilt("_cpu")
         return
-    library.path = spec.origin
+    library.path = FOLDER
     try:
-        name = f"_cpu_{importlib.import_module('kdfast._C').cpu_set()}"
-        kernels = glob.glob(os.path.join(os.path.dirname(__file__), f"{name}.*"))
-        if not kernels:
-            raise FileNotFoundError(f"the library {name} is not beside it")
-        library.path = kernels[0]
+        library.path = found[_processor.choose(list(found))]
         torch.ops.load_library(library.path)
         library.loaded = True
     except Exception as error:  # any failure to load is reported, never swallowed: see load()
         library.error = f"{type(error).__name__}: {error}"
 
 
+def _cpu_libraries():
+    """Instruction set -> path of the library of CPU kernels for it, of those that were built."""
+    found = sorted(glob.glob("_cpu_*.so", root_dir=FOLDER))
+    return {name.removeprefix("_cpu_").removesuffix(".so"): os.path.join(FOLDER, name) for name in found}
+
+
 def _unbuilt(name):
-    tree = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    tree = os.path.dirname(FOLDER)
     if not os.path.exists(os.path.join(tree, "setup.py")):
         return f"kdfast.{name} was not built here"
     return (
@@ -101,20 +104,22 @@ def _unbuilt(name):
 
 
 def _load_cuda(library):
-    found = sorted(glob.glob(os.path.join(os.path.dirname(__file__), "_cuda*.so")))
-    if not found:
+    path = os.path.join(FOLDER, "_cuda.so")
+    if not os.path.exists(path):
         library.reason = _build_record.read().get("reason") or _unbuilt("_cuda")
         return
-    library.path = found[0]
+    library.path = path
     if torch.version.cuda is None:
         library.reason = "this torch has no CUDA, so the CUDA library is left alone"
         return
-    here = torch.version.cuda.split(".")[0]
-    built = (_build_record.read().get("cuda") or here).split(".")[0]
-    if built != here:
-        library.reason = (
-            f"its CUDA library is for CUDA {built}, this torch for CUDA {here}: "
-            f"take a torch for CUDA {built}, or build kdfast with nvcc {here}"
+    here = torch.version.cuda
+    built = _build_record.read().get("cuda") or here
+    if built.split(".")[0] != here.split(".")[0]:
+        library.reason = f"its CUDA library is for CUDA {built}, torch {torch.__version__} is for CUDA {here}"
+        library.remedy = (
+            "install a torch for its CUDA (pip install --force-reinstall torch --index-url "
+            f"https://download.pytorch.org/whl/cu{built.replace('.', '')}), or build kdfast for this torch "
+            f"(with nvcc {here.split('.')[0]}: pip install --no-build-isolation --no-binary kdfast kdfast)"
         )
         return
     try:
@@ -177,11 +182,12 @@ def _announced(family, fallback):
 def _announce(family, device):
     if family in _warned and os.environ.get("KDFAST_REQUIRE_KERNELS") != "1":
         return
-    library = _libraries["_cuda" if device == "cuda" else "_C"]
+    library = _libraries["_cuda" if device == "cuda" else "_cpu"]
     why = library.error or library.reason or f"no kernel exists for device {device!r}"
+    what = library.remedy or "reinstall kdfast where a C++ compiler (for CUDA also nvcc) is found"
     message = (
         f"kdfast.{family} runs on its plain-PyTorch fallback on {device}, slower and with more memory: {why}. "
-        "`kdfast doctor` says what was built; reinstall kdfast where a C++ compiler (for CUDA also nvcc) is found."
+        f"`kdfast doctor` says what was built; {what}."
     )
     if os.environ.get("KDFAST_REQUIRE_KERNELS") == "1":
         raise RuntimeError(message + " (KDFAST_REQUIRE_KERNELS=1 makes this an error.)")

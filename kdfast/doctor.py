@@ -1,10 +1,10 @@
 """`kdfast doctor`: what is built, for which torch and CUDA, which path each op takes here, and why not a faster one."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from kdfast import __file__ as package_file
 from kdfast import __version__, _build_record
 
-LIBRARIES = {"cpu": "_C", "cuda": "_cuda"}  # device -> the library with its kernels
+LIBRARIES = {"cpu": "_cpu", "cuda": "_cuda"}  # device -> the library with its kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +33,7 @@ def examine() -> dict[str, str]:
 
     from kdfast import _kernels
 
-    record = _build_record.read()
     libraries = {name: asdict(library) for name, library in _kernels.status().items()}
-    extension = sys.modules["kdfast._C"].build_info() if libraries["_C"]["loaded"] else {}
     report = {
         "kdfast": __version__,
         "place": os.path.dirname(package_file),
@@ -43,15 +41,22 @@ def examine() -> dict[str, str]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "torch_rocm": torch.version.hip,
-        "build": record,
+        "build": _build_record.read() | build_info(),
         "libraries": libraries,
-        "extension": extension,
         "devices": [describe_device(torch, i) for i in range(torch.cuda.device_count())],
         "ops": _kernels.paths(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("KDFAST_")},
     }
     report["notes"] = list(notes(report))
     return report
+
+
+def build_info() -> dict[str, Any]:
+    """What the module that was compiled beside the kernels says of them; wheels, which serve any Python, have none."""
+    try:
+        return importlib.import_module("kdfast._C").build_info()
+    except ImportError:
+        return {}
 
 
 def describe_device(torch: Any, index: Any) -> Any:
@@ -84,11 +89,11 @@ def notes(report: Any) -> Iterator[Any]:
         elif device == "cuda" and not report["torch_cuda"]:
             yield device, "this torch has no CUDA", "for GPU kernels, install a CUDA torch and then kdfast again"
         elif not library["loaded"]:
-            yield device, library["reason"] or f"{name} was not built", remedy(device)
+            yield device, library["reason"] or f"{name} was not built", library["remedy"] or remedy(device)
         elif slow:
             yield device, f"{name} has no kernel for {', '.join(slow)}", "nothing to do: they are plain PyTorch"
     if report["libraries"]["_cuda"]["loaded"]:
-        archs = report["extension"].get("cuda_archs") or report["build"].get("archs", [])
+        archs = report["build"].get("archs", [])
         for device in report["devices"]:
             if archs and not covers(archs, device["capability"]):
                 reason = f"the kernels are built for {' '.join(archs)}, which does not run on {device['name']}"
@@ -116,19 +121,18 @@ def render(report: dict[str, Any]) -> str:
     rocm = f"ROCm {report['torch_rocm']}" if report["torch_rocm"] else "CPU only"
     put("torch", f"{report['torch']} ({'CUDA ' + report['torch_cuda'] if report['torch_cuda'] else rocm})")
     build = report["build"]
-    if build:
-        with_cuda = f", nvcc {build['cuda']} for {' '.join(build['archs'])}" if build["cuda"] else ""
+    if "situation" in build:
         put("build", f"{build['situation']}: {build['reason']}")
-        if build["compiler"]:
-            put("", f"{build['compiler']}, torch {build['torch']}, for torch >= {build['torch_target']}{with_cuda}")
     else:
         put("build", "no record: this source tree was never installed")
+    if build.get("compiler"):
+        with_cuda = f"; nvcc {build['cuda']} for {' '.join(build['archs'])}" if build["cuda"] else ""
+        cpu = f"{build['compiler']} for {', '.join(build['cpu_sets'])}"
+        put("", f"{cpu}{with_cuda}; for torch >= {build['torch_target']}")
     for name, library in report["libraries"].items():
         state = "loaded" if library["loaded"] else "FAILED" if library["error"] else "not loaded"
         detail = library["error"] or (library["path"] if library["loaded"] else library["reason"])
         put(name, f"{state}: {detail}")
-    if report["extension"]:
-        put("CPU kernels", f"{report['extension']['cpu_set']} of {', '.join(report['extension']['cpu_sets'])}")
     gpus = [f"{device['name']} ({device['capability']})" for device in report["devices"]]
     put("GPUs", ", ".join(gpus) or "none visible")
     environment = [f"{name}={value}" for name, value in report["environment"].items()]

@@ -186,7 +186,7 @@ every_compiled = pytest.mark.parametrize("implementation", ["fallback", "cpu", "
 
 def has_graphs(implementation):
     """Graphs are compiled for this implementation, and not for another one that is tested, too."""
-    others = ("fallback", "simt") if kdfast._kernels.status()["_C"].loaded else ("simt",)
+    others = ("fallback", "simt") if kdfast._kernels.status()["_cpu"].loaded else ("simt",)
     return implementation.name not in others
 
 

@@ -159,9 +159,9 @@ def missing(reason, required):
 
 
 def require_cpu_kernels():
-    if _kernels.status()["_C"].loaded:
+    if _kernels.status()["_cpu"].loaded:
         return
-    reason = f"the CPU kernels are not loaded: {_kernels.status()['_C'].reason}"
+    reason = f"the CPU kernels are not loaded: {_kernels.status()['_cpu'].reason}"
     missing(reason, required=("1", "cuda"))
 
 

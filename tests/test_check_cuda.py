@@ -44,7 +44,7 @@ def log(first="", second=""):
   warning: BuildPy: byte-compiling is disabled, skipping.
   [1/1] c++ -c /src/csrc/at/cpu.cpp -o /src/build/objects/csrc/at/cpu.o -Wall
   /src/csrc/at/cpu.cpp:1:1: warning: not of nvcc
-  c++ -Wall -shared /src/build/objects/csrc/at/cpu.o -o build/lib/kdfast/_C.so
+  c++ -Wall -shared /src/build/objects/csrc/at/cpu.o -o build/lib/kdfast/_cpu_baseline.so
   building 'kdfast._cuda' extension
   [1/2] /cuda/bin/nvcc -c -c /src/csrc/at/cuda.cu -o /src/build/objects/csrc/at/cuda.o --threads=2
 {first}  [2/2] /cuda/bin/nvcc -c -c /src/csrc/kl/cuda.cu -o /src/build/objects/csrc/kl/cuda.o --threads=2

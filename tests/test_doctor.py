@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import kdfast
 from kdfast import _build_record, cli, doctor
@@ -34,10 +35,8 @@ def test_json_agrees_with_the_dispatcher(capsys):
     report = json.loads(text)
     assert status == 0
     assert report["ops"] == kdfast._kernels.paths()
-    assert report["build"] == _build_record.read()
-    assert report["libraries"]["_C"]["loaded"] == ("kdfast._C" in sys.modules)
-    if report["libraries"]["_C"]["loaded"]:
-        assert report["extension"]["cpu_set"] in report["extension"]["cpu_sets"]
+    assert report["build"] == _build_record.read() | doctor.build_info()
+    if report["libraries"]["_cpu"]["loaded"]:
         assert report["ops"]["softmax_kl"]["cpu"] == "kernel"
     else:
         assert any(note[0] == "cpu" and "reinstall" in note[2] for note in report["notes"])
@@ -66,15 +65,15 @@ def test_covers(archs, capability, covered):
 
 def test_notes_name_the_cause():
     """Each reason for a slower path, from a made-up report."""
-    loaded = {"path": "x.so", "loaded": True, "error": None, "reason": ""}
-    missing = {"path": None, "loaded": False, "error": None, "reason": "no compiler"}
-    broken = {"path": "x.so", "loaded": False, "error": "undefined symbol", "reason": ""}
+    loaded = {"path": "x.so", "loaded": True, "error": None, "reason": "", "remedy": ""}
+    missing = {"path": None, "loaded": False, "error": None, "reason": "no compiler", "remedy": ""}
+    broken = {"path": "x.so", "loaded": False, "error": "undefined symbol", "reason": "", "remedy": ""}
     ops = {"softmax_kl": {"cpu": "kernel", "cuda": "fallback"}}
     gpu = [{"name": "Some GPU", "capability": "7.5"}]
 
     def notes(cpu, cuda, torch_cuda="13.0", devices=gpu):
-        report = {"libraries": {"_C": cpu, "_cuda": cuda}, "torch_cuda": torch_cuda, "devices": devices, "ops": ops}
-        return list(doctor.notes(report | {"extension": {}, "build": {"archs": ["8.0"]}}))
+        report = {"libraries": {"_cpu": cpu, "_cuda": cuda}, "torch_cuda": torch_cuda, "devices": devices, "ops": ops}
+        return list(doctor.notes(report | {"build": {"archs": ["8.0"]}}))
 
     assert [note[1] for note in notes(missing, missing)] == ["no compiler", "no compiler"]
     assert "undefined symbol" in notes(broken, missing)[0][1]
@@ -86,62 +85,68 @@ def test_notes_name_the_cause():
     assert notes(loaded, loaded, devices=[])[1][1] == "no GPU is visible"
 
 
-def test_broken_extension(tmp_path):
-    """An extension that was built and does not load: importing kdfast fails with the reason, the doctor reports it."""
+def test_broken_library(tmp_path):
+    """A library that was built and does not load: importing kdfast fails with the reason, the doctor reports it."""
     (tmp_path / "kdfast").mkdir()
     for entry in PACKAGE.iterdir():
-        if not entry.name.startswith("_C."):
+        if not entry.name.startswith("_cpu_"):
             (tmp_path / "kdfast" / entry.name).symlink_to(entry)
-    (tmp_path / "kdfast/_C.abi3.so").write_text("not a library")
+    (tmp_path / "kdfast/_cpu_baseline.so").write_text("not a library")
 
     def python(*command):
         environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+        environment.pop("KDFAST_ISA", None)
         return subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     imported = python("-c", "import kdfast")
     assert imported.returncode != 0
     assert "ImportError" in imported.stderr
-    assert "_C.abi3.so" in imported.stderr
+    assert "_cpu_baseline.so" in imported.stderr
     report = python("-m", "kdfast", "doctor")
     assert report.returncode == 1
-    assert "_C            FAILED: ImportError: " in report.stdout
+    assert "_cpu          FAILED: OSError: " in report.stdout
 
 
-def test_a_library_of_kernels_is_missing(tmp_path):
-    if not kdfast._kernels.status()["_C"].loaded:
-        pytest.skip("no CPU kernels")
-    (tmp_path / "kdfast").mkdir()
-    for entry in PACKAGE.iterdir():
-        if not entry.name.startswith("_cpu_baseline"):
-            (tmp_path / "kdfast" / entry.name).symlink_to(entry)
-    environment = os.environ | {"PYTHONPATH": str(tmp_path), "KDFAST_ISA": "baseline"}
-    command = [sys.executable, "-c", "import kdfast"]
-    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert said.returncode != 0 and "the library _cpu_baseline is not beside it" in said.stderr
+def test_without_the_module(monkeypatch, capsys):
+    """As in a wheel: the record beside the libraries says how they were built."""
+    record = {"situation": "cpu", "reason": "why", "compiler": "a compiler", "cpu_sets": ["baseline"], "cuda": None}
+    monkeypatch.setitem(sys.modules, "kdfast._C", None)  # an import of it is an error
+    monkeypatch.setattr(_build_record, "read", lambda: record | {"torch_target": "2.11"})
+    assert "a compiler for baseline; for torch >= 2.11" in run_doctor(capsys)[1]
 
 
-def test_a_library_for_another_cuda_is_left_alone(monkeypatch):
+def test_a_library_for_another_cuda_is_left_alone(monkeypatch, tmp_path, capsys):
     """Its dynamic libraries are not there: a reason for the fallback, which says what to do, and no error."""
-    monkeypatch.setattr(kdfast._kernels.glob, "glob", lambda pattern: ["_cuda.so"])
+    (tmp_path / "_cuda.so").touch()
+    monkeypatch.setattr(kdfast._kernels, "FOLDER", str(tmp_path))
     monkeypatch.setattr(kdfast._build_record, "read", lambda: {"cuda": "13.0"})
     monkeypatch.setattr("torch.version.cuda", "12.8")
     library = kdfast._kernels.Library()
     kdfast._kernels._load_cuda(library)
     assert not library.loaded and library.error is None
-    assert library.reason.endswith("take a torch for CUDA 13, or build kdfast with nvcc 12")
+    assert library.reason == f"its CUDA library is for CUDA 13.0, torch {torch.__version__} is for CUDA 12.8"
+    assert "--index-url https://download.pytorch.org/whl/cu130)" in library.remedy
+    assert "with nvcc 12: pip install" in library.remedy
+    monkeypatch.setitem(kdfast._kernels._libraries, "_cuda", library)
+    status, text = run_doctor(capsys)
+    assert f"cuda: {library.reason}.\n      -> {library.remedy}" in text and status == 0
+    monkeypatch.setattr(kdfast._kernels, "_warned", set())
+    monkeypatch.delenv("KDFAST_REQUIRE_KERNELS", raising=False)
+    with pytest.warns(kdfast.FallbackWarning, match="cu130"):
+        kdfast._kernels._announce("softmax_kl", "cuda")
 
 
 def test_instruction_set_by_hand():
     """KDFAST_ISA names the kernels; one that this processor has not is an error that says which there are."""
-    if not kdfast._kernels.status()["_C"].loaded:
+    if not kdfast._kernels.status()["_cpu"].loaded:
         pytest.skip("no CPU kernels")
-    code = "import kdfast; print(kdfast._kernels.status()['_C'].path)"
+    code = "import kdfast; print(kdfast._kernels.status()['_cpu'].path)"
 
     def run(name):
         environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "KDFAST_ISA": name}
         return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
 
-    assert "_cpu_baseline." in run("baseline").stdout
+    assert "_cpu_baseline.so" in run("baseline").stdout
     wrong = run("mmx")
     assert wrong.returncode != 0
     assert "KDFAST_ISA must be one of baseline" in wrong.stderr and "got 'mmx'" in wrong.stderr
@@ -219,11 +224,11 @@ def test_a_source_tree_says_what_it_is(monkeypatch, tmp_path):
     """Inside a clone Python imports what is not built, whatever is installed."""
     package = tmp_path / "kdfast"
     package.mkdir()
-    monkeypatch.setattr(kdfast._kernels, "__file__", str(package / "_kernels.py"))
-    assert kdfast._kernels._unbuilt("_C") == "kdfast._C was not built here"
+    monkeypatch.setattr(kdfast._kernels, "FOLDER", str(package))
+    assert kdfast._kernels._unbuilt("_cpu") == "kdfast._cpu was not built here"
     (tmp_path / "setup.py").touch()
-    said = kdfast._kernels._unbuilt("_C")
-    assert f"the source tree {tmp_path}, where _C is not built: start Python in another folder" in said
+    said = kdfast._kernels._unbuilt("_cpu")
+    assert f"the source tree {tmp_path}, where _cpu is not built: start Python in another folder" in said
 
 
 def test_command_line(capsys, monkeypatch):

@@ -3,14 +3,18 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from kdfast import _processor
 
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "setup.py").exists():
@@ -27,12 +31,11 @@ def load_setup():
 # A module and an op family that compile in a second; pybind11 alone takes ten.
 TINY_MODULE = """
 #include <Python.h>
-static PyObject* cpu_set(PyObject*, PyObject*) { return PyUnicode_FromString("baseline"); }
-static PyMethodDef methods[] = {{"cpu_set", cpu_set, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
-static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods};
+static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
 extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() { return PyModule_Create(&module); }
 """
-CPU_LIBRARIES = ["_C", *sorted(f"_cpu_{name}" for name in load_setup().cpu_sets())]
+CPU_LIBRARIES = sorted(f"_cpu_{name}.so" for name in load_setup().cpu_sets())
+MODULE = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
 TINY_CPU = "int kdfast_tiny = TORCH_TARGET_VERSION >> 56;"
 TINY_CUDA = "#include <torch/csrc/stable/tensor.h>\n__global__ void kernel(float* x) { x[threadIdx.x] *= 2; }"
 
@@ -74,6 +77,10 @@ def test_choose_archs():
     assert choose("native", ["8.6"], supported) == ["8.6+PTX"]
     assert choose(None, ["13.0"], supported) == ["12.0+PTX"]  # a GPU newer than this nvcc
     assert choose(None, [], supported[:5]) == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]  # CUDA 12.4
+
+
+def test_instruction_sets_are_those_chosen_from_at_run_time():
+    assert list(load_setup().CPU_SETS) == list(_processor.FLAGS)
 
 
 def test_setup_imports_without_torch():
@@ -118,12 +125,12 @@ class Tree:
         return json.loads((self.site / "kdfast/_build.json").read_text())
 
     def libraries(self):
-        return sorted(path.name.split(".")[0] for path in (self.site / "kdfast").glob("_*.so"))
+        return sorted(path.name for path in (self.site / "kdfast").glob("_*.so"))
 
-    def python(self, code):
+    def python(self, code, **env):
         # -S: else the finder of an editable kdfast would add its compiled modules to this one.
         path = os.pathsep.join([str(self.site), *(entry for entry in sys.path if "site-packages" in entry)])
-        return run([sys.executable, "-S", "-c", code], self.site.parent, PYTHONPATH=path)
+        return run([sys.executable, "-S", "-c", code], self.site.parent, PYTHONPATH=path, **env)
 
 
 @pytest.fixture
@@ -161,7 +168,7 @@ def test_editable(tree, tmp_path):
     command += ["--ignore-installed", "--prefix", str(tmp_path / "prefix"), "-e", "."]
     run(command, tree.source, KDFAST_CPU_ONLY="1")
     tree.site = tree.source
-    assert (tree.libraries(), tree.record()["situation"]) == (CPU_LIBRARIES, "cpu")
+    assert (tree.libraries(), tree.record()["situation"]) == ([MODULE, *CPU_LIBRARIES], "cpu")
     run(command, tree.source, KDFAST_NO_EXTENSION="1")
     assert (tree.libraries(), tree.record()["situation"]) == ([], "python")
 
@@ -187,21 +194,49 @@ def test_cuda_beside_a_cpu_torch(tree):
     if not load_setup().find_nvcc()[0]:
         pytest.skip("needs nvcc")
     tree.pip(KDFAST_FORCE_CUDA="1", TORCH_CUDA_ARCH_LIST="9.0+PTX")
-    assert tree.libraries() == [*CPU_LIBRARIES, "_cuda"]
+    assert tree.libraries() == [*CPU_LIBRARIES, "_cuda.so"]
     assert (tree.record()["situation"], tree.record()["archs"]) == ("cuda", ["9.0+PTX"])
-    library = next((tree.site / "kdfast").glob("_cuda*.so")).read_bytes()
+    library = (tree.site / "kdfast/_cuda.so").read_bytes()
     assert b"libtorch_cuda.so" in library
     tree.python("import kdfast")  # the library is left alone where torch has no CUDA
 
 
+def without_kernels(source):
+    """All but the families' CPU kernels: nothing that an install does differently, and slow to compile."""
+    for family in (source / "csrc").glob("*/cpu.cpp"):
+        family.unlink()
+    (source / "csrc/tiny").mkdir()
+    (source / "csrc/tiny/cpu.cpp").write_text(TINY_CPU)
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_libraries_have_nothing_of_python():
+    libraries = [*(ROOT / "kdfast").glob("_cpu_*.so"), *(ROOT / "kdfast").glob("_cuda.so")]
+    if not libraries:
+        pytest.skip("nothing is built here")
+    needed = run(["nm", "-D", "--undefined-only", *libraries], ROOT).stdout
+    assert "aoti_torch" in needed and not re.search(r"\bU _?Py", needed)
+
+
+@pytest.mark.install
+def test_module(tmp_path):
+    """The real module, which is compiled in place alone, and says what the record says."""
+    tree = Tree(tmp_path, tiny=False)
+    without_kernels(tree.source)
+    run([sys.executable, "setup.py", "-q", "build_py", "build_ext", "--inplace"], tree.source, KDFAST_CPU_ONLY="1")
+    tree.site = tree.source
+    info = json.loads(tree.python("import json, kdfast._C; print(json.dumps(kdfast._C.build_info()))").stdout)
+    record = json.loads(next(tree.source.glob("build/lib*/kdfast/_build.json")).read_text())
+    assert info.pop("compiler").split()[-1] in record["compiler"]
+    assert info == {name: record[name] for name in info}
+    assert (info["torch_target"], info["cuda"], len(info)) == ("2.11", None, 4)
+
+
 @pytest.mark.install
 def test_sdist_and_wheel(tmp_path):
-    """sdist (without torch) -> wheel -> install, with the real module."""
+    """sdist (without torch) -> wheel for any Python -> install."""
     tree = Tree(tmp_path, tiny=False)
-    for family in (tree.source / "csrc").glob("*/cpu.cpp"):
-        family.unlink()  # nothing that an install does differently, and slow to compile
-    (tree.source / "csrc/tiny").mkdir()
-    (tree.source / "csrc/tiny/cpu.cpp").write_text(TINY_CPU)
+    without_kernels(tree.source)
     (tree.source / "kdfast/_C.stale.so").write_text("left by an editable install")
     code = "import sys; sys.modules['torch'] = None; from setuptools import build_meta; build_meta.build_sdist('dist')"
     run([sys.executable, "-c", code], tree.source)
@@ -212,14 +247,18 @@ def test_sdist_and_wheel(tmp_path):
     assert not [name for name in names if name.endswith((".so", ".o", "_build.json")) or name.startswith("build/")]
 
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", "dist"]
-    run([*command, str(sdist)], tree.source, KDFAST_CPU_ONLY="1")
+    run([*command, str(sdist)], tree.source, KDFAST_CPU_ONLY="1", KDFAST_LOCAL_VERSION="cpu")
     wheel = next((tree.source / "dist").glob("*.whl"))
+    version, *tag = wheel.stem.split("-")[1:]
+    assert version.endswith("+cpu") and tag[:2] == ["py3", "none"] and tag[2] != "any"
     names = zipfile.ZipFile(wheel).namelist()
+    assert [name for name in names if name.endswith(".so")] == [f"kdfast/{name}" for name in CPU_LIBRARIES]
     assert {"kdfast/py.typed", "kdfast/_build.json", "kdfast/ops/softmax_kl.py"} <= set(names)
     assert all(name.startswith("kdfast") for name in names)
 
-    tree.pip(wheel)
-    info = json.loads(tree.python("import json, kdfast._C; print(json.dumps(kdfast._C.build_info()))").stdout)
-    assert info["torch_target"] == "2.11"
-    assert info["cpu_set"] in info["cpu_sets"]
-    assert info["cuda"] is None
+    # A machine without a compiler installs and runs it.
+    (tmp_path / "bin").mkdir()
+    alone = {"PATH": str(tmp_path / "bin"), "CXX": None, "CUDA_HOME": None}
+    tree.pip(wheel, **alone)
+    said = tree.python("import kdfast.cli; kdfast.cli.main(['doctor'])", **alone).stdout
+    assert "cpu: KDFAST_CPU_ONLY=1" in said and "_cpu          loaded: " in said

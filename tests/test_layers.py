@@ -9,7 +9,7 @@ PACKAGE = Path(kdfast.__file__).parent
 
 # Part -> the parts it may import, which all stand above it here: the library first, then what is built on it. "kdfast"
 # is the package's face, whose names are the library's.
-GROUND = ("_build_record", "_extras", "_files", "_text", "_types", "papers")
+GROUND = ("_build_record", "_extras", "_files", "_processor", "_text", "_types", "papers")
 OPS = (*GROUND, "_kernels", "ops", "distributed", "capture")
 LIBRARY = (*OPS, "losses", "analysis", "procedures", "teacher_store", "_api", "kdfast")
 MAY_IMPORT = {
@@ -40,8 +40,8 @@ MAY_IMPORT = {
 
 
 def part(name):
-    """kdfast.ops.pairwise -> ops; the compiled library -> _kernels; kdfast itself and its own names -> kdfast."""
-    own = [{"_C": "_kernels"}.get(own, own) for own in name.split(".")[1:2]]
+    """kdfast.ops.pairwise -> ops; kdfast itself and its own names -> kdfast."""
+    own = name.split(".")[1:2]
     exists = own and ((PACKAGE / own[0]).is_dir() or (PACKAGE / f"{own[0]}.py").exists())
     return own[0] if exists else "kdfast"
 

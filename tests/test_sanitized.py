@@ -29,4 +29,4 @@ def test_a_planted_fault_is_reported(fault):
 def test_the_sanitized_kernels_are_the_ones_tested():
     from kdfast import _kernels
 
-    assert _kernels.status()["_C"].path.startswith(FOLDER)
+    assert _kernels.status()["_cpu"].path.startswith(FOLDER)

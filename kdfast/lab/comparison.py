@@ -49,7 +49,7 @@ def _require_all(chosen):
 
 
 def _require_kernels(device):
-    library = _kernels.status()["_cuda" if device.startswith("cuda") else "_C"]
+    library = _kernels.status()["_cuda" if device.startswith("cuda") else "_cpu"]
     if os.environ.get("KDFAST_REQUIRE_KERNELS") == "1" and not library.loaded:
         raise RunError(f"--device {device}: it has no kernels, and KDFAST_REQUIRE_KERNELS is 1: {library.reason}")
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from kdfast import _kernels, distributed
+from kdfast import _processor, distributed
 from kdfast.losses.base import SHARE, Settings
 from kdfast.losses.shared_state import SharedState
 from kdfast.ops import check
@@ -263,10 +263,8 @@ def _gather_batch(moves, index, log_sums, counts):
 
 def _empty_bank(rows, cols, dtype):
     bank = torch.empty(rows, cols, dtype=dtype)
-    if bank.device.type == "cpu" and _kernels.status()["_C"].loaded:
-        from kdfast import _C
-
-        _C.advise_huge_pages(bank.data_ptr(), bank.nbytes)
+    if bank.device.type == "cpu":
+        _processor.advise_huge_pages(bank.data_ptr(), bank.nbytes)
     return bank
 
 
