@@ -143,13 +143,13 @@ struct Skewed {
     if (kWhich == kAny ? a != 0 : kWhich != kOfQ) {
       const Side side = of(x.p, x.q, x.d, m, of_q, is_q);
       term.value += a * side.value;
-      term.to_p += x.p == 0 ? A(0) : a * x.p * (side.log_ratio - cross);
+      term.to_p += x.p < least ? A(0) : a * x.p * (side.log_ratio - cross);
       term.to_q -= a * of_q * of_q * gap * (is_q ? A(1) : x.q * inverse);
     }
     if (kWhich == kAny ? b != 0 : kWhich != kOfP) {
       const Side side = of(x.q, x.p, -x.d, m, of_p, is_p);
       term.value += b * side.value;
-      term.to_q += x.q == 0 ? A(0) : b * x.q * (side.log_ratio + cross);
+      term.to_q += x.q < least ? A(0) : b * x.q * (side.log_ratio + cross);
       term.to_p += b * of_p * of_p * gap * (is_p ? A(1) : x.p * inverse);
     }
     return term;
@@ -185,9 +185,10 @@ struct Skewed {
     return {where(both, near_term(p, other, d)) + where(~both, kl_term(p, d)), d};
   }
 
-  // Where both rows are distributions, terms of which none is negative: their sum is the KL, and keeps its digits.
+  // Where both rows are distributions, terms of which none is negative: their sum is the KL, and keeps its digits. What
+  // is less than a normal number counts as 0: its inverse may be infinite.
   KD_HD A term(A p, A m, A excess, A log_ratio) const {
-    return p == 0 ? where(both, m) : p * (where(both, excess) + where(~both, log_ratio));
+    return p < smallest_normal<A>() ? where(both, m) : p * (where(both, excess) + where(~both, log_ratio));
   }
 };
 

@@ -93,19 +93,25 @@ def best_mixture(networks: list[Tensor], labels: Tensor) -> Tensor:
         second = [mean(fixed_sum((x - m[:, None]) * p * z)) for x, m in zip(z, first, strict=True)]
         return mean(total.log() + (top - (a[:, None] * at_label).sum(0))), mean(first - at_label), torch.stack(second)
 
+    def gap(point, slope):
+        """To the best corner: it bounds what any point could gain."""
+        return (slope * point).sum() - slope.min()
+
     a = torch.full((len(z),), 1 / len(z), dtype=torch.float64, device=z.device)
     eye = torch.eye(len(z), dtype=torch.float64, device=z.device)
     now = expand(a)
     damping = 1e-3 * now[2].diagonal().sum()
     stops = z.device.type == "cpu"
     for _ in range(STEPS):
-        # The gap to the best corner bounds what any point could gain.
-        if stops and (now[1] * a).sum() - now[1].min() <= 1e-13 * now[0]:
+        if stops and gap(a, now[1]) <= 1e-13 * now[0]:
             break
         model = now[2] + damping * eye
         trial = simplex_minimum(model, now[1] - (model * a).sum(1), 1.0)
+        trial = trial / trial.sum()  # the value rises with the sum: its last digit would hide what a step gains
         there = expand(trial)
-        better = there[0] <= now[0]
+        # Near the end the value changes by less than it is rounded; the slope still tells.
+        same = (there[0] - now[0]).abs() <= 1e-14 * now[0].abs()
+        better = torch.where(same, gap(trial, there[1]) < gap(a, now[1]), there[0] < now[0])
         a = torch.where(better, trial, a)
         now = [torch.where(better, x, y) for x, y in zip(there, now, strict=True)]
         damping = torch.where(better, damping / 8, damping * 8)
