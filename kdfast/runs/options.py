@@ -76,8 +76,7 @@ def add_folder(parser: argparse.ArgumentParser, out: str, default: str) -> None:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help=f"continue the run in --out{default}, with its options; "
-        "without one, start it if options of it are given",
+        help=f"continue the run in --out{default}, with its options; without one, start it if options of it are given",
     )
 
 
